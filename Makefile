@@ -1,0 +1,127 @@
+# make train TASK=simp MODEL=stack      builds what is missing, in order: environment, data, m0, the stages before
+# make help                             lists the targets and the settings
+
+TASK   ?= simp
+MODEL  ?= stack
+NPROC  ?= 1
+PYTHON ?= python3
+ORDER  ?= simp empd inqqg exp hgen
+# With INIT the stages start from that checkpoint, and SIZE only names the folder of the runs.
+SIZE   ?= $(if $(INIT),$(notdir $(patsubst %/,%,$(INIT))),tiny)
+SOURCE := $(or $(SOURCE),$(if $(RAW),raw,$(if $(filter 410m 3b 7b,$(SIZE)),hub,sample)))
+RAW    := $(or $(RAW),data/raw)
+OUT    ?= runs/$(SIZE)/$(MODEL)
+
+FOLDER := $(if $(filter sample,$(SOURCE)),data/sample,$(RAW))
+PRESET := $(wildcard configs/size/$(SIZE).toml)
+HUB    := $(if $(PRESET),$(shell sed -n 's/^$(MODEL) *= *"\(.*\)".*/\1/p' $(PRESET)))
+TEXT   := data/text/$(SIZE)
+VENV   := .venv
+PY     := $(VENV)/bin/python
+LAUNCH := $(if $(filter 1,$(NPROC)),$(PY),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC))
+
+ifneq (,$(filter train pretrain data,$(or $(MAKECMDGOALS),help)))
+  expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
+  $(call expect,TASK,$(TASK),$(ORDER))
+  $(call expect,MODEL,$(MODEL),stack llm)
+  $(call expect,SOURCE,$(SOURCE),sample raw hub)
+  $(if $(INIT)$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
+endif
+
+.PHONY: help train pretrain data test lint clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make train TASK=simp MODEL=stack   fine-tune, after building whatever that needs'
+	@echo 'make pretrain MODEL=stack|llm      build m0, the model that fine-tuning starts from'
+	@echo 'make data TASK=simp                prepare a task'
+	@echo 'make test | lint | clean           run the tests; check the style; remove the environment and prepared data'
+	@echo
+	@echo 'TASK    $(ORDER), in the order of the stages (ORDER)'
+	@echo 'MODEL   stack (grown) or llm (full size from the start)'
+	@echo 'SIZE    $(basename $(notdir $(wildcard configs/size/*.toml))) (now $(SIZE))'
+	@echo 'SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)'
+	@echo 'RAW     folder of raw task folders    INIT   checkpoint to start from in place of m0: directory or Hub id'
+	@echo 'OUT     folder of the stages          NPROC  processes'
+	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them)'
+
+# ------------------------------------------------------------------------------------------------- fine-tuning stages
+
+# Each stage starts from the one before it; the first from INIT or m0.
+PARENT := $(or $(INIT),$(OUT)/m0)
+define stage
+PARENT_$1 := $(PARENT)
+STAGE_$1  := $(OUT)/m$(words m0 $(DONE))-$1
+PARENT    := $(OUT)/m$(words m0 $(DONE))-$1
+DONE      += $1
+$(OUT)/m$(words m0 $(DONE))-$1: | $(filter-out $(INIT),$(PARENT)) data/prepared/$(SOURCE)/$1.json
+	$$(call finetune,$1)
+endef
+$(foreach task,$(ORDER),$(eval $(call stage,$(task))))
+
+finetune = $(LAUNCH) train.py --config configs/train/finetune.toml $(if $(PRESET),--size $(SIZE)) --task $1 \
+    --init $(PARENT_$1) --data data/prepared/$(SOURCE)/$1.json --out $(STAGE_$1) $(ARGS)
+
+# The stage that is asked for is always handed to train.py, which sees whether it is finished and with these settings.
+train: data | $(if $(wildcard $(STAGE_$(TASK))),,$(filter-out $(INIT),$(PARENT_$(TASK))))
+	@$(call finetune,$(TASK))
+
+data: data/prepared/$(SOURCE)/$(TASK).json
+
+data/prepared/$(SOURCE)/%.json: FORCE | $(VENV)/user
+	@$(if $(filter hub,$(SOURCE)),$(PY) data_prep.py hub --task $* --output_path $(RAW))
+	@$(PY) data_prep.py task --task $* --folder_path $(FOLDER) --output_path $@
+
+# ------------------------------------------------------------------------------------- m0: pretrained, or from the Hub
+
+PRETRAIN = $(LAUNCH) train.py --config configs/train/pretrain.toml --size $(SIZE) --data $(TEXT) \
+    $(if $(filter pretrain,$(MAKECMDGOALS)),$(ARGS))
+
+pretrain: $(OUT)/m0
+	@echo "m0 is there: $<"
+
+$(TEXT): | $(VENV)/user
+	$(PY) data_prep.py text --size $(SIZE) --output_path $@
+
+ifneq (,$(HUB))
+$(OUT)/m0: | $(VENV)/user
+	$(PY) -m model.checkpoint $(HUB) $@
+else ifeq ($(MODEL),llm)
+$(OUT)/m0: | $(TEXT)
+	$(PRETRAIN) --phase llm --out $@
+else
+$(OUT)/m0: | $(OUT)/grown
+	$(PRETRAIN) --phase stack --init $(OUT)/grown --out $@
+endif
+
+$(OUT)/grown: | $(OUT)/base
+	$(PY) stack.py --size $(SIZE) --init $(OUT)/base --out $@
+
+$(OUT)/base: | $(TEXT)
+	$(PRETRAIN) --phase base --out $@
+
+# --------------------------------------------------------------------------------------- the environment and the tests
+
+$(VENV)/user: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or later is needed, $$($(PYTHON) --version) found: set PYTHON=…" >&2; exit 2; }
+	@echo 'installing the packages of requirements.txt into $(VENV), once; this takes some minutes'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/user
+	@echo 'installing the packages of requirements-dev.txt into $(VENV), once'
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+test: $(VENV)/dev
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) data/prepared data/text .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo 'runs/ and data/raw are left as they are'

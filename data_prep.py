@@ -1,0 +1,364 @@
+"""Prepares data: task files for fine-tuning, token shards for pretraining, raw task folders from the Hub.
+
+    python data_prep.py task --task simp --folder_path data/raw --output_path data/prepared/raw/simp.json
+    python data_prep.py text --source docs --size tiny --output_path data/text/tiny
+    python data_prep.py hub --task simp --output_path data/raw
+"""
+import ast
+import glob
+import json
+import re
+import sys
+import sysconfig
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.files import UserError, digest, new_directory, read_json, write_json, write_text
+from model.tokenizer import Tokenizer
+from settings import ROOT, read_config, run, setting, unknown_name
+
+BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
+SPLIT_SEED = 42
+VALIDATION_PER_MILLE = 10  # of the documents of a text, held out
+SHARD_TOKENS = 1 << 27
+# Packages that come with the requirements and are documented at length; a fixed list, so that what else is installed
+# does not change the text.
+DOCUMENTED = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy", "sklearn",
+              "sympy", "torch")
+
+
+# ---------------------------------------------------------------------------- raw task files to one preprocessed file
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Settings of `data_prep.py task`."""
+    task: str | None = setting(None, "task (a file in configs/task)")
+    folder_path: str | None = setting(None, "folder of the task's raw files, or the folder that holds that folder")
+    output_path: str | None = setting(None, "preprocessed file to write")
+    eval_dataset_size: float = setting(0.1, "evaluation split: a share of the training data, or a number of samples")
+
+    def problems(self):
+        found = [f"--{name} is missing" for name in ("task", "folder_path", "output_path") if not getattr(self, name)]
+        found += unknown_name("task", self.task) if self.task else []
+        size = self.eval_dataset_size
+        if not 0 < size or (size >= 1 and size != int(size)):
+            found.append(f"eval_dataset_size is {size}, expected a share below 1 or a whole number of samples")
+        return found
+
+
+def prepare_task(s):
+    """Writes one JSON object with the lists train, eval and test of {input, output, src_info, index}."""
+    spec = read_config("task", s.task)
+    folder = Path(s.folder_path)
+    folder = folder / spec["folder"] if (folder / spec["folder"]).is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: expected the raw files of {s.task}, or a folder {spec['folder']} with them")
+    train, test = (read_raw_files(folder, word) for word in ("train", "test"))
+    if "test_prompt" in spec:
+        prompts = sorted({str(item["src_info"].get("prompt_name")) for item in test})
+        test = [item for item in test if item["src_info"].get("prompt_name") == spec["test_prompt"]]
+        if not test:
+            raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found {', '.join(prompts)}")
+    train_indices, eval_indices = split_indices(len(train), s.eval_dataset_size)
+    splits = {"train": [train[i] for i in train_indices], "eval": [train[i] for i in eval_indices], "test": test}
+    text = json.dumps(splits, ensure_ascii=False, indent=1) + "\n"
+    counts = ", ".join(f"{len(items):,} {name}" for name, items in splits.items())
+    path = Path(s.output_path)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return print(f"{path}: {counts} (unchanged)")
+    write_text(path, text)
+    print(f"{path}: {counts}")
+
+
+def read_raw_files(folder, word):
+    """The items of all raw files in a folder with `word` ("train" or "test") in their names, in the files' order.
+
+    An item without a target is left out; how many, and which, is printed.
+    """
+    paths = sorted(path for path in folder.glob("*.json") if word in path.name)
+    if not paths:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise UserError(f"{folder} holds no {word} file: expected a *.json with {word!r} in its name; found {found}")
+    items, empty = [], []
+    for path in paths:
+        raw = read_json(path)
+        lists = {key: raw.get(key) if isinstance(raw, dict) else None for key in ("src", "tgt", "src_info")}
+        if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
+            raise UserError(f"{path} lacks the list {', '.join(missing)}: expected one object with src, tgt and src_info")
+        lengths = {key: len(value) for key, value in lists.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"{path}: the lists differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
+        for number, (source, target, info) in enumerate(zip(*lists.values())):
+            references = [clean(text) for text in (target if isinstance(target, list) else [target])]
+            if not isinstance(source, str) or not isinstance(info, dict):
+                raise UserError(f"{path}: item {number} has a src that is no text or a src_info that is no object")
+            if not references or not references[0]:
+                empty.append(f"{path.name}[{number}]")
+                continue
+            item = {"input": clean(source), "output": references[0], "src_info": info, "index": len(items) + len(empty)}
+            items.append(item | ({"references": references} if len(references) > 1 else {}))
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        print(f"{folder}: {len(empty)} {word} items have an empty target and are left out: "
+              f"{', '.join(empty[:5])}{more}", file=sys.stderr)
+    if not items:
+        raise UserError(f"{folder}: its {word} files hold no item with a target")
+    return items
+
+
+def clean(text):
+    """A text with its brackets back in place of -LRB-, -RRB-, -LSB-, -RSB-, and no white space around it."""
+    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], str(text), flags=re.IGNORECASE).strip()
+
+
+def split_indices(count, size, seed=SPLIT_SEED):
+    """(training, evaluation) indices, as `train_test_split(test_size=size, shuffle=True, seed=seed)` of Hugging
+    Face's datasets gives them; size is a share below 1, or a number of samples."""
+    held_out = int(np.ceil(size * count)) if size < 1 else int(size)
+    if held_out >= count:
+        raise UserError(f"eval_dataset_size takes {held_out} of {count} training items: lower it")
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    return order[held_out:], order[:held_out]
+
+
+# ------------------------------------------------------------------------------------------- raw text to token shards
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Settings of `data_prep.py text`."""
+    source: str = setting("docs", "docs (the installed packages' documentation), a .txt or .jsonl file, a folder of "
+                                  "them, or a Hub dataset's name")
+    output_path: str | None = setting(None, "directory to make")
+    size: str | None = setting(None, "size preset whose vocabulary the tokenizer gets")
+    vocab_size: int = setting(4096, "vocabulary of the tokenizer, where no size is given")
+    tokenizer: str | None = setting(None, "checkpoint directory whose tokenizer to use; none: train one on the text")
+    text_column: str = setting("text", "field of a .jsonl line or column of a Hub dataset that holds the text")
+    max_documents: int | None = setting(None, "read only the first N documents")
+
+    def problems(self):
+        found = [] if self.output_path else ["--output_path is missing"]
+        found += unknown_name("size", self.size) if self.size else []
+        found += ["vocab_size is below 300: a byte-level vocabulary needs room"] if self.vocab_size < 300 else []
+        return found
+
+
+def prepare_text(s):
+    """Writes train-*.npy and val-*.npy (token ids, documents ended by eos), the tokenizer's files and meta.json."""
+    if (Path(s.output_path) / "meta.json").exists():
+        return print(f"{s.output_path} is there already")
+    with new_directory(s.output_path) as folder:
+        documents = list(read_documents(s))
+        if not documents:
+            raise UserError(f"{s.source} holds no documents")
+        if s.tokenizer:
+            from model.checkpoint import copy_tokenizer
+            tokenizer = Tokenizer(s.tokenizer)
+            copy_tokenizer(s.tokenizer, folder)
+        else:
+            vocab_size = read_config("size", s.size)["model"]["vocab_size"] if s.size else s.vocab_size
+            tokenizer = train_tokenizer(documents, vocab_size, folder)
+        if tokenizer.eos_id is None:
+            raise UserError(f"{s.tokenizer} names no end-of-text token, which has to stand between documents")
+        parts = {"val": [], "train": []}
+        for text in documents:
+            held_out = zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
+            parts["val" if held_out else "train"].append(text)
+        shards = {}
+        for split, texts in parts.items():
+            shards |= write_shards(folder, split, texts, tokenizer)
+        meta = {"source": s.source, "documents": len(documents), "bytes": sum(len(text.encode("utf-8", "replace"))
+                for text in documents), "vocab_size": tokenizer.vocab_size, "shards": shards}
+        write_json(folder / "meta.json", meta)
+    tokens = sum(shard["tokens"] for shard in shards.values())
+    print(f"{s.output_path}: {meta['documents']:,} documents, {meta['bytes'] / 1e6:.1f} MB, {tokens:,} tokens")
+
+
+def write_shards(folder, split, texts, tokenizer):
+    """Writes the ids of texts as memory-mappable arrays; returns {file: {tokens, sha256}}."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    shards, buffer, held, texts = {}, [], 0, iter(texts)
+    progress = tqdm(desc=f"tokens of {split}", unit="tok", unit_scale=True, disable=None)
+
+    def flush():
+        path = folder / f"{split}-{len(shards):05}.npy"
+        np.save(path, np.concatenate(buffer) if buffer else np.zeros(0, dtype))
+        shards[path.name] = {"tokens": held, "sha256": digest([path])}
+
+    while batch := list(islice(texts, 1000)):
+        ids = np.fromiter(chain.from_iterable([*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(batch)), dtype)
+        buffer.append(ids)
+        held += len(ids)
+        progress.update(len(ids))
+        if held >= SHARD_TOKENS:
+            flush()
+            buffer, held = [], 0
+    if held or not shards:
+        flush()
+    progress.close()
+    return shards
+
+
+def train_tokenizer(documents, vocab_size, folder):
+    """Trains a byte-level BPE vocabulary with <unk>, <s> and </s> as ids 0, 1 and 2, as Llama has them."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    special = ["<unk>", "<s>", "</s>"]
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=sys.stderr.isatty(),
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    fast.train_from_iterator(documents, trainer, len(documents))
+    fast.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": special[0], "bos_token": special[1],
+        "eos_token": special[2], "clean_up_tokenization_spaces": False})
+    return Tokenizer(folder)
+
+
+def read_documents(s):
+    """Yields the documents of a source (see TextSettings.source)."""
+    path = Path(s.source)
+    if s.source == "docs":
+        documents = installed_documentation()
+    elif path.exists():
+        files = sorted(glob.glob(f"{path}/**/*", recursive=True)) if path.is_dir() else [path]
+        files = [file for file in map(Path, files) if file.suffix in (".txt", ".jsonl")]
+        if not files:
+            raise UserError(f"{s.source}: expected a .txt or .jsonl file, or a folder of them")
+        documents = chain.from_iterable(read_text_file(file, s.text_column) for file in files)
+    else:
+        documents = (row[s.text_column] for row in load_hub_dataset(s.source, "train", [s.text_column], streaming=True))
+    for text in islice(documents, s.max_documents):
+        if text.strip():
+            yield text
+
+
+def read_text_file(path, column):
+    """Yields the documents of a file: the whole of a .txt, a field of every line of a .jsonl."""
+    if path.suffix == ".txt":
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)[column]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f"{path}, line {number}: expected a JSON object with the field {column!r}") from None
+
+
+def installed_documentation():
+    """The documentation in this Python and in DOCUMENTED, a document a module: every docstring once, in the order of
+    the source, and the language reference in pydoc_data.topics. English text that is on every machine."""
+    from pydoc_data.topics import topics
+    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    files = [file for root in (library, *(packages / name for name in DOCUMENTED)) for file in sorted(root.rglob("*.py"))
+             if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
+    seen, documents = set(), [topics[name] for name in sorted(topics)]
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(docstrings, files, chunksize=64)
+        for texts in tqdm(found, "reading documentation", len(files), unit="file", disable=None):
+            new = [text for text in dict.fromkeys(texts) if text not in seen]
+            seen.update(new)
+            documents.append("\n\n".join(new))
+    return documents
+
+
+def docstrings(path):
+    """The docstrings of a Python source file, top to bottom; none where it cannot be read."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, OSError, MemoryError):
+        return []
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kinds)), key=lambda n: getattr(n, "lineno", 0))
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+# ---------------------------------------------------------------------------------------- Hub datasets to raw folders
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Settings of `data_prep.py hub`."""
+    task: str | None = setting(None, "task (a file in configs/task)")
+    output_path: str | None = setting(None, "folder to make the task's folder of raw files in")
+    dataset: str | None = setting(None, "Hub id, or a local directory of parquet files; none: the task's own")
+    max_samples: int = setting(100_000, "most training samples")
+    max_test_samples: int = setting(2_000, "most test samples")
+
+    def problems(self):
+        found = [f"--{name} is missing" for name in ("task", "output_path") if not getattr(self, name)]
+        return found + (unknown_name("task", self.task) if self.task else [])
+
+
+def prepare_hub(s):
+    """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
+    spec = read_config("task", s.task)
+    hub, name = spec["hub"], s.dataset or spec["hub"]["dataset"]
+    columns = [*hub["columns"].values(), *([hub["dialogue"]] if "dialogue" in hub else []),
+               *([hub["labels"]["column"]] if "labels" in hub else [])]
+    limits = {"train": s.max_samples, "test": s.max_test_samples}
+    splits = {}
+    for split, hub_split in hub["splits"].items():
+        rows = load_hub_dataset(name, hub_split, columns)
+        wanted = limits[split] if "test" in hub["splits"] else sum(limits.values())
+        splits[split] = list(islice(chain.from_iterable(hub_items(row, hub) for row in tqdm(rows, split, disable=None)),
+                                    wanted))
+    if "test" not in splits:
+        held_out = min(s.max_test_samples, len(splits["train"]) // 10)
+        splits = {"train": splits["train"][:-held_out], "test": splits["train"][-held_out:]}
+    with new_directory(Path(s.output_path) / spec["folder"]) as folder:
+        for split, items in splits.items():
+            for prompt, raw in raw_files(items, spec).items():
+                write_json(folder / f"{prompt}.{split}.json", raw)
+    print(f"{s.output_path}/{spec['folder']}: " + ", ".join(f"{len(items):,} {name}" for name, items in splits.items()))
+
+
+def load_hub_dataset(name, split, columns, streaming=False):
+    """The rows of a dataset on the Hub, or of a local directory of parquet files, with some of its columns."""
+    from datasets import load_dataset
+    try:
+        return load_dataset(str(name), split=split, streaming=streaming).select_columns(columns)
+    except Exception as error:  # datasets and huggingface_hub raise many kinds: network, name, split, columns
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read the split {split!r} of {name}: {reason}. Without a network, put raw files into a "
+                        "folder and name it, or use the sample") from None
+
+
+def hub_items(row, hub):
+    """Yields the src_info fields of each sample in a row of a Hub dataset (see [hub] in configs/task)."""
+    info = {field: row[column] for field, column in hub["columns"].items()}
+    if "labels" in hub:
+        info[hub["labels"]["field"]] = hub["labels"]["names"][row[hub["labels"]["column"]]]
+    if "dialogue" not in hub:
+        yield info
+        return
+    turns = [turn["content"].strip() for turn in row[hub["dialogue"]]]
+    for index in range(1, len(turns), 2):  # the listener's turns
+        yield info | {"input_text": "\n".join(f"- {turn}" for turn in turns[:index]), "output_text": turns[index]}
+
+
+def raw_files(items, spec):
+    """Raw task files {prompt_name: {src, tgt, src_info}} from src_info fields, with the task's own wordings in turn."""
+    wordings = [(name, wording) for name, wordings in spec["prompts"].items() for wording in wordings]
+    files = {name: {"src": [], "tgt": [], "src_info": []} for name in spec["prompts"]}
+    for index, info in enumerate(items):
+        name, wording = wordings[index % len(wordings)]
+        files[name]["src"].append(re.sub(r"\[(\w+)\]", lambda match: info[match[1]], wording))
+        files[name]["tgt"].append(info[spec["target"]])
+        files[name]["src_info"].append(info | {"prompt": wording, "prompt_name": name})
+    return files
+
+
+if __name__ == "__main__":
+    run({"task": (TaskSettings, prepare_task), "text": (TextSettings, prepare_text), "hub": (HubSettings, prepare_hub)},
+        __doc__)

@@ -1,0 +1,64 @@
+"""The processes of a run: one alone, or many under torchrun, the deepspeed launcher or Slurm."""
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from model.files import UserError
+
+
+class Processes:
+    """This process among those of the run: `rank`, `size`, `device`. A context manager: it joins and leaves the group.
+
+    Launchers say who is who in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them
+    the process is alone. Processes talk over NCCL on GPUs and over gloo on CPUs.
+    """
+
+    def __enter__(self):
+        if "RANK" not in os.environ:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local)
+            self.device = torch.device("cuda", local)
+        else:
+            self.device = torch.device("cpu")
+            # torchrun sets one thread a process, which leaves most of a CPU idle
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
+        return self
+
+    def __exit__(self, *error):
+        dist.destroy_process_group()
+
+    def sum(self, value):
+        """The sum of a scalar tensor over all processes, as a float."""
+        value = value.detach().double()
+        dist.all_reduce(value)
+        return value.item()
+
+    def on_main(self, function):
+        """What `function()` returns on rank 0, for every process; a UserError there is raised in all."""
+        result = [None]
+        if self.rank == 0:
+            try:
+                result = [function()]
+            except UserError as error:
+                result = [error]
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+        if isinstance(result[0], UserError):
+            raise result[0]
+        return result[0]
+
+    def say(self, text):
+        """Prints a line, once for all processes."""
+        if self.rank == 0:
+            print(text, flush=True)

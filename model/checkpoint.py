@@ -1,0 +1,257 @@
+"""Checkpoints: Hugging Face directories in and out.
+
+    python -m model.checkpoint llm-stacking/StackLLM_7B_300BToken runs/7b/stack/m0     # download, as safetensors
+
+A directory holds `config.json`, the tokenizer's files and the weights: one `model.safetensors`, or shards with an
+index. A `pytorch_model.bin` (old checkpoints) is converted once. Weights move one tensor at a time, so reading needs
+the model's own size and writing one tensor's.
+"""
+import itertools
+import json
+import re
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .config import ModelConfig
+from .files import UserError, digest, explain_os_errors, new_directory, read_json, write_json
+from .tokenizer import TOKENIZER_FILES, Tokenizer
+from .transformer import Transformer, parameter_shapes
+
+MAX_SHARD_BYTES = 5_000_000_000
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # buffers that old checkpoints saved
+
+
+def locate(source):
+    """The local directory of a checkpoint: `source` itself, or the download of a Hub id such as "owner/name"."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{source} is no checkpoint: it holds no config.json")
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+        raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", INDEX]
+        path = Path(snapshot_download(str(source), allow_patterns=patterns))
+        if not list(path.glob("*.safetensors")):
+            path = Path(snapshot_download(str(source), allow_patterns=[*patterns, "pytorch_model*.bin", BIN_INDEX]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source} is no directory here and cannot be downloaded from the Hub: {reason}") from None
+    return path
+
+
+class Weights:
+    """The tensors of a checkpoint directory, read one at a time: `weights[name]`, with names in `weights.files`.
+
+    A .bin checkpoint is converted on the way. Raises UserError for an index that names a missing shard or leaves the
+    directory, and for a truncated file.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        if not (self.directory / WEIGHTS).exists() and not (self.directory / INDEX).exists():
+            convert_bin(self.directory)
+        if (self.directory / INDEX).exists():
+            names = shard_names(self.directory / INDEX)
+            self.shards = {file: open_shard(self.directory / file) for file in set(names.values())}
+        else:
+            self.shards = {WEIGHTS: open_shard(self.directory / WEIGHTS)}
+            names = dict.fromkeys(self.shards[WEIGHTS].keys(), WEIGHTS)
+        held = {file: set(shard.keys()) for file, shard in self.shards.items()}
+        if absent := [f"{name} is not in {file}" for name, file in names.items() if name not in held[file]]:
+            raise UserError(f"{self.directory / INDEX}: " + "; ".join(absent[:20]))
+        self.files = names
+
+    def __getitem__(self, name):
+        return self.shards[self.files[name]].get_tensor(name)
+
+    def spec(self, name):
+        """(dtype, shape) of a tensor, without reading it."""
+        view = self.shards[self.files[name]].get_slice(name)
+        if view.get_dtype() not in DTYPES:
+            raise UserError(f"{self.directory}: {name} has the dtype {view.get_dtype()}, expected {', '.join(DTYPES)}")
+        return DTYPES[view.get_dtype()], tuple(view.get_shape())
+
+    def check(self, config):
+        """Compares the tensors with what a configuration asks for; one UserError lists every difference.
+
+        Returns the specs of the expected tensors by name. A head that is saved beside a tied embedding is ignored.
+        """
+        expected = parameter_shapes(config)
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        problems = [f"{name} is missing" for name in expected if name not in self.files]
+        problems += [f"{name} is not expected" for name in self.files
+                     if name not in expected and name not in tied and not IGNORED.search(name)]
+        specs = {name: self.spec(name) for name in expected if name in self.files}
+        problems += [f"{name} has the shape {list(shape)}, expected {list(expected[name])}"
+                     for name, (_, shape) in specs.items() if shape != expected[name]]
+        if problems:
+            more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise UserError(f"{self.directory} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+        return specs
+
+
+def shard_names(index):
+    """The `weight_map` of an index file, each file checked: in this directory, and there."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: expected an object 'weight_map' from tensors to files")
+    for file in sorted(set(names.values())):
+        if Path(file).name != file:
+            raise UserError(f"{index} names the file {file!r}, which would leave the directory")
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index} names the shard {file}, which is missing: download or copy it again")
+    return names
+
+
+def open_shard(path):
+    """Opens a safetensors file; a UserError says that it is truncated or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): download or copy it again") from None
+
+
+def convert_bin(directory):
+    """Writes the safetensors twin of a pytorch_model.bin checkpoint beside it. Nothing in the pickle is executed."""
+    if (directory / BIN_INDEX).exists():
+        files = sorted(set(shard_names(directory / BIN_INDEX).values()))
+    elif (directory / BIN).exists():
+        files = [BIN]
+    else:
+        raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX} or {BIN}")
+    print(f"converting {directory}/{BIN} to safetensors, once", file=sys.stderr)
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= torch.load(directory / file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # UnpicklingError, RuntimeError or EOFError, by what is wrong with the file
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{directory / file} is damaged or holds more than tensors ({reason})") from None
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with new_directory(directory / "converted") as folder:
+        write_weights(folder, specs, tensors.items())
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == INDEX):  # the index last
+            file.rename(directory / file.name)
+    (directory / "converted").rmdir()
+
+
+def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
+    """Writes weights as `model.safetensors`, or as shards of at most `max_shard_bytes` with an index.
+
+    specs: name -> (dtype, shape) of every tensor; tensors: pairs (name, tensor) in the same order, which may be a
+    generator, since only one is held at a time. The format is described at huggingface.co/docs/safetensors: the
+    header's length (8 bytes, little-endian), a JSON header with the offsets, the data.
+    """
+    shards, sizes = [{}], [0]
+    for name, (dtype, shape) in specs.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape),
+                            "data_offsets": [sizes[-1], sizes[-1] + size]}
+        sizes[-1] += size
+    files = [WEIGHTS] if len(shards) == 1 else \
+        [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    tensors = iter(tensors)
+    for file, shard in zip(files, shards):
+        header = json.dumps({"__metadata__": {"format": "pt"}} | shard, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        with explain_os_errors(Path(directory) / file), open(Path(directory) / file, "wb") as out:
+            out.write(struct.pack("<Q", len(header)) + header)
+            for name in shard:
+                given, tensor = next(tensors)
+                assert given == name and (tensor.dtype, tuple(tensor.shape)) == specs[name], (given, name, specs[name])
+                out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        write_json(Path(directory) / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def copy_tokenizer(source, directory):
+    """Copies the tokenizer's files of one checkpoint directory into another."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(directory) / name)
+
+
+def check_vocabulary(directory, config):
+    """Raises UserError where the tokenizer can give ids that the embedding does not have."""
+    tokenizer = Tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's vocabulary "
+                        f"only {config.vocab_size:,}")
+    return tokenizer
+
+
+def load_model(directory, dtype=torch.float32, device="cpu"):
+    """Loads a checkpoint onto a device: a Transformer with weights of `dtype`, in evaluation mode.
+
+    The model is built without memory (on the meta device) and its tensors are read one at a time, so that loading
+    needs the model's size once. Raises UserError for anything about the directory that does not fit.
+    """
+    config, weights = ModelConfig.read(Path(directory) / "config.json"), Weights(directory)
+    specs = weights.check(config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name in specs:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(weights[name].to(device=device, dtype=dtype)))
+    model.tie_weights()
+    return model.eval()
+
+
+def write_checkpoint(directory, config, tensors, tokenizer_source):
+    """Writes a checkpoint that any Hugging Face tool can load into an existing directory.
+
+    tensors: pairs (name, tensor) in the order of the model's parameters, all of one dtype; it may be a generator,
+    since one tensor is held at a time.
+    """
+    tensors = iter(tensors)
+    first = next(tensors)
+    specs = {name: (first[1].dtype, shape) for name, shape in parameter_shapes(config).items()}
+    config.write(directory, str(first[1].dtype).removeprefix("torch."))
+    copy_tokenizer(tokenizer_source, directory)
+    write_weights(directory, specs, itertools.chain([first], tensors))
+
+
+def checkpoint_digest(directory):
+    """SHA-256 over a checkpoint's config.json and weights."""
+    directory = Path(directory)
+    return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards)])
+
+
+def main(source, out):
+    """Fetches a checkpoint and writes it as a checked safetensors directory, one tensor at a time."""
+    source = locate(source)
+    config, weights = ModelConfig.read(source / "config.json"), Weights(source)
+    specs = weights.check(config)
+    check_vocabulary(source, config)
+    with new_directory(out) as folder:
+        write_checkpoint(folder, config, ((name, weights[name]) for name in specs), source)
+    print(f"{out}: {config.num_parameters:,} parameters")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,141 @@
+"""The shape of a model: one frozen dataclass, read from and written to a Hugging Face `config.json`."""
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .files import UserError, read_json, write_json
+
+MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"
+
+# Options of transformers' configuration that change nothing in the function that the weights compute; names that
+# begin with an underscore are its private notes and are passed over too.
+INERT = {
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "pretraining_tp",
+    "name_or_path", "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id",
+    "task_specific_params", "problem_type", "id2label", "label2id", "return_dict", "output_attentions",
+    "output_hidden_states", "torchscript", "finetuning_task", "tokenizer_class", "prefix", "max_sequence_length",
+    "chunk_size_feed_forward", "is_decoder", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
+    "num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "early_stopping",
+    "auto_map", "rope_parameters", "hidden_act", "attention_dropout", "attn_implementation",
+}
+# Options that may be present only with the value that the decoder computes anyway.
+FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
+ROPE_OPTIONS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and constants of a Llama decoder, under the names of Hugging Face's `config.json`.
+
+    `head_dim` and `num_key_value_heads` default to what the other sizes imply. `rope_scaling` is None or a mapping
+    with `rope_type` "linear" (positions divided by `factor`; Chen et al., arXiv 2306.15595) or "llama3" (per
+    frequency; Llama 3.1). Raises UserError, with every problem in one message, when the sizes do not fit together.
+    """
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        problems = [f"{name} is {value!r}, expected a whole number above 0"
+                    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                 "num_attention_heads", "num_key_value_heads", "head_dim")
+                    if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value > 0)]
+        if problems:
+            raise UserError("model shape: " + "; ".join(problems))
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                problems.append(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                                f"{self.num_attention_heads}, and head_dim is not given")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            problems.append(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                            f"{self.num_key_value_heads}")
+        if self.head_dim % 2:
+            problems.append(f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs")
+        if self.rope_scaling is not None:
+            problems += rope_problems(self.rope_scaling)
+        if problems:
+            raise UserError("model shape: " + "; ".join(problems))
+
+    @property
+    def num_parameters(self):
+        """Number of weights, a tied head counted once."""
+        C, D, F = self.hidden_size, self.head_dim, self.intermediate_size
+        query, key = self.num_attention_heads * D, self.num_key_value_heads * D
+        layer = 2 * C * (query + key) + 3 * C * F + 2 * C
+        layer += self.attention_bias * (query + 2 * key + C) + self.mlp_bias * (2 * F + C)
+        return self.num_hidden_layers * layer + (2 - self.tie_word_embeddings) * self.vocab_size * C + C
+
+    @classmethod
+    def read(cls, path):
+        """Reads a `config.json`. Whatever the decoder does not implement is refused by name, with a UserError."""
+        raw = read_json(path)
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        if raw.get("model_type") != MODEL_TYPE:
+            raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not implemented; expected {MODEL_TYPE!r}")
+        architectures = raw.get("architectures") or [ARCHITECTURE]
+        if architectures != [ARCHITECTURE]:
+            raise UserError(f"{path}: architectures {architectures} is not implemented; expected ['{ARCHITECTURE}']")
+        known = {field.name for field in fields(cls)}
+        values = {name: raw[name] for name in known if raw.get(name) is not None}
+        values |= rope_values(raw)
+        problems = [f"option {name} = {raw[name]!r} is not implemented (expected {expected!r})"
+                    for name, expected in FIXED.items() if raw.get(name, expected) != expected]
+        problems += [f"option {name} = {value!r} is not implemented" for name, value in raw.items()
+                     if name not in known | INERT and not name.startswith("_") and value not in (None, False)]
+        needed = [field.name for field in fields(cls)[:5] if field.name not in values]
+        problems += [f"{name} is missing" for name in needed]
+        if problems:
+            raise UserError(f"{path}: " + "; ".join(problems))
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def write(self, directory, dtype):
+        """Writes `config.json` for weights of `dtype` ("float32" or "bfloat16") into a directory."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        head = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "torch_dtype": dtype}
+        write_json(Path(directory) / "config.json", head | FIXED | values)
+
+
+def rope_values(raw):
+    """theta and scaling from either spelling: `rope_theta` with `rope_scaling`, or transformers 5's `rope_parameters`."""
+    values = {name: raw[name] for name in ("rope_theta", "rope_scaling") if raw.get(name) is not None}
+    scaling = dict(raw.get("rope_parameters") or values.get("rope_scaling") or {})
+    if "rope_theta" in scaling:
+        values["rope_theta"] = scaling.pop("rope_theta")
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    return values
+
+
+def rope_problems(scaling):
+    """What is wrong with a `rope_scaling` mapping, as a list of sentences."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_OPTIONS:
+        return [f"rope_scaling type {kind!r} is not implemented; expected one of {', '.join(ROPE_OPTIONS)}"]
+    missing = ROPE_OPTIONS[kind] - scaling.keys()
+    unknown = scaling.keys() - ROPE_OPTIONS[kind] - {"rope_type"}
+    return ([f"rope_scaling {kind} needs {', '.join(sorted(missing))}"] if missing else []) + \
+           ([f"rope_scaling {kind} knows no {', '.join(sorted(unknown))}"] if unknown else [])

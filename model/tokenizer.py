@@ -1,0 +1,75 @@
+"""One tokenizer over either file that checkpoints carry: `tokenizer.json` or `tokenizer.model`."""
+from pathlib import Path
+
+from .files import UserError, read_json
+
+# Everything of a checkpoint directory that belongs to its tokenizer, copied with every checkpoint made from it.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+
+
+class Tokenizer:
+    """Text to token ids and back, for one checkpoint directory.
+
+    `bos_id`, `eos_id`, `pad_id` and `unk_id` are None where the directory names no such token. The ids in
+    `generation_config.json` and `config.json` come before the tokens in `tokenizer_config.json`, since decoding stops
+    at the former. Raises UserError when there is no tokenizer file, or one that cannot be read.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        fast, spm = self.directory / "tokenizer.json", self.directory / "tokenizer.model"
+        if not fast.exists() and not spm.exists():
+            raise UserError(f"{directory} holds no tokenizer: expected tokenizer.json or tokenizer.model")
+        self.fast = self.spm = None
+        try:
+            if fast.exists():
+                import tokenizers
+                self.fast = tokenizers.Tokenizer.from_file(str(fast))
+                self.fast.no_truncation()
+                self.fast.no_padding()
+            else:
+                import sentencepiece
+                self.spm = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+        except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
+            raise UserError(f"{fast if fast.exists() else spm} cannot be read: {error}") from None
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = map(self._special_id, ("bos", "eos", "pad", "unk"))
+
+    @property
+    def vocab_size(self):
+        """Number of ids that encoding can give; a model's vocabulary may be larger, but not smaller."""
+        return self.fast.get_vocab_size() if self.fast else self.spm.vocab_size()
+
+    def encode(self, text):
+        """Token ids of a text, with no bos or eos around them."""
+        return self.fast.encode(text, add_special_tokens=False).ids if self.fast else self.spm.encode(text)
+
+    def encode_batch(self, texts):
+        """Token ids of many texts, in parallel where the library can."""
+        if self.fast:
+            return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return self.spm.encode(texts)
+
+    def decode(self, ids):
+        """The text of token ids; special tokens, and ids that the tokenizer does not know, leave no trace."""
+        if self.fast:
+            return self.fast.decode(ids, skip_special_tokens=True)
+        return self.spm.decode([index for index in ids if index < self.spm.vocab_size()])
+
+    def _special_id(self, name):
+        for file in ("generation_config.json", "config.json"):
+            path = self.directory / file
+            index = read_json(path).get(f"{name}_token_id") if path.exists() else None
+            if index is not None:
+                return index[0] if isinstance(index, list) else index  # a list: the model's own end comes first
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = self.directory / file
+            token = read_json(path).get(f"{name}_token") if path.exists() else None
+            if token is not None:
+                token = token["content"] if isinstance(token, dict) else token
+                index = self.fast.token_to_id(token) if self.fast else self.spm.piece_to_id(token)
+                if index is None:
+                    raise UserError(f"{path}: {name}_token {token!r} is not in the vocabulary")
+                return index
+        index = getattr(self.spm, f"{name}_id")() if self.spm else -1
+        return index if index >= 0 else None

@@ -1,0 +1,218 @@
+"""A decoder-only transformer in the Llama layout, with Hugging Face's parameter names.
+
+Dimensions:  B batch, T tokens of this call, S positions in the key-value cache, C hidden size, F feed-forward size,
+             H query heads, K key-value heads, D head size, V vocabulary, N tokens with a target.
+
+Training pads on the right and needs no attention mask: under a causal mask a real token never sees the padding
+behind it, so scaled_dot_product_attention always takes its causal flash path.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100  # no target here: cross_entropy's own default
+LOGITS_PER_CHUNK = 1 << 25  # N·V of one slice of the loss, 128 MiB in fp32
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        full = x.float()
+        full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * full.to(x.dtype)
+
+
+def rotary_frequencies(config, device=None):
+    """Angles per position of the rotary embedding, [D/2] in fp32 (Su et al., arXiv 2104.09864, eq. 15).
+
+    With `rope_scaling` "linear" all are divided by the factor; with "llama3" the low frequencies are divided, the
+    high ones stay, and those between are interpolated by how often they turn within the original context.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta ** exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+def rotary_table(config, positions, dtype):
+    """Cosines and sines for positions [..., T], each [..., T, D]: the D/2 angles twice, as half-split rotation wants."""
+    angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turns x [B, H, T, D] by its positions. Dimension i is paired with i + D/2, as in Hugging Face's Llama."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once: [B, K, S, D] a layer.
+
+    Prompts of different lengths stand left-aligned. A row's tokens are written at their own positions, and a query
+    sees the keys up to its own position, so what right padding leaves behind is overwritten before it is ever seen.
+    """
+
+    def __init__(self, config, batch_size, max_length, dtype, device):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def write(self, layer, key, value, positions):
+        """Stores key and value [B, K, T, D] at positions [B, T]; returns this layer's keys and values so far."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        length = int(positions.max()) + 1
+        self.keys[layer][rows, :, positions] = key.transpose(1, 2)
+        self.values[layer][rows, :, positions] = value.transpose(1, 2)
+        return self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with K key-value heads for H query heads (GQA: Ainslie et al., arXiv 2305.13245)."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.index, self.head_dim, self.grouped = index, D, H != K
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+
+    def forward(self, x, rotary, cache=None, positions=None):
+        B, T, _ = x.shape
+        query, key, value = (projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H|K T D
+                             for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        mask = None
+        if cache is not None:
+            key, value = cache.write(self.index, key, value, positions)  # B K S D
+            mask = torch.arange(key.shape[2], device=x.device) <= positions[:, None, :, None]  # B 1 T S
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.grouped)  # B H T D
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, hidden, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, hidden, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(hidden, C, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids, cache=None, positions=None):
+        x = self.embed_tokens(input_ids)  # B T C
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=x.device).expand(input_ids.shape)  # B T
+        cos, sin = rotary_table(self.config, positions[:1] if cache is None else positions, x.dtype)
+        rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, use_reentrant=False)
+            else:
+                x = layer(x, rotary, cache, positions)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """The decoder with its output head.
+
+    `forward(input_ids)` gives logits [B, T, V]. `forward(input_ids, targets)` gives the summed negative
+    log-likelihood (a scalar in nats, fp32) of the targets [B, T] that are not IGNORE_INDEX: targets[b, t] is the
+    token expected after input_ids[b, t]. The head runs only there, and in slices, so that the logits of a long
+    batch never exist at once.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Makes the head and the embedding one parameter where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Fills the weights for training from scratch: normal with `initializer_range`, norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def forward(self, input_ids, targets=None, cache=None, positions=None):
+        hidden = self.model(input_ids, cache, positions)  # B T C
+        if targets is None:
+            return self.lm_head(hidden)  # B T V
+        wanted = targets != IGNORE_INDEX
+        hidden, targets = hidden[wanted], targets[wanted]  # N C, N
+        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
+        if len(targets) <= rows:
+            return self.negative_log_likelihood(hidden, targets)
+        return sum(checkpoint(self.negative_log_likelihood, *chunk, use_reentrant=False)
+                   for chunk in zip(hidden.split(rows), targets.split(rows)))
+
+    def negative_log_likelihood(self, hidden, targets):
+        """Summed over the rows of hidden [N, C] for targets [N]."""
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+
+
+def parameter_shapes(config):
+    """Name -> shape of every parameter of a model, in its own order and a tied head left out; takes no memory."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}

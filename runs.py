@@ -1,0 +1,92 @@
+"""Run directories: what a run is made of, whether it is finished, and its log of steps.
+
+A stage is whole or absent. Training works in `<out>.partial/`, which takes the name `<out>` when the final weights are
+on disk; `run.json` in either says what the run is made of.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from model.files import UserError, explain_os_errors, read_json, write_json
+
+# Settings that change how a run is carried out, but none of its numbers.
+OPERATIONAL = {"out", "init", "data", "micro_batch_tokens", "gradient_checkpointing", "logging_steps",
+               "save_total_limit", "local_rank", "zero"}
+PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
+
+
+def git_commit():
+    """The commit of this program, with "-dirty" where files were changed since; None outside a repository."""
+    try:
+        describe = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
+                                  cwd=Path(__file__).parent, capture_output=True, check=True)
+        return describe.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(settings, parent_digest, data_digest):
+    """What run.json says of a run before it starts: `settings` is a dict, the digests name what it was made from."""
+    return {"settings": settings, "parent_digest": parent_digest, "data_digest": data_digest, "commit": git_commit(),
+            "python": sys.version.split()[0], "versions": {name: version(name) for name in PACKAGES}}
+
+
+def differences(run, path):
+    """How a run differs from the one recorded in a run.json, as sentences; an empty list where it does not."""
+    recorded = read_json(path)
+    old, new = recorded.get("settings", {}), run["settings"]
+    found = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+             for name in sorted((old.keys() | new.keys()) - OPERATIONAL) if old.get(name) != new.get(name)]
+    return found + [f"{what} ({recorded.get(key)!s:.12} there, {run[key]!s:.12} here)"
+                    for key, what in (("parent_digest", "it started from other weights"),
+                                      ("data_digest", "it was trained on other data")) if recorded.get(key) != run[key]]
+
+
+def open_run(out, run):
+    """Claims the directory of a run. Returns (directory, finished).
+
+    A finished run of the same settings is returned as it is; otherwise `<out>.partial/` is made, with run.json in it.
+    Raises UserError where either belongs to a run with other settings.
+    """
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    if out.exists() and not (out / "run.json").exists():
+        raise UserError(f"{out} exists and is no run of this program: remove it or choose another --out")
+    for directory in (out, partial):
+        if (directory / "run.json").exists() and (found := differences(run, directory / "run.json")):
+            raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
+                            "Choose another --out, or remove it to train anew")
+    if not out.exists():
+        with explain_os_errors(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / "run.json", run)
+    return (out, True) if out.exists() else (partial, False)
+
+
+def finish_run(out, partial, run):
+    """Gives a run whose final weights are on disk its name, with the result in run.json."""
+    write_json(partial / "run.json", run)
+    with explain_os_errors(out):
+        shutil.rmtree(partial / "resume", ignore_errors=True)
+        partial.rename(out)
+
+
+class StepLog:
+    """metrics.jsonl of a run: one JSON object a step, written through at once. Other ranks than 0 pass None."""
+
+    def __init__(self, directory):
+        self.file = None
+        if directory is not None:
+            with explain_os_errors(directory):
+                self.file = open(Path(directory) / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+
+    def write(self, **values):
+        if self.file:
+            with explain_os_errors(self.file.name):
+                self.file.write(json.dumps(values) + "\n")
+                self.file.flush()
+                os.fsync(self.file.fileno())

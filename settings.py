@@ -1,0 +1,169 @@
+"""Settings of the scripts: a frozen dataclass, overridden by TOML files, overridden by flags.
+
+Every script declares its settings as a dataclass whose fields carry a default and a help text, and calls `run`. All
+problems (unknown keys, values of the wrong type, contradictions) are reported together, in one line.
+"""
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+from model.files import UserError
+
+ROOT = Path(__file__).parent
+CONFIGS = ROOT / "configs"
+
+
+def setting(default, help):
+    """A field of a settings dataclass: its default and what `--help` says about it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def known(kind):
+    """Names of the tasks or sizes that have a file in configs/: known("task") -> ["empd", …]."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.toml"))
+
+
+def unknown_name(kind, name):
+    """A list with the sentence that says that no task or size has this name; empty where one has it."""
+    return [] if name in known(kind) else [f"unknown {kind} {name!r}, expected one of {', '.join(known(kind))}"]
+
+
+def read_toml(path):
+    """The tables of a TOML file, or a UserError that says where it is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the config file {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+
+
+def read_config(kind, name):
+    """The tables of configs/<kind>/<name>.toml, for a known task or size."""
+    if problem := unknown_name(kind, name):
+        raise UserError(problem[0])
+    return read_toml(CONFIGS / kind / f"{name}.toml")
+
+
+ACCEPTED = {int: (int, str), float: (int, float, str), bool: (bool, str), str: (str,)}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def convert(name, value, kind):
+    """A value from a TOML file or a flag (a string) as a field's type; ValueError where it does not fit.
+
+    Types: int, float, bool, str, a Literal of some, and each of them `| None` (the flag's value "none").
+    """
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        if value == "none":
+            return None
+    choices = typing.get_args(kind)
+    base = type(choices[0]) if choices else kind
+    try:
+        if type(value) not in ACCEPTED[base]:
+            raise ValueError
+        result = {"true": True, "false": False, True: True, False: False}[value] if base is bool else base(value)
+        if choices and result not in choices:
+            raise ValueError
+    except (KeyError, ValueError):
+        expected = "one of " + ", ".join(map(str, choices)) if choices else EXPECTED[base]
+        raise ValueError(f"{name} is {value!r}, expected {expected}") from None
+    return result
+
+
+def overlay(values, given, where, fields, problems):
+    """Puts the given values over the earlier ones; what is unknown or of the wrong type is added to `problems`."""
+    for name, value in given.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            problems.append(f"unknown setting {name!r} in {where}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            continue
+        try:
+            values[name] = convert(name, value, fields[name].type)
+        except ValueError as error:
+            problems.append(f"{error} (in {where})")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its own errors in our form: one line, no usage text."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def load(cls, argv, description, prog=None):
+    """An instance of the settings dataclass `cls` from the command line.
+
+    `--config FILE` may be given several times; later files win, and flags win over files. Where the class has the
+    fields `size` and `phase`, the table [phase] of configs/size/<size>.toml lies between the files and the flags.
+    The class may have a method `problems()` that returns what contradicts what, as sentences. Raises UserError.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    parser = Parser(prog, description=description, allow_abbrev=False, add_help=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--help", "-h", action="help", help="show this text")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="TOML file with settings")
+    for name, field in fields.items():
+        default = f" (default: {field.default})" if field.default is not None else ""
+        kind = {"nargs": "?", "const": "true"} if field.type is bool else {}
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, metavar="X",
+                            help=field.metadata["help"].replace("%", "%%") + default, **kind)
+    flags, rest = parser.parse_known_args(argv)
+    flags = vars(flags)
+    values, problems = {}, [f"unknown flag {word!r}" for word in rest if word.startswith("-")]
+    problems += [f"{word!r} belongs to no flag" for word in rest if not word.startswith("-")] if not problems else []
+    for path in flags.pop("config"):
+        overlay(values, read_toml(path), path, fields, problems)
+    given = {}
+    overlay(given, flags, "the flags", fields, problems)
+    defaults = {name: field.default for name, field in fields.items()}
+    size, phase = ({**defaults, **values, **given}.get(name) for name in ("size", "phase"))
+    if "size" in fields and size is not None:
+        if problem := unknown_name("size", size):
+            problems += problem
+        elif phase is not None:
+            tables = read_config("size", size)
+            if phase in tables:
+                overlay(values, tables[phase], f"configs/size/{size}.toml [{phase}]", fields, problems)
+            else:
+                problems.append(f"the size {size} has no recipe [{phase}]: it starts from published weights")
+    values |= given
+    if not problems and hasattr(cls, "problems"):
+        problems = cls(**values).problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    return cls(**values)
+
+
+def run(commands, description):
+    """Runs a script: parses the settings, calls its function, and turns a UserError into one line and status 2.
+
+    commands: a pair (settings dataclass, function), or a mapping from the script's sub-commands to such pairs.
+    With DEBUG=1 in the environment the traceback is shown as well.
+    """
+    argv, prog = sys.argv[1:], Path(sys.argv[0]).name
+    try:
+        if isinstance(commands, dict):
+            if not argv or argv[0] not in commands:
+                asked = argv and argv[0] in ("-h", "--help")
+                print(f"{description}\ncommands: {', '.join(commands)}; `{prog} COMMAND --help` lists the settings",
+                      file=sys.stdout if asked else sys.stderr)
+                sys.exit(0 if asked else 2)
+            prog, (cls, function), argv = f"{prog} {argv[0]}", commands[argv[0]], argv[1:]
+        else:
+            cls, function = commands
+        function(load(cls, argv, description, prog))
+    except UserError as error:
+        if os.environ.get("DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,398 @@
+"""Trains a model: one explicit DeepSpeed loop, for pretraining and for fine-tuning.
+
+    python train.py --config configs/train/finetune.toml --task simp --init runs/tiny/stack/m0 \\
+        --data data/prepared/sample/simp.json --out runs/tiny/stack/m1-simp
+    torchrun --nproc_per_node 8 train.py …        deepspeed --num_gpus 8 train.py …        (the same flags)
+
+What the two uses differ in is passed in: the samples (a task's, or slices of a text), the weights (read, or new), the
+schedule. A step is a function of (seed, step) alone: neither the number of processes nor the size of the micro-batches
+changes which samples it sees or what it minimises, the mean negative log-likelihood over all target tokens of the
+global batch.
+"""
+import dataclasses
+import math
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import settings
+from batches import (TaskData, TokenShards, count_tokens, data_digest, encode_prompts, global_batch, micro_batches,
+                     read_task)
+from distributed import Processes
+from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_model, locate, write_checkpoint
+from model.config import ModelConfig
+from model.files import UserError, new_directory, read_json
+from model.generate import greedy
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from runs import StepLog, describe, finish_run, open_run
+from settings import CONFIGS, read_config, setting
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of one training run; the published fine-tuning runs' values are the defaults where they had one."""
+    task: str | None = setting(None, "task to fine-tune on (a file in configs/task); none: pretraining on text")
+    size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and the recipe")
+    phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "which table of the size's file to read")
+    init: str | None = setting(None, "checkpoint to start from, a directory or a Hub id; none: new weights")
+    data: str | None = setting(None, "preprocessed task file, or directory of token shards")
+    out: str | None = setting(None, "directory of the run")
+    seed: int = setting(42, "seed of new weights and of the order of the samples")
+    # the batch
+    global_batch_size: int = setting(32, "samples in a step, over all processes")
+    micro_batch_tokens: int = setting(4096, "most padded tokens in a micro-batch; changes memory and speed, not numbers")
+    seq_length: int = setting(1024, "tokens in a pretraining sample")
+    max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
+    max_target_length: int = setting(256, "most tokens of a target, <eos> included")
+    train_on_source: bool = setting(False, "let the loss fall on the prompt as well")
+    # how long
+    num_train_epochs: float = setting(3.0, "passes over the data")
+    max_steps: int | None = setting(None, "steps, in place of the epochs")
+    max_tokens: int | None = setting(None, "tokens to pretrain on, in place of the epochs")
+    max_train_samples: int | None = setting(None, "use only the first N training samples")
+    max_eval_samples: int | None = setting(None, "use only the first N evaluation samples")
+    skip_samples: int = setting(0, "start this many samples into the stream, where an earlier run stopped")
+    # the optimizer
+    learning_rate: float = setting(2e-5, "peak learning rate")
+    lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "rate after the warm-up")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    min_lr_ratio: float = setting(0.0, "last learning rate, as a share of the peak")
+    decay_ratio: float = setting(0.2, "share of the steps in which wsd decays")
+    weight_decay: float = setting(0.0, "decoupled weight decay of the matrices; norms and biases have none")
+    adam_beta1: float = setting(0.9, "decay rate of the first moment")
+    adam_beta2: float = setting(0.999, "decay rate of the second moment")
+    adam_epsilon: float = setting(1e-8, "added to the root of the second moment")
+    max_grad_norm: float = setting(0.3, "clip the gradient to this norm; 0: do not")
+    # how it is computed
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
+    zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
+    gradient_checkpointing: bool = setting(False, "recompute the blocks in the backward pass: less memory, 1/3 more work")
+    local_rank: int | None = setting(None, "set by the deepspeed launcher")
+    # what is written
+    eval_steps: int = setting(300, "evaluate every N steps; before the first and after the last in any case")
+    logging_steps: int = setting(10, "print every N steps; metrics.jsonl has every one")
+    save_total_limit: int = setting(1, "epochs' checkpoints to keep beside the final weights")
+
+    def problems(self):
+        """What contradicts what, as sentences."""
+        found = [f"--{name} is missing" for name in ("data", "out") if getattr(self, name) is None]
+        if self.task is not None:
+            found += settings.unknown_name("task", self.task)
+        if self.init is None and self.size is None:
+            found.append("neither --init nor --size says which model to train")
+        if self.task is not None and self.init is None:
+            found.append("fine-tuning needs a checkpoint to start from: give --init")
+        if self.max_steps is not None and self.max_tokens is not None:
+            found.append("max_steps and max_tokens both say how long to train: give one")
+        if self.max_tokens is not None and self.task is not None:
+            found.append("max_tokens is for pretraining; for fine-tuning give num_train_epochs or max_steps")
+        found += [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
+                  (("global_batch_size", 1), ("micro_batch_tokens", 1), ("seq_length", 2), ("max_source_length", 16),
+                   ("max_target_length", 2), ("max_steps", 1), ("max_tokens", 1), ("max_train_samples", 1),
+                   ("max_eval_samples", 1), ("eval_steps", 1), ("logging_steps", 1), ("warmup_steps", 0),
+                   ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0))
+                  if getattr(self, name) is not None and getattr(self, name) < least]
+        found += [f"{name} is {getattr(self, name)}, expected a number above 0"
+                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon") if not getattr(self, name) > 0]
+        found += [f"{name} is {getattr(self, name)}, expected a number from 0 to 1"
+                  for name in ("min_lr_ratio", "decay_ratio", "adam_beta1", "adam_beta2")
+                  if not 0 <= getattr(self, name) <= 1]
+        if self.zero == 0 and self.dtype in ("bf16", "auto") and weights_dtype(self) == "bf16":
+            found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or more")
+        return found
+
+
+def learning_rate(s, step, steps):
+    """The rate of a step (0 ≤ step < steps): linear warm-up, then constant, cosine, linear or WSD decay to
+    min_lr_ratio. WSD (warm-up, stable, decay): Hu et al., arXiv 2404.06395."""
+    warm = min(1.0, (step + 1) / (s.warmup_steps + 1))
+    done = max(0, step - s.warmup_steps) / max(1, steps - s.warmup_steps)  # share of what follows the warm-up, [0, 1)
+    left = {"constant": 1.0,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "linear": 1 - done,
+            "wsd": min(1.0, (steps - step) / max(1.0, s.decay_ratio * steps))}[s.lr_scheduler_type]
+    return s.learning_rate * warm * (s.min_lr_ratio + (1 - s.min_lr_ratio) * left)
+
+
+def main(s):
+    """One run, from settings to a finished checkpoint."""
+    with Processes() as world:
+        source, run, directory, finished = world.on_main(lambda: prepare(s))
+        if finished:
+            world.say(f"{directory} is finished already, nothing to do")
+            return world.on_main(lambda: print_result(directory))
+        source = locate(s.init) if s.init else source  # a Hub id: rank 0 has downloaded it, this node has it too now
+        tokenizer, model = build_model(s, source, world.device)
+        data = load_data(s, tokenizer, model.config, world)
+        engine = build_engine(s, model, world)
+        log = StepLog(directory if world.rank == 0 else None)
+
+        losses = train(s, engine, data, tokenizer, world, log, directory)
+        run["result"] = {"eval_loss_before": losses[0], "eval_loss_after": losses[-1],
+                         "examples": decode_examples(s, engine.module, data["test"], tokenizer)}
+        save(engine, directory, tokenizer, world)
+        world.on_main(lambda: finish_run(s.out, directory, run))
+        world.on_main(lambda: print_result(s.out))
+
+
+def prepare(s):
+    """Rank 0's work before anything is loaded: finds the weights, checks them, claims the run's directory.
+
+    Returns (directory of the weights or tokenizer, what run.json will say, the run's directory, finished).
+    """
+    if not Path(s.data).exists():
+        raise UserError(f"{s.data} does not exist: make it with data_prep.py, or `make data`")
+    source = locate(s.init) if s.init else Path(s.data)
+    config = ModelConfig.read(source / "config.json") if s.init else new_config(s, Tokenizer(source))
+    check_vocabulary(source, config)
+    if s.init:
+        Weights(source).check(config)
+    longest = s.max_source_length + s.max_target_length if s.task else s.seq_length
+    if longest > config.max_position_embeddings:
+        names = "max_source_length + max_target_length" if s.task else "seq_length"
+        raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
+                        f"{config.max_position_embeddings}: lower it")
+    run = describe(dataclasses.asdict(s), checkpoint_digest(source) if s.init else None, data_digest(s.data))
+    return source, run, *open_run(s.out, run)
+
+
+def new_config(s, tokenizer):
+    """The shape of new weights: the size's, or for phase "base" that of the shallow model which is grown later."""
+    tables = read_config("size", s.size)
+    if "model" not in tables:
+        raise UserError(f"the size {s.size} has no recipe: it starts from published weights, give --init")
+    shape = dict(tables["model"])
+    if s.phase == "base":
+        shape["num_hidden_layers"], rest = divmod(shape["num_hidden_layers"], tables["growth"]["factor"])
+        if rest:
+            raise UserError(f"configs/size/{s.size}.toml: num_hidden_layers is no multiple of the growth factor")
+    return ModelConfig(**shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+
+
+def build_model(s, source, device):
+    """The tokenizer and the model, on `device` and in the dtype of the run."""
+    tokenizer, dtype = Tokenizer(source), torch.bfloat16 if weights_dtype(s) == "bf16" else torch.float32
+    if s.init:
+        model = load_model(source, dtype, device)
+    else:
+        model = Transformer(new_config(s, tokenizer))
+        model.init_weights(s.seed)
+        model.to(device=device, dtype=dtype)
+    model.model.gradient_checkpointing = s.gradient_checkpointing
+    return tokenizer, model.train()
+
+
+def zero_stage(s, world):
+    """The ZeRO stage of the run: as set, or the cheapest one that its dtype and processes allow."""
+    return s.zero if s.zero is not None else 0 if world.size == 1 and weights_dtype(s) == "fp32" else 1
+
+
+def weights_dtype(s):
+    """"bf16" or "fp32"; auto is bf16 where the hardware multiplies bf16 matrices."""
+    if s.dtype != "auto":
+        return s.dtype
+    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def load_data(s, tokenizer, config, world):
+    """The samples: {"train", "eval"} to index, and for a task {"test"}, its raw items."""
+    if s.task:
+        splits, dropped = read_task(s.data)
+        if dropped:
+            world.say(f"{dropped} samples of {s.data} have no target and are left out")
+        lengths = s.max_source_length, s.max_target_length
+        data = {"train": TaskData(splits["train"][:s.max_train_samples], tokenizer, *lengths, s.train_on_source),
+                "eval": TaskData(splits["eval"][:s.max_eval_samples], tokenizer, *lengths),
+                "test": splits["test"]}
+    else:
+        data = {"train": TokenShards(s.data, "train", s.seq_length),
+                "eval": TokenShards(s.data, "val", s.seq_length), "test": []}
+    if s.task and tokenizer.eos_id is None:
+        raise UserError(f"{tokenizer.directory} names no end-of-text token: add eos_token_id to its config.json")
+    world.say(f"model: {config.num_parameters:,} parameters, {config.num_hidden_layers} layers, "
+              f"{weights_dtype(s)} on {world.size} × {world.device.type}; "
+              f"{len(data['train']):,} training samples, {len(data['eval']):,} to evaluate on")
+    return data
+
+
+def build_engine(s, model, world):
+    """The DeepSpeed engine: AdamW on two groups, since only matrices decay, under the ZeRO stage of the run.
+
+    Master weights, moments and accumulated gradients are fp32. DeepSpeed's own schedule and loss scaling by
+    accumulation steps are not used: the loop below sets the rate and the weight of each micro-batch.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    import deepspeed
+    deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed would compile a C++ library for shared-memory reductions on CPUs; gloo does without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
+    zero = zero_stage(s, world)
+    config = read_json(CONFIGS / "deepspeed" / f"zero{zero}.json") | {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # the loop decides, see step()
+        "gradient_clipping": s.max_grad_norm if zero else 0.0,  # without ZeRO the loop clips itself
+        "bf16": {"enabled": weights_dtype(s) == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def train(s, engine, data, tokenizer, world, log, directory):
+    """The loop. Returns the eval losses: before the first step, at every eval_steps-th, after the last."""
+    size = len(data["train"])
+    samples = s.max_steps * s.global_batch_size if s.max_steps else \
+        s.max_tokens // s.seq_length if s.max_tokens else round(s.num_train_epochs * size)
+    steps = math.ceil(samples / s.global_batch_size)
+    losses, tokens, seconds = [evaluate(s, engine, data["eval"], world)], 0, 0.0
+    log.write(step=0, eval_loss=losses[0])
+    world.say(f"eval loss before: {losses[0]:.4f}")
+    for step in range(steps):
+        began = time.perf_counter()
+        start = s.skip_samples + step * s.global_batch_size
+        stop = min(start + s.global_batch_size, s.skip_samples + samples)
+        indices = global_batch(s.seed, size, start, stop)
+        batch = [data["train"][index] for index in indices]
+        rate = learning_rate(s, step, steps)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        loss, norm, padding = take_step(s, engine, batch, world)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(stop_message(step + 1, loss, norm, indices, directory))
+
+        took = time.perf_counter() - began
+        read, _ = count_tokens(batch)
+        tokens, seconds = tokens + read, seconds + took
+        log.write(step=step + 1, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, tokens_per_s=read / took,
+                  elapsed=seconds, padding=padding)
+        last = step + 1 == steps
+        if (step + 1) % s.logging_steps == 0 or step == 0 or last:
+            world.say(f"step {step + 1:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  norm {norm:7.3f}  "
+                      f"{tokens / seconds:9,.0f} tokens/s  padding {padding:5.1%}  "
+                      f"left {clock(seconds / (step + 1) * (steps - step - 1))}")
+        if (step + 1) % s.eval_steps == 0 or last:
+            losses.append(evaluate(s, engine, data["eval"], world))
+            log.write(step=step + 1, eval_loss=losses[-1])
+            world.say(f"step {step + 1}/{steps}  eval loss {losses[-1]:.4f}")
+        if stop // size > start // size and not last:
+            save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
+            world.on_main(lambda: prune(directory, s.save_total_limit))
+    return losses
+
+
+def take_step(s, engine, samples, world):
+    """One optimizer step on a global batch. Returns (mean loss, gradient norm before clipping, share of padding).
+
+    Every micro-batch adds the gradient of its summed negative log-likelihood over the target tokens of the whole
+    global batch. DeepSpeed averages gradients over the processes, which the factor `world.size` undoes. A loss or
+    norm that is not finite is returned before the optimizer has changed a weight.
+    """
+    read, wanted = count_tokens(samples)
+    batches = micro_batches(samples, s.micro_batch_tokens, world.rank, world.size)
+    nll = torch.zeros((), device=world.device)
+    for index, (input_ids, targets) in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        part = engine(input_ids.to(world.device), targets.to(world.device))
+        engine.backward(part * (world.size / wanted), scale_wrt_gas=False)
+        nll += part.detach()
+    loss = world.sum(nll) / wanted
+    padding = 1 - read / world.sum(torch.tensor(sum(input_ids.numel() for input_ids, _ in batches)))
+    if not math.isfinite(loss):
+        return loss, math.nan, padding
+    if not engine.zero_optimization():
+        norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), s.max_grad_norm or math.inf))
+        if not math.isfinite(norm):
+            return loss, norm, padding
+    engine.step()  # ZeRO skips the optimizer where the norm is not finite
+    return loss, float(engine.get_global_grad_norm()) if engine.zero_optimization() else norm, padding
+
+
+@torch.no_grad()
+def evaluate(s, engine, data, world):
+    """Mean negative log-likelihood of the target tokens of all samples of a split, in nats."""
+    nll, wanted = torch.zeros((), device=world.device), 0
+    count = min(len(data), s.max_eval_samples or len(data))
+    for start in range(0, count, 256):
+        samples = [data[index] for index in range(start, min(start + 256, count))]
+        wanted += count_tokens(samples)[1]
+        for input_ids, targets in micro_batches(samples, s.micro_batch_tokens, world.rank, world.size):
+            nll += engine.module(input_ids.to(world.device), targets.to(world.device))
+    return world.sum(nll) / wanted if wanted else math.nan
+
+
+def decode_examples(s, model, items, tokenizer):
+    """The first three test items, decoded greedily: a list of {input, output, prediction}."""
+    items = items[:3]
+    if not items:
+        return []
+    prompts = encode_prompts(tokenizer, [item["input"] for item in items], s.max_source_length)
+    decoded = greedy(model, prompts, min(64, s.max_target_length), tokenizer.eos_id)
+    return [{"input": item["input"], "output": item["output"], "prediction": tokenizer.decode(ids).strip()}
+            for item, ids in zip(items, decoded)]
+
+
+def save(engine, directory, tokenizer, world):
+    """Writes the weights as a checkpoint into `directory`, which is made whole or not at all if it is not there.
+
+    Under ZeRO-3 every process takes part, since a tensor is gathered from all of them, one at a time.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    def tensors():
+        for name, parameter in engine.module.named_parameters():
+            with GatheredParameters([parameter], enabled=engine.zero_optimization_partition_weights()):
+                yield name, parameter.detach()
+
+    if world.rank == 0:
+        with nullcontext(directory) if directory.exists() else new_directory(directory) as folder:
+            write_checkpoint(folder, engine.module.config, tensors(), tokenizer.directory)
+    else:
+        for _ in tensors():
+            pass
+
+
+def prune(directory, limit):
+    """Removes the oldest epochs' checkpoints beyond the limit."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    for path in found[:len(found) - limit]:
+        shutil.rmtree(path)
+
+
+def stop_message(step, loss, norm, indices, directory):
+    """What to say when the loss or the gradient's norm is not finite."""
+    kept = sorted(directory.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    return (f"step {step} was stopped before the optimizer: loss {loss}, gradient norm {norm}; samples {indices}; "
+            f"last good checkpoint: {kept[-1] if kept else 'the one that the run started from'}. "
+            "Try a lower learning_rate, more warmup_steps or dtype fp32")
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def print_result(out):
+    """Prints what a finished run came to: three test examples, eval loss before and after, the path."""
+    result = read_json(Path(out) / "run.json")["result"]
+    for index, example in enumerate(result["examples"], 1):
+        for name, text in (("input", example["input"]), ("reference", example["output"]),
+                           ("model", example["prediction"])):
+            print(f"example {index} {name:>9}: {' '.join(text.split())}")
+    print(f"eval loss before {result['eval_loss_before']:.4f}, after {result['eval_loss_after']:.4f}")
+    print(f"checkpoint: {out}", flush=True)
+
+
+if __name__ == "__main__":
+    settings.run((TrainSettings, main), __doc__)
