@@ -44,6 +44,7 @@ def explain_os_errors(path):
     """Turns a full disk, a read-only place or a missing permission into a UserError that names `path`."""
     reasons = {
         errno.ENOSPC: "the disk is full: free some space and run the same command again",
+        errno.EFBIG: "the file is larger than allowed here (see ulimit -f)",
         errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EACCES: "permission denied: choose a folder that you may write to",

@@ -1,0 +1,85 @@
+"""Small checkpoints and a way to run the scripts as a user does. Everything is offline and deterministic."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+               "TRANSFORMERS_VERBOSITY": "error"}
+
+import pytest
+import torch
+
+from data_prep import train_tokenizer
+from model.checkpoint import write_checkpoint
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+         "bos_token_id": 1, "eos_token_id": 2}
+
+
+def random_model(seed=0, **shape):
+    """A model with random weights, of a size that shows in the logits."""
+    model = Transformer(ModelConfig(**SHAPE | shape))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def sample_texts(task="simp"):
+    """The source texts of a task of data/sample."""
+    folder = {"simp": "wiki_auto", "empd": "empathetic_dialogues", "inqqg": "eli5"}[task]
+    return [text for path in sorted((ROOT / "data/sample" / folder).glob("*.json"))
+            for text in json.loads(path.read_text())["src"]]
+
+
+def run_script(*words, check=True, launcher=(), **environment):
+    """Runs `python <words>` in the project, without transformers and with one thread a process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests/without_transformers"), "OMP_NUM_THREADS": "1",
+                                **environment}
+    command = [*launcher, *map(str, words)] if launcher else [sys.executable, *map(str, words)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def error_line(result):
+    """The one line that a refused command prints; checks the status and that there is no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    """A directory with a byte-level BPE tokenizer of 512 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(sample_texts(), SHAPE["vocab_size"], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer_dir, tmp_path_factory):
+    """A checkpoint directory: random weights, two layers, grouped-query attention, and the tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = random_model()
+    write_checkpoint(folder, model.config, model.named_parameters(), tokenizer_dir)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simp_file(tmp_path_factory):
+    """The sample's Simp task, preprocessed by the script."""
+    path = tmp_path_factory.mktemp("prepared") / "simp.json"
+    run_script("data_prep.py", "task", "--task", "simp", "--folder_path", "data/sample", "--output_path", path)
+    return path

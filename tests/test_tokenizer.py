@@ -1,0 +1,76 @@
+"""Tokenization against transformers."""
+import json
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from model.files import UserError
+from model.tokenizer import Tokenizer
+from tests.conftest import sample_texts
+
+
+@pytest.fixture(scope="module")
+def texts():
+    extra = ["", " two  spaces ", "line\nbreak\t tab", "naïve café — 東京 🙂", "</s> inside", "x" * 300]
+    return sample_texts("simp") + sample_texts("empd") + sample_texts("inqqg") + extra
+
+
+@pytest.fixture(scope="module")
+def spm_dir(tmp_path_factory, texts):
+    """A directory with a SentencePiece model as Llama's: BPE, byte fallback, a dummy prefix."""
+    folder = tmp_path_factory.mktemp("spm")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=800, model_type="bpe",
+        byte_fallback=True, character_coverage=0.999, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
+    return folder
+
+
+def test_tokenizer_json_equals_transformers(tokenizer_dir, texts):
+    ours, theirs = Tokenizer(tokenizer_dir), AutoTokenizer.from_pretrained(tokenizer_dir)
+    assert len(texts) > 450
+    expected = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    assert ours.encode_batch(texts) == expected
+    assert [ours.encode(text) for text in texts] == expected
+    assert [ours.decode(ids) for ids in expected] == [theirs.decode(ids, skip_special_tokens=True) for ids in expected]
+    assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, None, len(theirs))
+
+
+def test_sentencepiece_equals_transformers(spm_dir, texts):
+    ours, theirs = Tokenizer(spm_dir), LlamaTokenizer.from_pretrained(spm_dir)
+    texts = [text for text in texts if "</s>" not in text]  # transformers reads the end token out of the text itself
+    expected = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    assert sum(map(len, expected)) > 10_000
+    assert ours.encode_batch(texts) == expected
+    assert [ours.encode(text) for text in texts] == expected
+    assert [ours.decode(ids) for ids in expected] == [theirs.decode(ids, skip_special_tokens=True) for ids in expected]
+    assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, None, 800)
+
+
+def test_special_ids_come_from_the_directorys_own_files(spm_dir, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((spm_dir / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<s>"}, "pad_token": "<unk>"}))
+    assert (Tokenizer(tmp_path).eos_id, Tokenizer(tmp_path).pad_id) == (1, 0)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7, "pad_token_id": None}))
+    assert (Tokenizer(tmp_path).eos_id, Tokenizer(tmp_path).pad_id) == (7, 0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
+    assert Tokenizer(tmp_path).eos_id == 9
+
+
+def test_ids_beyond_the_tokenizer_leave_no_trace(spm_dir):
+    """Fine-tuned checkpoints of the original tool have one more token, for padding."""
+    ours = Tokenizer(spm_dir)
+    ids = ours.encode("a small house")
+    assert ours.decode([*ids, 800]) == "a small house"
+
+
+def test_bad_directories(tmp_path):
+    with pytest.raises(UserError, match=r"holds no tokenizer: expected tokenizer\.json or tokenizer\.model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,120 @@
+"""The decoder against transformers' Llama, in fp32."""
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import model.transformer
+from model.transformer import IGNORE_INDEX, KVCache
+from tests.conftest import SHAPE, random_model
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+VARIANTS = {
+    "grouped": {},
+    "multi-query": {"num_key_value_heads": 1},
+    "full": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 16},
+    "theta": {"rope_theta": 500.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": LLAMA3},
+}
+
+
+def twins(**shape):
+    """Our model and transformers', with the same weights."""
+    ours = random_model(**shape)
+    given = SHAPE | shape
+    rope = given.pop("rope_scaling", None) or {"rope_type": "default"}
+    theirs = LlamaForCausalLM(LlamaConfig(**given, rope_parameters=rope | {"rope_theta": given.get("rope_theta", 1e4)}))
+    state = ours.state_dict()
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not missing
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("shape", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_transformers(shape):
+    ours, theirs = twins(**shape)
+    ids = torch.randint(SHAPE["vocab_size"], (2, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.abs().max() > 1
+        torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+def padded_batch():
+    """Input ids, targets and transformers' labels and mask of three rows of different lengths."""
+    generator, lengths, first = torch.Generator().manual_seed(2), (40, 33, 7), (25, 10, 3)
+    ids = torch.randint(3, SHAPE["vocab_size"], (3, 41), generator=generator)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    mask = torch.zeros_like(ids)
+    for row, (length, start) in enumerate(zip(lengths, first)):
+        labels[row, start:length + 1] = ids[row, start:length + 1]
+        mask[row, :length + 1] = 1
+    return ids[:, :-1], labels[:, 1:], ids, labels, mask
+
+
+@pytest.mark.parametrize("shape", [VARIANTS[name] for name in ("grouped", "tied", "biases", "llama3")])
+def test_loss_and_gradients_equal_transformers(shape):
+    ours, theirs = twins(**shape)
+    input_ids, targets, ids, labels, mask = padded_batch()
+    loss = ours(input_ids, targets) / (targets != IGNORE_INDEX).sum()
+    loss.backward()
+    expected = theirs(ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        scale = reference[name].grad.abs().max()
+        assert scale > 0, name
+        assert (parameter.grad - reference[name].grad).abs().max() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize("change", ["chunks", "gradient_checkpointing"])
+def test_memory_savers_change_nothing(change, monkeypatch):
+    plain, saving = random_model(), random_model()
+    input_ids, targets, *_ = padded_batch()
+    plain(input_ids, targets).backward()
+    if change == "chunks":
+        monkeypatch.setattr(model.transformer, "LOGITS_PER_CHUNK", 5 * SHAPE["vocab_size"])
+    else:
+        saving.model.gradient_checkpointing = True
+    heads = []
+    saving.lm_head.register_forward_hook(lambda module, args, out: heads.append(len(out)))
+    saving(input_ids, targets).backward()
+    wanted = int((targets != IGNORE_INDEX).sum())
+    assert max(heads) == (5 if change == "chunks" else wanted)
+    for ours, expected in zip(saving.parameters(), plain.parameters()):
+        assert (ours.grad - expected.grad).abs().max() < 1e-5 * expected.grad.abs().max()
+
+
+def test_no_target_has_zero_loss_and_gradient():
+    ours = random_model()
+    loss = ours(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in ours.parameters())
+
+
+def test_cache_gives_the_logits_of_the_whole_sequence():
+    ours = random_model()
+    ids = torch.randint(SHAPE["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = ours(ids)
+        cache = KVCache(ours.config, 2, 30, torch.float32, "cpu")
+        pieces = [ours(ids[:, start:stop], cache=cache, positions=torch.arange(start, stop).expand(2, -1))
+                  for start, stop in ((0, 17), (17, 18), (18, 25), (25, 30))]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-5, rtol=0)
+
+
+def test_parameter_count():
+    from model.config import ModelConfig
+    for shape in ({}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16}):
+        ours = random_model(**shape)
+        assert ours.config.num_parameters == sum(parameter.numel() for parameter in ours.parameters())
+    published = ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                            num_attention_heads=32, num_key_value_heads=8)
+    assert published.num_parameters == 5_933_109_248
