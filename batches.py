@@ -60,10 +60,11 @@ def encode_prompts(tokenizer, sources, max_length):
 class TokenShards:
     """One split ("train" or "val") of a directory of token shards, as samples of `seq_length` tokens.
 
-    Every token but the first of the text is a target once. The shards stay on disk, memory-mapped.
+    Every token but the first of the text is a target once. The shards stay on disk, memory-mapped. `limit` is the
+    most samples that are used.
     """
 
-    def __init__(self, directory, split, seq_length):
+    def __init__(self, directory, split, seq_length, limit=None):
         paths = sorted(Path(directory).glob(f"{split}-*.npy"))
         if not paths:
             raise UserError(f"{directory} holds no token shards {split}-*.npy: make them with data_prep.py text")
@@ -71,9 +72,10 @@ class TokenShards:
         self.ends = np.cumsum([max(0, len(shard) - 1) // seq_length for shard in self.shards])
         if not self.ends[-1]:
             raise UserError(f"{directory}: no {split} shard has the {seq_length + 1} tokens of one sample")
+        self.size = min(int(self.ends[-1]), limit or int(self.ends[-1]))
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.size
 
     def __getitem__(self, index):
         shard = int(np.searchsorted(self.ends, index, side="right"))

@@ -303,6 +303,8 @@ class HubSettings:
 def prepare_hub(s):
     """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
     spec = read_config("task", s.task)
+    if (Path(s.output_path) / spec["folder"]).exists():
+        return print(f"{s.output_path}/{spec['folder']} is there already")
     hub, name = spec["hub"], s.dataset or spec["hub"]["dataset"]
     columns = [*hub["columns"].values(), *([hub["dialogue"]] if "dialogue" in hub else []),
                *([hub["labels"]["column"]] if "labels" in hub else [])]

@@ -2,6 +2,7 @@
 import datetime
 import os
 import socket
+import sys
 
 import torch
 import torch.distributed as dist
@@ -46,16 +47,18 @@ class Processes:
         return value.item()
 
     def on_main(self, function):
-        """What `function()` returns on rank 0, for every process; a UserError there is raised in all."""
-        result = [None]
+        """What `function()` returns on rank 0, for every process; where it fails there, the others exit in silence."""
+        result, failure = [None, False], None
         if self.rank == 0:
             try:
-                result = [function()]
+                result = [function(), False]
             except UserError as error:
-                result = [error]
+                result, failure = [None, True], error
         dist.broadcast_object_list(result, device=torch.device("cpu"))
-        if isinstance(result[0], UserError):
-            raise result[0]
+        if failure:
+            raise failure
+        if result[1]:
+            sys.exit(2)
         return result[0]
 
     def say(self, text):

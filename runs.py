@@ -60,11 +60,15 @@ def open_run(out, run):
         if (directory / "run.json").exists() and (found := differences(run, directory / "run.json")):
             raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
                             "Choose another --out, or remove it to train anew")
-    if not out.exists():
-        with explain_os_errors(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-        write_json(partial / "run.json", run)
-    return (out, True) if out.exists() else (partial, False)
+    if out.exists():
+        return out, True
+    if partial.exists():
+        print(f"{partial} was left by a run that did not finish: starting again from its beginning", flush=True)
+        shutil.rmtree(partial)
+    with explain_os_errors(partial):
+        partial.mkdir(parents=True)
+    write_json(partial / "run.json", run)
+    return partial, False
 
 
 def finish_run(out, partial, run):

@@ -163,7 +163,8 @@ def run(commands, description):
     except UserError as error:
         if os.environ.get("DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,6 +12,7 @@ global batch.
 import dataclasses
 import math
 import os
+import resource
 import shutil
 import time
 from contextlib import nullcontext
@@ -134,9 +135,8 @@ def main(s):
         engine = build_engine(s, model, world)
         log = StepLog(directory if world.rank == 0 else None)
 
-        losses = train(s, engine, data, tokenizer, world, log, directory)
-        run["result"] = {"eval_loss_before": losses[0], "eval_loss_after": losses[-1],
-                         "examples": decode_examples(s, engine.module, data["test"], tokenizer)}
+        run["result"] = train(s, engine, data, tokenizer, world, log, directory)
+        run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
         save(engine, directory, tokenizer, world)
         world.on_main(lambda: finish_run(s.out, directory, run))
         world.on_main(lambda: print_result(s.out))
@@ -213,8 +213,8 @@ def load_data(s, tokenizer, config, world):
                 "eval": TaskData(splits["eval"][:s.max_eval_samples], tokenizer, *lengths),
                 "test": splits["test"]}
     else:
-        data = {"train": TokenShards(s.data, "train", s.seq_length),
-                "eval": TokenShards(s.data, "val", s.seq_length), "test": []}
+        data = {"train": TokenShards(s.data, "train", s.seq_length, s.max_train_samples),
+                "eval": TokenShards(s.data, "val", s.seq_length, s.max_eval_samples), "test": []}
     if s.task and tokenizer.eos_id is None:
         raise UserError(f"{tokenizer.directory} names no end-of-text token: add eos_token_id to its config.json")
     world.say(f"model: {config.num_parameters:,} parameters, {config.num_hidden_layers} layers, "
@@ -250,14 +250,15 @@ def build_engine(s, model, world):
 
 
 def train(s, engine, data, tokenizer, world, log, directory):
-    """The loop. Returns the eval losses: before the first step, at every eval_steps-th, after the last."""
+    """The loop. Returns what run.json says of the result: eval losses, speed, padding, memory."""
     size = len(data["train"])
     samples = s.max_steps * s.global_batch_size if s.max_steps else \
         s.max_tokens // s.seq_length if s.max_tokens else round(s.num_train_epochs * size)
     steps = math.ceil(samples / s.global_batch_size)
-    losses, tokens, seconds = [evaluate(s, engine, data["eval"], world)], 0, 0.0
-    log.write(step=0, eval_loss=losses[0])
-    world.say(f"eval loss before: {losses[0]:.4f}")
+    tokens, slots, seconds = 0, 0, 0.0
+    before = after = evaluate(s, engine, data["eval"], world)
+    log.write(step=0, eval_loss=before)
+    world.say(f"eval loss before: {before:.4f}")
     for step in range(steps):
         began = time.perf_counter()
         start = s.skip_samples + step * s.global_batch_size
@@ -267,38 +268,46 @@ def train(s, engine, data, tokenizer, world, log, directory):
         rate = learning_rate(s, step, steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        loss, norm, padding = take_step(s, engine, batch, world)
+        loss, norm, filled = take_step(s, engine, batch, world)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(stop_message(step + 1, loss, norm, indices, directory))
 
         took = time.perf_counter() - began
         read, _ = count_tokens(batch)
-        tokens, seconds = tokens + read, seconds + took
+        tokens, slots, seconds = tokens + read, slots + filled, seconds + took
         log.write(step=step + 1, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, tokens_per_s=read / took,
-                  elapsed=seconds, padding=padding)
+                  elapsed=seconds, padding=1 - read / filled)
         last = step + 1 == steps
         if (step + 1) % s.logging_steps == 0 or step == 0 or last:
             world.say(f"step {step + 1:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  norm {norm:7.3f}  "
-                      f"{tokens / seconds:9,.0f} tokens/s  padding {padding:5.1%}  "
+                      f"{tokens / seconds:9,.0f} tokens/s  padding {1 - tokens / slots:5.1%}  "
                       f"left {clock(seconds / (step + 1) * (steps - step - 1))}")
         if (step + 1) % s.eval_steps == 0 or last:
-            losses.append(evaluate(s, engine, data["eval"], world))
-            log.write(step=step + 1, eval_loss=losses[-1])
-            world.say(f"step {step + 1}/{steps}  eval loss {losses[-1]:.4f}")
+            after = evaluate(s, engine, data["eval"], world)
+            log.write(step=step + 1, eval_loss=after)
+            world.say(f"step {step + 1}/{steps}  eval loss {after:.4f}")
         if stop // size > start // size and not last:
             save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
             world.on_main(lambda: prune(directory, s.save_total_limit))
-    return losses
+    return {"eval_loss_before": before, "eval_loss_after": after, "steps": steps, "tokens": tokens, "seconds": seconds,
+            "tokens_per_s": tokens / seconds, "padding": 1 - tokens / slots, "peak_memory_bytes": peak_memory(world)}
+
+
+def peak_memory(world):
+    """The most memory that this process has held, in bytes: of its GPU, or of the machine."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def take_step(s, engine, samples, world):
-    """One optimizer step on a global batch. Returns (mean loss, gradient norm before clipping, share of padding).
+    """One optimizer step on a global batch. Returns (mean loss, gradient norm before clipping, padded token slots).
 
     Every micro-batch adds the gradient of its summed negative log-likelihood over the target tokens of the whole
     global batch. DeepSpeed averages gradients over the processes, which the factor `world.size` undoes. A loss or
     norm that is not finite is returned before the optimizer has changed a weight.
     """
-    read, wanted = count_tokens(samples)
+    _, wanted = count_tokens(samples)
     batches = micro_batches(samples, s.micro_batch_tokens, world.rank, world.size)
     nll = torch.zeros((), device=world.device)
     for index, (input_ids, targets) in enumerate(batches):
@@ -307,24 +316,23 @@ def take_step(s, engine, samples, world):
         engine.backward(part * (world.size / wanted), scale_wrt_gas=False)
         nll += part.detach()
     loss = world.sum(nll) / wanted
-    padding = 1 - read / world.sum(torch.tensor(sum(input_ids.numel() for input_ids, _ in batches)))
+    slots = world.sum(torch.tensor(sum(input_ids.numel() for input_ids, _ in batches), device=world.device))
     if not math.isfinite(loss):
-        return loss, math.nan, padding
+        return loss, math.nan, slots
     if not engine.zero_optimization():
         norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), s.max_grad_norm or math.inf))
         if not math.isfinite(norm):
-            return loss, norm, padding
+            return loss, norm, slots
     engine.step()  # ZeRO skips the optimizer where the norm is not finite
-    return loss, float(engine.get_global_grad_norm()) if engine.zero_optimization() else norm, padding
+    return loss, float(engine.get_global_grad_norm()) if engine.zero_optimization() else norm, slots
 
 
 @torch.no_grad()
 def evaluate(s, engine, data, world):
     """Mean negative log-likelihood of the target tokens of all samples of a split, in nats."""
     nll, wanted = torch.zeros((), device=world.device), 0
-    count = min(len(data), s.max_eval_samples or len(data))
-    for start in range(0, count, 256):
-        samples = [data[index] for index in range(start, min(start + 256, count))]
+    for start in range(0, len(data), 256):
+        samples = [data[index] for index in range(start, min(start + 256, len(data)))]
         wanted += count_tokens(samples)[1]
         for input_ids, targets in micro_batches(samples, s.micro_batch_tokens, world.rank, world.size):
             nll += engine.module(input_ids.to(world.device), targets.to(world.device))
@@ -390,6 +398,9 @@ def print_result(out):
         for name, text in (("input", example["input"]), ("reference", example["output"]),
                            ("model", example["prediction"])):
             print(f"example {index} {name:>9}: {' '.join(text.split())}")
+    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {clock(result['seconds'])} "
+          f"({result['tokens_per_s']:,.0f} tokens/s), padding {result['padding']:.1%}, "
+          f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
     print(f"eval loss before {result['eval_loss_before']:.4f}, after {result['eval_loss_after']:.4f}")
     print(f"checkpoint: {out}", flush=True)
 

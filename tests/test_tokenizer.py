@@ -39,7 +39,9 @@ def test_tokenizer_json_equals_transformers(tokenizer_dir, texts):
 
 def test_sentencepiece_equals_transformers(spm_dir, texts):
     ours, theirs = Tokenizer(spm_dir), LlamaTokenizer.from_pretrained(spm_dir)
-    texts = [text for text in texts if "</s>" not in text]  # transformers reads the end token out of the text itself
+    # Where transformers 5 departs from sentencepiece itself: it reads an end token out of the text, and gives a text
+    # that begins with a space no second one.
+    texts = [text for text in texts if "</s>" not in text and not text.startswith(" ")]
     expected = [theirs.encode(text, add_special_tokens=False) for text in texts]
     assert sum(map(len, expected)) > 10_000
     assert ours.encode_batch(texts) == expected

@@ -1,0 +1,238 @@
+"""Raw task files, raw text and Hub datasets against the libraries that made their formats."""
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from data_prep import clean, docstrings, raw_files, split_indices
+from model.tokenizer import Tokenizer
+from settings import read_config
+from tests.conftest import ROOT, error_line, run_script
+
+
+@pytest.mark.parametrize(("count", "size"), [(125, 0.1), (4000, 0.1), (17, 0.33), (100, 7), (11, 1)])
+def test_split_equals_datasets(count, size):
+    expected = datasets.Dataset.from_list([{"i": i} for i in range(count)]).train_test_split(
+        test_size=size, shuffle=True, seed=42)
+    train, held_out = split_indices(count, size)
+    assert train == expected["train"]["i"]
+    assert held_out == expected["test"]["i"]
+
+
+def test_brackets():
+    assert clean(" a -LRB- b -RRB- -lsb-c-rsb- -x- \n") == "a ( b ) [c] -x-"
+
+
+def write_raw(folder, name, sources, targets, prompt="simplification_1"):
+    raw = {"src": sources, "tgt": targets, "src_info": [{"prompt_name": prompt, "n": n} for n in range(len(sources))]}
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(raw))
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A root with the raw folder of Simp: two test files, one of a prompt that is not tested on."""
+    folder = tmp_path / "raw/wiki_auto"
+    folder.parent.mkdir()
+    write_raw(folder, "simplification_1.train.json", [f"source -LRB- {n} -RRB-" for n in range(30)],
+              [f"target {n}\n" if n not in (3, 8) else " " for n in range(30)])
+    write_raw(folder, "simplification_1.test.json", ["a", "b"], [["one", "two"], ["only"]])
+    write_raw(folder, "simplification_2.test.json", ["c"], ["d"], "simplification_2")
+    return folder
+
+
+def prepare(raw, out, *flags, check=True, folder=None):
+    return run_script("data_prep.py", "task", "--task", "simp", "--folder_path", folder or raw.parent,
+                      "--output_path", out, *flags, check=check)
+
+
+def test_preprocessed_file(raw, tmp_path):
+    result = prepare(raw, tmp_path / "out.json", "--eval_dataset_size", "5")
+    assert "2 train items have an empty target" in result.stderr
+    assert "simplification_1.train.json[3], simplification_1.train.json[8]" in result.stderr
+    splits = json.loads((tmp_path / "out.json").read_text())
+    assert {name: len(items) for name, items in splits.items()} == {"train": 23, "eval": 5, "test": 2}
+    kept = [n for n in range(30) if n not in (3, 8)]
+    order = datasets.Dataset.from_list([{"n": n} for n in kept]).train_test_split(test_size=5, seed=42)
+    assert [item["src_info"]["n"] for item in splits["train"]] == order["train"]["n"]
+    assert [item["index"] for item in splits["eval"]] == order["test"]["n"]
+    first = splits["train"][0]
+    number = first["index"]
+    assert (first["input"], first["output"]) == (f"source ( {number} )", f"target {number}")
+    assert [item["output"] for item in splits["test"]] == ["one", "only"]
+    assert [item.get("references") for item in splits["test"]] == [["one", "two"], None]
+
+
+def test_the_folder_itself_may_be_named_and_a_second_run_changes_nothing(raw, tmp_path):
+    prepare(raw, tmp_path / "1.json")
+    prepare(raw, tmp_path / "2.json", folder=raw)
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+    before = (tmp_path / "1.json").stat().st_mtime_ns
+    assert "unchanged" in prepare(raw, tmp_path / "1.json").stdout
+    assert (tmp_path / "1.json").stat().st_mtime_ns == before
+
+
+def damage(raw, name, change):
+    path = raw / name
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+BAD = {
+    "not JSON": (lambda raw: (raw / "simplification_1.train.json").write_text('{"src": ['),
+                 "simplification_1.train.json is not JSON"),
+    "no tgt": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data.pop("tgt")), "lacks the list tgt"),
+    "lengths": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data["tgt"].pop()),
+                "src 30, tgt 29, src_info 30"),
+    "no train": (lambda raw: (raw / "simplification_1.train.json").unlink(), "holds no train file"),
+    "no test": (lambda raw: [path.unlink() for path in raw.glob("*.test.json")], "holds no test file"),
+    "other prompt": (lambda raw: (raw / "simplification_1.test.json").unlink(),
+                     "no test item has prompt_name 'simplification_1'; found simplification_2"),
+    "binary": (lambda raw: (raw / "simplification_1.train.json").write_bytes(b"\xff\xfe"), "is not UTF-8"),
+    "no targets": (lambda raw: damage(raw, "simplification_1.train.json",
+                                      lambda data: data.update(tgt=[""] * 30)), "hold no item with a target"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), BAD.values(), ids=BAD)
+def test_bad_raw_files(raw, tmp_path, spoil, said):
+    spoil(raw)
+    line = error_line(prepare(raw, tmp_path / "out.json", check=False))
+    assert said in line
+    assert str(raw) in line
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--task", "smp"], "unknown task 'smp'"), (["--eval_dataset_size", "50"], "takes 50 of 28 training items"),
+    (["--eval_dataset_size", "-1"], "expected a share below 1"), (["--folder_path", "nowhere"], "nowhere is no folder")])
+def test_bad_flags(raw, tmp_path, flags, said):
+    assert said in error_line(prepare(raw, tmp_path / "out.json", *flags, check=False))
+    assert not (tmp_path / "out.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+def test_text_to_shards(tmp_path):
+    lines = [f"Document number {n} tells of {n * n}." for n in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    run_script("data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--vocab_size", "320",
+               "--output_path", tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out")
+    assert tokenizer.vocab_size == 320
+    found = []
+    for split in ("train", "val"):
+        ids = np.load(tmp_path / f"out/{split}-00000.npy", mmap_mode="r")
+        assert ids.dtype == np.uint16
+        assert ids[-1] == tokenizer.eos_id
+        ends = [-1, *np.flatnonzero(ids == tokenizer.eos_id).tolist()]
+        found.append([tokenizer.decode(ids[start + 1:stop].tolist()) for start, stop in zip(ends, ends[1:])])
+    assert sorted(found[0] + found[1]) == sorted(lines)
+    assert 0 < len(found[1]) < 20
+    again = run_script("data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--output_path", tmp_path / "out")
+    assert "is there already" in again.stdout
+
+
+def test_text_with_a_tokenizer_at_hand(checkpoint, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for n in range(3):
+        (tmp_path / f"texts/{n}.txt").write_text(f"Text {n}\nof two lines")
+    run_script("data_prep.py", "text", "--source", tmp_path / "texts", "--tokenizer", checkpoint,
+               "--output_path", tmp_path / "out")
+    ids = np.load(tmp_path / "out/train-00000.npy").tolist()
+    tokenizer = Tokenizer(checkpoint)
+    assert ids == [token for n in range(3) for token in [*tokenizer.encode(f"Text {n}\nof two lines"), 2]]
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_docstrings_come_in_the_order_of_the_source(tmp_path):
+    (tmp_path / "m.py").write_text('"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n'
+                                   'async def g():\n    """Four."""\ndef h(): pass\n')
+    assert docstrings(tmp_path / "m.py") == ["One.", "Two.", "Three.", "Four."]
+    (tmp_path / "m.py").write_text("def (")
+    assert docstrings(tmp_path / "m.py") == []
+
+
+@pytest.mark.parametrize(("source", "said"), [("nowhere/at-all", "cannot read the split 'train' of nowhere/at-all"),
+                                              (ROOT / "Makefile", "expected a .txt or .jsonl file")])
+def test_bad_text_source(tmp_path, source, said):
+    result = run_script("data_prep.py", "text", "--source", source, "--output_path", tmp_path / "out", check=False)
+    assert said in error_line(result)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------------- hub
+
+DIALOGUE = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+ROWS = {
+    "simp": [{"source": f"s{n}", "target": f"t{n}", "references": []} for n in range(4)],
+    "empd": [{"emotion": "proud", "situation": "A race.", "conversations": DIALOGUE, "conv_id": "x"}],
+    "inqqg": [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(20)],
+    "exp": [{"premise": "p", "hypothesis": "h", "label": n, "explanation_1": f"e{n}", "explanation_2": ""}
+            for n in range(3)],
+    "hgen": [{"document": f"d{n}", "summary": f"s{n}", "id": str(n)} for n in range(3)],
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_hub_rows_become_raw_files(task, tmp_path):
+    """The real path through datasets, on local parquet files in place of the Hub's."""
+    spec = read_config("task", task)
+    rows = datasets.Dataset.from_list(ROWS[task])
+    for split in spec["hub"]["splits"].values():
+        rows.to_parquet(tmp_path / f"parquet/data/{split}-00000-of-00001.parquet")
+    environment = {"HF_HOME": str(tmp_path / "cache")}
+    run_script("data_prep.py", "hub", "--task", task, "--dataset", tmp_path / "parquet",
+               "--output_path", tmp_path / "raw", **environment)
+    folder = tmp_path / "raw" / spec["folder"]
+    items = [json.loads(path.read_text()) for path in sorted(folder.glob("*.train.json"))]
+    sources, targets, infos = (sum((item[key] for item in items), []) for key in ("src", "tgt", "src_info"))
+    if task == "simp":
+        assert targets == ["t0", "t1", "t2", "t3"]
+        assert sources[0].startswith("s0\n\n")
+        assert '"s1"' in sources[1]
+    elif task == "empd":
+        assert targets == ["assistant 0", "assistant 1"]
+        assert infos[1]["input_text"] == "- user 0\n- assistant 0\n- user 1"
+        assert '"proud"' in sources[0]
+        assert sources[1].endswith(infos[1]["input_text"])
+    elif task == "inqqg":
+        assert targets == [f"q{n}?" for n in range(18)]  # the last tenth is the test set
+        assert json.loads(next(folder.glob("*.test.json")).read_text())["tgt"] == ["q18?", "q19?"]
+    elif task == "exp":
+        assert [info["gold_label_prompt"] for info in infos] == ["entail each other", "are unrelated",
+                                                                 "contradict each other"]
+        assert targets == ["e0", "e1", "e2"]
+    assert "[" not in "".join(sources)
+    run_script("data_prep.py", "task", "--task", task, "--folder_path", tmp_path / "raw",
+               "--output_path", tmp_path / "out.json", "--eval_dataset_size", "1")
+    assert "is there already" in run_script("data_prep.py", "hub", "--task", task, "--output_path", tmp_path / "raw").stdout
+
+
+def test_no_network_is_one_line(tmp_path):
+    result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False,
+                        HF_HOME=str(tmp_path / "cache"))
+    assert "EdinburghNLP/xsum" in error_line(result)
+    assert not (tmp_path / "raw").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ sample
+
+@pytest.mark.parametrize(("task", "train", "test"), [("simp", 120, 40), ("empd", 120, 40), ("inqqg", 120, 40),
+                                                     ("exp", 40, 20), ("hgen", 40, 20)])
+def test_the_sample_is_large_enough_and_has_no_example_twice(task, train, test):
+    spec = read_config("task", task)
+    counts, seen = {}, []
+    for path in sorted((ROOT / "data/sample" / spec["folder"]).glob("*.json")):
+        raw = json.loads(path.read_text())
+        counts["train" if "train" in path.name else "test"] = len(raw["src"])
+        fields = {name for name in raw["src_info"][0] if name not in ("prompt", "prompt_name", "gold_label_prompt",
+                                                                      "context_emotion")}
+        seen += [info[name] for info in raw["src_info"] for name in fields]
+        assert raw == raw_files([{key: value for key, value in info.items() if key not in ("prompt", "prompt_name")}
+                                 for info in raw["src_info"]], spec)[raw["src_info"][0]["prompt_name"]]
+    assert counts["train"] >= train
+    assert counts["test"] >= test
+    assert len(set(seen)) == len(seen)

@@ -1,0 +1,74 @@
+"""The Makefile builds what is missing, in order."""
+import re
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def make(*words, check=True):
+    result = subprocess.run(["make", "--no-print-directory", "-n", *words], cwd=ROOT, capture_output=True, text=True,
+                            timeout=60)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def scripts(*words):
+    """(script, out) of each command that make would run."""
+    lines = make(*words).stdout.replace("\\\n", " ").splitlines()
+    found = [(re.search(r"(\w+)\.py|-m (model\.checkpoint)", line), re.search(r"--out(?:put_path)? +(\S+)", line))
+             for line in lines if ".py" in line or "-m model" in line]
+    return [(script[1] or script[2], out[1] if out else "") for script, out in found]
+
+
+def test_everything_missing_is_built_in_order(tmp_path):
+    out = tmp_path / "stack"
+    assert [where for script, where in scripts("train", "TASK=empd", f"OUT={out}") if script in ("train", "stack")] == [
+        f"{out}/base", f"{out}/grown", f"{out}/m0", f"{out}/m1-simp", f"{out}/m2-empd"]
+
+
+def test_what_is_there_is_not_built_again(tmp_path):
+    for name in ("base", "grown", "m0", "m1-simp"):
+        (tmp_path / name).mkdir()
+    ran = scripts("train", "TASK=empd", f"OUT={tmp_path}")
+    assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
+    (tmp_path / "m2-empd").mkdir()
+    (tmp_path / "m1-simp").rmdir()  # a finished stage needs no earlier one; train.py sees that it is finished
+    ran = scripts("train", "TASK=empd", f"OUT={tmp_path}")
+    assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
+
+
+def test_a_checkpoint_of_ones_own_takes_the_place_of_m0():
+    text = make("train", "TASK=empd", "MODEL=llm", "INIT=some/where/Smol", "RAW=my/raw").stdout
+    assert "--init some/where/Smol" in text
+    assert "--init runs/Smol/llm/m1-simp" in text
+    assert "--folder_path my/raw" in text
+    assert "m0" not in text
+    assert "--size" not in text
+
+
+def test_published_weights_come_from_the_hub(tmp_path):
+    text = make("train", "SIZE=7b", f"OUT={tmp_path}/7b", "NPROC=8").stdout
+    assert f"-m model.checkpoint llm-stacking/StackLLM_7B_300BToken {tmp_path}/7b/m0" in text
+    assert "data_prep.py hub --task simp --output_path data/raw" in text
+    assert "torchrun --standalone --nproc_per_node 8 train.py --config configs/train/finetune.toml --size 7b" in text
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["train", "TASK=smp"], "unknown TASK 'smp', expected one of: simp empd inqqg exp hgen"),
+    (["train", "MODEL=big"], "unknown MODEL 'big', expected one of: stack llm"),
+    (["pretrain", "SIZE=huge"], "unknown SIZE 'huge', expected one of: 3b 410m 7b small tiny"),
+    (["data", "SOURCE=web"], "unknown SOURCE 'web', expected one of: sample raw hub")])
+def test_unknown_words(words, said):
+    result = make(*words, check=False)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
+def test_every_command_of_the_readme_is_one_that_make_knows():
+    commands = re.findall(r"^ *make ([^\n#]+?)(?:\s{2,}.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        import shlex
+        make(*shlex.split(command))
