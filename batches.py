@@ -89,10 +89,11 @@ def read_task(path):
     Also returns how many were left out. Raises UserError for a file that is not in the format.
     """
     splits = read_json(path)
-    if not isinstance(splits, dict) or not all(isinstance(splits.get(name), list) for name in ("train", "eval", "test")):
+    names = ("train", "eval", "test")
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(name), list) for name in names):
         raise UserError(f"{path} is no preprocessed task file: expected an object with the lists train, eval and test")
     dropped = 0
-    for name in ("train", "eval", "test"):
+    for name in names:
         for index, item in enumerate(splits[name]):
             if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "output")):
                 raise UserError(f"{path}: {name}[{index}] is no object with the texts 'input' and 'output'")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from model.files import UserError, digest, new_directory, read_json, write_json, write_text
 from model.tokenizer import Tokenizer
-from settings import ROOT, read_config, run, setting, unknown_name
+from settings import read_config, run, setting, unknown_name
 
 BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
 SPLIT_SEED = 42
@@ -47,7 +47,7 @@ class TaskSettings:
         found = [f"--{name} is missing" for name in ("task", "folder_path", "output_path") if not getattr(self, name)]
         found += unknown_name("task", self.task) if self.task else []
         size = self.eval_dataset_size
-        if not 0 < size or (size >= 1 and size != int(size)):
+        if size <= 0 or (size >= 1 and size != int(size)):
             found.append(f"eval_dataset_size is {size}, expected a share below 1 or a whole number of samples")
         return found
 
@@ -58,13 +58,15 @@ def prepare_task(s):
     folder = Path(s.folder_path)
     folder = folder / spec["folder"] if (folder / spec["folder"]).is_dir() else folder
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: expected the raw files of {s.task}, or a folder {spec['folder']} with them")
+        raise UserError(f"{folder} is no folder: expected the raw files of {s.task}, or a folder {spec['folder']} with "
+                        "them")
     train, test = (read_raw_files(folder, word) for word in ("train", "test"))
     if "test_prompt" in spec:
         prompts = sorted({str(item["src_info"].get("prompt_name")) for item in test})
         test = [item for item in test if item["src_info"].get("prompt_name") == spec["test_prompt"]]
         if not test:
-            raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found {', '.join(prompts)}")
+            raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found "
+                            + ", ".join(prompts))
     train_indices, eval_indices = split_indices(len(train), s.eval_dataset_size)
     splits = {"train": [train[i] for i in train_indices], "eval": [train[i] for i in eval_indices], "test": test}
     text = json.dumps(splits, ensure_ascii=False, indent=1) + "\n"
@@ -90,7 +92,8 @@ def read_raw_files(folder, word):
         raw = read_json(path)
         lists = {key: raw.get(key) if isinstance(raw, dict) else None for key in ("src", "tgt", "src_info")}
         if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
-            raise UserError(f"{path} lacks the list {', '.join(missing)}: expected one object with src, tgt and src_info")
+            raise UserError(f"{path} lacks the list {', '.join(missing)}: expected one object with the lists src, tgt "
+                            "and src_info")
         lengths = {key: len(value) for key, value in lists.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"{path}: the lists differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
@@ -261,7 +264,8 @@ def installed_documentation():
     the source, and the language reference in pydoc_data.topics. English text that is on every machine."""
     from pydoc_data.topics import topics
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    files = [file for root in (library, *(packages / name for name in DOCUMENTED)) for file in sorted(root.rglob("*.py"))
+    roots = [library, *(packages / name for name in DOCUMENTED)]
+    files = [file for root in roots for file in sorted(root.rglob("*.py"))
              if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
     seen, documents = set(), [topics[name] for name in sorted(topics)]
     with ProcessPoolExecutor() as pool:
@@ -355,7 +359,7 @@ def raw_files(items, spec):
     files = {name: {"src": [], "tgt": [], "src_info": []} for name in spec["prompts"]}
     for index, info in enumerate(items):
         name, wording = wordings[index % len(wordings)]
-        files[name]["src"].append(re.sub(r"\[(\w+)\]", lambda match: info[match[1]], wording))
+        files[name]["src"].append(re.sub(r"\[(\w+)\]", lambda match, info=info: info[match[1]], wording))
         files[name]["tgt"].append(info[spec["target"]])
         files[name]["src_info"].append(info | {"prompt": wording, "prompt_name": name})
     return files

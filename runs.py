@@ -86,7 +86,7 @@ class StepLog:
         self.file = None
         if directory is not None:
             with explain_os_errors(directory):
-                self.file = open(Path(directory) / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+                self.file = open(Path(directory) / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, **values):
         if self.file:

@@ -83,7 +83,8 @@ def overlay(values, given, where, fields, problems):
     for name, value in given.items():
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
-            problems.append(f"unknown setting {name!r} in {where}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            problems.append(f"unknown setting {name!r} in {where}{hint}")
             continue
         try:
             values[name] = convert(name, value, fields[name].type)

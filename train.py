@@ -48,7 +48,7 @@ class TrainSettings:
     seed: int = setting(42, "seed of new weights and of the order of the samples")
     # the batch
     global_batch_size: int = setting(32, "samples in a step, over all processes")
-    micro_batch_tokens: int = setting(4096, "most padded tokens in a micro-batch; changes memory and speed, not numbers")
+    micro_batch_tokens: int = setting(4096, "most padded tokens in a micro-batch; changes speed and memory, no number")
     seq_length: int = setting(1024, "tokens in a pretraining sample")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
     max_target_length: int = setting(256, "most tokens of a target, <eos> included")
@@ -74,7 +74,7 @@ class TrainSettings:
     # how it is computed
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
-    gradient_checkpointing: bool = setting(False, "recompute the blocks in the backward pass: less memory, 1/3 more work")
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, 1/3 more work")
     local_rank: int | None = setting(None, "set by the deepspeed launcher")
     # what is written
     eval_steps: int = setting(300, "evaluate every N steps; before the first and after the last in any case")

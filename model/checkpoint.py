@@ -176,7 +176,8 @@ def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
             out.write(struct.pack("<Q", len(header)) + header)
             for name in shard:
                 given, tensor = next(tensors)
-                assert given == name and (tensor.dtype, tuple(tensor.shape)) == specs[name], (given, name, specs[name])
+                assert given == name, (given, name)
+                assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
                 out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}

@@ -120,7 +120,7 @@ class ModelConfig:
 
 
 def rope_values(raw):
-    """theta and scaling from either spelling: `rope_theta` with `rope_scaling`, or transformers 5's `rope_parameters`."""
+    """theta and scaling in either spelling: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
     values = {name: raw[name] for name in ("rope_theta", "rope_scaling") if raw.get(name) is not None}
     scaling = dict(raw.get("rope_parameters") or values.get("rope_scaling") or {})
     if "rope_theta" in scaling:

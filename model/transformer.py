@@ -51,7 +51,7 @@ def rotary_frequencies(config, device=None):
 
 
 def rotary_table(config, positions, dtype):
-    """Cosines and sines for positions [..., T], each [..., T, D]: the D/2 angles twice, as half-split rotation wants."""
+    """Cosines and sines for positions [..., T], each [..., T, D]: the D/2 angles twice, as half-split rotation asks."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

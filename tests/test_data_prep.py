@@ -83,7 +83,8 @@ def damage(raw, name, change):
 BAD = {
     "not JSON": (lambda raw: (raw / "simplification_1.train.json").write_text('{"src": ['),
                  "simplification_1.train.json is not JSON"),
-    "no tgt": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data.pop("tgt")), "lacks the list tgt"),
+    "no tgt": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data.pop("tgt")),
+               "lacks the list tgt"),
     "lengths": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data["tgt"].pop()),
                 "src 30, tgt 29, src_info 30"),
     "no train": (lambda raw: (raw / "simplification_1.train.json").unlink(), "holds no train file"),
@@ -107,7 +108,7 @@ def test_bad_raw_files(raw, tmp_path, spoil, said):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--task", "smp"], "unknown task 'smp'"), (["--eval_dataset_size", "50"], "takes 50 of 28 training items"),
-    (["--eval_dataset_size", "-1"], "expected a share below 1"), (["--folder_path", "nowhere"], "nowhere is no folder")])
+    (["--eval_dataset_size", "-1"], "expected a share below 1"), (["--folder_path", "none"], "none is no folder")])
 def test_bad_flags(raw, tmp_path, flags, said):
     assert said in error_line(prepare(raw, tmp_path / "out.json", *flags, check=False))
     assert not (tmp_path / "out.json").exists()
@@ -208,7 +209,8 @@ def test_hub_rows_become_raw_files(task, tmp_path):
     assert "[" not in "".join(sources)
     run_script("data_prep.py", "task", "--task", task, "--folder_path", tmp_path / "raw",
                "--output_path", tmp_path / "out.json", "--eval_dataset_size", "1")
-    assert "is there already" in run_script("data_prep.py", "hub", "--task", task, "--output_path", tmp_path / "raw").stdout
+    again = run_script("data_prep.py", "hub", "--task", task, "--output_path", tmp_path / "raw")
+    assert "is there already" in again.stdout
 
 
 def test_no_network_is_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """The Makefile builds what is missing, in order."""
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -70,5 +71,4 @@ def test_every_command_of_the_readme_is_one_that_make_knows():
     commands = re.findall(r"^ *make ([^\n#]+?)(?:\s{2,}.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
-        import shlex
         make(*shlex.split(command))

@@ -1,4 +1,5 @@
 """Settings: defaults, files, flags; and all problems at once."""
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,7 +66,8 @@ def test_every_shipped_size_parses(size):
     settings = load(TrainSettings, [*flags, "--task", "simp", "--size", size], "")
     assert settings.learning_rate == tables["finetune"]["learning_rate"]
     if "model" in tables:
-        assert load(GrowthSettings, ["--init", "i", "--out", "o", "--size", size], "").factor == tables["growth"]["factor"]
+        growth = load(GrowthSettings, ["--init", "i", "--out", "o", "--size", size], "")
+        assert growth.factor == tables["growth"]["factor"]
         base = tables["base"]["max_tokens"] // tables["base"]["seq_length"]
         assert tables["stack"]["skip_samples"] == base  # the grown model goes on where the base stopped
 
@@ -85,7 +87,6 @@ def test_every_shipped_task_names_fields_that_its_prompts_use(task):
         fields |= {"input_text", "output_text"}
     assert spec["target"] in fields
     for wording in (wording for wordings in spec["prompts"].values() for wording in wordings):
-        import re
         assert set(re.findall(r"\[(\w+)\]", wording)) <= fields
 
 

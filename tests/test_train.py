@@ -11,15 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batches import PROMPT, global_batch
-from model.files import UserError
-from tests.conftest import ROOT, error_line, run_script
+from tests.conftest import error_line, run_script
 from train import TrainSettings, learning_rate
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max_steps", "20", "--learning_rate", "5e-3",
-         "--warmup_steps", "4", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1", "--max_grad_norm", "1.0",
-         "--max_source_length", "128", "--max_target_length", "64", "--max_eval_samples", "6", "--eval_steps", "10",
-         "--max_train_samples", "60"]
+FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max_steps", "20",
+         "--learning_rate", "5e-3", "--warmup_steps", "4", "--lr_scheduler_type", "cosine",
+         "--weight_decay", "0.1", "--max_grad_norm", "1", "--max_eval_samples", "6", "--eval_steps", "10",
+         "--max_source_length", "128", "--max_target_length", "64", "--max_train_samples", "60"]
 
 
 def run_train(checkpoint, simp_file, out, *flags, launcher=(), check=True):
@@ -147,7 +146,7 @@ def test_what_a_finished_run_leaves(finished, checkpoint):
     assert run["result"]["eval_loss_after"] == evaluated[-1]["eval_loss"]
     assert [line["step"] for line in evaluated] == [0, 10, 20]
     assert all(0 <= line["padding"] < 0.15 and line["tokens_per_s"] > 0 for line in logged)
-    assert logged[-1]["tokens"] == sum(round(line["tokens_per_s"] * 0) for line in logged) + logged[-1]["tokens"] > 9000
+    assert logged[-1]["tokens"] == run["result"]["tokens"] > 9000
     for text in ("example 3     model:", "example 3 reference:", "eval loss before", f"checkpoint: {out}"):
         assert text in result.stdout
     _, info = AutoModelForCausalLM.from_pretrained(out / "checkpoint-15", output_loading_info=True)
@@ -188,7 +187,8 @@ def test_the_original_tools_format_trains(checkpoint, tmp_path):
 def test_pretraining_from_new_weights_and_on_from_a_base(tmp_path, checkpoint):
     """The recipe's phases on a text of one's own; the grown run goes on in the data where the base stopped."""
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"{n} is a number; {n + 1} comes after it."}) + "\n" for n in range(900)))
+    lines = (json.dumps({"text": f"{n} is a number; {n + 1} comes after it."}) + "\n" for n in range(900))
+    text.write_text("".join(lines))
     run_script("data_prep.py", "text", "--source", text, "--vocab_size", "400", "--output_path", tmp_path / "shards")
     common = ["train.py", "--config", "configs/train/pretrain.toml", "--size", "tiny", "--data", tmp_path / "shards",
               "--seq_length", "32", "--global_batch_size", "4", "--max_tokens", "2560", "--dtype", "fp32"]
@@ -200,8 +200,8 @@ def test_pretraining_from_new_weights_and_on_from_a_base(tmp_path, checkpoint):
     assert all(line["padding"] == 0 for line in logged)
     assert json.loads((tmp_path / "base/config.json").read_text())["num_hidden_layers"] == 2
     run_script("stack.py", "--init", tmp_path / "base", "--size", "tiny", "--out", tmp_path / "grown")
-    run_script(*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "m0", "--skip_samples", "80",
-               "--max_steps", "none")
+    run_script(*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "m0",
+               "--skip_samples", "80")
     assert json.loads((tmp_path / "m0/config.json").read_text())["num_hidden_layers"] == 8
     assert steps(tmp_path / "m0")[1][-1]["eval_loss"] < steps(tmp_path / "m0")[1][0]["eval_loss"]
 
@@ -260,10 +260,3 @@ def test_under_the_deepspeed_launcher(finished, checkpoint, simp_file, tmp_path)
     run_train(checkpoint, simp_file, tmp_path / "run", launcher=launcher)
     for a, b in zip(steps(tmp_path / "run")[0], steps(finished[0])[0]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-
-
-def test_settings_errors_are_user_errors():
-    with pytest.raises(UserError):
-        from settings import load
-        load(TrainSettings, ["--zero", "4"], "")
-    assert (ROOT / "train.py").exists()
