@@ -46,12 +46,8 @@ def differences(run, path):
                                       ("data_digest", "it was trained on other data")) if recorded.get(key) != run[key]]
 
 
-def open_run(out, run):
-    """Claims the directory of a run. Returns (directory, finished).
-
-    A finished run of the same settings is returned as it is; otherwise `<out>.partial/` is made, with run.json in it.
-    Raises UserError where either belongs to a run with other settings.
-    """
+def is_finished(out, run):
+    """Whether this run was finished before. Raises UserError where its directory belongs to other settings."""
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     if out.exists() and not (out / "run.json").exists():
@@ -60,15 +56,19 @@ def open_run(out, run):
         if (directory / "run.json").exists() and (found := differences(run, directory / "run.json")):
             raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
                             "Choose another --out, or remove it to train anew")
-    if out.exists():
-        return out, True
+    return out.exists()
+
+
+def start_run(out, run):
+    """Makes `<out>.partial/`, the directory that a run works in, with its run.json."""
+    partial = Path(out).with_name(Path(out).name + ".partial")
     if partial.exists():
         print(f"{partial} was left by a run that did not finish: starting again from its beginning", flush=True)
         shutil.rmtree(partial)
     with explain_os_errors(partial):
         partial.mkdir(parents=True)
     write_json(partial / "run.json", run)
-    return partial, False
+    return partial
 
 
 def finish_run(out, partial, run):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 import settings
 from batches import (TaskData, TokenShards, count_tokens, data_digest, encode_prompts, global_batch, micro_batches,
@@ -32,7 +33,7 @@ from model.files import UserError, new_directory, read_json
 from model.generate import greedy
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from runs import StepLog, describe, finish_run, open_run
+from runs import StepLog, describe, finish_run, is_finished, start_run
 from settings import CONFIGS, read_config, setting
 
 
@@ -91,7 +92,9 @@ class TrainSettings:
         if self.task is not None and self.init is None:
             found.append("fine-tuning needs a checkpoint to start from: give --init")
         if self.max_steps is not None and self.max_tokens is not None:
-            found.append("max_steps and max_tokens both say how long to train: give one")
+            found.append("max_steps and max_tokens both say how long to train: give one, and none for the other")
+        if self.max_tokens is not None and self.max_tokens < self.seq_length:
+            found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
         if self.max_tokens is not None and self.task is not None:
             found.append("max_tokens is for pretraining; for fine-tuning give num_train_epochs or max_steps")
         found += [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
@@ -125,14 +128,15 @@ def learning_rate(s, step, steps):
 def main(s):
     """One run, from settings to a finished checkpoint."""
     with Processes() as world:
-        source, run, directory, finished = world.on_main(lambda: prepare(s))
+        run, finished = world.on_main(lambda: prepare(s))
         if finished:
-            world.say(f"{directory} is finished already, nothing to do")
-            return world.on_main(lambda: print_result(directory))
-        source = locate(s.init) if s.init else source  # a Hub id: rank 0 has downloaded it, this node has it too now
+            world.say(f"{s.out} is finished already, nothing to do")
+            return world.on_main(lambda: print_result(s.out))
+        source = locate(s.init) if s.init else Path(s.data)  # on every node, where init is a Hub id
         tokenizer, model = build_model(s, source, world.device)
         data = load_data(s, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
+        directory = world.on_main(lambda: start_run(s.out, run))
         log = StepLog(directory if world.rank == 0 else None)
 
         run["result"] = train(s, engine, data, tokenizer, world, log, directory)
@@ -143,9 +147,9 @@ def main(s):
 
 
 def prepare(s):
-    """Rank 0's work before anything is loaded: finds the weights, checks them, claims the run's directory.
+    """Rank 0's work before anything is loaded: finds the weights and checks them.
 
-    Returns (directory of the weights or tokenizer, what run.json will say, the run's directory, finished).
+    Returns what run.json will say of the run, and whether it was finished before.
     """
     if not Path(s.data).exists():
         raise UserError(f"{s.data} does not exist: make it with data_prep.py, or `make data`")
@@ -160,7 +164,7 @@ def prepare(s):
         raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
                         f"{config.max_position_embeddings}: lower it")
     run = describe(dataclasses.asdict(s), checkpoint_digest(source) if s.init else None, data_digest(s.data))
-    return source, run, *open_run(s.out, run)
+    return run, is_finished(s.out, run)
 
 
 def new_config(s, tokenizer):
@@ -198,8 +202,10 @@ def weights_dtype(s):
     """"bf16" or "fp32"; auto is bf16 where the hardware multiplies bf16 matrices."""
     if s.dtype != "auto":
         return s.dtype
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "fp32"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"
 
 
 def load_data(s, tokenizer, config, world):
@@ -243,7 +249,7 @@ def build_engine(s, model, world):
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # the loop decides, see step()
         "gradient_clipping": s.max_grad_norm if zero else 0.0,  # without ZeRO the loop clips itself
         "bf16": {"enabled": weights_dtype(s) == "bf16", "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -253,7 +259,7 @@ def train(s, engine, data, tokenizer, world, log, directory):
     """The loop. Returns what run.json says of the result: eval losses, speed, padding, memory."""
     size = len(data["train"])
     samples = s.max_steps * s.global_batch_size if s.max_steps else \
-        s.max_tokens // s.seq_length if s.max_tokens else round(s.num_train_epochs * size)
+        s.max_tokens // s.seq_length if s.max_tokens else max(1, round(s.num_train_epochs * size))
     steps = math.ceil(samples / s.global_batch_size)
     tokens, slots, seconds = 0, 0, 0.0
     before = after = evaluate(s, engine, data["eval"], world)
@@ -331,8 +337,9 @@ def take_step(s, engine, samples, world):
 def evaluate(s, engine, data, world):
     """Mean negative log-likelihood of the target tokens of all samples of a split, in nats."""
     nll, wanted = torch.zeros((), device=world.device), 0
-    for start in range(0, len(data), 256):
-        samples = [data[index] for index in range(start, min(start + 256, len(data)))]
+    share, hidden = 64 * world.size, None if world.rank == 0 else True
+    for start in tqdm(range(0, len(data), share), "evaluating", leave=False, disable=hidden):
+        samples = [data[index] for index in range(start, min(start + share, len(data)))]
         wanted += count_tokens(samples)[1]
         for input_ids, targets in micro_batches(samples, s.micro_batch_tokens, world.rank, world.size):
             nll += engine.module(input_ids.to(world.device), targets.to(world.device))
@@ -373,7 +380,7 @@ def save(engine, directory, tokenizer, world):
 def prune(directory, limit):
     """Removes the oldest epochs' checkpoints beyond the limit."""
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    for path in found[:len(found) - limit]:
+    for path in found[:max(0, len(found) - limit)]:
         shutil.rmtree(path)
 
 

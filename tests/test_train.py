@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batches import PROMPT, global_batch
 from tests.conftest import error_line, run_script
-from train import TrainSettings, learning_rate
+from train import TrainSettings, learning_rate, prune
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max_steps", "20",
@@ -21,9 +21,9 @@ FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max
          "--max_source_length", "128", "--max_target_length", "64", "--max_train_samples", "60"]
 
 
-def run_train(checkpoint, simp_file, out, *flags, launcher=(), check=True):
+def run_train(checkpoint, simp_file, out, *flags, launcher=(), check=True, **environment):
     return run_script("train.py", "--init", checkpoint, "--data", simp_file, "--out", out, *FLAGS, *flags,
-                      launcher=launcher, check=check)
+                      launcher=launcher, check=check, **environment)
 
 
 def steps(out):
@@ -118,12 +118,13 @@ def test_same_losses_whatever_carries_it_out(finished, checkpoint, simp_file, tm
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-3 for name in weights[0])
 
 
-def test_bf16_keeps_fp32_master_weights(finished, checkpoint, simp_file, tmp_path):
+@pytest.mark.parametrize(("zero", "launcher"), [("1", []), ("3", TORCHRUN)])
+def test_bf16_keeps_fp32_master_weights(zero, launcher, checkpoint, simp_file, tmp_path):
     """With bf16 master weights steps of 5e-6 would be lost: a bf16 weight near 0.2 has a resolution of 1e-3."""
     flags = ["--dtype", "bf16", "--learning_rate", "5e-6", "--lr_scheduler_type", "constant", "--max_steps", "60",
              "--eval_steps", "60", "--max_train_samples", "8"]
     run_train(checkpoint, simp_file, tmp_path / "fp32", *flags, "--dtype", "fp32")
-    run_train(checkpoint, simp_file, tmp_path / "bf16", *flags, "--zero", "1")
+    run_train(checkpoint, simp_file, tmp_path / "bf16", *flags, "--zero", zero, launcher=launcher)
     lost = [steps(tmp_path / name)[0][0]["loss"] - steps(tmp_path / name)[0][-1]["loss"] for name in ("fp32", "bf16")]
     assert lost[0] > 0.01
     assert lost[1] == pytest.approx(lost[0], rel=0.5)
@@ -252,6 +253,30 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(checkpoint, simp_file, 
     kept = tmp_path / "run.partial"
     assert [path.name for path in kept.glob("checkpoint-*")] == ["checkpoint-8"]
     AutoModelForCausalLM.from_pretrained(kept / "checkpoint-8")
+
+
+def test_a_bad_task_file_leaves_nothing_behind(checkpoint, tmp_path):
+    (tmp_path / "simp.json").write_text('{"train": [{"input": "x"}], "eval": [], "test": []}')
+    line = error_line(run_train(checkpoint, tmp_path / "simp.json", tmp_path / "run", check=False))
+    assert "train[0] is no object with the texts 'input' and 'output'" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["simp.json"]
+
+
+def test_no_compiler_is_needed(checkpoint, simp_file, tmp_path):
+    """DeepSpeed compiles parts of itself where they are used; here none is, so an empty PATH does."""
+    (tmp_path / "bin").mkdir()
+    run_train(checkpoint, simp_file, tmp_path / "run", "--max_steps", "1", launcher=[sys.executable, *TORCHRUN],
+              PATH=str(tmp_path / "bin"), CXX="none", TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    assert (tmp_path / "run/model.safetensors").exists()
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for limit, kept in ((5, {2, 9, 10}), (3, {2, 9, 10}), (2, {9, 10}), (0, set())):
+        prune(tmp_path, limit)
+        assert {int(path.name.split("-")[1]) for path in tmp_path.iterdir()} == kept
 
 
 def test_under_the_deepspeed_launcher(finished, checkpoint, simp_file, tmp_path):
