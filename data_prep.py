@@ -13,6 +13,7 @@ import sysconfig
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import numpy as np
 from tqdm import tqdm
 
 from model.files import UserError, digest, new_directory, read_json, write_json, write_text
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, copy_tokenizer
 from settings import read_config, run, setting, unknown_name
 
 BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
 SPLIT_SEED = 42
 VALIDATION_PER_MILLE = 10  # of the documents of a text, held out
 SHARD_TOKENS = 1 << 27
+PIECE_CHARACTERS = 10_000  # of a .txt file make a document
+TOKENIZER_DOCUMENTS = 1_000_000  # a vocabulary is trained on the first of them
 # Packages that come with the requirements and are documented at length; a fixed list, so that what else is installed
 # does not change the text.
 DOCUMENTED = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy", "sklearn",
@@ -152,63 +155,76 @@ class TextSettings:
 
 
 def prepare_text(s):
-    """Writes train-*.npy and val-*.npy (token ids, documents ended by eos), the tokenizer's files and meta.json."""
-    if (Path(s.output_path) / "meta.json").exists():
+    """Writes train-*.npy and val-*.npy (token ids, documents ended by eos), the tokenizer's files and meta.json.
+
+    Documents are read twice where a tokenizer is trained on them, and a batch at a time, so that a text of any length
+    fits in memory. Which of the two splits a document belongs to depends on its content alone.
+    """
+    if Path(s.output_path).exists():
         return print(f"{s.output_path} is there already")
     with new_directory(s.output_path) as folder:
-        documents = list(read_documents(s))
-        if not documents:
-            raise UserError(f"{s.source} holds no documents")
         if s.tokenizer:
-            from model.checkpoint import copy_tokenizer
             tokenizer = Tokenizer(s.tokenizer)
             copy_tokenizer(s.tokenizer, folder)
         else:
             vocab_size = read_config("size", s.size)["model"]["vocab_size"] if s.size else s.vocab_size
-            tokenizer = train_tokenizer(documents, vocab_size, folder)
+            tokenizer = train_tokenizer(islice(read_documents(s), TOKENIZER_DOCUMENTS), vocab_size, folder)
         if tokenizer.eos_id is None:
             raise UserError(f"{s.tokenizer} names no end-of-text token, which has to stand between documents")
-        parts = {"val": [], "train": []}
-        for text in documents:
-            held_out = zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
-            parts["val" if held_out else "train"].append(text)
-        shards = {}
-        for split, texts in parts.items():
-            shards |= write_shards(folder, split, texts, tokenizer)
-        meta = {"source": s.source, "documents": len(documents), "bytes": sum(len(text.encode("utf-8", "replace"))
-                for text in documents), "vocab_size": tokenizer.vocab_size, "shards": shards}
-        write_json(folder / "meta.json", meta)
+        writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
+        documents, count = read_documents(s), 0
+        progress = tqdm(desc="writing tokens", unit="doc", disable=None)
+        while batch := list(islice(documents, 1000)):
+            count += len(batch)
+            parts = {"train": [], "val": []}
+            for text in batch:
+                held_out = zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
+                parts["val" if held_out else "train"].append(text)
+            for split, texts in parts.items():
+                writers[split].add(texts)
+            progress.update(len(batch))
+        progress.close()
+        if not all(writer.held or writer.shards for writer in writers.values()):
+            raise UserError(f"{s.source} holds {count} documents, too few to hold {VALIDATION_PER_MILLE} in a "
+                            "thousand out for validation")
+        shards = {name: shard for writer in writers.values() for name, shard in writer.close().items()}
+        write_json(folder / "meta.json", {"source": s.source, "documents": count,
+                                          "vocab_size": tokenizer.vocab_size, "shards": shards})
     tokens = sum(shard["tokens"] for shard in shards.values())
-    print(f"{s.output_path}: {meta['documents']:,} documents, {meta['bytes'] / 1e6:.1f} MB, {tokens:,} tokens")
+    print(f"{s.output_path}: {count:,} documents, {tokens:,} tokens")
 
 
-def write_shards(folder, split, texts, tokenizer):
-    """Writes the ids of texts as memory-mappable arrays; returns {file: {tokens, sha256}}."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    shards, buffer, held, texts = {}, [], 0, iter(texts)
-    progress = tqdm(desc=f"tokens of {split}", unit="tok", unit_scale=True, disable=None)
+class ShardWriter:
+    """Writes the token ids of one split as memory-mappable arrays of at least SHARD_TOKENS each, but the last."""
 
-    def flush():
-        path = folder / f"{split}-{len(shards):05}.npy"
-        np.save(path, np.concatenate(buffer) if buffer else np.zeros(0, dtype))
-        shards[path.name] = {"tokens": held, "sha256": digest([path])}
+    def __init__(self, folder, split, tokenizer):
+        self.folder, self.split, self.tokenizer = folder, split, tokenizer
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self.buffer, self.held, self.shards = [], 0, {}
 
-    while batch := list(islice(texts, 1000)):
-        ids = np.fromiter(chain.from_iterable([*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(batch)), dtype)
-        buffer.append(ids)
-        held += len(ids)
-        progress.update(len(ids))
-        if held >= SHARD_TOKENS:
-            flush()
-            buffer, held = [], 0
-    if held or not shards:
-        flush()
-    progress.close()
-    return shards
+    def add(self, texts):
+        """Appends documents, each followed by eos."""
+        ids = [[*ids, self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(texts)]
+        self.buffer.append(np.fromiter(chain.from_iterable(ids), self.dtype))
+        self.held += len(self.buffer[-1])
+        if self.held >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self):
+        path = self.folder / f"{self.split}-{len(self.shards):05}.npy"
+        np.save(path, np.concatenate(self.buffer))
+        self.shards[path.name] = {"tokens": self.held, "sha256": digest([path])}
+        self.buffer, self.held = [], 0
+
+    def close(self):
+        """Writes what is left; returns {file: {tokens, sha256}}."""
+        if self.held:
+            self.flush()
+        return self.shards
 
 
 def train_tokenizer(documents, vocab_size, folder):
-    """Trains a byte-level BPE vocabulary with <unk>, <s> and </s> as ids 0, 1 and 2, as Llama has them."""
+    """Trains a byte-level BPE vocabulary on some documents; <unk>, <s> and </s> are ids 0, 1 and 2, as in Llama."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
     special = ["<unk>", "<s>", "</s>"]
@@ -217,7 +233,7 @@ def train_tokenizer(documents, vocab_size, folder):
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=sys.stderr.isatty(),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    fast.train_from_iterator(documents, trainer, len(documents))
+    fast.train_from_iterator(documents, trainer)
     fast.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": special[0], "bos_token": special[1],
@@ -244,14 +260,15 @@ def read_documents(s):
 
 
 def read_text_file(path, column):
-    """Yields the documents of a file: the whole of a .txt, a field of every line of a .jsonl."""
-    if path.suffix == ".txt":
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        return
+    """Yields the documents of a file: pieces of a .txt, cut at ends of lines; a field of every line of a .jsonl."""
     with open(path, encoding="utf-8") as file:
+        if path.suffix == ".txt":
+            try:
+                while lines := file.readlines(PIECE_CHARACTERS):
+                    yield "".join(lines)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            return
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)[column]
@@ -259,6 +276,7 @@ def read_text_file(path, column):
                 raise UserError(f"{path}, line {number}: expected a JSON object with the field {column!r}") from None
 
 
+@cache
 def installed_documentation():
     """The documentation in this Python and in DOCUMENTED, a document a module: every docstring once, in the order of
     the source, and the language reference in pydoc_data.topics. English text that is on every machine."""

@@ -9,7 +9,6 @@ the model's own size and writing one tensor's.
 import itertools
 import json
 import re
-import shutil
 import struct
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .files import UserError, digest, explain_os_errors, new_directory, read_json, write_json
-from .tokenizer import TOKENIZER_FILES, Tokenizer
+from .tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
 from .transformer import Transformer, parameter_shapes
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -182,13 +181,6 @@ def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(Path(directory) / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-
-
-def copy_tokenizer(source, directory):
-    """Copies the tokenizer's files of one checkpoint directory into another."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(directory) / name)
 
 
 def check_vocabulary(directory, config):

@@ -1,4 +1,5 @@
 """One tokenizer over either file that checkpoints carry: `tokenizer.json` or `tokenizer.model`."""
+import shutil
 from pathlib import Path
 
 from .files import UserError, read_json
@@ -73,3 +74,10 @@ class Tokenizer:
                 return index
         index = getattr(self.spm, f"{name}_id")() if self.spm else -1
         return index if index >= 0 else None
+
+
+def copy_tokenizer(source, directory):
+    """Copies the tokenizer's files of one checkpoint directory into another."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(directory) / name)

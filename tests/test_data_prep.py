@@ -5,7 +5,8 @@ import datasets
 import numpy as np
 import pytest
 
-from data_prep import clean, docstrings, raw_files, split_indices
+from data_prep import clean, docstrings, raw_files, read_text_file, split_indices
+from model.files import UserError
 from model.tokenizer import Tokenizer
 from settings import read_config
 from tests.conftest import ROOT, error_line, run_script
@@ -108,7 +109,7 @@ def test_bad_raw_files(raw, tmp_path, spoil, said):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--task", "smp"], "unknown task 'smp'"), (["--eval_dataset_size", "50"], "takes 50 of 28 training items"),
-    (["--eval_dataset_size", "-1"], "expected a share below 1"), (["--folder_path", "none"], "none is no folder")])
+    (["--eval_dataset_size", "-1"], "expected a share below 1"), (["--folder_path", "gone"], "gone is no folder")])
 def test_bad_flags(raw, tmp_path, flags, said):
     assert said in error_line(prepare(raw, tmp_path / "out.json", *flags, check=False))
     assert not (tmp_path / "out.json").exists()
@@ -132,20 +133,37 @@ def test_text_to_shards(tmp_path):
         found.append([tokenizer.decode(ids[start + 1:stop].tolist()) for start, stop in zip(ends, ends[1:])])
     assert sorted(found[0] + found[1]) == sorted(lines)
     assert 0 < len(found[1]) < 20
+    assert json.loads((tmp_path / "out/meta.json").read_text())["documents"] == 400
     again = run_script("data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--output_path", tmp_path / "out")
     assert "is there already" in again.stdout
 
 
 def test_text_with_a_tokenizer_at_hand(checkpoint, tmp_path):
     (tmp_path / "texts").mkdir()
-    for n in range(3):
-        (tmp_path / f"texts/{n}.txt").write_text(f"Text {n}\nof two lines")
+    texts = [f"Text {n}\nof two lines" for n in range(300)]
+    for n, text in enumerate(texts):
+        (tmp_path / f"texts/{n:03}.txt").write_text(text)
     run_script("data_prep.py", "text", "--source", tmp_path / "texts", "--tokenizer", checkpoint,
                "--output_path", tmp_path / "out")
-    ids = np.load(tmp_path / "out/train-00000.npy").tolist()
+    train, held_out = (np.load(tmp_path / f"out/{split}-00000.npy").tolist() for split in ("train", "val"))
     tokenizer = Tokenizer(checkpoint)
-    assert ids == [token for n in range(3) for token in [*tokenizer.encode(f"Text {n}\nof two lines"), 2]]
+    found = tokenizer.fast.decode(train + held_out, skip_special_tokens=False).split("</s>")
+    assert sorted(found) == sorted(["", *texts])
+    kept = iter(texts)  # the order is that of the files
+    assert all(text in kept for text in tokenizer.fast.decode(train, skip_special_tokens=False).split("</s>")[:-1])
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_a_long_text_becomes_many_documents(tmp_path):
+    lines = [f"Line {n} of a long book.\n" for n in range(3000)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    pieces = list(read_text_file(tmp_path / "book.txt", "text"))
+    assert "".join(pieces) == "".join(lines)
+    assert len(pieces) > 5
+    assert all(piece.endswith("\n") and len(piece) < 11_000 for piece in pieces)
+    (tmp_path / "book.txt").write_bytes(b"good\n\xff")
+    with pytest.raises(UserError, match=r"book\.txt is not UTF-8"):
+        list(read_text_file(tmp_path / "book.txt", "text"))
 
 
 def test_docstrings_come_in_the_order_of_the_source(tmp_path):
@@ -157,7 +175,8 @@ def test_docstrings_come_in_the_order_of_the_source(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "said"), [("nowhere/at-all", "cannot read the split 'train' of nowhere/at-all"),
-                                              (ROOT / "Makefile", "expected a .txt or .jsonl file")])
+                                              (ROOT / "Makefile", "expected a .txt or .jsonl file"),
+                                              (ROOT / "requirements.txt", "holds 1 documents, too few")])
 def test_bad_text_source(tmp_path, source, said):
     result = run_script("data_prep.py", "text", "--source", source, "--output_path", tmp_path / "out", check=False)
     assert said in error_line(result)
