@@ -6,7 +6,7 @@ MODEL  ?= stack
 NPROC  ?= 1
 PYTHON ?= python3
 ORDER  ?= simp empd inqqg exp hgen
-# With INIT the stages start from that checkpoint, and SIZE only names the folder of the runs.
+# With INIT the stages start from that checkpoint, and SIZE, which names the folder, is the name of INIT by default.
 SIZE   ?= $(if $(INIT),$(notdir $(patsubst %/,%,$(INIT))),tiny)
 SOURCE := $(or $(SOURCE),$(if $(RAW),raw,$(if $(filter 410m 3b 7b,$(SIZE)),hub,sample)))
 RAW    := $(or $(RAW),data/raw)
@@ -43,7 +43,8 @@ help:
 	@echo 'SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)'
 	@echo 'RAW     folder of raw task folders    INIT   checkpoint to start from in place of m0: directory or Hub id'
 	@echo 'OUT     folder of the stages          NPROC  processes'
-	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them)'
+	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them);'
+	@echo '        with train they go to all stages that are missing, with pretrain to its last phase'
 
 # ------------------------------------------------------------------------------------------------- fine-tuning stages
 
@@ -74,25 +75,29 @@ data/prepared/$(SOURCE)/%.json: FORCE | $(VENV)/user
 
 # ------------------------------------------------------------------------------------- m0: pretrained, or from the Hub
 
-PRETRAIN = $(LAUNCH) train.py --config configs/train/pretrain.toml --size $(SIZE) --data $(TEXT) \
-    $(if $(filter pretrain,$(MAKECMDGOALS)),$(ARGS))
+PRETRAIN = $(LAUNCH) train.py --config configs/train/pretrain.toml --size $(SIZE) --data $(TEXT)
+EXTRA    = $(if $(filter pretrain,$(MAKECMDGOALS)),$(ARGS))
+ifneq (,$(HUB))
+  BEFORE := $(VENV)/user
+  M0      = $(PY) -m model.checkpoint $(HUB) $(OUT)/m0
+else ifeq ($(MODEL),llm)
+  BEFORE := $(TEXT)
+  M0      = $(PRETRAIN) --phase llm --out $(OUT)/m0 $(EXTRA)
+else
+  BEFORE := $(OUT)/grown
+  M0      = $(PRETRAIN) --phase stack --init $(OUT)/grown --out $(OUT)/m0 $(EXTRA)
+endif
 
-pretrain: $(OUT)/m0
-	@echo "m0 is there: $<"
+# Like train, the last step is always handed to its script, which sees whether it is finished and with these settings.
+pretrain: $(VENV)/user | $(if $(wildcard $(OUT)/m0),,$(BEFORE))
+	@$(if $(HUB),test -d $(OUT)/m0 || $(M0),$(M0))
+	@echo "m0: $(OUT)/m0"
 
 $(TEXT): | $(VENV)/user
 	$(PY) data_prep.py text --size $(SIZE) --output_path $@
 
-ifneq (,$(HUB))
-$(OUT)/m0: | $(VENV)/user
-	$(PY) -m model.checkpoint $(HUB) $@
-else ifeq ($(MODEL),llm)
-$(OUT)/m0: | $(TEXT)
-	$(PRETRAIN) --phase llm --out $@
-else
-$(OUT)/m0: | $(OUT)/grown
-	$(PRETRAIN) --phase stack --init $(OUT)/grown --out $@
-endif
+$(OUT)/m0: | $(BEFORE)
+	$(M0)
 
 $(OUT)/grown: | $(OUT)/base
 	$(PY) stack.py --size $(SIZE) --init $(OUT)/base --out $@
@@ -116,7 +121,7 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/user
 	@touch $@
 
 test: $(VENV)/dev
-	$(PY) -m pytest -q $(ARGS)
+	SMOLLM2=$(abspath $(SMOLLM2)) $(PY) -m pytest -q $(ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -18,10 +18,6 @@ RESPONSE = "### Response:"
 PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
           "Write a response that appropriately completes the request.\n\n{source}\n\n" + RESPONSE)
 
-# What one more micro-batch costs, in padded token slots that it must save: a micro-step has a fixed price (kernel
-# launches, a pass over the weights), and without it every batch would be cut into single samples.
-MICRO_STEP_SLOTS = 32
-
 
 class TaskData:
     """One split of a preprocessed task file, tokenized for fine-tuning.
@@ -86,20 +82,20 @@ class TokenShards:
 def read_task(path):
     """The splits {"train", "eval", "test"} of a preprocessed task file, items without a target left out.
 
-    Also returns how many were left out. Raises UserError for a file that is not in the format.
+    Also returns what was left out, as a list of names such as "train[3]". Raises UserError for a file that is not in
+    the format.
     """
     splits = read_json(path)
     names = ("train", "eval", "test")
     if not isinstance(splits, dict) or not all(isinstance(splits.get(name), list) for name in names):
         raise UserError(f"{path} is no preprocessed task file: expected an object with the lists train, eval and test")
-    dropped = 0
+    dropped = []
     for name in names:
         for index, item in enumerate(splits[name]):
             if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "output")):
                 raise UserError(f"{path}: {name}[{index}] is no object with the texts 'input' and 'output'")
-        kept = [item for item in splits[name] if item["output"].strip()]
-        dropped += len(splits[name]) - len(kept)
-        splits[name] = kept
+        dropped += [f"{name}[{index}]" for index, item in enumerate(splits[name]) if not item["output"].strip()]
+        splits[name] = [item for item in splits[name] if item["output"].strip()]
     if not splits["train"]:
         raise UserError(f"{path} holds no training samples")
     return splits, dropped
@@ -121,11 +117,13 @@ def global_batch(seed, size, start, stop):
     return [int(epoch_order(seed, place // size, size)[place % size]) for place in range(start, stop)]
 
 
-def cut(lengths, budget):
+def cut(lengths, budget, step_slots):
     """Where to cut rows, sorted from long to short, into micro-batches: [0, …, len(lengths)].
 
-    Minimises padded slots plus MICRO_STEP_SLOTS for each micro-batch, by dynamic programming over the cuts. No
-    micro-batch has more than `budget` slots, except a single row that is longer than that.
+    Minimises padded slots plus `step_slots` for each micro-batch, by dynamic programming over the cuts: a micro-step
+    has a fixed price (kernel launches, a pass over the weights, from ZeRO-2 on a reduction of all gradients), and the
+    padding that one more micro-batch saves has to be worth it. No micro-batch has more than `budget` slots, except a
+    single row that is longer than that.
     """
     best, previous = [0] + [None] * len(lengths), [0] * (len(lengths) + 1)
     for start, length in enumerate(lengths):
@@ -133,7 +131,7 @@ def cut(lengths, budget):
             slots = (stop - start) * length
             if slots > budget and stop > start + 1:
                 break
-            cost = best[start] + slots + MICRO_STEP_SLOTS
+            cost = best[start] + slots + step_slots
             if best[stop] is None or cost < best[stop]:
                 best[stop], previous[stop] = cost, start
     cuts = [len(lengths)]
@@ -142,7 +140,7 @@ def cut(lengths, budget):
     return cuts[::-1]
 
 
-def micro_batches(samples, budget, rank=0, world_size=1):
+def micro_batches(samples, budget, step_slots, rank=0, world_size=1):
     """Cuts a global batch, and returns this rank's micro-batches as pairs of tensors (input_ids, targets) [B, T].
 
     The samples are sorted by length and dealt out in turn, so every rank has nearly the same lengths; all are cut at
@@ -150,7 +148,7 @@ def micro_batches(samples, budget, rank=0, world_size=1):
     gets a row without a target.
     """
     samples = sorted(samples, key=lambda sample: -len(sample[0]))
-    cuts = cut([len(tokens) - 1 for tokens, _ in samples[::world_size]], budget)
+    cuts = cut([len(tokens) - 1 for tokens, _ in samples[::world_size]], budget, step_slots)
     mine = samples[rank::world_size]
     return [collate(mine[start:stop]) for start, stop in zip(cuts, cuts[1:])]
 

@@ -7,12 +7,14 @@
 import ast
 import glob
 import json
+import math
 import re
 import sys
 import sysconfig
+import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -30,8 +32,8 @@ VALIDATION_PER_MILLE = 10  # of the documents of a text, held out
 SHARD_TOKENS = 1 << 27
 PIECE_CHARACTERS = 10_000  # of a .txt file make a document
 TOKENIZER_DOCUMENTS = 1_000_000  # a vocabulary is trained on the first of them
-# Packages that come with the requirements and are documented at length; a fixed list, so that what else is installed
-# does not change the text.
+# Packages that come with the requirements and are documented at length; a fixed list, so that other packages do not
+# change the text. Other versions of these do: the digests in run.json tell texts apart.
 DOCUMENTED = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy", "sklearn",
               "sympy", "torch")
 
@@ -50,7 +52,7 @@ class TaskSettings:
         found = [f"--{name} is missing" for name in ("task", "folder_path", "output_path") if not getattr(self, name)]
         found += unknown_name("task", self.task) if self.task else []
         size = self.eval_dataset_size
-        if size <= 0 or (size >= 1 and size != int(size)):
+        if not 0 < size < math.inf or (size >= 1 and size != int(size)):
             found.append(f"eval_dataset_size is {size}, expected a share below 1 or a whole number of samples")
         return found
 
@@ -86,7 +88,7 @@ def read_raw_files(folder, word):
 
     An item without a target is left out; how many, and which, is printed.
     """
-    paths = sorted(path for path in folder.glob("*.json") if word in path.name)
+    paths = [path for path in sorted(folder.glob("*.json")) if role(path) == word]
     if not paths:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise UserError(f"{folder} holds no {word} file: expected a *.json with {word!r} in its name; found {found}")
@@ -101,26 +103,42 @@ def read_raw_files(folder, word):
         if len(set(lengths.values())) > 1:
             raise UserError(f"{path}: the lists differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
         for number, (source, target, info) in enumerate(zip(*lists.values())):
-            references = [clean(text) for text in (target if isinstance(target, list) else [target])]
-            if not isinstance(source, str) or not isinstance(info, dict):
-                raise UserError(f"{path}: item {number} has a src that is no text or a src_info that is no object")
+            targets = [text or "" for text in (target if isinstance(target, list) else [target])]  # null is empty
+            if not isinstance(info, dict) or not all(isinstance(text, str) for text in (source, *targets)):
+                raise UserError(f"{path}: item {number}: expected a text as src, a text or a list of texts as tgt, and "
+                                "an object as src_info")
+            references = [clean(text) for text in targets]
             if not references or not references[0]:
                 empty.append(f"{path.name}[{number}]")
                 continue
             item = {"input": clean(source), "output": references[0], "src_info": info, "index": len(items) + len(empty)}
             items.append(item | ({"references": references} if len(references) > 1 else {}))
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
         print(f"{folder}: {len(empty)} {word} items have an empty target and are left out: "
-              f"{', '.join(empty[:5])}{more}", file=sys.stderr)
+              f"{', '.join(empty[:20])}{more}", file=sys.stderr)
     if not items:
         raise UserError(f"{folder}: its {word} files hold no item with a target")
     return items
 
 
+def role(path):
+    """"train", "test" or None: which of the words is in a raw file's name, after the prompt's name if it can be told.
+
+    The prompt's name comes first and may hold either word itself: constrain_start+make_a_title.test.json is a test.
+    """
+    for part in (path.name.partition(".")[2], path.name):
+        found = [word for word in ("train", "test") if word in part]
+        if len(found) == 2:
+            raise UserError(f"{path} has both train and test in its name: rename it")
+        if found:
+            return found[0]
+    return None
+
+
 def clean(text):
     """A text with its brackets back in place of -LRB-, -RRB-, -LSB-, -RSB-, and no white space around it."""
-    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], str(text), flags=re.IGNORECASE).strip()
+    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
 
 
 def split_indices(count, size, seed=SPLIT_SEED):
@@ -145,11 +163,18 @@ class TextSettings:
     vocab_size: int = setting(4096, "vocabulary of the tokenizer, where no size is given")
     tokenizer: str | None = setting(None, "checkpoint directory whose tokenizer to use; none: train one on the text")
     text_column: str = setting("text", "field of a .jsonl line or column of a Hub dataset that holds the text")
+    dataset_config: str | None = setting(None, "configuration of a Hub dataset, such as en")
     max_documents: int | None = setting(None, "read only the first N documents")
 
     def problems(self):
         found = [] if self.output_path else ["--output_path is missing"]
-        found += unknown_name("size", self.size) if self.size else []
+        if self.size:
+            found += unknown_name("size", self.size)
+            if not found and "model" not in read_config("size", self.size):
+                found.append(f"the size {self.size} starts from published weights: name their directory with "
+                             "--tokenizer in place of --size")
+        if self.max_documents is not None and self.max_documents < 1:
+            found.append(f"max_documents is {self.max_documents}, expected at least 1")
         found += ["vocab_size is below 300: a byte-level vocabulary needs room"] if self.vocab_size < 300 else []
         return found
 
@@ -160,7 +185,13 @@ def prepare_text(s):
     Documents are read twice where a tokenizer is trained on them, and a batch at a time, so that a text of any length
     fits in memory. Which of the two splits a document belongs to depends on its content alone.
     """
-    if Path(s.output_path).exists():
+    settings = asdict(s) | {"output_path": None}
+    if (Path(s.output_path) / "meta.json").exists():
+        made_with = read_json(Path(s.output_path) / "meta.json").get("settings", {})
+        if made_with != settings:
+            raise UserError(f"{s.output_path} was made with other settings: " + "; ".join(
+                f"{name} is {made_with.get(name)!r} there and {value!r} here" for name, value in settings.items()
+                if made_with.get(name) != value) + ". Remove it, or choose another --output_path")
         return print(f"{s.output_path} is there already")
     with new_directory(s.output_path) as folder:
         if s.tokenizer:
@@ -188,7 +219,7 @@ def prepare_text(s):
             raise UserError(f"{s.source} holds {count} documents, too few to hold {VALIDATION_PER_MILLE} in a "
                             "thousand out for validation")
         shards = {name: shard for writer in writers.values() for name, shard in writer.close().items()}
-        write_json(folder / "meta.json", {"source": s.source, "documents": count,
+        write_json(folder / "meta.json", {"settings": settings, "documents": count,
                                           "vocab_size": tokenizer.vocab_size, "shards": shards})
     tokens = sum(shard["tokens"] for shard in shards.values())
     print(f"{s.output_path}: {count:,} documents, {tokens:,} tokens")
@@ -253,7 +284,8 @@ def read_documents(s):
             raise UserError(f"{s.source}: expected a .txt or .jsonl file, or a folder of them")
         documents = chain.from_iterable(read_text_file(file, s.text_column) for file in files)
     else:
-        documents = (row[s.text_column] for row in load_hub_dataset(s.source, "train", [s.text_column], streaming=True))
+        rows = load_hub_dataset(s.source, "train", [s.text_column], s.dataset_config, streaming=True)
+        documents = (row[s.text_column] for row in rows)
     for text in islice(documents, s.max_documents):
         if text.strip():
             yield text
@@ -262,18 +294,19 @@ def read_documents(s):
 def read_text_file(path, column):
     """Yields the documents of a file: pieces of a .txt, cut at ends of lines; a field of every line of a .jsonl."""
     with open(path, encoding="utf-8") as file:
-        if path.suffix == ".txt":
-            try:
-                while lines := file.readlines(PIECE_CHARACTERS):
-                    yield "".join(lines)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-            return
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)[column]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: expected a JSON object with the field {column!r}") from None
+        try:
+            while path.suffix == ".txt" and (lines := file.readlines(PIECE_CHARACTERS)):
+                yield "".join(lines)
+            for number, line in enumerate(file, 1):
+                try:
+                    text = json.loads(line)[column] if line.strip() else ""
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(f"{path}, line {number}: expected a JSON object with a text as {column!r}")
+                yield text
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
 
 
 @cache
@@ -298,7 +331,9 @@ def installed_documentation():
 def docstrings(path):
     """The docstrings of a Python source file, top to bottom; none where it cannot be read."""
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other people's backslashes
+            tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError, MemoryError):
         return []
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
@@ -314,11 +349,13 @@ class HubSettings:
     task: str | None = setting(None, "task (a file in configs/task)")
     output_path: str | None = setting(None, "folder to make the task's folder of raw files in")
     dataset: str | None = setting(None, "Hub id, or a local directory of parquet files; none: the task's own")
-    max_samples: int = setting(100_000, "most training samples")
+    max_samples: int = setting(112_000, "most training samples; a tenth of them becomes the evaluation split")
     max_test_samples: int = setting(2_000, "most test samples")
 
     def problems(self):
         found = [f"--{name} is missing" for name in ("task", "output_path") if not getattr(self, name)]
+        found += [f"{name} is {getattr(self, name)}, expected at least 1"
+                  for name in ("max_samples", "max_test_samples") if getattr(self, name) < 1]
         return found + (unknown_name("task", self.task) if self.task else [])
 
 
@@ -333,12 +370,12 @@ def prepare_hub(s):
     limits = {"train": s.max_samples, "test": s.max_test_samples}
     splits = {}
     for split, hub_split in hub["splits"].items():
-        rows = load_hub_dataset(name, hub_split, columns)
+        rows = load_hub_dataset(name, hub_split, columns, hub.get("config"), hub.get("revision"))
         wanted = limits[split] if "test" in hub["splits"] else sum(limits.values())
         splits[split] = list(islice(chain.from_iterable(hub_items(row, hub) for row in tqdm(rows, split, disable=None)),
                                     wanted))
     if "test" not in splits:
-        held_out = min(s.max_test_samples, len(splits["train"]) // 10)
+        held_out = max(1, min(s.max_test_samples, len(splits["train"]) // 10))
         splits = {"train": splits["train"][:-held_out], "test": splits["train"][-held_out:]}
     with new_directory(Path(s.output_path) / spec["folder"]) as folder:
         for split, items in splits.items():
@@ -347,11 +384,15 @@ def prepare_hub(s):
     print(f"{s.output_path}/{spec['folder']}: " + ", ".join(f"{len(items):,} {name}" for name, items in splits.items()))
 
 
-def load_hub_dataset(name, split, columns, streaming=False):
-    """The rows of a dataset on the Hub, or of a local directory of parquet files, with some of its columns."""
+def load_hub_dataset(name, split, columns, config=None, revision=None, streaming=False):
+    """The rows of a dataset on the Hub, or of a local directory of parquet files, with some of its columns.
+
+    config is the dataset's configuration (such as "en"), revision a branch such as "refs/convert/parquet".
+    """
     from datasets import load_dataset
     try:
-        return load_dataset(str(name), split=split, streaming=streaming).select_columns(columns)
+        rows = load_dataset(str(name), config, split=split, revision=revision, streaming=streaming)
+        return rows.select_columns(columns)
     except Exception as error:  # datasets and huggingface_hub raise many kinds: network, name, split, columns
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read the split {split!r} of {name}: {reason}. Without a network, put raw files into a "
@@ -360,9 +401,12 @@ def load_hub_dataset(name, split, columns, streaming=False):
 
 def hub_items(row, hub):
     """Yields the src_info fields of each sample in a row of a Hub dataset (see [hub] in configs/task)."""
-    info = {field: row[column] for field, column in hub["columns"].items()}
+    info = {field: row[column] or "" for field, column in hub["columns"].items()}
     if "labels" in hub:
-        info[hub["labels"]["field"]] = hub["labels"]["names"][row[hub["labels"]["column"]]]
+        label = row[hub["labels"]["column"]]
+        if label is None or label < 0:  # datasets mark a missing label with -1
+            return
+        info[hub["labels"]["field"]] = hub["labels"]["names"][label]
     if "dialogue" not in hub:
         yield info
         return

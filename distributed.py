@@ -1,4 +1,4 @@
-"""The processes of a run: one alone, or many under torchrun, the deepspeed launcher or Slurm."""
+"""The processes of a run: one alone, or many under torchrun or the deepspeed launcher."""
 import datetime
 import os
 import socket
@@ -25,14 +25,18 @@ class Processes:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         if torch.cuda.is_available():
-            torch.cuda.set_device(local)
-            self.device = torch.device("cuda", local)
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"{beside} processes on a node with {torch.cuda.device_count()} GPUs: start one a GPU")
+            torch.cuda.set_device(self.local_rank)
+            self.device = torch.device("cuda", self.local_rank)
         else:
             self.device = torch.device("cpu")
             # torchrun sets one thread a process, which leaves most of a CPU idle
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // beside))
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(minutes=30))
         return self
@@ -40,11 +44,18 @@ class Processes:
     def __exit__(self, *error):
         dist.destroy_process_group()
 
-    def sum(self, value):
-        """The sum of a scalar tensor over all processes, as a float."""
-        value = value.detach().double()
-        dist.all_reduce(value)
-        return value.item()
+    def sum(self, *values):
+        """The sums of scalars over all processes, as floats."""
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def first_on_node(self, function):
+        """What `function()` returns, called by the first process of each node before the others call it."""
+        if self.local_rank == 0:
+            result = function()
+        dist.barrier()
+        return result if self.local_rank == 0 else function()
 
     def on_main(self, function):
         """What `function()` returns on rank 0, for every process; where it fails there, the others exit in silence."""
@@ -55,11 +66,15 @@ class Processes:
             except UserError as error:
                 result, failure = [None, True], error
         dist.broadcast_object_list(result, device=torch.device("cpu"))
-        if failure:
-            raise failure
         if result[1]:
-            sys.exit(2)
+            self.fail(failure)
         return result[0]
+
+    def fail(self, error):
+        """Ends a run for a reason that all processes know: rank 0 raises the UserError, the others exit in silence."""
+        if self.rank == 0:
+            raise error
+        sys.exit(2)
 
     def say(self, text):
         """Prints a line, once for all processes."""

@@ -1,7 +1,7 @@
 """Settings of the scripts: a frozen dataclass, overridden by TOML files, overridden by flags.
 
-Every script declares its settings as a dataclass whose fields carry a default and a help text, and calls `run`. All
-problems (unknown keys, values of the wrong type, contradictions) are reported together, in one line.
+Every script declares its settings as a dataclass whose fields carry a default and a help text, and calls `run`. Unknown
+keys, values of the wrong type and contradictions are reported together, in one line.
 """
 import argparse
 import dataclasses
@@ -102,8 +102,9 @@ class Parser(argparse.ArgumentParser):
 def load(cls, argv, description, prog=None):
     """An instance of the settings dataclass `cls` from the command line.
 
-    `--config FILE` may be given several times; later files win, and flags win over files. Where the class has the
-    fields `size` and `phase`, the table [phase] of configs/size/<size>.toml lies between the files and the flags.
+    `--config FILE` may be given several times; later files win, and flags win over files. Where the class has a field
+    `size`, the table [phase] of configs/size/<size>.toml lies between the files and the flags; `phase` is a field, too,
+    or an attribute of the class.
     The class may have a method `problems()` that returns what contradicts what, as sentences. Raises UserError.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -124,8 +125,7 @@ def load(cls, argv, description, prog=None):
         overlay(values, read_toml(path), path, fields, problems)
     given = {}
     overlay(given, flags, "the flags", fields, problems)
-    defaults = {name: field.default for name, field in fields.items()}
-    size, phase = ({**defaults, **values, **given}.get(name) for name in ("size", "phase"))
+    size, phase = ({**values, **given}.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
     if "size" in fields and size is not None:
         if problem := unknown_name("size", size):
             problems += problem
@@ -160,12 +160,17 @@ def run(commands, description):
             prog, (cls, function), argv = f"{prog} {argv[0]}", commands[argv[0]], argv[1:]
         else:
             cls, function = commands
-        function(load(cls, argv, description, prog))
+        loaded = None
+        loaded = load(cls, argv, description, prog)
+        function(loaded)
     except UserError as error:
         if os.environ.get("DEBUG") == "1":
             raise
         rank = int(os.environ.get("RANK", 0))
-        print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+        if not rank:
+            print(f"error: {error}", file=sys.stderr)
+        elif loaded is not None:  # wrong flags are the same on every rank, what comes later need not be
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,6 +7,7 @@ the head are copied. The optimizer and the schedule start anew, which is train.p
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, locate, write_checkpoint
 from model.config import ModelConfig
@@ -23,7 +24,7 @@ class GrowthSettings:
     out: str | None = setting(None, "directory to make for the grown checkpoint")
     factor: int = setting(4, "how many times the layers are repeated")
     size: str | None = setting(None, "size preset that says the factor")
-    phase: str = setting("growth", "table of the size's file that is read")
+    phase: ClassVar = "growth"  # the table of the size's file that holds these settings
 
     def problems(self):
         found = [f"--{name} is missing" for name in ("init", "out") if not getattr(self, name)]

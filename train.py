@@ -9,13 +9,14 @@ schedule. A step is a function of (seed, step) alone: neither the number of proc
 changes which samples it sees or what it minimises, the mean negative log-likelihood over all target tokens of the
 global batch.
 """
+import contextlib
 import dataclasses
 import math
 import os
 import resource
 import shutil
 import time
-from contextlib import nullcontext
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,15 +32,15 @@ from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_
 from model.config import ModelConfig
 from model.files import UserError, new_directory, read_json
 from model.generate import greedy
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, same_tokenizer
 from model.transformer import Transformer
-from runs import StepLog, describe, finish_run, is_finished, start_run
+from runs import StepLog, clock, describe, finish_run, is_finished, print_result, show, start_run
 from settings import CONFIGS, read_config, setting
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of one training run; the published fine-tuning runs' values are the defaults where they had one."""
+    """Settings of one training run. The defaults are for fine-tuning, the published runs' values but for the batch."""
     task: str | None = setting(None, "task to fine-tune on (a file in configs/task); none: pretraining on text")
     size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and the recipe")
     phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "which table of the size's file to read")
@@ -50,6 +51,7 @@ class TrainSettings:
     # the batch
     global_batch_size: int = setting(32, "samples in a step, over all processes")
     micro_batch_tokens: int = setting(4096, "most padded tokens in a micro-batch; changes speed and memory, no number")
+    micro_step_slots: int = setting(32, "the padding that one more micro-batch has to save; changes no number")
     seq_length: int = setting(1024, "tokens in a pretraining sample")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
     max_target_length: int = setting(256, "most tokens of a target, <eos> included")
@@ -101,16 +103,21 @@ class TrainSettings:
                   (("global_batch_size", 1), ("micro_batch_tokens", 1), ("seq_length", 2), ("max_source_length", 16),
                    ("max_target_length", 2), ("max_steps", 1), ("max_tokens", 1), ("max_train_samples", 1),
                    ("max_eval_samples", 1), ("eval_steps", 1), ("logging_steps", 1), ("warmup_steps", 0),
-                   ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0))
-                  if getattr(self, name) is not None and getattr(self, name) < least]
+                   ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0), ("seed", 0),
+                   ("micro_step_slots", 0))
+                  if getattr(self, name) is not None and not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)}, expected a number above 0"
                   for name in ("learning_rate", "num_train_epochs", "adam_epsilon") if not getattr(self, name) > 0]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to 1"
-                  for name in ("min_lr_ratio", "decay_ratio", "adam_beta1", "adam_beta2")
-                  if not 0 <= getattr(self, name) <= 1]
+                  for name in ("min_lr_ratio", "decay_ratio") if not 0 <= getattr(self, name) <= 1]
+        found += [f"{name} is {getattr(self, name)}, expected a number from 0 to below 1"
+                  for name in ("adam_beta1", "adam_beta2") if not 0 <= getattr(self, name) < 1]
         if self.zero == 0 and self.dtype in ("bf16", "auto") and weights_dtype(self) == "bf16":
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or more")
         return found
+
+
+DEFAULTS = dataclasses.asdict(TrainSettings())
 
 
 def learning_rate(s, step, steps):
@@ -128,11 +135,11 @@ def learning_rate(s, step, steps):
 def main(s):
     """One run, from settings to a finished checkpoint."""
     with Processes() as world:
-        run, finished = world.on_main(lambda: prepare(s))
+        run, finished = world.on_main(lambda: prepare(s, world))
         if finished:
             world.say(f"{s.out} is finished already, nothing to do")
             return world.on_main(lambda: print_result(s.out))
-        source = locate(s.init) if s.init else Path(s.data)  # on every node, where init is a Hub id
+        source = world.first_on_node(lambda: find_weights(s))
         tokenizer, model = build_model(s, source, world.device)
         data = load_data(s, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
@@ -146,25 +153,49 @@ def main(s):
         world.on_main(lambda: print_result(s.out))
 
 
-def prepare(s):
-    """Rank 0's work before anything is loaded: finds the weights and checks them.
+def prepare(s, world):
+    """Rank 0's work before anything is loaded: checks data and weights.
 
     Returns what run.json will say of the run, and whether it was finished before.
     """
-    if not Path(s.data).exists():
-        raise UserError(f"{s.data} does not exist: make it with data_prep.py, or `make data`")
-    source = locate(s.init) if s.init else Path(s.data)
+    data = Path(s.data)
+    if not (data.is_file() if s.task else (data / "meta.json").is_file()):
+        expected = "a preprocessed task file" if s.task else "a directory of token shards with a meta.json"
+        raise UserError(f"{s.data} does not exist or is not {expected}: make it with data_prep.py, or `make data`")
+    resolved = dataclasses.asdict(s) | {"dtype": weights_dtype(s), "zero": zero_stage(s, world)}
+    facts = {"processes": world.size, "device": world.device.type}
+    if Path(s.out).exists() and s.init and not Path(s.init).is_dir():  # a finished stage outlives what it came from
+        parent = read_json(Path(s.out) / "run.json").get("parent_digest")
+        return None, is_finished(s.out, describe(resolved, parent, data_digest(s.data)), DEFAULTS)
+    if s.task and (dropped := read_task(s.data)[1]):
+        more = f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
+        print(f"{s.data}: {len(dropped)} samples have no target and are left out: {', '.join(dropped[:20])}{more}")
+    source = find_weights(s)
     config = ModelConfig.read(source / "config.json") if s.init else new_config(s, Tokenizer(source))
     check_vocabulary(source, config)
     if s.init:
         Weights(source).check(config)
+    if s.task and Tokenizer(source).eos_id is None:
+        raise UserError(f"{source} names no end-of-text token: add eos_token_id to its config.json")
+    if not s.task and not same_tokenizer(source, data):
+        raise UserError(f"{s.data} was made with another tokenizer than that of {s.init}: make it anew with "
+                        f"data_prep.py text --tokenizer {s.init}")
     longest = s.max_source_length + s.max_target_length if s.task else s.seq_length
     if longest > config.max_position_embeddings:
         names = "max_source_length + max_target_length" if s.task else "seq_length"
         raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
                         f"{config.max_position_embeddings}: lower it")
-    run = describe(dataclasses.asdict(s), checkpoint_digest(source) if s.init else None, data_digest(s.data))
-    return run, is_finished(s.out, run)
+    run = describe(resolved, checkpoint_digest(source) if s.init else None, data_digest(s.data), **facts)
+    return run, is_finished(s.out, run, DEFAULTS)
+
+
+def find_weights(s):
+    """The directory that weights and tokenizer come from, downloaded and converted to safetensors where needed."""
+    if not s.init:
+        return Path(s.data)  # new weights: only the tokenizer, which lies beside the text
+    source = locate(s.init)
+    Weights(source)
+    return source
 
 
 def new_config(s, tokenizer):
@@ -211,9 +242,7 @@ def weights_dtype(s):
 def load_data(s, tokenizer, config, world):
     """The samples: {"train", "eval"} to index, and for a task {"test"}, its raw items."""
     if s.task:
-        splits, dropped = read_task(s.data)
-        if dropped:
-            world.say(f"{dropped} samples of {s.data} have no target and are left out")
+        splits, _ = read_task(s.data)
         lengths = s.max_source_length, s.max_target_length
         data = {"train": TaskData(splits["train"][:s.max_train_samples], tokenizer, *lengths, s.train_on_source),
                 "eval": TaskData(splits["eval"][:s.max_eval_samples], tokenizer, *lengths),
@@ -221,8 +250,6 @@ def load_data(s, tokenizer, config, world):
     else:
         data = {"train": TokenShards(s.data, "train", s.seq_length, s.max_train_samples),
                 "eval": TokenShards(s.data, "val", s.seq_length, s.max_eval_samples), "test": []}
-    if s.task and tokenizer.eos_id is None:
-        raise UserError(f"{tokenizer.directory} names no end-of-text token: add eos_token_id to its config.json")
     world.say(f"model: {config.num_parameters:,} parameters, {config.num_hidden_layers} layers, "
               f"{weights_dtype(s)} on {world.size} × {world.device.type}; "
               f"{len(data['train']):,} training samples, {len(data['eval']):,} to evaluate on")
@@ -238,8 +265,10 @@ def build_engine(s, model, world):
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     import deepspeed
     deepspeed.utils.logger.setLevel("ERROR")
-    # DeepSpeed would compile a C++ library for shared-memory reductions on CPUs; gloo does without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        # DeepSpeed would compile a C++ library for reductions in shared memory; gloo does without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -252,7 +281,8 @@ def build_engine(s, model, world):
         "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def train(s, engine, data, tokenizer, world, log, directory):
@@ -264,7 +294,7 @@ def train(s, engine, data, tokenizer, world, log, directory):
     tokens, slots, seconds = 0, 0, 0.0
     before = after = evaluate(s, engine, data["eval"], world)
     log.write(step=0, eval_loss=before)
-    world.say(f"eval loss before: {before:.4f}")
+    world.say(f"eval loss before: {show(before)}")
     for step in range(steps):
         began = time.perf_counter()
         start = s.skip_samples + step * s.global_batch_size
@@ -276,7 +306,7 @@ def train(s, engine, data, tokenizer, world, log, directory):
             group["lr"] = rate
         loss, norm, filled = take_step(s, engine, batch, world)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(stop_message(step + 1, loss, norm, indices, directory))
+            world.fail(UserError(stop_message(step + 1, loss, norm, indices, directory)))
 
         took = time.perf_counter() - began
         read, _ = count_tokens(batch)
@@ -291,8 +321,8 @@ def train(s, engine, data, tokenizer, world, log, directory):
         if (step + 1) % s.eval_steps == 0 or last:
             after = evaluate(s, engine, data["eval"], world)
             log.write(step=step + 1, eval_loss=after)
-            world.say(f"step {step + 1}/{steps}  eval loss {after:.4f}")
-        if stop // size > start // size and not last:
+            world.say(f"step {step + 1}/{steps}  eval loss {show(after)}")
+        if stop // size > start // size and not last and s.save_total_limit:
             save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
             world.on_main(lambda: prune(directory, s.save_total_limit))
     return {"eval_loss_before": before, "eval_loss_after": after, "steps": steps, "tokens": tokens, "seconds": seconds,
@@ -314,15 +344,15 @@ def take_step(s, engine, samples, world):
     norm that is not finite is returned before the optimizer has changed a weight.
     """
     _, wanted = count_tokens(samples)
-    batches = micro_batches(samples, s.micro_batch_tokens, world.rank, world.size)
+    batches = micro_batches(samples, s.micro_batch_tokens, s.micro_step_slots, world.rank, world.size)
     nll = torch.zeros((), device=world.device)
     for index, (input_ids, targets) in enumerate(batches):
         engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
         part = engine(input_ids.to(world.device), targets.to(world.device))
         engine.backward(part * (world.size / wanted), scale_wrt_gas=False)
         nll += part.detach()
-    loss = world.sum(nll) / wanted
-    slots = world.sum(torch.tensor(sum(input_ids.numel() for input_ids, _ in batches), device=world.device))
+    loss, slots = world.sum(nll, sum(input_ids.numel() for input_ids, _ in batches))
+    loss /= wanted
     if not math.isfinite(loss):
         return loss, math.nan, slots
     if not engine.zero_optimization():
@@ -335,15 +365,16 @@ def take_step(s, engine, samples, world):
 
 @torch.no_grad()
 def evaluate(s, engine, data, world):
-    """Mean negative log-likelihood of the target tokens of all samples of a split, in nats."""
+    """Mean negative log-likelihood of the target tokens of all samples of a split, in nats; None if it is empty."""
     nll, wanted = torch.zeros((), device=world.device), 0
     share, hidden = 64 * world.size, None if world.rank == 0 else True
+    cutting = s.micro_batch_tokens, s.micro_step_slots, world.rank, world.size
     for start in tqdm(range(0, len(data), share), "evaluating", leave=False, disable=hidden):
         samples = [data[index] for index in range(start, min(start + share, len(data)))]
         wanted += count_tokens(samples)[1]
-        for input_ids, targets in micro_batches(samples, s.micro_batch_tokens, world.rank, world.size):
+        for input_ids, targets in micro_batches(samples, *cutting):
             nll += engine.module(input_ids.to(world.device), targets.to(world.device))
-    return world.sum(nll) / wanted if wanted else math.nan
+    return world.sum(nll)[0] / wanted if wanted else None
 
 
 def decode_examples(s, model, items, tokenizer):
@@ -370,7 +401,7 @@ def save(engine, directory, tokenizer, world):
                 yield name, parameter.detach()
 
     if world.rank == 0:
-        with nullcontext(directory) if directory.exists() else new_directory(directory) as folder:
+        with contextlib.nullcontext(directory) if directory.exists() else new_directory(directory) as folder:
             write_checkpoint(folder, engine.module.config, tensors(), tokenizer.directory)
     else:
         for _ in tensors():
@@ -390,26 +421,6 @@ def stop_message(step, loss, norm, indices, directory):
     return (f"step {step} was stopped before the optimizer: loss {loss}, gradient norm {norm}; samples {indices}; "
             f"last good checkpoint: {kept[-1] if kept else 'the one that the run started from'}. "
             "Try a lower learning_rate, more warmup_steps or dtype fp32")
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def print_result(out):
-    """Prints what a finished run came to: three test examples, eval loss before and after, the path."""
-    result = read_json(Path(out) / "run.json")["result"]
-    for index, example in enumerate(result["examples"], 1):
-        for name, text in (("input", example["input"]), ("reference", example["output"]),
-                           ("model", example["prediction"])):
-            print(f"example {index} {name:>9}: {' '.join(text.split())}")
-    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {clock(result['seconds'])} "
-          f"({result['tokens_per_s']:,.0f} tokens/s), padding {result['padding']:.1%}, "
-          f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
-    print(f"eval loss before {result['eval_loss_before']:.4f}, after {result['eval_loss_after']:.4f}")
-    print(f"checkpoint: {out}", flush=True)
 
 
 if __name__ == "__main__":

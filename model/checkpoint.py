@@ -11,6 +11,7 @@ import json
 import re
 import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -40,14 +41,13 @@ def locate(source):
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
         patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", INDEX]
         path = Path(snapshot_download(str(source), allow_patterns=patterns))
         if not list(path.glob("*.safetensors")):
             path = Path(snapshot_download(str(source), allow_patterns=[*patterns, "pytorch_model*.bin", BIN_INDEX]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of huggingface_hub, of its HTTP library, of the system
+        reason = first_line(error)
         raise UserError(f"{source} is no directory here and cannot be downloaded from the Hub: {reason}") from None
     return path
 
@@ -124,6 +124,11 @@ def open_shard(path):
         raise UserError(f"{path} is truncated or damaged ({error}): download or copy it again") from None
 
 
+def first_line(error):
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def convert_bin(directory):
     """Writes the safetensors twin of a pytorch_model.bin checkpoint beside it. Nothing in the pickle is executed."""
     if (directory / BIN_INDEX).exists():
@@ -136,11 +141,16 @@ def convert_bin(directory):
     tensors = {}
     for file in files:
         try:
-            tensors |= torch.load(directory / file, map_location="cpu", weights_only=True, mmap=True)
+            # only the zip format of torch 1.6 and later can be mapped into memory; older files are read whole
+            state = torch.load(directory / file, map_location="cpu", weights_only=True,
+                               mmap=zipfile.is_zipfile(directory / file))
         except Exception as error:  # UnpicklingError, RuntimeError or EOFError, by what is wrong with the file
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{directory / file} is damaged or holds more than tensors ({reason})") from None
-    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+            raise UserError(f"{directory / file} is damaged or holds more than tensors ({first_line(error)})") from None
+        tensors |= {name: tensor for name, tensor in state.items() if not IGNORED.search(name)}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise UserError(f"{directory}: {name} is {found}, expected a tensor of {', '.join(DTYPES)}")
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with new_directory(directory / "converted") as folder:
         write_weights(folder, specs, tensors.items())
@@ -189,7 +199,6 @@ def check_vocabulary(directory, config):
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's vocabulary "
                         f"only {config.vocab_size:,}")
-    return tokenizer
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):

@@ -15,6 +15,8 @@ INERT = {
     "output_hidden_states", "torchscript", "finetuning_task", "tokenizer_class", "prefix", "max_sequence_length",
     "chunk_size_feed_forward", "is_decoder", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
     "num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "early_stopping",
+    "num_return_sequences", "num_beam_groups", "diversity_penalty", "typical_p", "encoder_no_repeat_ngram_size",
+    "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
     "auto_map", "rope_parameters", "hidden_act", "attention_dropout", "attn_implementation",
 }
 # Options that may be present only with the value that the decoder computes anyway.
@@ -55,8 +57,11 @@ class ModelConfig:
     def __post_init__(self):
         problems = [f"{name} is {value!r}, expected a whole number above 0"
                     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                 "num_attention_heads", "num_key_value_heads", "head_dim")
+                                 "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
                     if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value > 0)]
+        problems += [f"{name} is {value!r}, expected a number above 0"
+                     for name in ("rms_norm_eps", "rope_theta", "initializer_range")
+                     if not is_number(value := getattr(self, name)) or value <= 0]
         if problems:
             raise UserError("model shape: " + "; ".join(problems))
         if self.num_key_value_heads is None:
@@ -98,11 +103,14 @@ class ModelConfig:
             raise UserError(f"{path}: architectures {architectures} is not implemented; expected ['{ARCHITECTURE}']")
         known = {field.name for field in fields(cls)}
         values = {name: raw[name] for name in known if raw.get(name) is not None}
-        values |= rope_values(raw)
+        try:
+            values |= rope_values(raw)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         problems = [f"option {name} = {raw[name]!r} is not implemented (expected {expected!r})"
                     for name, expected in FIXED.items() if raw.get(name, expected) != expected]
         problems += [f"option {name} = {value!r} is not implemented" for name, value in raw.items()
-                     if name not in known | INERT and not name.startswith("_") and value not in (None, False)]
+                     if name not in known | INERT and not name.startswith("_") and value not in (None, False, [], {})]
         needed = [field.name for field in fields(cls)[:5] if field.name not in values]
         problems += [f"{name} is missing" for name in needed]
         if problems:
@@ -119,10 +127,18 @@ class ModelConfig:
         write_json(Path(directory) / "config.json", head | FIXED | values)
 
 
+def is_number(value):
+    """Whether a JSON value is a number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def rope_values(raw):
     """theta and scaling in either spelling: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
     values = {name: raw[name] for name in ("rope_theta", "rope_scaling") if raw.get(name) is not None}
-    scaling = dict(raw.get("rope_parameters") or values.get("rope_scaling") or {})
+    scaling = raw.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"rope_scaling is {scaling!r}, expected an object")
+    scaling = dict(scaling)
     if "rope_theta" in scaling:
         values["rope_theta"] = scaling.pop("rope_theta")
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
@@ -137,5 +153,7 @@ def rope_problems(scaling):
         return [f"rope_scaling type {kind!r} is not implemented; expected one of {', '.join(ROPE_OPTIONS)}"]
     missing = ROPE_OPTIONS[kind] - scaling.keys()
     unknown = scaling.keys() - ROPE_OPTIONS[kind] - {"rope_type"}
-    return ([f"rope_scaling {kind} needs {', '.join(sorted(missing))}"] if missing else []) + \
+    wrong = [f"rope_scaling {name} is {scaling[name]!r}, expected a number above 0"
+             for name in ROPE_OPTIONS[kind] & scaling.keys() if not is_number(scaling[name]) or scaling[name] <= 0]
+    return wrong + ([f"rope_scaling {kind} needs {', '.join(sorted(missing))}"] if missing else []) + \
            ([f"rope_scaling {kind} knows no {', '.join(sorted(unknown))}"] if unknown else [])

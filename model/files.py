@@ -18,6 +18,8 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -29,9 +31,12 @@ def write_text(path, text):
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates have no UTF-8
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -55,7 +60,9 @@ def explain_os_errors(path):
     except OSError as error:
         if error.errno not in reasons:
             raise
-        raise UserError(f"cannot write {path}: {reasons[error.errno]}; what was there before is untouched") from None
+        where = f" ({error.filename})" if error.filename and not str(error.filename).startswith(str(path)) else ""
+        raise UserError(f"cannot write {path}{where}: {reasons[error.errno]}; what was there before is untouched") \
+            from None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def greedy(model, prompts, max_new_tokens, eos_id):
             finished[row] = finished[row] or token == eos_id
             if not finished[row]:
                 outputs[row].append(token)
-        if all(finished):
+        if all(finished) or step + 1 == max_new_tokens:
             break
         hidden = model.model(tokens[:, None], cache, (lengths + step)[:, None])[:, 0]
     return outputs

@@ -38,8 +38,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self):
-        """Number of ids that encoding can give; a model's vocabulary may be larger, but not smaller."""
-        return self.fast.get_vocab_size() if self.fast else self.spm.vocab_size()
+        """The largest id that encoding can give, plus one; a model's vocabulary may be larger, but not smaller."""
+        return max(self.fast.get_vocab().values()) + 1 if self.fast else self.spm.vocab_size()
 
     def encode(self, text):
         """Token ids of a text, with no bos or eos around them."""
@@ -68,12 +68,22 @@ class Tokenizer:
             token = read_json(path).get(f"{name}_token") if path.exists() else None
             if token is not None:
                 token = token["content"] if isinstance(token, dict) else token
-                index = self.fast.token_to_id(token) if self.fast else self.spm.piece_to_id(token)
+                index = self._token_id(token)
                 if index is None:
                     raise UserError(f"{path}: {name}_token {token!r} is not in the vocabulary")
                 return index
         index = getattr(self.spm, f"{name}_id")() if self.spm else -1
         return index if index >= 0 else None
+
+    def _token_id(self, token):
+        """The id of a token, None where there is none; sentencepiece itself answers unk for what it does not know."""
+        if self.fast:
+            return self.fast.token_to_id(token)
+        index = self.spm.piece_to_id(token)
+        if self.spm.id_to_piece(index) == token:
+            return index
+        added = self.directory / "added_tokens.json"
+        return read_json(added).get(token) if added.exists() else None
 
 
 def copy_tokenizer(source, directory):
@@ -81,3 +91,9 @@ def copy_tokenizer(source, directory):
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, Path(directory) / name)
+
+
+def same_tokenizer(first, second):
+    """Whether two directories hold the same tokenizer: the same file, byte for byte, of those that Tokenizer reads."""
+    name = next(name for name in TOKENIZER_FILES if (Path(first) / name).exists())
+    return (Path(second) / name).exists() and (Path(first) / name).read_bytes() == (Path(second) / name).read_bytes()

@@ -4,7 +4,7 @@ Dimensions:  B batch, T tokens of this call, S positions in the key-value cache,
              H query heads, K key-value heads, D head size, V vocabulary, N tokens with a target.
 
 Training pads on the right and needs no attention mask: under a causal mask a real token never sees the padding
-behind it, so scaled_dot_product_attention always takes its causal flash path.
+behind it, so scaled_dot_product_attention is free to take its causal flash kernel (on GPUs in bf16, on CPUs always).
 """
 import math
 
@@ -74,14 +74,14 @@ class KVCache:
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.length = 0  # positions that any row has reached, set by the decoder at each call
 
     def write(self, layer, key, value, positions):
         """Stores key and value [B, K, T, D] at positions [B, T]; returns this layer's keys and values so far."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        length = int(positions.max()) + 1
         self.keys[layer][rows, :, positions] = key.transpose(1, 2)
         self.values[layer][rows, :, positions] = value.transpose(1, 2)
-        return self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+        return self.keys[layer][:, :, :self.length], self.values[layer][:, :, :self.length]
 
 
 class Attention(nn.Module):
@@ -156,12 +156,36 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=x.device).expand(input_ids.shape)  # B T
         cos, sin = rotary_table(self.config, positions[:1] if cache is None else positions, x.dtype)
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
+        if cache is not None:
+            cache.length = int(positions.max()) + 1
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotary, cache, positions)
         return self.norm(x)
+
+
+class Head(nn.Linear):
+    """The output head: logits of hidden states, or the loss on targets, in one call of the module.
+
+    The loss runs in slices, each recomputed in the backward pass, so that the logits of a long batch never exist at
+    once. It is one call however many slices there are, since ZeRO-3 gathers the weight once a call and every process
+    has to make the same calls.
+    """
+
+    def forward(self, hidden, targets=None):
+        if targets is None:
+            return super().forward(hidden)
+        rows = max(1, LOGITS_PER_CHUNK // self.out_features)
+        if len(targets) <= rows:
+            return self.negative_log_likelihood(hidden, targets)
+        return sum(checkpoint(self.negative_log_likelihood, *chunk, use_reentrant=False, preserve_rng_state=False)
+                   for chunk in zip(hidden.split(rows), targets.split(rows)))
+
+    def negative_log_likelihood(self, hidden, targets):
+        """Summed over the rows of hidden [N, C] for targets [N], in fp32."""
+        return F.cross_entropy(F.linear(hidden, self.weight).float(), targets, reduction="sum")
 
 
 class Transformer(nn.Module):
@@ -169,15 +193,14 @@ class Transformer(nn.Module):
 
     `forward(input_ids)` gives logits [B, T, V]. `forward(input_ids, targets)` gives the summed negative
     log-likelihood (a scalar in nats, fp32) of the targets [B, T] that are not IGNORE_INDEX: targets[b, t] is the
-    token expected after input_ids[b, t]. The head runs only there, and in slices, so that the logits of a long
-    batch never exist at once.
+    token expected after input_ids[b, t]. The head runs only there.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self):
@@ -200,16 +223,7 @@ class Transformer(nn.Module):
         if targets is None:
             return self.lm_head(hidden)  # B T V
         wanted = targets != IGNORE_INDEX
-        hidden, targets = hidden[wanted], targets[wanted]  # N C, N
-        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        if len(targets) <= rows:
-            return self.negative_log_likelihood(hidden, targets)
-        return sum(checkpoint(self.negative_log_likelihood, *chunk, use_reentrant=False)
-                   for chunk in zip(hidden.split(rows), targets.split(rows)))
-
-    def negative_log_likelihood(self, hidden, targets):
-        """Summed over the rows of hidden [N, C] for targets [N]."""
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+        return self.lm_head(hidden[wanted], targets[wanted])  # N C, N
 
 
 def parameter_shapes(config):

@@ -88,6 +88,22 @@ def test_bin_is_converted_once(copy, sharded):
     assert not (copy / "converted").exists()
 
 
+def test_a_bin_from_before_the_zip_format(copy):
+    expected = logits(copy)
+    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (copy / WEIGHTS).unlink()
+    assert torch.equal(logits(copy), expected)
+
+
+@pytest.mark.parametrize(("value", "said"), [({"nested": 1}, "model.norm.weight is dict"),
+                                             (torch.ones(2, dtype=torch.int64), "model.norm.weight is torch.int64")])
+def test_a_bin_with_other_things_than_weights(copy, value, said):
+    torch.save(load_file(copy / WEIGHTS) | {"model.norm.weight": value}, copy / "pytorch_model.bin")
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=said):
+        Weights(copy)
+
+
 class Bomb:
     def __reduce__(self):
         return (print, ("executed",))

@@ -48,6 +48,10 @@ def test_read_what_transformers_writes_and_it_reads_ours(tmp_path, rope):
     ({"vocab_size": None}, "vocab_size is missing"),
     ({"hidden_size": "32"}, "hidden_size is '32'"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor is '2'"),
+    ({"rope_interleaved": True}, "rope_interleaved = True"),
 ])
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, named):
     path = written(tmp_path, **changes)
@@ -55,6 +59,12 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, named):
         ModelConfig.read(path)
     assert named in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_what_changes_nothing_is_passed_over(tmp_path):
+    notes = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "pruned_heads": {}, "_note": "x",
+             "num_return_sequences": 1, "rope_interleaved": False, "sliding_window": None}
+    assert ModelConfig.read(written(tmp_path, **notes)) == ModelConfig.read(written(tmp_path))
 
 
 def test_all_problems_in_one_message(tmp_path):

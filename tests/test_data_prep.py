@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pytest
 
-from data_prep import clean, docstrings, raw_files, read_text_file, split_indices
+from data_prep import clean, docstrings, raw_files, read_text_file, role, split_indices
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from settings import read_config
@@ -37,7 +37,7 @@ def raw(tmp_path):
     folder = tmp_path / "raw/wiki_auto"
     folder.parent.mkdir()
     write_raw(folder, "simplification_1.train.json", [f"source -LRB- {n} -RRB-" for n in range(30)],
-              [f"target {n}\n" if n not in (3, 8) else " " for n in range(30)])
+              [{3: " ", 8: None}.get(n, f"target {n}\n") for n in range(30)])
     write_raw(folder, "simplification_1.test.json", ["a", "b"], [["one", "two"], ["only"]])
     write_raw(folder, "simplification_2.test.json", ["c"], ["d"], "simplification_2")
     return folder
@@ -93,6 +93,10 @@ BAD = {
     "other prompt": (lambda raw: (raw / "simplification_1.test.json").unlink(),
                      "no test item has prompt_name 'simplification_1'; found simplification_2"),
     "binary": (lambda raw: (raw / "simplification_1.train.json").write_bytes(b"\xff\xfe"), "is not UTF-8"),
+    "a number": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data["tgt"].__setitem__(4, 5)),
+                 "simplification_1.train.json: item 4: expected a text as src"),
+    "both words": (lambda raw: (raw / "simplification_1.train.json").rename(raw / "s.train_test.json"),
+                   "has both train and test in its name"),
     "no targets": (lambda raw: damage(raw, "simplification_1.train.json",
                                       lambda data: data.update(tgt=[""] * 30)), "hold no item with a target"),
 }
@@ -105,6 +109,12 @@ def test_bad_raw_files(raw, tmp_path, spoil, said):
     assert said in line
     assert str(raw) in line
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_prompts_name_may_hold_the_words_train_and_test(tmp_path):
+    names = {"constrain_start+make_a_title.test.json": "test", "latest_news.train.json": "train",
+             "generate_a_question_1.test_asks.json": "test", "train.json": "train", "notes.json": None}
+    assert {name: role(tmp_path / name) for name in names} == names
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -134,8 +144,10 @@ def test_text_to_shards(tmp_path):
     assert sorted(found[0] + found[1]) == sorted(lines)
     assert 0 < len(found[1]) < 20
     assert json.loads((tmp_path / "out/meta.json").read_text())["documents"] == 400
-    again = run_script("data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--output_path", tmp_path / "out")
-    assert "is there already" in again.stdout
+    again = ["data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--output_path", tmp_path / "out"]
+    assert "is there already" in run_script(*again, "--vocab_size", "320").stdout
+    line = error_line(run_script(*again, check=False))
+    assert "made with other settings: vocab_size is 320 there and 4096 here" in line
 
 
 def test_text_with_a_tokenizer_at_hand(checkpoint, tmp_path):
@@ -152,6 +164,16 @@ def test_text_with_a_tokenizer_at_hand(checkpoint, tmp_path):
     kept = iter(texts)  # the order is that of the files
     assert all(text in kept for text in tokenizer.fast.decode(train, skip_special_tokens=False).split("</s>")[:-1])
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_bad_lines_of_a_jsonl_are_named(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert list(read_text_file(path, "text")) == ["a", "", "b"]
+    for bad in ('{"text": null}', '{"txt": "a"}', "[1]", "no"):
+        path.write_text('{"text": "a"}\n' + bad + "\n")
+        with pytest.raises(UserError, match=r"t\.jsonl, line 2: expected a JSON object with a text as 'text'"):
+            list(read_text_file(path, "text"))
 
 
 def test_a_long_text_becomes_many_documents(tmp_path):

@@ -1,6 +1,6 @@
 """Settings: defaults, files, flags; and all problems at once."""
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
@@ -64,7 +64,8 @@ def test_every_shipped_size_parses(size):
         assert settings.weight_decay == 0.1  # of pretrain.toml
     flags = ["--config", str(CONFIGS / "train/finetune.toml"), "--data", "d", "--out", "o", "--init", "i"]
     settings = load(TrainSettings, [*flags, "--task", "simp", "--size", size], "")
-    assert settings.learning_rate == tables["finetune"]["learning_rate"]
+    assert settings.global_batch_size == tables["finetune"]["global_batch_size"]
+    assert settings.weight_decay == 0.01  # of finetune.toml
     if "model" in tables:
         growth = load(GrowthSettings, ["--init", "i", "--out", "o", "--size", size], "")
         assert growth.factor == tables["growth"]["factor"]
@@ -82,12 +83,12 @@ def test_sizes_are_what_they_say():
 def test_every_shipped_task_names_fields_that_its_prompts_use(task):
     spec = read_config("task", task)
     assert (ROOT / "data/sample" / spec["folder"]).is_dir()
-    fields = {*spec["hub"]["columns"], *([spec["hub"]["labels"]["field"]] if "labels" in spec["hub"] else [])}
+    named = {*spec["hub"]["columns"], *([spec["hub"]["labels"]["field"]] if "labels" in spec["hub"] else [])}
     if "dialogue" in spec["hub"]:
-        fields |= {"input_text", "output_text"}
-    assert spec["target"] in fields
+        named |= {"input_text", "output_text"}
+    assert spec["target"] in named
     for wording in (wording for wordings in spec["prompts"].values() for wording in wordings):
-        assert set(re.findall(r"\[(\w+)\]", wording)) <= fields
+        assert set(re.findall(r"\[(\w+)\]", wording)) <= named
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
@@ -101,11 +102,13 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 def test_contradictions_are_found_before_anything_runs():
     flags = ["--max_steps", "5", "--max_tokens", "5", "--learning_rate", "0", "--task", "simp", "--zero", "0",
-             "--dtype", "bf16", "--warmup_steps", "-1"]
+             "--dtype", "bf16", "--warmup_steps", "-1", "--seed", "-1", "--adam_beta1", "1",
+             "--weight_decay", "nan"]
     with pytest.raises(UserError) as error:
         load(TrainSettings, flags, "")
     for said in ("--data is missing", "--out is missing", "neither --init nor --size", "max_steps and max_tokens",
-                 "learning_rate is 0.0", "warmup_steps is -1", "ZeRO 0 keeps no fp32 master weights"):
+                 "learning_rate is 0.0", "warmup_steps is -1", "seed is -1", "adam_beta1 is 1.0",
+                 "weight_decay is nan", "ZeRO 0 keeps no fp32 master weights"):
         assert said in str(error.value), said
 
 
@@ -115,7 +118,7 @@ def test_help_lists_every_setting(words):
     classes = {"train.py": TrainSettings, "stack.py": GrowthSettings, "task": TaskSettings, "text": TextSettings,
                "hub": HubSettings}
     text = run_script(*words, "--help").stdout
-    assert all(f"--{name}" in text for name in classes[words[-1]].__dataclass_fields__)
+    assert all(f"--{field.name}" in text for field in fields(classes[words[-1]]))
 
 
 def test_a_script_says_what_is_wrong_in_one_line():

@@ -60,6 +60,16 @@ def test_special_ids_come_from_the_directorys_own_files(spm_dir, tmp_path):
     assert Tokenizer(tmp_path).eos_id == 9
 
 
+def test_special_tokens_that_are_no_pieces(spm_dir, tmp_path):
+    """sentencepiece answers unk for them; the directory of a fine-tuned checkpoint has them in added_tokens.json."""
+    (tmp_path / "tokenizer.model").write_bytes((spm_dir / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    with pytest.raises(UserError, match=r"pad_token '\[PAD\]' is not in the vocabulary"):
+        Tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 800}))
+    assert Tokenizer(tmp_path).pad_id == 800
+
+
 def test_ids_beyond_the_tokenizer_leave_no_trace(spm_dir):
     """Fine-tuned checkpoints of the original tool have one more token, for padding."""
     ours = Tokenizer(spm_dir)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batches import PROMPT, global_batch
-from tests.conftest import error_line, run_script
+from runs import start_run
+from tests.conftest import ROOT, error_line, run_script
 from train import TrainSettings, learning_rate, prune
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
@@ -24,6 +26,12 @@ FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max
 def run_train(checkpoint, simp_file, out, *flags, launcher=(), check=True, **environment):
     return run_script("train.py", "--init", checkpoint, "--data", simp_file, "--out", out, *FLAGS, *flags,
                       launcher=launcher, check=check, **environment)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def steps(out):
@@ -102,7 +110,7 @@ def test_equals_a_plain_loop_over_transformers(finished, checkpoint, simp_file):
     (["--micro_batch_tokens", "200", "--gradient_checkpointing"], TORCHRUN),
     (["--micro_batch_tokens", "9000", "--zero", "0"], TORCHRUN),
     (["--zero", "2"], TORCHRUN),
-    (["--zero", "3"], TORCHRUN),
+    (["--zero", "3", "--gradient_checkpointing"], TORCHRUN),
 ], ids=["small micro-batches", "two processes", "two processes, large micro-batches", "ZeRO 2", "ZeRO 3"])
 def test_same_losses_whatever_carries_it_out(finished, checkpoint, simp_file, tmp_path, flags, launcher):
     run_train(checkpoint, simp_file, tmp_path / "run", *flags, launcher=launcher)
@@ -118,7 +126,7 @@ def test_same_losses_whatever_carries_it_out(finished, checkpoint, simp_file, tm
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-3 for name in weights[0])
 
 
-@pytest.mark.parametrize(("zero", "launcher"), [("1", []), ("3", TORCHRUN)])
+@pytest.mark.parametrize(("zero", "launcher"), [("1", []), ("2", TORCHRUN)])
 def test_bf16_keeps_fp32_master_weights(zero, launcher, checkpoint, simp_file, tmp_path):
     """With bf16 master weights steps of 1e-5 would be lost: a bf16 weight near 0.2 has a resolution of 1e-3."""
     flags = ["--dtype", "bf16", "--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--max_steps", "30",
@@ -140,6 +148,7 @@ def test_what_a_finished_run_leaves(finished, checkpoint):
     assert not out.with_name("m1-simp.partial").exists()
     run = json.loads((out / "run.json").read_text())
     assert run["settings"]["learning_rate"] == 5e-3
+    assert (run["settings"]["dtype"], run["settings"]["zero"], run["processes"], run["device"]) == ("fp32", 0, 1, "cpu")
     assert len(run["parent_digest"]) == len(run["data_digest"]) == 64
     assert run["versions"]["torch"] == torch.__version__
     logged, evaluated = steps(out)
@@ -164,6 +173,37 @@ def test_a_finished_run_is_not_done_again(finished, checkpoint, simp_file):
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_outlives_its_parent(checkpoint, simp_file, tmp_path):
+    parent = shutil.copytree(checkpoint, tmp_path / "m0")
+    flags = "--max_steps", "1", "--max_eval_samples", "1"
+    run_train(parent, simp_file, tmp_path / "m1", *flags)
+    shutil.rmtree(parent)
+    assert "finished already" in run_train(parent, simp_file, tmp_path / "m1", *flags).stdout
+    line = error_line(run_train(parent, simp_file, tmp_path / "m1", *flags, "--seed", "1", check=False))
+    assert "seed is 42 there and 1 here" in line
+
+
+def test_checkpoints_of_an_unfinished_run_are_kept(tmp_path):
+    run = {"settings": {}, "parent_digest": None, "data_digest": None}
+    partial = start_run(tmp_path / "m1", run)
+    assert partial == tmp_path / "m1.partial"
+    (partial / "checkpoint-3").mkdir()
+    assert start_run(tmp_path / "m1", run) == partial
+    assert [path.name for path in partial.iterdir()] == ["run.json"]
+    assert (tmp_path / "m1.partial.old/checkpoint-3").is_dir()
+
+
+def test_loss_in_slices_under_zero_3(finished, checkpoint, simp_file, tmp_path):
+    """Ranks with different numbers of targets, and so of slices, still make the same collective calls."""
+    code = ("import sys, model.transformer, train; model.transformer.LOGITS_PER_CHUNK = 20 * 512;"
+            "sys.argv = sys.argv[1:]; train.settings.run((train.TrainSettings, train.main), '')")
+    (tmp_path / "run.py").write_text(code)
+    run_script(tmp_path / "run.py", "train.py", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "run",
+               *FLAGS, "--zero", "3", launcher=TORCHRUN, PYTHONPATH=f"{ROOT}:{ROOT / 'tests/without_transformers'}")
+    for a, b in zip(steps(tmp_path / "run")[0], steps(finished[0])[0]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
 def test_other_settings_are_refused_with_the_differences(finished, checkpoint, simp_file, tmp_path):
     out, _ = finished
     line = error_line(run_train(checkpoint, simp_file, out, "--seed", "7", "--warmup_steps", "0", check=False))
@@ -181,7 +221,7 @@ def test_the_original_tools_format_trains(checkpoint, tmp_path):
     splits = {"train": [item] * 8 + [item | {"output": ""}], "eval": [item] * 2, "test": [item]}
     (tmp_path / "simp.json").write_text(json.dumps(splits))
     result = run_train(checkpoint, tmp_path / "simp.json", tmp_path / "run", "--max_steps", "3")
-    assert "1 samples of" in result.stdout
+    assert "1 samples have no target and are left out: train[8]" in result.stdout
     assert steps(tmp_path / "run")[0][-1]["loss"] < steps(tmp_path / "run")[0][0]["loss"]
 
 
@@ -203,6 +243,8 @@ def test_pretraining_from_new_weights_and_on_from_a_base(tmp_path, checkpoint):
     run_script("stack.py", "--init", tmp_path / "base", "--size", "tiny", "--out", tmp_path / "grown")
     run_script(*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "m0",
                "--skip_samples", "80")
+    other = run_script(*common, "--phase", "stack", "--init", checkpoint, "--out", tmp_path / "x", check=False)
+    assert "was made with another tokenizer" in error_line(other)
     assert json.loads((tmp_path / "m0/config.json").read_text())["num_hidden_layers"] == 8
     assert steps(tmp_path / "m0")[1][-1]["eval_loss"] < steps(tmp_path / "m0")[1][0]["eval_loss"]
 
@@ -226,10 +268,11 @@ def test_bad_input_ends_before_training_with_nothing_written(checkpoint, simp_fi
     data = (small / "model.safetensors").read_bytes()
     (small / "model.safetensors").write_bytes(data[:-10])
     cases = [
-        (["--data", tmp_path / "none.json"], "none.json does not exist"),
+        (["--data", tmp_path / "none.json"], "none.json does not exist or is not a preprocessed task file"),
         (["--init", small], "model.safetensors is truncated or damaged"),
         (["--init", tmp_path], "is no checkpoint: it holds no config.json"),
         (["--task", "smp"], "unknown task 'smp'"),
+        (["--data", tmp_path], "is not a preprocessed task file"),
         (["--max_source_length", "2000"], "more than the model's max_position_embeddings 2048"),
     ]
     for flags, said in cases:
@@ -281,7 +324,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_under_the_deepspeed_launcher(finished, checkpoint, simp_file, tmp_path):
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info",
-                "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--master_addr", "127.0.0.1", "--master_port", "29531"]
+                "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     run_train(checkpoint, simp_file, tmp_path / "run", launcher=launcher)
     for a, b in zip(steps(tmp_path / "run")[0], steps(finished[0])[0]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

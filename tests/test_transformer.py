@@ -1,6 +1,7 @@
 """The decoder against transformers' Llama, in fp32."""
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model.transformer
@@ -82,13 +83,20 @@ def test_memory_savers_change_nothing(change, monkeypatch):
         monkeypatch.setattr(model.transformer, "LOGITS_PER_CHUNK", 5 * SHAPE["vocab_size"])
     else:
         saving.model.gradient_checkpointing = True
-    heads = []
-    saving.lm_head.register_forward_hook(lambda module, args, out: heads.append(len(out)))
+    heads, whole = [], saving.lm_head.negative_log_likelihood
+    monkeypatch.setattr(saving.lm_head, "negative_log_likelihood",
+                        lambda hidden, targets: heads.append(len(targets)) or whole(hidden, targets))
     saving(input_ids, targets).backward()
     wanted = int((targets != IGNORE_INDEX).sum())
     assert max(heads) == (5 if change == "chunks" else wanted)
     for ours, expected in zip(saving.parameters(), plain.parameters()):
         assert (ours.grad - expected.grad).abs().max() < 1e-5 * expected.grad.abs().max()
+
+
+def test_training_takes_the_flash_kernel():
+    input_ids, targets, *_ = padded_batch()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other is an error
+        random_model()(input_ids, targets).backward()
 
 
 def test_no_target_has_zero_loss_and_gradient():
