@@ -21,9 +21,9 @@ PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", 
 def git_commit():
     """The commit of this program, with "-dirty" where files were changed since; None outside a repository."""
     try:
-        describe = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
-                                  cwd=Path(__file__).parent, capture_output=True, check=True)
-        return describe.stdout.strip()
+        result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
+                                cwd=Path(__file__).parent, capture_output=True, check=True)
+        return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

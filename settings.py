@@ -51,21 +51,27 @@ def read_config(kind, name):
 
 
 ACCEPTED = {int: (int, str), float: (int, float, str), bool: (bool, str), str: (str,)}
+METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def parts(kind):
+    """(type, choices, whether None is allowed) of a field: int, float, bool, str, a Literal of some, each `| None`."""
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    choices = typing.get_args(kind)
+    return type(choices[0]) if choices else kind, choices, optional
 
 
 def convert(name, value, kind):
     """A value from a TOML file or a flag (a string) as a field's type; ValueError where it does not fit.
 
-    Types: int, float, bool, str, a Literal of some, and each of them `| None` (the flag's value "none").
+    "none" stands for None where that is allowed.
     """
-    optional = type(None) in typing.get_args(kind)
-    if optional:
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        if value == "none":
-            return None
-    choices = typing.get_args(kind)
-    base = type(choices[0]) if choices else kind
+    base, choices, optional = parts(kind)
+    if optional and value == "none":
+        return None
     try:
         if type(value) not in ACCEPTED[base]:
             raise ValueError
@@ -113,10 +119,11 @@ def load(cls, argv, description, prog=None):
     parser.add_argument("--help", "-h", action="help", help="show this text")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="TOML file with settings")
     for name, field in fields.items():
-        default = f" (default: {field.default})" if field.default is not None else ""
-        kind = {"nargs": "?", "const": "true"} if field.type is bool else {}
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, metavar="X",
-                            help=field.metadata["help"].replace("%", "%%") + default, **kind)
+        help = field.metadata["help"] + (f" (default: {field.default})" if field.default is not None else "")
+        base, choices, _ = parts(field.type)
+        kind = {"nargs": "?", "const": "true"} if base is bool else {}
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base]
+        parser.add_argument(f"--{name}", metavar=metavar, help=help.replace("%", "%%"), **kind)
     flags, rest = parser.parse_known_args(argv)
     flags = vars(flags)
     values, problems = {}, [f"unknown flag {word!r}" for word in rest if word.startswith("-")]

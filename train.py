@@ -107,7 +107,8 @@ class TrainSettings:
                    ("micro_step_slots", 0))
                   if getattr(self, name) is not None and not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)}, expected a number above 0"
-                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon") if not getattr(self, name) > 0]
+                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon")
+                  if not 0 < getattr(self, name) < math.inf]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to 1"
                   for name in ("min_lr_ratio", "decay_ratio") if not 0 <= getattr(self, name) <= 1]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to below 1"
