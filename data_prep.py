@@ -365,7 +365,7 @@ def prepare_hub(s):
     if (Path(s.output_path) / spec["folder"]).exists():
         return print(f"{s.output_path}/{spec['folder']} is there already")
     hub, name = spec["hub"], s.dataset or spec["hub"]["dataset"]
-    columns = [*hub["columns"].values(), *([hub["dialogue"]] if "dialogue" in hub else []),
+    columns = [*hub["columns"].values(), *(hub[key] for key in ("dialogue", "references") if key in hub),
                *([hub["labels"]["column"]] if "labels" in hub else [])]
     limits = {"train": s.max_samples, "test": s.max_test_samples}
     splits = {}
@@ -407,6 +407,8 @@ def hub_items(row, hub):
         if label is None or label < 0:  # datasets mark a missing label with -1
             return
         info[hub["labels"]["field"]] = hub["labels"]["names"][label]
+    if "references" in hub and len(row[hub["references"]] or []) > 1:
+        info["references"] = row[hub["references"]]
     if "dialogue" not in hub:
         yield info
         return
@@ -422,7 +424,7 @@ def raw_files(items, spec):
     for index, info in enumerate(items):
         name, wording = wordings[index % len(wordings)]
         files[name]["src"].append(re.sub(r"\[(\w+)\]", lambda match, info=info: info[match[1]], wording))
-        files[name]["tgt"].append(info[spec["target"]])
+        files[name]["tgt"].append(info.get("references", info[spec["target"]]))
         files[name]["src_info"].append(info | {"prompt": wording, "prompt_name": name})
     return files
 

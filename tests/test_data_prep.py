@@ -209,7 +209,7 @@ def test_bad_text_source(tmp_path, source, said):
 
 DIALOGUE = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
 ROWS = {
-    "simp": [{"source": f"s{n}", "target": f"t{n}", "references": []} for n in range(4)],
+    "simp": [{"source": f"s{n}", "target": f"t{n}", "references": [["a", "b"], ["t1"], [], None][n]} for n in range(4)],
     "empd": [{"emotion": "proud", "situation": "A race.", "conversations": DIALOGUE, "conv_id": "x"}],
     "inqqg": [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(20)],
     "exp": [{"premise": "p", "hypothesis": "h", "label": n, "explanation_1": f"e{n}", "explanation_2": ""}
@@ -232,7 +232,7 @@ def test_hub_rows_become_raw_files(task, tmp_path):
     items = [json.loads(path.read_text()) for path in sorted(folder.glob("*.train.json"))]
     sources, targets, infos = (sum((item[key] for item in items), []) for key in ("src", "tgt", "src_info"))
     if task == "simp":
-        assert targets == ["t0", "t1", "t2", "t3"]
+        assert targets == [["a", "b"], "t1", "t2", "t3"]
         assert sources[0].startswith("s0\n\n")
         assert '"s1"' in sources[1]
     elif task == "empd":
