@@ -276,7 +276,7 @@ def build_engine(s, model, world):
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
     zero = zero_stage(s, world)
     config = read_json(CONFIGS / "deepspeed" / f"zero{zero}.json") | {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # the loop decides, see step()
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # the loop decides, see take_step()
         "gradient_clipping": s.max_grad_norm if zero else 0.0,  # without ZeRO the loop clips itself
         "bf16": {"enabled": weights_dtype(s) == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
