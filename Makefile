@@ -15,12 +15,15 @@ OUT    ?= runs/$(SIZE)/$(MODEL)
 FOLDER := $(if $(filter sample,$(SOURCE)),data/sample,$(RAW))
 PRESET := $(wildcard configs/size/$(SIZE).toml)
 HUB    := $(if $(PRESET),$(shell sed -n 's/^$(MODEL) *= *"\(.*\)".*/\1/p' $(PRESET)))
-TEXT   := data/text/$(SIZE)
+TEXT   ?= data/text/$(SIZE)
 VENV   := .venv
 PY     := $(VENV)/bin/python
-LAUNCH := $(if $(filter 1,$(NPROC)),$(PY),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC))
+# What stands before train.py, and the flag that says so to the scripts that call it themselves.
+TORCHRUN := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC))
+LAUNCH   := $(or $(TORCHRUN),$(PY))
+LAUNCHER := $(if $(TORCHRUN),--launcher "$(TORCHRUN)")
 
-ifneq (,$(filter train pretrain data,$(or $(MAKECMDGOALS),help)))
+ifneq (,$(filter train pretrain data growth-study,$(or $(MAKECMDGOALS),help)))
   expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
   $(call expect,TASK,$(TASK),$(ORDER))
   $(call expect,MODEL,$(MODEL),stack llm)
@@ -28,13 +31,15 @@ ifneq (,$(filter train pretrain data,$(or $(MAKECMDGOALS),help)))
   $(if $(INIT)$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
 endif
 
-.PHONY: help train pretrain data test lint clean FORCE
+.PHONY: help train pretrain data growth-study plan test lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train TASK=simp MODEL=stack   fine-tune, after building whatever that needs'
 	@echo 'make pretrain MODEL=stack|llm      build m0, the model that fine-tuning starts from'
 	@echo 'make data TASK=simp                prepare a task'
+	@echo 'make growth-study SIZE=small       loss over FLOPs, from scratch and grown: figure and table (SEEDS=42,43,44)'
+	@echo 'make plan SIZE=7b TOKENS=300e9     when to grow, and what it saves (PARAMS=7e9 in place of SIZE)'
 	@echo 'make test | lint | clean           run the tests; check the style; remove the environment and prepared data'
 	@echo
 	@echo 'TASK    $(ORDER), in the order of the stages (ORDER)'
@@ -75,17 +80,13 @@ data/prepared/$(SOURCE)/%.json: FORCE | $(VENV)/user
 
 # ------------------------------------------------------------------------------------- m0: pretrained, or from the Hub
 
-PRETRAIN = $(LAUNCH) train.py --config configs/train/pretrain.toml --size $(SIZE) --data $(TEXT)
-EXTRA    = $(if $(filter pretrain,$(MAKECMDGOALS)),$(ARGS))
 ifneq (,$(HUB))
   BEFORE := $(VENV)/user
   M0      = $(PY) -m model.checkpoint $(HUB) $(OUT)/m0
-else ifeq ($(MODEL),llm)
-  BEFORE := $(TEXT)
-  M0      = $(PRETRAIN) --phase llm --out $(OUT)/m0 $(EXTRA)
 else
-  BEFORE := $(OUT)/grown
-  M0      = $(PRETRAIN) --phase stack --init $(OUT)/grown --out $(OUT)/m0 $(EXTRA)
+  BEFORE := $(TEXT)
+  M0      = $(PY) pretrain.py --size $(SIZE) --model $(MODEL) --data $(TEXT) --out $(OUT) $(LAUNCHER) \
+    $(if $(filter pretrain,$(MAKECMDGOALS)),$(if $(ARGS),--args="$(ARGS)"))
 endif
 
 # Like train, the last step is always handed to its script, which sees whether it is finished and with these settings.
@@ -99,11 +100,14 @@ $(TEXT): | $(VENV)/user
 $(OUT)/m0: | $(BEFORE)
 	$(M0)
 
-$(OUT)/grown: | $(OUT)/base
-	$(PY) stack.py --size $(SIZE) --init $(OUT)/base --out $@
+# ------------------------------------------------------------------------------------------------- whether growing pays
 
-$(OUT)/base: | $(TEXT)
-	$(PRETRAIN) --phase base --out $@
+growth-study: $(VENV)/user | $(TEXT)
+	@$(PY) growth_study.py --size $(SIZE) --data $(TEXT) --out $(or $(STUDY),runs/$(SIZE)/growth-study) $(LAUNCHER) \
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+
+plan: $(VENV)/user
+	@$(PY) stack.py plan $(if $(TOKENS),$(if $(PARAMS),--params $(PARAMS),--size $(SIZE)) --tokens $(TOKENS)) $(ARGS)
 
 # --------------------------------------------------------------------------------------- the environment and the tests
 

@@ -34,6 +34,16 @@ def describe(settings, parent_digest, data_digest, **facts):
             "python": sys.version.split()[0], "versions": {name: version(name) for name in PACKAGES}, **facts}
 
 
+def history(checkpoint):
+    """What was spent on a checkpoint, as its run.json or growth.json says; an empty dict where neither does.
+
+    "flops": floating-point operations of training, those on the checkpoints before it included; "text": the text that
+    was pretrained on and the place reached in its stream of samples, {data_digest, seed, seq_length, samples}.
+    """
+    found = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
+    return read_json(found[0]).get("history", {}) if found else {}
+
+
 def differences(run, path, defaults):
     """How a run differs from the one recorded in a run.json, as sentences; an empty list where it does not.
 

@@ -53,25 +53,35 @@ def read_config(kind, name):
 ACCEPTED = {int: (int, str), float: (int, float, str), bool: (bool, str), str: (str,)}
 METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+PLURALS = {int: "whole numbers", float: "numbers", str: "words"}
 
 
 def parts(kind):
-    """(type, choices, whether None is allowed) of a field: int, float, bool, str, a Literal of some, each `| None`."""
+    """(type, choices, whether None is allowed, whether it is a list) of a field: int, float, bool, str, a Literal of
+    some, or a `tuple[int, ...]` and the like; each may be `| None`."""
     optional = type(None) in typing.get_args(kind)
     if optional:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0], (), optional, True
     choices = typing.get_args(kind)
-    return type(choices[0]) if choices else kind, choices, optional
+    return type(choices[0]) if choices else kind, choices, optional, False
 
 
 def convert(name, value, kind):
     """A value from a TOML file or a flag (a string) as a field's type; ValueError where it does not fit.
 
-    "none" stands for None where that is allowed.
+    "none" stands for None where that is allowed. A list is an array in TOML and "1,2,3" in a flag.
     """
-    base, choices, optional = parts(kind)
+    base, choices, optional, many = parts(kind)
     if optional and value == "none":
         return None
+    if many:
+        try:
+            items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+            return tuple(convert(name, item, base) for item in items)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {value!r}, expected {PLURALS[base]} with commas between them") from None
     try:
         if type(value) not in ACCEPTED[base]:
             raise ValueError
@@ -120,9 +130,9 @@ def load(cls, argv, description, prog=None):
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="TOML file with settings")
     for name, field in fields.items():
         help = field.metadata["help"] + (f" (default: {field.default})" if field.default is not None else "")
-        base, choices, _ = parts(field.type)
+        base, choices, _, many = parts(field.type)
         kind = {"nargs": "?", "const": "true"} if base is bool else {}
-        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base]
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base] + ",…" * many
         parser.add_argument(f"--{name}", metavar=metavar, help=help.replace("%", "%%"), **kind)
     flags, rest = parser.parse_known_args(argv)
     flags = vars(flags)

@@ -1,20 +1,78 @@
-"""Grows a model in depth: G_stack (Du et al., Stacking Your Transformers, arXiv 2405.15319, section 3).
+"""Grows a model in depth, and plans when to.
 
-    python stack.py --init runs/tiny/stack/base --out runs/tiny/stack/grown --factor 4
+    python stack.py grow --init runs/tiny/stack/base --out runs/tiny/stack/grown-8 --factor 4
+    python stack.py grow --init DIR --out DIR --operator solar --target_layers 48
+    python stack.py grow --init DIR --out DIR --layers 0,1,2,0,1,2
+    python stack.py plan --params 7e9 --tokens 300e9
 
-The layers of the base are repeated, in order, `factor` times: 0 … L-1, 0 … L-1, …; the embedding, the last norm and
-the head are copied. The optimizer and the schedule start anew, which is train.py's business.
+An operator is a pure function from the depth of the base to a layer map: for each layer of the grown model, the layer
+of the base that it copies. G_stack, the default, repeats all layers in order, 0 … L-1, 0 … L-1, … (Du et al., Stacking
+Your Transformers, arXiv 2405.15319, section 3). One piece of code moves the weights, whatever the map; the embedding,
+the last norm and the head are copied. The optimizer and its schedule start anew after growth, which is train.py's
+business. Growth in width is out of scope: every layer keeps its shape.
 """
+import hashlib
+import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
+from typing import Literal
 
-from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, locate, write_checkpoint
+import torch
+from tqdm import tqdm
+
+from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_digest, locate, write_checkpoint
 from model.config import ModelConfig
-from model.files import new_directory, write_json
+from model.files import UserError, new_directory, write_json
 from model.transformer import parameter_shapes
-from runs import git_commit
-from settings import run, setting, unknown_name
+from runs import git_commit, history
+from settings import read_config, run, setting, unknown_name
+
+# ------------------------------------------------------------------------------- operators: depth -> layer map
+
+
+def stack(depth, target):
+    """G_stack: all layers in order, a whole number of times. 0 1 2 -> 0 1 2 0 1 2."""
+    if target % depth:
+        raise UserError(f"stack repeats {depth} layers a whole number of times and cannot make {target}: "
+                        f"choose a multiple of {depth}, or the operator interleave")
+    return list(range(depth)) * (target // depth)
+
+
+def interleave(depth, target):
+    """Each layer repeated in place, as evenly as the target allows (G_direct of the depthwise operators in Du et al.;
+    Chang et al., arXiv 1710.10348). 0 1 2 -> 0 0 1 1 2 2."""
+    return [index * depth // target for index in range(target)]
+
+
+def partial(depth, target, first, last):
+    """A block of layers, `first` to `last` with both included, repeated in order; those before and behind it stay
+    (Du et al., appendix on partial stacking). Block 1 to 2: 0 1 2 3 -> 0 1 2 1 2 3."""
+    block = list(range(first, last + 1))
+    if not 0 <= first <= last < depth:
+        raise UserError(f"block {first},{last} is no block of the base's layers 0 to {depth - 1}")
+    if (target - depth) % len(block):
+        raise UserError(f"repeating layers {first} to {last} adds {len(block)} layers at a time to {depth} and cannot "
+                        f"make {target}: choose {depth} plus a multiple of {len(block)}, or another --block")
+    times = 1 + (target - depth) // len(block)
+    return [*range(first), *block * times, *range(last + 1, depth)]
+
+
+def middle(depth, target):
+    """The middle third repeated, the layers next to the embedding and to the head kept once.
+    0 1 2 3 4 5 -> 0 1 2 3 2 3 4 5."""
+    return partial(depth, target, depth // 3, depth - 1 - depth // 3)
+
+
+def solar(depth, target):
+    """Two overlapping copies, the first without its last layers and the second without its first ones (Kim et al.,
+    SOLAR 10.7B, arXiv 2312.15166, where 32 layers make 48). 0 1 2 3 -> 0 1 2 1 2 3."""
+    half = target // 2
+    if target % 2 or half > depth:
+        raise UserError(f"solar joins two copies of at most {depth} layers and cannot make {target}: "
+                        f"choose an even number from {depth + 1} to {2 * depth}")
+    return [*range(half), *range(depth - half, depth)]
+
+
+OPERATORS = {"stack": stack, "interleave": interleave, "middle": middle, "partial": partial, "solar": solar}
 
 
 @dataclass(frozen=True)
@@ -22,55 +80,216 @@ class GrowthSettings:
     """Settings of one growth."""
     init: str | None = setting(None, "checkpoint of the base: a directory or a Hub id")
     out: str | None = setting(None, "directory to make for the grown checkpoint")
-    factor: int = setting(4, "how many times the layers are repeated")
-    size: str | None = setting(None, "size preset that says the factor")
-    phase: ClassVar = "growth"  # the table of the size's file that holds these settings
+    operator: Literal["stack", "interleave", "middle", "partial", "solar"] = setting("stack", "which layers to repeat")
+    factor: float | None = setting(None, "how many times as deep; 4 where nothing else says how deep")
+    target_layers: int | None = setting(None, "number of layers of the grown model, in place of the factor")
+    block: tuple[int, ...] | None = setting(None, "first and last layer of the block that partial repeats")
+    layers: tuple[int, ...] | None = setting(None, "the layer map itself, in place of an operator: 0,1,2,0,1,2")
+    zero_init: bool = setting(False, "new layers add nothing at first: output projections 0, the function preserved")
+    noise: float = setting(0.0, "Gaussian noise on the new layers' matrices, as a share of each one's own spread")
+    seed: int = setting(42, "seed of the noise")
 
     def problems(self):
         found = [f"--{name} is missing" for name in ("init", "out") if not getattr(self, name)]
-        found += unknown_name("size", self.size) if self.size else []
-        return found + ([f"factor is {self.factor}, expected 2 or more"] if self.factor < 2 else [])
+        given = [name for name in ("factor", "target_layers", "layers") if getattr(self, name) is not None]
+        if len(given) > 1:
+            found.append(f"{' and '.join(given)} each say how deep: give one, and none for the other")
+        if self.factor is not None and not 2 <= self.factor < math.inf:
+            found.append(f"factor is {self.factor:g}, expected 2 or more; smaller growth is set by target_layers")
+        if (self.block is None) == (self.operator == "partial"):
+            found.append("block (two numbers, first and last layer) goes with the operator partial, and only with it")
+        if self.block is not None and len(self.block) != 2:
+            found.append(f"block has {len(self.block)} numbers, expected two: the first and the last layer")
+        if not 0 <= self.noise < math.inf:
+            found.append(f"noise is {self.noise}, expected 0 or more")
+        return found + ([f"seed is {self.seed}, expected 0 or more"] if self.seed < 0 else [])
 
 
-def g_stack(depth, factor):
-    """The layer map of G_stack: for each new layer, the layer of the base that it copies."""
-    return list(range(depth)) * factor
+def layer_map_of(s, depth):
+    """The layer map that the settings ask for, on a base of `depth` layers. Raises UserError where there is none."""
+    if s.layers is not None:
+        if outside := [layer for layer in s.layers if not 0 <= layer < depth]:
+            raise UserError(f"layers names {', '.join(map(str, outside))}, but the base has the layers "
+                            f"0 to {depth - 1}")
+        return list(s.layers)
+    target = s.target_layers if s.target_layers is not None else depth * (s.factor or 4)
+    if target != int(target):
+        raise UserError(f"{s.factor:g} times {depth} layers are no whole number of layers: set target_layers")
+    if target <= depth:
+        raise UserError(f"target_layers is {target}, expected more than the {depth} of the base")
+    return OPERATORS[s.operator](depth, int(target), *(s.block or ()))
 
 
-def grow(source, out, layer_map):
-    """Writes the checkpoint whose layer i is layer `layer_map[i]` of the checkpoint `source`, tensor by tensor.
+# ----------------------------------------------------------------------------------------- weights by a layer map
 
-    `growth.json` in it says what was done: the operator's layer map, the base and its digest, the commit.
+
+def new_layers(layer_map):
+    """The layers of the grown model that are not the first copy of their source."""
+    return {index for index, source in enumerate(layer_map) if source in layer_map[:index]}
+
+
+def grown_tensors(weights, config, layer_map, zero_init=False, noise=0.0, seed=42):
+    """Yields (name, tensor) of the grown model, in its own order of names, one tensor at a time.
+
+    weights: a mapping from the base's names to tensors, such as Weights or a state dict; config: the grown shape. Layer
+    i is layer `layer_map[i]`, bit for bit. Two variations change the new layers, the later copies of a source. Noise:
+    each matrix gets Gaussian noise of `noise` times its own standard deviation, a function of (seed, name) alone.
+    `zero_init`: the projections that write into the residual stream are 0, so that the layer adds nothing and the
+    grown model computes what the base does (as in Gong et al., arXiv 1904.01038, and bert2BERT, arXiv 2110.07143, for
+    other operators).
     """
-    source = Path(source)
+    new = new_layers(layer_map)
+    for name in parameter_shapes(config):
+        before, _, inside = name.partition("layers.")
+        if not inside:
+            yield name, weights[name]
+            continue
+        index, _, leaf = inside.partition(".")
+        tensor = weights[f"{before}layers.{layer_map[int(index)]}.{leaf}"]
+        if int(index) in new and noise and tensor.ndim == 2:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            sigma = noise * float(tensor.float().std())
+            tensor = (tensor.float() + sigma * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+        if int(index) in new and zero_init and ("o_proj" in leaf or "down_proj" in leaf):
+            tensor = torch.zeros_like(tensor)
+        yield name, tensor
+
+
+def check_map(layer_map, depth, zero_init):
+    """Raises UserError where zero initialisation would not preserve the function."""
+    first = list(dict.fromkeys(layer_map))
+    if zero_init and first != list(range(depth)):
+        raise UserError(f"zero_init preserves the function only where every layer of the base comes, in its order; "
+                        f"this map brings {first} of {list(range(depth))}")
+
+
+def grow_model(model, layer_map, **variation):
+    """A grown copy of a live Transformer; `variation` as for `grown_tensors`. What stack.py does on disk."""
+    check_map(layer_map, model.config.num_hidden_layers, variation.get("zero_init", False))
+    config = replace(model.config, num_hidden_layers=len(layer_map))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return assemble(config, ((name, tensor.clone()) for name, tensor in grown_tensors(weights, config, layer_map,
+                                                                                      **variation)))
+
+
+def grow(s):
+    """Grows a checkpoint by the settings, from directory to directory, tensor by tensor.
+
+    `growth.json` in the new one says how it was made, and what was spent on the base.
+    """
+    source = locate(s.init)
     base, weights = ModelConfig.read(source / "config.json"), Weights(source)
     weights.check(base)
     check_vocabulary(source, base)
+    layer_map = layer_map_of(s, base.num_hidden_layers)
+    check_map(layer_map, base.num_hidden_layers, s.zero_init)
     config = replace(base, num_hidden_layers=len(layer_map))
-    with new_directory(out) as folder:
-        write_checkpoint(folder, config, grown_tensors(weights, config, layer_map), source)
-        write_json(folder / "growth.json", {"operator": "stack", "layer_map": layer_map, "base": str(source),
-                                            "base_digest": checkpoint_digest(source), "commit": git_commit()})
-    print(f"{out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
+    with new_directory(s.out) as folder:
+        tensors = grown_tensors(weights, config, layer_map, s.zero_init, s.noise, s.seed)
+        with tqdm(tensors, "growing", len(parameter_shapes(config)), leave=False, unit="tensor") as tensors:
+            write_checkpoint(folder, config, tensors, source)
+        write_json(folder / "growth.json", {
+            "operator": "layers" if s.layers else s.operator, "layer_map": layer_map, "zero_init": s.zero_init,
+            "noise": s.noise, "seed": s.seed, "base": str(s.init), "base_digest": checkpoint_digest(source),
+            "history": history(source), "commit": git_commit()})
+    print(f"{s.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
           f"{base.num_parameters:,} parameters to {config.num_parameters:,}")
 
 
-def grown_tensors(weights, config, layer_map):
-    """Yields the grown model's (name, tensor) in its own order of names."""
-    for name in parameter_shapes(config):
-        prefix, _, rest = name.partition("layers.")
-        if rest:
-            index, _, leaf = rest.partition(".")
-            yield name, weights[f"{prefix}layers.{layer_map[int(index)]}.{leaf}"]
-        else:
-            yield name, weights[name]
+# ------------------------------------------------------------------------------------------------------ the planner
+
+FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
+# Du et al., arXiv 2405.15319: models and tokens that the guideline is applied to, with d as printed there, in billions.
+PUBLISHED = {"Llama3-8B": (8e9, 15e12, 6.58), "Llama2-7B": (7e9, 2e12, 11.11), "Llama2-13B": (13e9, 2e12, 15.84),
+             "Llama2-70B": (70e9, 2e12, 42.48)}
+SPEED_UP = 0.546  # of the published 7B: the loss of 300B tokens with 194B; C_scratch / C_grown - 1 (ibid., abstract)
+FITTED = 410e6, 3e9  # parameters of the models that the formula was fitted on (ibid., guideline on growth timing)
 
 
-def main(s):
-    """Grows a checkpoint by the settings."""
-    source = locate(s.init)
-    grow(source, s.out, g_stack(ModelConfig.read(source / "config.json").num_hidden_layers, s.factor))
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of the growth planner."""
+    params: float | None = setting(None, "parameters of the grown model, such as 7e9; none: the published examples")
+    tokens: float | None = setting(None, "tokens that a model from scratch would be trained on, such as 300e9")
+    size: str | None = setting(None, "size preset whose shape says parameters and depth")
+    num_hidden_layers: int | None = setting(None, "depth of the grown model; none: the size's, or Llama's for so many "
+                                                  "parameters")
+    factor: int = setting(4, "growth factor g")
 
+    def problems(self):
+        found = unknown_name("size", self.size) if self.size else []
+        if self.size and self.params is not None:
+            found.append("params and size both say how large: give one")
+        if (self.size is None and self.params is None) != (self.tokens is None):
+            found.append("a plan needs the size of the model (--params or --size) and --tokens")
+        found += [f"{name} is {value}, expected a number above 0" for name in ("params", "tokens")
+                  if (value := getattr(self, name)) is not None and not 0 < value < math.inf]
+        found += [f"{name} is {value}, expected {least} or more" for name, least in
+                  (("factor", 2), ("num_hidden_layers", 2))
+                  if (value := getattr(self, name)) is not None and value < least]
+        return found
+
+
+def growth_timing(params, tokens):
+    """d, the tokens after which to grow a base into a model of `params` parameters that would otherwise be trained on
+    `tokens` tokens from scratch (Du et al., arXiv 2405.15319, guideline on growth timing; the formula is FORMULA)."""
+    return 10 ** (0.88 * math.log10(params) + 163.27 / math.log10(6 * params * tokens) - 5.74)
+
+
+def usual_depth(params, factor):
+    """The depth of a Llama of so many parameters, as a multiple of `factor`: 12 L C² parameters with C = 128 L, the
+    proportions of Llama 7B (32 layers of 4,096) and 13B (40 of 5,120)."""
+    return max(1, round((params / (12 * 128 ** 2)) ** (1 / 3) / factor)) * factor
+
+
+def plan(s):
+    """Prints when and from how deep a base to grow, and what that costs and saves."""
+    print(f"growth timing: {FORMULA}\n"
+          "(Du et al., arXiv 2405.15319; N parameters, D tokens from scratch, d tokens of the base before growth)")
+    if s.tokens is None:
+        print(f"{'model':<12}{'N':>8}{'D':>8}{'d':>10}{'d published':>13}")
+        for name, (params, tokens, published) in PUBLISHED.items():
+            print(f"{name:<12}{params / 1e9:>7.0f}B{tokens / 1e12:>7.0f}T{growth_timing(params, tokens) / 1e9:>9.2f}B"
+                  f"{published:>12.2f}B")
+        return
+    grown = base = None
+    if s.size and (shape := read_config("size", s.size).get("model")) is None:
+        raise UserError(f"configs/size/{s.size}.toml says no shape: give --params")
+    if s.size:
+        grown = ModelConfig(**shape | ({"num_hidden_layers": s.num_hidden_layers} if s.num_hidden_layers else {}))
+    depth = grown.num_hidden_layers if grown else s.num_hidden_layers or usual_depth(s.params, s.factor)
+    if depth % s.factor:
+        raise UserError(f"{depth} layers are no multiple of the factor {s.factor}: choose another of the two")
+    base = replace(grown, num_hidden_layers=depth // s.factor) if grown else None
+    params = grown.num_parameters if grown else s.params
+    base_params = base.num_parameters if base else params / s.factor
+    d, scratch = growth_timing(params, s.tokens), 6 * params * s.tokens
+    before = 6 * base_params * d
+    where = "" if grown or s.num_hidden_layers else " (Llama's proportions; --num_hidden_layers sets them)"
+    rows = [("model N", f"{params:.4g} parameters, {depth} layers{where}"),
+            ("growth factor g", f"{s.factor} (2 to 4 are near the optimum)"),
+            ("base", f"{base_params:.4g} parameters, {depth // s.factor} layers" + ("" if grown else " (N / g)")),
+            ("growth timing d", f"{d:.4g} tokens ({d / 1e9:.2f}B)"),
+            ("from scratch", f"{scratch:.4g} FLOPs: {s.tokens:.4g} tokens")]
+    if before < scratch:
+        rows += [("grown, same FLOPs", f"{scratch:.4g} FLOPs: {before:.4g} for the base ({before / scratch:.2%}), then "
+                                       f"{(scratch - before) / (6 * params):.4g} tokens"),
+                 ("grown, same loss", f"{scratch / (1 + SPEED_UP):.4g} FLOPs, base included, if it gains what the "
+                                      f"published 7B gained (C_scratch / C_grown - 1 = {SPEED_UP:.1%} at 300B tokens)"),
+                 ("expected saving", f"{scratch - scratch / (1 + SPEED_UP):.4g} FLOPs, {1 - 1 / (1 + SPEED_UP):.1%}")]
+    for name, text in rows:
+        print(f"{name:<18} {text}")
+    if before >= scratch:
+        print(f"warning: the base alone would cost {before:.4g} FLOPs, more than training from scratch. The formula "
+              f"was fitted at {FITTED[0] / 1e9:.2f}B to {FITTED[1] / 1e9:.0f}B parameters and does not reach down "
+              "here: spend a quarter of the FLOPs on the base and see, as configs/size/small.toml does")
+    elif not FITTED[0] <= params <= FITTED[1]:
+        print(f"note: the formula was fitted at {FITTED[0] / 1e9:.2f}B to {FITTED[1] / 1e9:.0f}B parameters; "
+              "this N lies outside")
+
+
+COMMANDS = {"grow": (GrowthSettings, grow), "plan": (PlanSettings, plan)}
 
 if __name__ == "__main__":
-    run((GrowthSettings, main), __doc__)
+    run(COMMANDS, __doc__)

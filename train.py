@@ -34,7 +34,7 @@ from model.files import UserError, new_directory, read_json
 from model.generate import greedy
 from model.tokenizer import Tokenizer, same_tokenizer
 from model.transformer import Transformer
-from runs import StepLog, clock, describe, finish_run, is_finished, print_result, show, start_run
+from runs import StepLog, clock, describe, finish_run, history, is_finished, print_result, show, start_run
 from settings import CONFIGS, read_config, setting
 
 
@@ -45,6 +45,7 @@ class TrainSettings:
     size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and the recipe")
     phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "which table of the size's file to read")
     init: str | None = setting(None, "checkpoint to start from, a directory or a Hub id; none: new weights")
+    num_hidden_layers: int | None = setting(None, "layers of new weights, if not the size's: a base that grows later")
     data: str | None = setting(None, "preprocessed task file, or directory of token shards")
     out: str | None = setting(None, "directory of the run")
     seed: int = setting(42, "seed of new weights and of the order of the samples")
@@ -60,9 +61,11 @@ class TrainSettings:
     num_train_epochs: float = setting(3.0, "passes over the data")
     max_steps: int | None = setting(None, "steps, in place of the epochs")
     max_tokens: int | None = setting(None, "tokens to pretrain on, in place of the epochs")
+    max_flops: float | None = setting(None, "FLOPs to pretrain for, those spent on --init before included")
     max_train_samples: int | None = setting(None, "use only the first N training samples")
     max_eval_samples: int | None = setting(None, "use only the first N evaluation samples")
-    skip_samples: int = setting(0, "start this many samples into the stream, where an earlier run stopped")
+    skip_samples: int | None = setting(None, "start this many samples into the stream; none: in pretraining where the "
+                                             "run that made --init stopped, otherwise 0")
     # the optimizer
     learning_rate: float = setting(2e-5, "peak learning rate")
     lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "rate after the warm-up")
@@ -93,18 +96,21 @@ class TrainSettings:
             found.append("neither --init nor --size says which model to train")
         if self.task is not None and self.init is None:
             found.append("fine-tuning needs a checkpoint to start from: give --init")
-        if self.max_steps is not None and self.max_tokens is not None:
-            found.append("max_steps and max_tokens both say how long to train: give one, and none for the other")
+        lengths = [name for name in ("max_steps", "max_tokens", "max_flops") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            found.append(f"{' and '.join(lengths)} each say how long to train: give one, and none for the other")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
-        if self.max_tokens is not None and self.task is not None:
-            found.append("max_tokens is for pretraining; for fine-tuning give num_train_epochs or max_steps")
+        if self.task is not None and set(lengths) - {"max_steps"}:
+            found.append(f"{lengths[-1]} is for pretraining; for fine-tuning give num_train_epochs or max_steps")
+        if self.init is not None and self.num_hidden_layers is not None:
+            found.append("num_hidden_layers is for new weights, but --init gives weights: stack.py makes them deeper")
         found += [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
                   (("global_batch_size", 1), ("micro_batch_tokens", 1), ("seq_length", 2), ("max_source_length", 16),
                    ("max_target_length", 2), ("max_steps", 1), ("max_tokens", 1), ("max_train_samples", 1),
                    ("max_eval_samples", 1), ("eval_steps", 1), ("logging_steps", 1), ("warmup_steps", 0),
                    ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0), ("seed", 0),
-                   ("micro_step_slots", 0))
+                   ("micro_step_slots", 0), ("num_hidden_layers", 1), ("max_flops", 1))
                   if getattr(self, name) is not None and not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)}, expected a number above 0"
                   for name in ("learning_rate", "num_train_epochs", "adam_epsilon")
@@ -141,13 +147,16 @@ def main(s):
             world.say(f"{s.out} is finished already, nothing to do")
             return world.on_main(lambda: print_result(s.out))
         source = world.first_on_node(lambda: find_weights(s))
+        past = history(source) if s.init else {}
         tokenizer, model = build_model(s, source, world.device)
         data = load_data(s, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
         directory = world.on_main(lambda: start_run(s.out, run))
         log = StepLog(directory if world.rank == 0 else None)
 
-        run["result"] = train(s, engine, data, tokenizer, world, log, directory)
+        run["result"] = train(s, engine, data, tokenizer, world, log, directory, past)
+        run["history"] = past | {"flops": run["result"]["flops"]} | \
+            ({} if s.task else {"text": text_of(s) | {"samples": run["result"]["last_sample"]}})
         run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
         save(engine, directory, tokenizer, world)
         world.on_main(lambda: finish_run(s.out, directory, run))
@@ -186,6 +195,14 @@ def prepare(s, world):
         names = "max_source_length + max_target_length" if s.task else "seq_length"
         raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
                         f"{config.max_position_embeddings}: lower it")
+    past = history(source) if s.init else {}
+    if s.max_flops and not samples_to_train(s, config, 0, past):
+        raise UserError(f"max_flops is {s.max_flops:.4g}, but one step costs "
+                        f"{config.flops(s.global_batch_size * s.seq_length):.4g} and what was spent on --init before "
+                        f"{past.get('flops', 0):.4g}: raise it")
+    if not s.task and s.skip_samples is None and "text" in past and not first_sample(s, past):
+        print(f"{s.init} was trained on another text, or on this one in other samples (seed, seq_length): starting at "
+              "the first sample")
     run = describe(resolved, checkpoint_digest(source) if s.init else None, data_digest(s.data), **facts)
     return run, is_finished(s.out, run, DEFAULTS)
 
@@ -199,17 +216,38 @@ def find_weights(s):
     return source
 
 
+def text_of(s):
+    """What tells the stream of pretraining samples: places in it mean the same only where all of this is equal."""
+    return {"data_digest": data_digest(s.data), "seed": s.seed, "seq_length": s.seq_length}
+
+
+def first_sample(s, past):
+    """The place in the stream of samples where the run starts: in pretraining behind what its checkpoint has seen."""
+    text = past.get("text", {})
+    if s.skip_samples is not None or s.task or {**text_of(s), "samples": text.get("samples")} != text:
+        return s.skip_samples or 0
+    return text["samples"]
+
+
+def samples_to_train(s, config, size, past):
+    """How many samples the run takes from the stream, of a split of `size`."""
+    if s.max_steps:
+        return s.max_steps * s.global_batch_size
+    if s.max_tokens:
+        return s.max_tokens // s.seq_length
+    if s.max_flops:  # whole batches
+        steps = (s.max_flops - past.get("flops", 0)) // config.flops(s.global_batch_size * s.seq_length)
+        return max(0, int(steps)) * s.global_batch_size
+    return max(1, round(s.num_train_epochs * size))
+
+
 def new_config(s, tokenizer):
-    """The shape of new weights: the size's, or for phase "base" that of the shallow model which is grown later."""
+    """The shape of new weights: the size's, with the number of layers that was asked for."""
     tables = read_config("size", s.size)
     if "model" not in tables:
         raise UserError(f"the size {s.size} has no recipe: it starts from published weights, give --init")
-    shape = dict(tables["model"])
-    if s.phase == "base":
-        shape["num_hidden_layers"], rest = divmod(shape["num_hidden_layers"], tables["growth"]["factor"])
-        if rest:
-            raise UserError(f"configs/size/{s.size}.toml: num_hidden_layers is no multiple of the growth factor")
-    return ModelConfig(**shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    depth = {} if s.num_hidden_layers is None else {"num_hidden_layers": s.num_hidden_layers}
+    return ModelConfig(**tables["model"] | depth, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
 
 def build_model(s, source, device):
@@ -286,20 +324,23 @@ def build_engine(s, model, world):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def train(s, engine, data, tokenizer, world, log, directory):
-    """The loop. Returns what run.json says of the result: eval losses, speed, padding, memory."""
-    size = len(data["train"])
-    samples = s.max_steps * s.global_batch_size if s.max_steps else \
-        s.max_tokens // s.seq_length if s.max_tokens else max(1, round(s.num_train_epochs * size))
-    steps = math.ceil(samples / s.global_batch_size)
-    tokens, slots, seconds = 0, 0, 0.0
+def train(s, engine, data, tokenizer, world, log, directory, past):
+    """The loop. Returns what run.json says of the result: eval losses, FLOPs, speed, padding, memory.
+
+    past: the `history` of the checkpoint that the run starts from.
+    """
+    size, config = len(data["train"]), engine.module.config
+    first = first_sample(s, past)
+    end = first + samples_to_train(s, config, size, past)
+    steps = math.ceil((end - first) / s.global_batch_size)
+    tokens, slots, seconds, spent = 0, 0, 0.0, past.get("flops", 0)
     before = after = evaluate(s, engine, data["eval"], world)
-    log.write(step=0, eval_loss=before)
+    log.write(step=0, eval_loss=before, flops=spent)
     world.say(f"eval loss before: {show(before)}")
     for step in range(steps):
         began = time.perf_counter()
-        start = s.skip_samples + step * s.global_batch_size
-        stop = min(start + s.global_batch_size, s.skip_samples + samples)
+        start = first + step * s.global_batch_size
+        stop = min(start + s.global_batch_size, end)
         indices = global_batch(s.seed, size, start, stop)
         batch = [data["train"][index] for index in indices]
         rate = learning_rate(s, step, steps)
@@ -311,9 +352,9 @@ def train(s, engine, data, tokenizer, world, log, directory):
 
         took = time.perf_counter() - began
         read, _ = count_tokens(batch)
-        tokens, slots, seconds = tokens + read, slots + filled, seconds + took
-        log.write(step=step + 1, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, tokens_per_s=read / took,
-                  elapsed=seconds, padding=1 - read / filled)
+        tokens, slots, seconds, spent = tokens + read, slots + filled, seconds + took, spent + config.flops(read)
+        log.write(step=step + 1, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, flops=spent,
+                  tokens_per_s=read / took, elapsed=seconds, padding=1 - read / filled)
         last = step + 1 == steps
         if (step + 1) % s.logging_steps == 0 or step == 0 or last:
             world.say(f"step {step + 1:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  norm {norm:7.3f}  "
@@ -321,13 +362,14 @@ def train(s, engine, data, tokenizer, world, log, directory):
                       f"left {clock(seconds / (step + 1) * (steps - step - 1))}")
         if (step + 1) % s.eval_steps == 0 or last:
             after = evaluate(s, engine, data["eval"], world)
-            log.write(step=step + 1, eval_loss=after)
+            log.write(step=step + 1, eval_loss=after, flops=spent)
             world.say(f"step {step + 1}/{steps}  eval loss {show(after)}")
         if stop // size > start // size and not last and s.save_total_limit:
             save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
             world.on_main(lambda: prune(directory, s.save_total_limit))
-    return {"eval_loss_before": before, "eval_loss_after": after, "steps": steps, "tokens": tokens, "seconds": seconds,
-            "tokens_per_s": tokens / seconds, "padding": 1 - tokens / slots, "peak_memory_bytes": peak_memory(world)}
+    return {"eval_loss_before": before, "eval_loss_after": after, "steps": steps, "first_sample": first,
+            "last_sample": end, "tokens": tokens, "flops": spent, "seconds": seconds, "tokens_per_s": tokens / seconds,
+            "padding": 1 - tokens / slots, "peak_memory_bytes": peak_memory(world)}
 
 
 def peak_memory(world):

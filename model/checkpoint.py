@@ -209,11 +209,16 @@ def load_model(directory, dtype=torch.float32, device="cpu"):
     """
     config, weights = ModelConfig.read(Path(directory) / "config.json"), Weights(directory)
     specs = weights.check(config)
+    return assemble(config, ((name, weights[name].to(device=device, dtype=dtype)) for name in specs))
+
+
+def assemble(config, tensors):
+    """A Transformer in evaluation mode whose parameters are the given (name, tensor), which are not copied."""
     with torch.device("meta"):
         model = Transformer(config)
-    for name in specs:
+    for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(weights[name].to(device=device, dtype=dtype)))
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
     model.tie_weights()
     return model.eval()
 

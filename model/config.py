@@ -90,6 +90,11 @@ class ModelConfig:
         layer += self.attention_bias * (query + 2 * key + C) + self.mlp_bias * (2 * F + C)
         return self.num_hidden_layers * layer + (2 - self.tie_word_embeddings) * self.vocab_size * C + C
 
+    def flops(self, tokens):
+        """Floating-point operations of training on so many tokens: C = 6 N D (Kaplan et al., arXiv 2001.08361, section
+        2.1), attention scores left out, as in the papers on growth."""
+        return 6 * self.num_parameters * tokens
+
     @classmethod
     def read(cls, path):
         """Reads a `config.json`. Whatever the decoder does not implement is refused by name, with a UserError."""

@@ -11,6 +11,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 import pytest
 import torch
 
+import settings
 from data_prep import train_tokenizer
 from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
@@ -57,6 +58,20 @@ def error_line(result):
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     return lines[0]
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """A function that runs a script in this process and returns the one line with which it refuses."""
+    def call(commands, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            settings.run(commands, "")
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert exit.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0]
+    return call
 
 
 @pytest.fixture(scope="session")

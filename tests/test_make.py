@@ -25,12 +25,14 @@ def scripts(*words):
 
 def test_everything_missing_is_built_in_order(tmp_path):
     out = tmp_path / "stack"
-    assert [where for script, where in scripts("train", "TASK=empd", f"OUT={out}") if script in ("train", "stack")] == [
-        f"{out}/base", f"{out}/grown", f"{out}/m0", f"{out}/m1-simp", f"{out}/m2-empd"]
+    found = scripts("train", "TASK=empd", f"OUT={out}")
+    assert [where for script, where in found if script in ("pretrain", "train")] == [
+        f"{out}", f"{out}/m1-simp", f"{out}/m2-empd"]
+    assert ("data_prep", "data/text/tiny") in found or (ROOT / "data/text/tiny").exists()
 
 
 def test_what_is_there_is_not_built_again(tmp_path):
-    for name in ("base", "grown", "m0", "m1-simp"):
+    for name in ("m0", "m1-simp"):
         (tmp_path / name).mkdir()
     ran = scripts("train", "TASK=empd", f"OUT={tmp_path}")
     assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
@@ -38,6 +40,18 @@ def test_what_is_there_is_not_built_again(tmp_path):
     (tmp_path / "m1-simp").rmdir()  # a finished stage needs no earlier one; train.py sees that it is finished
     ran = scripts("train", "TASK=empd", f"OUT={tmp_path}")
     assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
+
+
+def test_pretraining_and_the_study_call_their_scripts():
+    text = make("pretrain", "MODEL=llm", "NPROC=2", "ARGS=--seed 3", "TEXT=my/text").stdout
+    assert "pretrain.py --size tiny --model llm --data my/text --out runs/tiny/llm" in text
+    assert '--launcher ".venv/bin/torchrun --standalone --nproc_per_node 2"' in text
+    assert '--args="--seed 3"' in text
+    text = make("growth-study", "SIZE=small", "SEEDS=1,2", "ARGS=--dry_run").stdout.replace("\\\n", " ")
+    assert "growth_study.py --size small --data data/text/small --out runs/small/growth-study" in text
+    assert re.search("--seeds 1,2 +--dry_run", text)
+    assert "stack.py plan --size 7b --tokens 300e9" in make("plan", "SIZE=7b", "TOKENS=300e9").stdout
+    assert "stack.py plan --params 7e9 --tokens 300e9" in make("plan", "PARAMS=7e9", "TOKENS=300e9").stdout
 
 
 def test_a_checkpoint_of_ones_own_takes_the_place_of_m0():

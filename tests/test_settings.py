@@ -6,9 +6,11 @@ from typing import Literal
 import pytest
 
 from data_prep import HubSettings, TaskSettings, TextSettings
+from growth_study import StudySettings
 from model.files import UserError
+from pretrain import PretrainSettings
 from settings import CONFIGS, known, load, read_config, read_toml, setting
-from stack import GrowthSettings
+from stack import GrowthSettings, PlanSettings
 from tests.conftest import ROOT, error_line, run_script
 from train import TrainSettings
 
@@ -21,6 +23,8 @@ class Example:
     flag: bool = setting(False, "flag")
     name: str | None = setting(None, "name")
     limit: int | None = setting(7, "limit")
+    steps_at: tuple[int, ...] | None = setting(None, "a list")
+    names: tuple[str, ...] = setting(("x",), "a list of words")
 
 
 def test_flags_win_over_files_and_later_files_over_earlier(tmp_path):
@@ -32,6 +36,20 @@ def test_flags_win_over_files_and_later_files_over_earlier(tmp_path):
     flags = [*files, "--steps", "30", "--flag", "--name=x", "--limit", "none"]
     assert load(Example, flags, "") == Example(30, 2.0, "b", True, "x", None)
     assert load(Example, ["--flag", "false"], "") == Example()
+
+
+def test_lists(tmp_path):
+    (tmp_path / "1.toml").write_text("steps_at = [1, 2_000]\nnames = ['a', 'b']\n")
+    assert load(Example, ["--config", str(tmp_path / "1.toml")], "") == Example(steps_at=(1, 2000), names=("a", "b"))
+    assert load(Example, ["--steps_at", "3, 4", "--names", "c"], "") == Example(steps_at=(3, 4), names=("c",))
+    assert load(Example, ["--steps_at", "none"], "") == Example()
+    for value in ("3,,4", "3;4", "[3]", ""):
+        with pytest.raises(UserError, match="steps_at is .*, expected whole numbers with commas between them"):
+            load(Example, ["--steps_at", value], "")
+    for value in ("3", "[1.5]", "[[1]]"):
+        (tmp_path / "1.toml").write_text(f"steps_at = {value}\n")
+        with pytest.raises(UserError, match="steps_at is .*, expected whole numbers with commas between them"):
+            load(Example, ["--config", str(tmp_path / "1.toml")], "")
 
 
 def test_all_problems_in_one_message(tmp_path):
@@ -55,22 +73,24 @@ def test_a_file_that_is_not_toml(tmp_path):
 @pytest.mark.parametrize("size", known("size"))
 def test_every_shipped_size_parses(size):
     tables = read_config("size", size)
-    assert ("model" in tables) != ("hub" in tables)
+    assert "model" in tables or "hub" in tables
     phases = ["base", "stack", "llm"] if "model" in tables else []
     for phase in phases:
         flags = ["--config", str(CONFIGS / "train/pretrain.toml"), "--data", "d", "--out", "o"]
         settings = load(TrainSettings, [*flags, "--size", size, "--phase", phase], "")
-        assert settings.max_tokens == tables[phase]["max_tokens"]
+        assert settings.max_tokens == tables[phase].get("max_tokens")
+        assert settings.max_flops == tables[phase].get("max_flops")
         assert settings.weight_decay == 0.1  # of pretrain.toml
     flags = ["--config", str(CONFIGS / "train/finetune.toml"), "--data", "d", "--out", "o", "--init", "i"]
     settings = load(TrainSettings, [*flags, "--task", "simp", "--size", size], "")
     assert settings.global_batch_size == tables["finetune"]["global_batch_size"]
     assert settings.weight_decay == 0.01  # of finetune.toml
     if "model" in tables:
-        growth = load(GrowthSettings, ["--init", "i", "--out", "o", "--size", size], "")
-        assert growth.factor == tables["growth"]["factor"]
-        base = tables["base"]["max_tokens"] // tables["base"]["seq_length"]
-        assert tables["stack"]["skip_samples"] == base  # the grown model goes on where the base stopped
+        pretraining = load(PretrainSettings, ["--data", "d", "--out", "o", "--size", size], "")
+        assert list(pretraining.at_tokens) == tables["growth"]["at_tokens"]
+        assert tables["stack"].get("max_flops") == tables["llm"].get("max_flops")  # both ways at equal cost
+    if "study" in tables:
+        assert load(StudySettings, ["--data", "d", "--out", "o", "--size", size], "").max_flops > 0
 
 
 def test_sizes_are_what_they_say():
@@ -96,29 +116,35 @@ def test_unknown_names_are_refused_with_the_known_ones():
         load(TrainSettings, ["--task", "smp", "--data", "d", "--out", "o", "--init", "i"], "")
     with pytest.raises(UserError, match="unknown size 'huge', expected one of 3b, 410m, 7b, small, tiny"):
         load(TrainSettings, ["--size", "huge", "--phase", "base", "--data", "d", "--out", "o"], "")
-    with pytest.raises(UserError, match="size 7b has no recipe"):
-        load(TrainSettings, ["--size", "7b", "--phase", "llm", "--data", "d", "--out", "o"], "")
+    with pytest.raises(UserError, match="size 410m has no recipe"):
+        load(TrainSettings, ["--size", "410m", "--phase", "llm", "--data", "d", "--out", "o"], "")
 
 
 def test_contradictions_are_found_before_anything_runs():
-    flags = ["--max_steps", "5", "--max_tokens", "5", "--learning_rate", "0", "--task", "simp", "--zero", "0",
-             "--dtype", "bf16", "--warmup_steps", "-1", "--seed", "-1", "--adam_beta1", "1",
+    flags = ["--max_steps", "5", "--max_tokens", "5", "--max_flops", "5", "--learning_rate", "0", "--task", "simp",
+             "--zero", "0", "--dtype", "bf16", "--warmup_steps", "-1", "--seed", "-1", "--adam_beta1", "1",
              "--weight_decay", "nan"]
     with pytest.raises(UserError) as error:
         load(TrainSettings, flags, "")
-    for said in ("--data is missing", "--out is missing", "neither --init nor --size", "max_steps and max_tokens",
+    for said in ("--data is missing", "--out is missing", "neither --init nor --size", "max_steps and max_tokens and",
                  "learning_rate is 0.0", "warmup_steps is -1", "seed is -1", "adam_beta1 is 1.0",
                  "weight_decay is nan", "ZeRO 0 keeps no fp32 master weights"):
         assert said in str(error.value), said
 
 
-@pytest.mark.parametrize("words", [["train.py"], ["stack.py"], ["data_prep.py", "task"], ["data_prep.py", "text"],
-                                   ["data_prep.py", "hub"]])
-def test_help_lists_every_setting(words):
-    classes = {"train.py": TrainSettings, "stack.py": GrowthSettings, "task": TaskSettings, "text": TextSettings,
-               "hub": HubSettings}
-    text = run_script(*words, "--help").stdout
-    assert all(f"--{field.name}" in text for field in fields(classes[words[-1]]))
+@pytest.mark.parametrize("cls", [TrainSettings, GrowthSettings, PlanSettings, PretrainSettings, StudySettings,
+                                 TaskSettings, TextSettings, HubSettings])
+def test_help_lists_every_setting(cls, capsys):
+    with pytest.raises(SystemExit):
+        load(cls, ["--help"], "what it does")
+    text = capsys.readouterr().out
+    assert all(f"--{field.name}" in text for field in fields(cls))
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["stack.py"], ["stack.py", "plan"], ["pretrain.py"],
+                                   ["growth_study.py"], ["data_prep.py", "task"]])
+def test_every_script_has_help(words):
+    assert "python " in run_script(*words, "--help").stdout
 
 
 def test_a_script_says_what_is_wrong_in_one_line():

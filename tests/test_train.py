@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batches import PROMPT, global_batch
+from batches import PROMPT, TokenShards, global_batch
 from runs import start_run
 from tests.conftest import ROOT, error_line, run_script
 from train import TrainSettings, learning_rate, prune
@@ -245,21 +245,44 @@ def test_pretraining_from_new_weights_and_on_from_a_base(tmp_path, checkpoint):
     text.write_text("".join(lines))
     run_script("data_prep.py", "text", "--source", text, "--vocab_size", "400", "--output_path", tmp_path / "shards")
     common = ["train.py", "--config", "configs/train/pretrain.toml", "--size", "tiny", "--data", tmp_path / "shards",
-              "--seq_length", "32", "--global_batch_size", "4", "--max_tokens", "2560", "--dtype", "fp32"]
-    run_script(*common, "--phase", "base", "--out", tmp_path / "base")
+              "--seq_length", "32", "--dtype", "fp32"]
+    run_script(*common, "--phase", "base", "--num_hidden_layers", "2", "--global_batch_size", "4",
+               "--max_tokens", "2560", "--out", tmp_path / "base")
     logged, evaluated = steps(tmp_path / "base")
     assert len(logged) == 20
     assert evaluated[0]["eval_loss"] == pytest.approx(math.log(4096), abs=0.1)  # new weights know nothing
     assert evaluated[-1]["eval_loss"] < 5
     assert all(line["padding"] == 0 for line in logged)
     assert json.loads((tmp_path / "base/config.json").read_text())["num_hidden_layers"] == 2
-    run_script("stack.py", "--init", tmp_path / "base", "--size", "tiny", "--out", tmp_path / "grown")
-    run_script(*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "m0",
-               "--skip_samples", "80")
-    other = run_script(*common, "--phase", "stack", "--init", checkpoint, "--out", tmp_path / "x", check=False)
-    assert "was made with another tokenizer" in error_line(other)
+    run_script("stack.py", "grow", "--init", tmp_path / "base", "--factor", "4", "--out", tmp_path / "grown")
+    # 6 N D by hand: N is 4096·96 + 96 + layers × (96·(96 + 32 + 32 + 96) + 3·96·256 + 2·96)
+    deep, shallow = (4096 * 96 + 96 + layers * (96 * 256 + 3 * 96 * 256 + 2 * 96) for layers in (8, 2))
+    spent = 6 * shallow * 2560
+    assert logged[-1]["flops"] == spent
+    after = [*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "m0", "--global_batch_size",
+             "2"]
+    line = error_line(run_script(*after, "--max_flops", spent + 6 * deep * 60, check=False))
+    assert f"one step costs {6 * deep * 64:.4g} and what was spent on --init before {spent:.4g}" in line
+    run_script(*after, "--max_flops", spent + 6 * deep * 64 * 7.9)
+    logged, evaluated = steps(tmp_path / "m0")
+    assert [line["flops"] for line in logged] == [spent + 6 * deep * 64 * step for step in range(1, 8)]
+    assert (evaluated[0]["flops"], evaluated[-1]["flops"]) == (spent, logged[-1]["flops"])
     assert json.loads((tmp_path / "m0/config.json").read_text())["num_hidden_layers"] == 8
-    assert steps(tmp_path / "m0")[1][-1]["eval_loss"] < steps(tmp_path / "m0")[1][0]["eval_loss"]
+    # by samples: the base saw 80 of them, and the first step after growth sees the next two
+    shards = TokenShards(tmp_path / "shards", "train", 32)
+    rows = torch.stack([torch.from_numpy(shards[i][0]) for i in global_batch(42, len(shards), 80, 82)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype=torch.float32)
+    with torch.no_grad():
+        assert logged[0]["loss"] == pytest.approx(model(rows, labels=rows).loss.item(), rel=1e-5)
+    told = json.loads((tmp_path / "m0/run.json").read_text())
+    assert told["history"]["text"]["samples"] == 80 + 14
+    assert told["history"]["flops"] == logged[-1]["flops"]
+    anew = run_script(*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "x", "--seed", "1",
+                      "--max_flops", "none", "--max_tokens", "64", "--global_batch_size", "2")
+    assert "starting at the first sample" in anew.stdout
+    assert json.loads((tmp_path / "x/run.json").read_text())["result"]["first_sample"] == 0
+    other = run_script(*common, "--phase", "stack", "--init", checkpoint, "--out", tmp_path / "y", check=False)
+    assert "was made with another tokenizer" in error_line(other)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(checkpoint, simp_file, tmp_path):

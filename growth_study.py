@@ -1,0 +1,214 @@
+"""Does growing pay? Trains a model from scratch and grown from one base at equal FLOPs, and draws loss over FLOPs.
+
+    python growth_study.py --size small --data data/text/small --out runs/small/growth-study
+    python growth_study.py --size small … --seeds 42,43,44        scratch and stack also for the further seeds
+
+All runs of a seed see the same stream of samples and are evaluated on the same held-out text. FLOPs are 6 N D, and a
+grown model's include its base's. What was finished is not done again; the table and the figure are made anew from
+the runs' metrics.jsonl each time.
+"""
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from batches import data_digest
+from model.files import UserError, explain_os_errors, read_json, write_json, write_text
+from settings import run, setting, unknown_name
+from stages import base_stage, growth_stage, run_stages, shape, train_stage
+
+OPERATORS = "stack", "interleave", "middle", "solar"
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {"scratch": "#000000", "stack": "#D55E00", "interleave": "#0072B2", "middle": "#009E73", "solar": "#CC79A7"}
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a growth study."""
+    size: str | None = setting(None, "size preset (a file in configs/size)")
+    data: str | None = setting(None, "directory of token shards")
+    out: str | None = setting(None, "folder of the study")
+    operators: tuple[str, ...] = setting(("stack", "interleave", "middle"), "growth operators to compare")
+    factor: int = setting(4, "growth factor")
+    base_tokens: int | None = setting(None, "tokens that the base is trained on")
+    max_flops: float | None = setting(None, "FLOPs of each run, its base's included")
+    warmup_steps: int = setting(20, "steps of warm-up of each run")
+    eval_steps: int = setting(20, "evaluate every N steps")
+    max_eval_samples: int = setting(128, "held-out samples to evaluate on")
+    seeds: tuple[int, ...] = setting((42,), "seeds; for all but the first only scratch and stack are trained")
+    launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
+    dry_run: bool = setting(False, "print the commands and run none")
+    phase: ClassVar = "study"  # the table of the size's file that holds these settings
+
+    def problems(self):
+        found = [f"--{name} is missing" for name in ("size", "data", "out", "base_tokens", "max_flops")
+                 if not getattr(self, name)]
+        found += unknown_name("size", self.size) if self.size else []
+        found += [f"unknown operator {name!r}, expected some of {', '.join(OPERATORS)}"
+                  for name in self.operators if name not in OPERATORS]
+        return found + ([f"factor is {self.factor}, expected 2 or more"] if self.factor < 2 else [])
+
+
+def plan(s):
+    """The stages of the study, in order."""
+    config, launcher = shape(s.size), s.launcher.split()
+    base_depth, rest = divmod(config.num_hidden_layers, s.factor)
+    if rest:
+        raise UserError(f"{config.num_hidden_layers} layers are no multiple of the factor {s.factor}: choose another")
+    before = shape(s.size, base_depth).flops(s.base_tokens)
+    if before >= s.max_flops:
+        raise UserError(f"the base alone costs {before:.3g} FLOPs, and max_flops is {s.max_flops:.3g}: raise it, or "
+                        "lower base_tokens")
+    stages = []
+    for seed in s.seeds:
+        folder = Path(s.out) / f"seed-{seed}"
+        flags = ["--seed", seed, "--warmup_steps", s.warmup_steps, "--eval_steps", s.eval_steps,
+                 "--max_eval_samples", s.max_eval_samples]
+        whole = [*flags, "--max_tokens", "none", "--max_flops", s.max_flops]
+        stages.append(base_stage(s.size, s.data, folder / "base", base_depth, s.base_tokens, launcher, flags))
+        for name in s.operators if seed == s.seeds[0] else {"stack"} & set(s.operators):
+            grown = folder / f"grown-{name}"
+            stages.append(growth_stage(folder / "base", grown, name, config.num_hidden_layers))
+            stages.append(train_stage(s.size, s.data, folder / name, s.max_flops - before, launcher,
+                                      ["--phase", "stack", "--init", grown, *whole]))
+        stages.append(train_stage(s.size, s.data, folder / "scratch", s.max_flops, launcher,
+                                  ["--phase", "llm", *whole]))
+    return stages
+
+
+def curve(directory):
+    """The held-out loss of a run over the FLOPs spent, its base's included: a list of (FLOPs, nats a token)."""
+    with open(Path(directory) / "metrics.jsonl", encoding="utf-8") as lines:
+        steps = [json.loads(line) for line in lines]
+    return [(step["flops"], step["eval_loss"]) for step in steps if "eval_loss" in step]
+
+
+def crossing(points, loss):
+    """The FLOPs at which a curve first comes down to a loss, between its points along straight lines; None: never."""
+    if points[0][1] <= loss:
+        return points[0][0]
+    for (start, above), (stop, below) in zip(points, points[1:]):
+        if below <= loss < above:
+            return start + (stop - start) * (above - loss) / (above - below)
+    return None
+
+
+def summary(runs):
+    """The table's rows. runs: {seed: {name: curve}}, each seed with a "scratch".
+
+    A row is {name, seeds, after_growth, final, to_scratch, speed_up}, lists over the seeds: losses in nats a token,
+    and FLOPs. The speed-up is C_scratch / C - 1 (Du et al., arXiv 2405.15319, section 3), None for a run that does not
+    reach scratch's last loss.
+    """
+    rows = []
+    for name in next(iter(runs.values())):
+        curves = {seed: found[name] for seed, found in runs.items() if name in found}
+        spent = [crossing(points, runs[seed]["scratch"][-1][1]) for seed, points in curves.items()]
+        total = [runs[seed]["scratch"][-1][0] for seed in curves]
+        rows.append({"name": name, "seeds": list(curves), "final": [points[-1][1] for points in curves.values()],
+                     "after_growth": [points[0][1] for points in curves.values()], "to_scratch": spent,
+                     "speed_up": [None if flops is None else whole / flops - 1
+                                  for flops, whole in zip(spent, total)]})
+    return rows
+
+
+def show(values, form):
+    """Values over the seeds as text: one alone, of several the mean and the standard deviation."""
+    if None in values:
+        return "not reached" if len(values) == 1 else f"not reached in {values.count(None)} of {len(values)}"
+    spread = f" ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + spread
+
+
+def table(rows):
+    """The rows as a Markdown table."""
+    lines = ["| model | seeds | loss after growth | final loss | PFLOP to scratch's final loss | speed-up |",
+             "|---|---|---|---|---|---|"]
+    for row in rows:
+        grown = row["name"] not in ("scratch", "base")
+        reached = row["name"] != "base"
+        spent = [flops and flops / 1e15 for flops in row["to_scratch"]]
+        lines.append(f"| {row['name']} | {len(row['seeds'])} | {show(row['after_growth'], '{:.3f}') if grown else '–'} "
+                     f"| {show(row['final'], '{:.3f}')} | {show(spent, '{:.4f}') if reached else '–'} "
+                     f"| {show(row['speed_up'], '{:+.0%}') if grown else '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs, path, title):
+    """Loss over FLOPs of all runs, as PNG and SVG beside each other; `path` without the ending."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    first = next(iter(runs))
+    for seed, curves in runs.items():
+        for name, points in curves.items():
+            x, y = zip(*((flops / 1e15, loss) for flops, loss in points))
+            style = {"color": COLOURS.get(name, "#777777"), "lw": 1.8 if seed == first else 0.8}
+            label = f"{name}: {y[-1]:.3f}" if seed == first else None
+            if name == "base":
+                axes.plot(x, y, "--", label=label, **style)
+            else:
+                axes.plot(x, y, "-o", ms=3 if seed == first else 0, label=label, **style)
+    goal = runs[first]["scratch"][-1][1]
+    axes.axhline(goal, color="#000000", lw=0.8, ls=":")
+    for name, points in runs[first].items():
+        if name not in ("base", "scratch") and (flops := crossing(points, goal)) is not None:
+            axes.plot(flops / 1e15, goal, "D", ms=7, color=COLOURS[name], mec="white")
+    total = runs[first]["scratch"][-1][0]
+    shown = [loss for curves in runs.values() for points in curves.values() for flops, loss in points
+             if flops > 0.1 * total]
+    margin = 0.05 * (max(shown) - min(shown))
+    axes.set(xlim=(0, total * 1.01 / 1e15), ylim=(min(shown) - margin, max(shown) + margin), title=title,
+             xlabel="training compute, base included (PFLOP, 6ND)", ylabel="held-out loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="final loss (diamond: scratch's is reached)", frameon=False)
+    for ending in ("png", "svg"):
+        with explain_os_errors(path):
+            figure.savefig(Path(f"{path}.{ending}"), dpi=130)
+    pyplot.close(figure)
+
+
+def begin(s):
+    """Checks that the folder holds this very study, or makes it so."""
+    path = Path(s.out) / "study.json"
+    if not (Path(s.data) / "meta.json").is_file():
+        raise UserError(f"{s.data} is no directory of token shards with a meta.json: make it with data_prep.py text")
+    free = "data", "out", "launcher", "dry_run", "operators", "seeds"  # further runs may be added to a study
+    mine = {"data_digest": data_digest(s.data)} | \
+        {name: value for name, value in dataclasses.asdict(s).items() if name not in free}
+    if path.exists() and (old := read_json(path)) != mine:
+        found = [f"{name} is {old.get(name)!r} there and {mine.get(name)!r} here"
+                 for name in sorted(old.keys() | mine.keys()) if old.get(name) != mine.get(name)]
+        raise UserError(f"{s.out} holds a study with other settings: {'; '.join(found)}. Choose another --out, or "
+                        "remove it")
+    if not s.dry_run:
+        write_json(path, mine)
+
+
+def main(s):
+    """Runs what is missing of the study, then writes the table and the figure."""
+    stages = plan(s)
+    begin(s)
+    run_stages([stage for stage in stages if not stage.out.exists()], s.dry_run)
+    if s.dry_run:
+        return
+    runs = {}
+    for stage in stages:
+        if not stage.out.name.startswith("grown-"):
+            runs.setdefault(int(stage.out.parent.name.removeprefix("seed-")), {})[stage.out.name] = curve(stage.out)
+    rows = summary(runs)
+    out = Path(s.out) / "growth-study"
+    write_json(out.with_suffix(".json"), rows)
+    write_text(out.with_suffix(".md"), table(rows))
+    config = shape(s.size)
+    depth = config.num_hidden_layers
+    draw(runs, out, f"{config.num_parameters / 1e6:.1f}M parameters: {depth} layers from scratch, and grown from "
+                    f"{depth // s.factor}")
+    print(table(rows) + f"figure: {out}.png")
+
+
+if __name__ == "__main__":
+    run((StudySettings, main), __doc__)

@@ -1,0 +1,89 @@
+"""Builds m0, the model that fine-tuning starts from, by the recipe of a size (configs/size).
+
+    python pretrain.py --size tiny --model stack --data data/text/tiny --out runs/tiny/stack
+    python pretrain.py --size tiny --model llm   --data data/text/tiny --out runs/tiny/llm
+    python pretrain.py --size 7b --model stack … --launcher "torchrun --nproc_per_node 8" --dry_run
+
+"llm" is one run of train.py. "stack" is a base, a growth by stack.py, and a run that goes on in the text where the base
+stopped, with the optimizer and the schedule anew. Gradual growth is a longer schedule: with `factors = [2, 2]` and
+`at_tokens = [400_000, 900_000]` the base is grown after 400,000 tokens and again after 900,000. Each stage is a command
+of its own, which is printed, and what is there already is not made again.
+"""
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from model.files import UserError
+from settings import read_config, run, setting, unknown_name
+from stages import base_stage, growth_stage, run_stages, shape, train_stage
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Settings of pretraining: which recipe, and the schedule of growth in it."""
+    size: str | None = setting(None, "size preset (a file in configs/size)")
+    model: Literal["stack", "llm"] = setting("stack", "stack: grown from a base; llm: full size from the start")
+    data: str | None = setting(None, "directory of token shards")
+    out: str | None = setting(None, "folder of the stages; the last one is m0 in it")
+    operator: Literal["stack", "interleave", "middle", "solar"] = setting("stack", "growth operator of stack.py")
+    factors: tuple[int, ...] = setting((4,), "growth factors, one a growth")
+    at_tokens: tuple[int, ...] | None = setting(None, "tokens seen when each growth comes")
+    launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
+    args: str = setting("", "flags for the last run of train.py, such as '--learning_rate 1e-4'")
+    dry_run: bool = setting(False, "print the commands and run none")
+    phase: ClassVar = "growth"  # the table of the size's file that holds these settings
+
+    def problems(self):
+        found = [f"--{name} is missing" for name in ("size", "data", "out") if not getattr(self, name)]
+        found += unknown_name("size", self.size) if self.size else []
+        if wrong := [factor for factor in self.factors if factor < 2]:
+            found.append(f"factors has {', '.join(map(str, wrong))}, expected numbers of 2 or more")
+        times = self.at_tokens or ()
+        if self.model == "stack" and len(times) != len(self.factors):
+            found.append(f"{len(self.factors)} factors and {len(times)} at_tokens, expected one of each a growth")
+        if any(later <= earlier for earlier, later in zip((0, *times), times)):
+            found.append(f"at_tokens is {', '.join(map(str, times))}, expected rising numbers above 0")
+        return found
+
+
+def recipe(s):
+    """The stages to m0, in order."""
+    out, launcher, last = Path(s.out), shlex.split(s.launcher), shlex.split(s.args)
+    config, tables = shape(s.size), read_config("size", s.size)
+    if s.model == "llm":
+        return [train_stage(s.size, s.data, out / "m0", work(tables["llm"], config), launcher,
+                            ["--phase", "llm", *last])]
+    depth, rest = divmod(config.num_hidden_layers, math.prod(s.factors))
+    if rest:
+        raise UserError(f"{config.num_hidden_layers} layers are no multiple of the growth factors "
+                        f"{' × '.join(map(str, s.factors))}: choose others")
+    stages = [base_stage(s.size, s.data, out / "base", depth, s.at_tokens[0], launcher)]
+    for index, factor in enumerate(s.factors):
+        depth *= factor
+        grown = out / f"grown-{depth}"
+        stages.append(growth_stage(stages[-1].out, grown, s.operator, depth))
+        flags = ["--phase", "stack", "--init", grown]
+        if index + 1 < len(s.factors):
+            tokens = s.at_tokens[index + 1] - s.at_tokens[index]
+            stages.append(train_stage(s.size, s.data, out / f"trained-{depth}", shape(s.size, depth).flops(tokens),
+                                      launcher, [*flags, "--max_tokens", tokens, "--max_flops", "none"]))
+    flops = work(tables["stack"], config, spent=sum(stage.flops for stage in stages))
+    return [*stages, train_stage(s.size, s.data, out / "m0", flops, launcher, [*flags, *last])]
+
+
+def work(table, config, spent=0.0):
+    """The FLOPs of the run that a phase's table asks for, where `spent` were spent on its checkpoint before."""
+    return table["max_flops"] - spent if "max_flops" in table else config.flops(table["max_tokens"])
+
+
+def main(s):
+    """Runs what is missing. The last stage is always handed to train.py, which sees whether it is finished."""
+    *before, last = recipe(s)
+    missing = [stage for stage in before if not stage.out.exists()] if not last.out.exists() else []
+    run_stages([*missing, last], s.dry_run)
+
+
+if __name__ == "__main__":
+    run((PretrainSettings, main), __doc__)
