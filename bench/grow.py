@@ -1,0 +1,85 @@
+"""Growing on disk beside copying: time and peak memory.
+
+    python bench/grow.py --folder /tmp/bench                    the 7B's base, 8 layers of 4,096, to 32 layers in bf16
+    python bench/grow.py --folder /tmp/bench --size small       a small one
+
+Makes a base with random weights, then in turns grows it with stack.py and copies as many bytes with `cp`, each after
+the written pages have been flushed to the disk, and the flush at the end included. Needs about four times the grown
+checkpoint's bytes of disk.
+"""
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data_prep import train_tokenizer
+from model.checkpoint import write_checkpoint
+from model.transformer import parameter_shapes
+from settings import ROOT, run, setting
+from stages import shape
+
+
+@dataclass(frozen=True)
+class GrowBenchSettings:
+    """Settings of the benchmark."""
+    folder: str | None = setting(None, "folder to make the checkpoints in, emptied afterwards")
+    size: str = setting("7b", "size preset whose shape the grown model has")
+    factor: int = setting(4, "growth factor")
+    repeats: int = setting(3, "times that each is measured")
+
+    def problems(self):
+        return [] if self.folder else ["--folder is missing"]
+
+
+def timed(command):
+    """Seconds that a command takes, until its files are on the disk; and the peak memory of all commands so far."""
+    subprocess.run(["sync"], check=True)
+    began = time.perf_counter()
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    subprocess.run(["sync"], check=True)
+    return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def main(s):
+    """Prints a line for each measurement, then medians and their ratio."""
+    folder = Path(s.folder)
+    grown = shape(s.size)
+    base = shape(s.size, grown.num_hidden_layers // s.factor)
+    for name in ("base", "tokenizer"):
+        (folder / name).mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    train_tokenizer(["a text to make a vocabulary from"], 300, folder / "tokenizer")
+    write_checkpoint(folder / "base", base, (
+        (name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
+        for name, shape in parameter_shapes(base).items()), folder / "tokenizer")
+    grow = [sys.executable, "stack.py", "grow", "--init", folder / "base", "--out", folder / "grown", "--factor",
+            s.factor]
+    times = {"grow": [], "cp": []}
+    for _ in range(s.repeats):
+        seconds, peak = timed(grow)
+        times["grow"].append(seconds)
+        size = sum(path.stat().st_size for path in (folder / "grown").iterdir())
+        print(f"grow  {seconds:6.2f} s  {size / 1e9:.2f} GB  {size / seconds / 1e9:5.2f} GB/s  "
+              f"peak memory {peak / 1e9:.2f} GB", flush=True)
+        seconds, _ = timed(["cp", "-r", folder / "grown", folder / "copy"])
+        times["cp"].append(seconds)
+        print(f"cp    {seconds:6.2f} s  {size / 1e9:.2f} GB  {size / seconds / 1e9:5.2f} GB/s", flush=True)
+        shutil.rmtree(folder / "grown")
+        shutil.rmtree(folder / "copy")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(f"{base.num_hidden_layers} layers of {base.hidden_size} grown to {grown.num_hidden_layers}: median "
+          f"{medians['grow']:.2f} s beside {medians['cp']:.2f} s of cp for as many bytes, ratio "
+          f"{medians['grow'] / medians['cp']:.2f}, peak memory {peak / 1e9:.2f} GB")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    run((GrowBenchSettings, main), __doc__)
