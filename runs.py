@@ -38,7 +38,7 @@ def history(checkpoint):
     """What was spent on a checkpoint, as its run.json or growth.json says; an empty dict where neither does.
 
     "flops": floating-point operations of training, those on the checkpoints before it included; "text": the text that
-    was pretrained on and the place reached in its stream of samples, {data_digest, seed, seq_length, samples}.
+    was pretrained on and the place reached in its stream of samples, {data_digest, seed, seq_length, …, samples}.
     """
     found = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
     return read_json(found[0]).get("history", {}) if found else {}

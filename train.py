@@ -218,7 +218,8 @@ def find_weights(s):
 
 def text_of(s):
     """What tells the stream of pretraining samples: places in it mean the same only where all of this is equal."""
-    return {"data_digest": data_digest(s.data), "seed": s.seed, "seq_length": s.seq_length}
+    return {"data_digest": data_digest(s.data), "seed": s.seed, "seq_length": s.seq_length,
+            "max_train_samples": s.max_train_samples}
 
 
 def first_sample(s, past):

@@ -75,7 +75,9 @@ class Weights:
         self.files = names
 
     def __getitem__(self, name):
-        return self.shards[self.files[name]].get_tensor(name)
+        # opened for each tensor, so that its mapping goes with it: pages of tensors read before would stay in memory
+        with open_shard(self.directory / self.files[name]) as shard:
+            return shard.get_tensor(name)
 
     def spec(self, name):
         """(dtype, shape) of a tensor, without reading it."""
