@@ -49,7 +49,8 @@ help:
 	@echo 'RAW     folder of raw task folders    INIT   checkpoint to start from in place of m0: directory or Hub id'
 	@echo 'OUT     folder of the stages          NPROC  processes'
 	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them);'
-	@echo '        with train they go to all stages that are missing, with pretrain to its last phase'
+	@echo '        with train they go to all stages that are missing, with pretrain to its last phase; with'
+	@echo '        growth-study and plan they are flags of growth_study.py and stack.py plan'
 
 # ------------------------------------------------------------------------------------------------- fine-tuning stages
 
@@ -107,7 +108,8 @@ growth-study: $(VENV)/user | $(TEXT)
 	    $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 plan: $(VENV)/user
-	@$(PY) stack.py plan $(if $(TOKENS),$(if $(PARAMS),--params $(PARAMS),--size $(SIZE)) --tokens $(TOKENS)) $(ARGS)
+	@$(PY) stack.py plan $(if $(PARAMS),--params $(PARAMS)) $(if $(filter-out file,$(origin SIZE)),--size $(SIZE)) \
+	    $(if $(TOKENS),--tokens $(TOKENS)) $(ARGS)
 
 # --------------------------------------------------------------------------------------- the environment and the tests
 

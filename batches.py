@@ -106,6 +106,14 @@ def data_digest(path):
     return digest([path if Path(path).is_file() else Path(path) / "meta.json"])
 
 
+def shards_digest(directory):
+    """The digest of a directory of token shards, or a UserError where it is none."""
+    if not (Path(directory) / "meta.json").is_file():
+        raise UserError(f"{directory} does not exist or is not a directory of token shards with a meta.json: make it "
+                        "with data_prep.py text")
+    return data_digest(directory)
+
+
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, size):
     """The order of the samples in one epoch: a function of these three numbers alone."""

@@ -9,19 +9,22 @@ the runs' metrics.jsonl each time.
 """
 import dataclasses
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from batches import data_digest
-from model.files import UserError, explain_os_errors, read_json, write_json, write_text
+from batches import shards_digest
+from model import growth
+from model.files import UserError, explain_os_errors, write_json, write_text
 from settings import run, setting, unknown_name
-from stages import base_stage, growth_stage, run_stages, shape, train_stage
+from stages import base_stage, claim, growth_stage, run_stages, shape, train_stage, words
 
-OPERATORS = "stack", "interleave", "middle", "solar"
+OPERATORS = "stack", "interleave", "middle"
+FREE = "data", "out", "launcher", "dry_run", "operators", "seeds"  # what may differ when runs are added to a study
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"scratch": "#000000", "stack": "#D55E00", "interleave": "#0072B2", "middle": "#009E73", "solar": "#CC79A7"}
+COLOURS = {"scratch": "#000000", "stack": "#D55E00", "interleave": "#0072B2", "middle": "#009E73"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class StudySettings:
     size: str | None = setting(None, "size preset (a file in configs/size)")
     data: str | None = setting(None, "directory of token shards")
     out: str | None = setting(None, "folder of the study")
-    operators: tuple[str, ...] = setting(("stack", "interleave", "middle"), "growth operators to compare")
+    operators: tuple[str, ...] = setting(OPERATORS, f"growth operators, of {', '.join(OPERATORS)}")
     factor: int = setting(4, "growth factor")
     base_tokens: int | None = setting(None, "tokens that the base is trained on")
     max_flops: float | None = setting(None, "FLOPs of each run, its base's included")
@@ -48,19 +51,30 @@ class StudySettings:
         found += unknown_name("size", self.size) if self.size else []
         found += [f"unknown operator {name!r}, expected some of {', '.join(OPERATORS)}"
                   for name in self.operators if name not in OPERATORS]
-        return found + ([f"factor is {self.factor}, expected 2 or more"] if self.factor < 2 else [])
+        found += [f"{name} is {', '.join(map(str, values)) or 'empty'}, expected one or more, each once"
+                  for name, values in (("operators", self.operators), ("seeds", self.seeds))
+                  if not values or len(set(values)) < len(values)]
+        found += [f"{name} is {value}, expected {least} or more" for name, least in
+                  (("factor", 2), ("base_tokens", 1), ("max_flops", 1), ("warmup_steps", 0), ("eval_steps", 1),
+                   ("max_eval_samples", 1)) if (value := getattr(self, name)) is not None and not value >= least]
+        return found + [f"seeds has {seed}, expected numbers of 0 or more" for seed in self.seeds if seed < 0]
 
 
 def plan(s):
     """The stages of the study, in order."""
-    config, launcher = shape(s.size), s.launcher.split()
+    config, launcher = shape(s.size), words(s.launcher)
     base_depth, rest = divmod(config.num_hidden_layers, s.factor)
     if rest:
         raise UserError(f"{config.num_hidden_layers} layers are no multiple of the factor {s.factor}: choose another")
     before = shape(s.size, base_depth).flops(s.base_tokens)
-    if before >= s.max_flops:
+    if not before < s.max_flops < math.inf:
         raise UserError(f"the base alone costs {before:.3g} FLOPs, and max_flops is {s.max_flops:.3g}: raise it, or "
                         "lower base_tokens")
+    maps = [growth.OPERATORS[name](base_depth, config.num_hidden_layers) for name in s.operators]
+    for index, name in enumerate(s.operators):
+        if maps[index] in maps[:index]:
+            raise UserError(f"{name} repeats {base_depth} layers as {s.operators[maps.index(maps[index])]} does: leave "
+                            "it out of operators")
     stages = []
     for seed in s.seeds:
         folder = Path(s.out) / f"seed-{seed}"
@@ -70,7 +84,7 @@ def plan(s):
         stages.append(base_stage(s.size, s.data, folder / "base", base_depth, s.base_tokens, launcher, flags))
         for name in s.operators if seed == s.seeds[0] else {"stack"} & set(s.operators):
             grown = folder / f"grown-{name}"
-            stages.append(growth_stage(folder / "base", grown, name, config.num_hidden_layers))
+            stages.append(growth_stage(folder / "base", grown, name, base_depth, config.num_hidden_layers))
             stages.append(train_stage(s.size, s.data, folder / name, s.max_flops - before, launcher,
                                       ["--phase", "stack", "--init", grown, *whole]))
         stages.append(train_stage(s.size, s.data, folder / "scratch", s.max_flops, launcher,
@@ -171,27 +185,12 @@ def draw(runs, path, title):
     pyplot.close(figure)
 
 
-def begin(s):
-    """Checks that the folder holds this very study, or makes it so."""
-    path = Path(s.out) / "study.json"
-    if not (Path(s.data) / "meta.json").is_file():
-        raise UserError(f"{s.data} is no directory of token shards with a meta.json: make it with data_prep.py text")
-    free = "data", "out", "launcher", "dry_run", "operators", "seeds"  # further runs may be added to a study
-    mine = {"data_digest": data_digest(s.data)} | \
-        {name: value for name, value in dataclasses.asdict(s).items() if name not in free}
-    if path.exists() and (old := read_json(path)) != mine:
-        found = [f"{name} is {old.get(name)!r} there and {mine.get(name)!r} here"
-                 for name in sorted(old.keys() | mine.keys()) if old.get(name) != mine.get(name)]
-        raise UserError(f"{s.out} holds a study with other settings: {'; '.join(found)}. Choose another --out, or "
-                        "remove it")
-    if not s.dry_run:
-        write_json(path, mine)
-
-
 def main(s):
     """Runs what is missing of the study, then writes the table and the figure."""
     stages = plan(s)
-    begin(s)
+    fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in FREE}
+    if not s.dry_run:
+        claim(Path(s.out) / "study.json", stages, **fixed, data_digest=shards_digest(s.data))
     run_stages([stage for stage in stages if not stage.out.exists()], s.dry_run)
     if s.dry_run:
         return

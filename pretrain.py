@@ -10,14 +10,14 @@ stopped, with the optimizer and the schedule anew. Gradual growth is a longer sc
 of its own, which is printed, and what is there already is not made again.
 """
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from batches import shards_digest
 from model.files import UserError
 from settings import read_config, run, setting, unknown_name
-from stages import base_stage, growth_stage, run_stages, shape, train_stage
+from stages import base_stage, claim, growth_stage, run_stages, shape, train_stage, words
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class PretrainSettings:
     model: Literal["stack", "llm"] = setting("stack", "stack: grown from a base; llm: full size from the start")
     data: str | None = setting(None, "directory of token shards")
     out: str | None = setting(None, "folder of the stages; the last one is m0 in it")
-    operator: Literal["stack", "interleave", "middle", "solar"] = setting("stack", "growth operator of stack.py")
+    operator: Literal["stack", "interleave", "middle"] = setting("stack", "growth operator of stack.py")
     factors: tuple[int, ...] = setting((4,), "growth factors, one a growth")
     at_tokens: tuple[int, ...] | None = setting(None, "tokens seen when each growth comes")
+    seed: int = setting(42, "seed of all runs: of new weights and of the order of the samples")
     launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
     args: str = setting("", "flags for the last run of train.py, such as '--learning_rate 1e-4'")
     dry_run: bool = setting(False, "print the commands and run none")
@@ -45,44 +46,54 @@ class PretrainSettings:
             found.append(f"{len(self.factors)} factors and {len(times)} at_tokens, expected one of each a growth")
         if any(later <= earlier for earlier, later in zip((0, *times), times)):
             found.append(f"at_tokens is {', '.join(map(str, times))}, expected rising numbers above 0")
-        return found
+        return found + ([f"seed is {self.seed}, expected 0 or more"] if self.seed < 0 else [])
 
 
 def recipe(s):
     """The stages to m0, in order."""
-    out, launcher, last = Path(s.out), shlex.split(s.launcher), shlex.split(s.args)
+    out, launcher, seed, last = Path(s.out), words(s.launcher), ["--seed", s.seed], words(s.args)
     config, tables = shape(s.size), read_config("size", s.size)
     if s.model == "llm":
-        return [train_stage(s.size, s.data, out / "m0", work(tables["llm"], config), launcher,
-                            ["--phase", "llm", *last])]
+        return [train_stage(s.size, s.data, out / "m0", work(tables, "llm", config), launcher,
+                            ["--phase", "llm", *seed, *last])]
     depth, rest = divmod(config.num_hidden_layers, math.prod(s.factors))
     if rest:
         raise UserError(f"{config.num_hidden_layers} layers are no multiple of the growth factors "
                         f"{' × '.join(map(str, s.factors))}: choose others")
-    stages = [base_stage(s.size, s.data, out / "base", depth, s.at_tokens[0], launcher)]
+    stages = [base_stage(s.size, s.data, out / "base", depth, s.at_tokens[0], launcher, seed)]
     for index, factor in enumerate(s.factors):
+        grown = out / f"grown-{depth * factor}"
+        stages.append(growth_stage(stages[-1].out, grown, s.operator, depth, depth * factor))
         depth *= factor
-        grown = out / f"grown-{depth}"
-        stages.append(growth_stage(stages[-1].out, grown, s.operator, depth))
-        flags = ["--phase", "stack", "--init", grown]
+        flags = ["--phase", "stack", "--init", grown, *seed]
         if index + 1 < len(s.factors):
             tokens = s.at_tokens[index + 1] - s.at_tokens[index]
             stages.append(train_stage(s.size, s.data, out / f"trained-{depth}", shape(s.size, depth).flops(tokens),
                                       launcher, [*flags, "--max_tokens", tokens, "--max_flops", "none"]))
-    flops = work(tables["stack"], config, spent=sum(stage.flops for stage in stages))
+    flops = work(tables, "stack", config, spent=sum(stage.flops for stage in stages))
     return [*stages, train_stage(s.size, s.data, out / "m0", flops, launcher, [*flags, *last])]
 
 
-def work(table, config, spent=0.0):
+def work(tables, phase, config, spent=0.0):
     """The FLOPs of the run that a phase's table asks for, where `spent` were spent on its checkpoint before."""
-    return table["max_flops"] - spent if "max_flops" in table else config.flops(table["max_tokens"])
+    table = tables.get(phase, {})
+    if not table.keys() & {"max_flops", "max_tokens"}:
+        raise UserError(f"the table [{phase}] of the size says neither max_flops nor max_tokens: add one")
+    flops = table["max_flops"] - spent if "max_flops" in table else config.flops(table["max_tokens"])
+    if flops <= 0:
+        raise UserError(f"the stages before m0 cost {spent:.4g} FLOPs, and max_flops in [{phase}] is "
+                        f"{table['max_flops']:.4g}: grow earlier, or raise it")
+    return flops
 
 
 def main(s):
     """Runs what is missing. The last stage is always handed to train.py, which sees whether it is finished."""
-    *before, last = recipe(s)
-    missing = [stage for stage in before if not stage.out.exists()] if not last.out.exists() else []
-    run_stages([*missing, last], s.dry_run)
+    stages = recipe(s)
+    if not s.dry_run:
+        claim(Path(s.out) / "recipe.json", stages, size=s.size, operator=s.operator, factors=s.factors,
+              at_tokens=s.at_tokens, seed=s.seed, data_digest=shards_digest(s.data))
+    made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
+    run_stages(stages[made + 1:] or stages[-1:], s.dry_run)
 
 
 if __name__ == "__main__":

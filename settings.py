@@ -129,8 +129,9 @@ def load(cls, argv, description, prog=None):
     parser.add_argument("--help", "-h", action="help", help="show this text")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="TOML file with settings")
     for name, field in fields.items():
-        help = field.metadata["help"] + (f" (default: {field.default})" if field.default is not None else "")
         base, choices, _, many = parts(field.type)
+        default = ",".join(map(str, field.default)) if many and field.default else field.default
+        help = field.metadata["help"] + (f" (default: {default})" if default is not None else "")
         kind = {"nargs": "?", "const": "true"} if base is bool else {}
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base] + ",…" * many
         parser.add_argument(f"--{name}", metavar=metavar, help=help.replace("%", "%%"), **kind)
@@ -151,7 +152,7 @@ def load(cls, argv, description, prog=None):
             if phase in tables:
                 overlay(values, tables[phase], f"configs/size/{size}.toml [{phase}]", fields, problems)
             else:
-                problems.append(f"the size {size} has no recipe [{phase}]: it starts from published weights")
+                problems.append(f"the size {size} has no recipe [{phase}] in configs/size/{size}.toml")
     values |= given
     if not problems and hasattr(cls, "problems"):
         problems = cls(**values).problems()

@@ -5,11 +5,11 @@
     python stack.py grow --init DIR --out DIR --layers 0,1,2,0,1,2
     python stack.py plan --params 7e9 --tokens 300e9
 
-An operator is a pure function from the depth of the base to a layer map: for each layer of the grown model, the layer
-of the base that it copies. G_stack, the default, repeats all layers in order, 0 … L-1, 0 … L-1, … (Du et al., Stacking
-Your Transformers, arXiv 2405.15319, section 3). One piece of code moves the weights, whatever the map; the embedding,
-the last norm and the head are copied. The optimizer and its schedule start anew after growth, which is train.py's
-business. Growth in width is out of scope: every layer keeps its shape.
+An operator (model/growth.py) is a pure function from the depth of the base to a layer map: for each layer of the grown
+model, the layer of the base that it copies. G_stack, the default, repeats all layers in order, 0 … L-1, 0 … L-1, … (Du
+et al., Stacking Your Transformers, arXiv 2405.15319, section 3). One piece of code moves the weights, whatever the map;
+the embedding, the last norm and the head are copied. The optimizer and its schedule start anew after growth, which is
+train.py's business. Growth in width is out of scope: every layer keeps its shape.
 """
 import hashlib
 import math
@@ -22,58 +22,10 @@ from tqdm import tqdm
 from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_digest, locate, write_checkpoint
 from model.config import ModelConfig
 from model.files import UserError, new_directory, write_json
+from model.growth import OPERATORS
 from model.transformer import parameter_shapes
 from runs import git_commit, history
 from settings import read_config, run, setting, unknown_name
-
-# ------------------------------------------------------------------------------- operators: depth -> layer map
-
-
-def stack(depth, target):
-    """G_stack: all layers in order, a whole number of times. 0 1 2 -> 0 1 2 0 1 2."""
-    if target % depth:
-        raise UserError(f"stack repeats {depth} layers a whole number of times and cannot make {target}: "
-                        f"choose a multiple of {depth}, or the operator interleave")
-    return list(range(depth)) * (target // depth)
-
-
-def interleave(depth, target):
-    """Each layer repeated in place, as evenly as the target allows (G_direct of the depthwise operators in Du et al.;
-    Chang et al., arXiv 1710.10348). 0 1 2 -> 0 0 1 1 2 2."""
-    return [index * depth // target for index in range(target)]
-
-
-def partial(depth, target, first, last):
-    """A block of layers, `first` to `last` with both included, repeated in order; those before and behind it stay
-    (Du et al., appendix on partial stacking). Block 1 to 2: 0 1 2 3 -> 0 1 2 1 2 3."""
-    block = list(range(first, last + 1))
-    if not 0 <= first <= last < depth:
-        raise UserError(f"block {first},{last} is no block of the base's layers 0 to {depth - 1}")
-    if (target - depth) % len(block):
-        raise UserError(f"repeating layers {first} to {last} adds {len(block)} layers at a time to {depth} and cannot "
-                        f"make {target}: choose {depth} plus a multiple of {len(block)}, or another --block")
-    times = 1 + (target - depth) // len(block)
-    return [*range(first), *block * times, *range(last + 1, depth)]
-
-
-def middle(depth, target):
-    """The middle third repeated, the layers next to the embedding and to the head kept once.
-    0 1 2 3 4 5 -> 0 1 2 3 2 3 4 5."""
-    return partial(depth, target, depth // 3, depth - 1 - depth // 3)
-
-
-def solar(depth, target):
-    """Two overlapping copies, the first without its last layers and the second without its first ones (Kim et al.,
-    SOLAR 10.7B, arXiv 2312.15166, where 32 layers make 48). 0 1 2 3 -> 0 1 2 1 2 3."""
-    half = target // 2
-    if target % 2 or half > depth:
-        raise UserError(f"solar joins two copies of at most {depth} layers and cannot make {target}: "
-                        f"choose an even number from {depth + 1} to {2 * depth}")
-    return [*range(half), *range(depth - half, depth)]
-
-
-OPERATORS = {"stack": stack, "interleave": interleave, "middle": middle, "partial": partial, "solar": solar}
-
 
 @dataclass(frozen=True)
 class GrowthSettings:
@@ -94,6 +46,8 @@ class GrowthSettings:
         given = [name for name in ("factor", "target_layers", "layers") if getattr(self, name) is not None]
         if len(given) > 1:
             found.append(f"{' and '.join(given)} each say how deep: give one, and none for the other")
+        if self.layers is not None and self.operator != "stack":
+            found.append(f"layers and operator {self.operator} both say which layers to repeat: give one")
         if self.factor is not None and not 2 <= self.factor < math.inf:
             found.append(f"factor is {self.factor:g}, expected 2 or more; smaller growth is set by target_layers")
         if (self.block is None) == (self.operator == "partial"):
@@ -150,7 +104,8 @@ def grown_tensors(weights, config, layer_map, zero_init=False, noise=0.0, seed=4
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
             sigma = noise * float(tensor.float().std())
-            tensor = (tensor.float() + sigma * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+            noisy = tensor.float() + sigma * torch.randn(tensor.shape, generator=generator).to(tensor.device)
+            tensor = noisy.to(tensor.dtype)
         if int(index) in new and zero_init and ("o_proj" in leaf or "down_proj" in leaf):
             tensor = torch.zeros_like(tensor)
         yield name, tensor
@@ -274,19 +229,20 @@ def plan(s):
             ("from scratch", f"{scratch:.4g} FLOPs: {s.tokens:.4g} tokens")]
     if before < scratch:
         rows += [("grown, same FLOPs", f"{scratch:.4g} FLOPs: {before:.4g} for the base ({before / scratch:.2%}), then "
-                                       f"{(scratch - before) / (6 * params):.4g} tokens"),
-                 ("grown, same loss", f"{scratch / (1 + SPEED_UP):.4g} FLOPs, base included, if it gains what the "
+                                       f"{(scratch - before) / (6 * params):.4g} tokens")]
+    if before < scratch / (1 + SPEED_UP):
+        rows += [("grown, same loss", f"{scratch / (1 + SPEED_UP):.4g} FLOPs, base included, if it gains what the "
                                       f"published 7B gained (C_scratch / C_grown - 1 = {SPEED_UP:.1%} at 300B tokens)"),
                  ("expected saving", f"{scratch - scratch / (1 + SPEED_UP):.4g} FLOPs, {1 - 1 / (1 + SPEED_UP):.1%}")]
     for name, text in rows:
         print(f"{name:<18} {text}")
-    if before >= scratch:
-        print(f"warning: the base alone would cost {before:.4g} FLOPs, more than training from scratch. The formula "
-              f"was fitted at {FITTED[0] / 1e9:.2f}B to {FITTED[1] / 1e9:.0f}B parameters and does not reach down "
-              "here: spend a quarter of the FLOPs on the base and see, as configs/size/small.toml does")
+    fitted = f"the formula was fitted at {FITTED[0] / 1e9:.2f}B to {FITTED[1] / 1e9:.0f}B parameters"
+    if before >= scratch / (1 + SPEED_UP):
+        print(f"warning: the base alone would cost {before:.4g} FLOPs, so that growing saves nothing; {fitted} and "
+              "does not reach down here: spend a quarter of the FLOPs on the base and see, as "
+              "configs/size/small.toml does")
     elif not FITTED[0] <= params <= FITTED[1]:
-        print(f"note: the formula was fitted at {FITTED[0] / 1e9:.2f}B to {FITTED[1] / 1e9:.0f}B parameters; "
-              "this N lies outside")
+        print(f"note: {fitted}; this N lies outside")
 
 
 COMMANDS = {"grow": (GrowthSettings, grow), "plan": (PlanSettings, plan)}

@@ -2,6 +2,7 @@
 
 A chain that was interrupted goes on at the stage where it stopped, since what is there already is not made again.
 """
+import json
 import shlex
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.config import ModelConfig
-from model.files import UserError
+from model.files import UserError, read_json, write_json
+from model.growth import OPERATORS
 from runs import clock
-from settings import CONFIGS, ROOT, read_config
+from settings import CONFIGS, ROOT, read_config, read_toml
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,50 @@ def run_stages(stages, dry_run=False):
     began, done, total = time.monotonic(), 0.0, sum(stage.flops for stage in stages)
     for index, stage in enumerate(stages, 1):
         took = time.monotonic() - began
-        left = f", about {clock(took / done * (total - done))} left in all" if done else ""
+        left = f", about {clock(took / done * (total - done))} left in all" if done and not dry_run else ""
         command = [str(word) for word in stage.command]
         print(f"[{index}/{len(stages)}] {stage.out}: {stage.flops / 1e12:.1f} of the {(total - done) / 1e12:.1f} TFLOP "
               f"to come{left}\n{shlex.join(command)}", flush=True)
-        if not dry_run and (status := subprocess.run(command, cwd=ROOT).returncode):
-            sys.exit(status)
+        if not dry_run:
+            run_command(command)
         done += stage.flops
+
+
+def run_command(command):
+    """Runs a command and ends this process with its status if that is not 0."""
+    try:
+        status = subprocess.run(command).returncode
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
+    if status < 0:
+        raise UserError(f"{shlex.join(command)} was ended by signal {-status} (9: out of memory, or killed)")
+    if status:
+        sys.exit(status)
+
+
+def claim(path, stages, **settings):
+    """Records in a JSON file what stages are made with, or raises a UserError where some of them were made otherwise.
+
+    The recipe is part of it: the size's tables and the pretraining config. Stages are found again by their names, and
+    those of another recipe have the same.
+    """
+    tables = {name: table for name, table in read_config("size", settings["size"]).items()
+              if name in ("model", "base", "stack", "llm")}
+    mine = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
+    if path.exists() and any(stage.out.exists() for stage in stages) and (old := read_json(path)) != mine:
+        found = [f"{name} is {old.get(name)!r} there and {mine.get(name)!r} here"
+                 for name in sorted(old.keys() | mine.keys()) if old.get(name) != mine.get(name)]
+        raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(found)}. Choose another "
+                        "--out, or remove it")
+    write_json(path, mine)
+
+
+def words(text):
+    """The words of a command line, or a UserError where its quotes do not match."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{text!r} is no command line: {error}") from None
 
 
 def shape(size, depth=None):
@@ -50,7 +89,7 @@ def shape(size, depth=None):
 
 def train_stage(size, data, out, flops, launcher, flags):
     """One pretraining run with the flags given; `launcher` are the words before train.py, such as those of torchrun."""
-    return Stage(out, [*(launcher or [sys.executable]), "train.py", "--config", CONFIGS / "train/pretrain.toml",
+    return Stage(out, [*(launcher or [sys.executable]), ROOT / "train.py", "--config", CONFIGS / "train/pretrain.toml",
                        "--size", size, "--data", data, "--out", out, *flags], flops)
 
 
@@ -60,7 +99,8 @@ def base_stage(size, data, out, depth, tokens, launcher, flags=()):
                        ["--phase", "base", "--num_hidden_layers", depth, "--max_tokens", tokens, *flags])
 
 
-def growth_stage(init, out, operator, depth):
-    """A growth to `depth` layers."""
-    return Stage(out, [sys.executable, "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
-                       "--target_layers", depth])
+def growth_stage(init, out, operator, depth, target):
+    """A growth from `depth` to `target` layers; a UserError where the operator cannot make them."""
+    OPERATORS[operator](depth, target)
+    return Stage(out, [sys.executable, ROOT / "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
+                       "--target_layers", target])

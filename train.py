@@ -110,11 +110,11 @@ class TrainSettings:
                    ("max_target_length", 2), ("max_steps", 1), ("max_tokens", 1), ("max_train_samples", 1),
                    ("max_eval_samples", 1), ("eval_steps", 1), ("logging_steps", 1), ("warmup_steps", 0),
                    ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0), ("seed", 0),
-                   ("micro_step_slots", 0), ("num_hidden_layers", 1), ("max_flops", 1))
+                   ("micro_step_slots", 0), ("num_hidden_layers", 1))
                   if getattr(self, name) is not None and not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)}, expected a number above 0"
-                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon")
-                  if not 0 < getattr(self, name) < math.inf]
+                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "max_flops")
+                  if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to 1"
                   for name in ("min_lr_ratio", "decay_ratio") if not 0 <= getattr(self, name) <= 1]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to below 1"

@@ -4,14 +4,15 @@
     python bench/grow.py --folder /tmp/bench --size small       a small one
 
 Makes a base with random weights, then in turns grows it with stack.py and copies as many bytes with `cp`, each after
-the written pages have been flushed to the disk, and the flush at the end included. Needs about four times the grown
-checkpoint's bytes of disk.
+the written pages have been flushed to the disk, and the flush at the end included. Needs two and a quarter times the
+grown checkpoint's bytes of disk. The peak memory is what Linux says of the process that grows (VmHWM).
 """
-import resource
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,43 +30,54 @@ from stages import shape
 @dataclass(frozen=True)
 class GrowBenchSettings:
     """Settings of the benchmark."""
-    folder: str | None = setting(None, "folder to make the checkpoints in, emptied afterwards")
+    folder: str | None = setting(None, "folder to make the checkpoints in; they are removed afterwards")
     size: str = setting("7b", "size preset whose shape the grown model has")
     factor: int = setting(4, "growth factor")
     repeats: int = setting(3, "times that each is measured")
 
     def problems(self):
-        return [] if self.folder else ["--folder is missing"]
+        found = [] if self.folder and Path(self.folder).is_dir() else ["--folder is no directory"]
+        return found + ([f"repeats is {self.repeats}, expected 1 or more"] if self.repeats < 1 else [])
+
+
+# stack.py as it is called by hand, and then the memory that its process held at most
+GROW = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print(open('/proc/self/status').read())")
 
 
 def timed(command):
-    """Seconds that a command takes, until its files are on the disk; and the peak memory of all commands so far."""
+    """(seconds until the files of a command are on the disk, what it printed)."""
     subprocess.run(["sync"], check=True)
     began = time.perf_counter()
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    result = subprocess.run([str(word) for word in command], check=True, text=True, capture_output=True)
     subprocess.run(["sync"], check=True)
-    return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return time.perf_counter() - began, result.stdout
 
 
 def main(s):
     """Prints a line for each measurement, then medians and their ratio."""
-    folder = Path(s.folder)
     grown = shape(s.size)
-    base = shape(s.size, grown.num_hidden_layers // s.factor)
+    base = shape(s.size, max(1, grown.num_hidden_layers // s.factor))
+    with tempfile.TemporaryDirectory(dir=s.folder) as folder:
+        measure(s, base, Path(folder))
+
+
+def measure(s, base, folder):
+    """Makes the base and measures, in a folder of its own."""
     for name in ("base", "tokenizer"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
     generator = torch.Generator().manual_seed(0)
     train_tokenizer(["a text to make a vocabulary from"], 300, folder / "tokenizer")
     write_checkpoint(folder / "base", base, (
-        (name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
-        for name, shape in parameter_shapes(base).items()), folder / "tokenizer")
-    grow = [sys.executable, "stack.py", "grow", "--init", folder / "base", "--out", folder / "grown", "--factor",
-            s.factor]
+        (name, torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
+        for name, size in parameter_shapes(base).items()), folder / "tokenizer")
+    grow = [sys.executable, "-c", GROW, ROOT / "stack.py", "grow", "--init", folder / "base", "--out", folder / "grown",
+            "--factor", s.factor]
     times = {"grow": [], "cp": []}
     for _ in range(s.repeats):
-        seconds, peak = timed(grow)
+        seconds, printed = timed(grow)
         times["grow"].append(seconds)
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", printed)[1]) * 1024
         size = sum(path.stat().st_size for path in (folder / "grown").iterdir())
         print(f"grow  {seconds:6.2f} s  {size / 1e9:.2f} GB  {size / seconds / 1e9:5.2f} GB/s  "
               f"peak memory {peak / 1e9:.2f} GB", flush=True)
@@ -75,10 +87,9 @@ def main(s):
         shutil.rmtree(folder / "grown")
         shutil.rmtree(folder / "copy")
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{base.num_hidden_layers} layers of {base.hidden_size} grown to {grown.num_hidden_layers}: median "
+    print(f"{base.num_hidden_layers} layers of {base.hidden_size} grown to {base.num_hidden_layers * s.factor}: median "
           f"{medians['grow']:.2f} s beside {medians['cp']:.2f} s of cp for as many bytes, ratio "
           f"{medians['grow'] / medians['cp']:.2f}, peak memory {peak / 1e9:.2f} GB")
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import growth_study
 import pretrain
 from growth_study import StudySettings, crossing, summary, table
 from pretrain import PretrainSettings, recipe
-from tests.conftest import run_script
+from tests.conftest import error_line, run_script
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_recipes_by_hand():
     assert (name, llm["phase"], llm["seed"]) == ("m0", "llm", "3")
     base, grown, last = stages(at_tokens=(9000,), args="--seed 3")
     assert (base[0], base[1]["num_hidden_layers"], base[1]["max_tokens"]) == ("base", "2", "9000")
-    assert "seed" not in base[1]
+    assert base[1]["seed"] == "42"
     assert (grown[0], grown[1]["init"], grown[1]["target_layers"]) == ("grown-8", "o/base", "8")
     assert (last[0], last[1]["init"], last[1]["phase"], last[1]["seed"]) == ("m0", "o/grown-8", "stack", "3")
     gradual = stages(factors=(2, 2), at_tokens=(9000, 15000), operator="interleave")
@@ -53,10 +53,15 @@ def test_recipes_by_hand():
     (["--factors", "2,2", "--at_tokens", "9,9"], "at_tokens is 9, 9, expected rising numbers above 0"),
     (["--factors", "1"], "factors has 1, expected numbers of 2 or more"),
     (["--factors", "3"], "8 layers are no multiple of the growth factors 3"),
-    (["--size", "410m", "--at_tokens", "9", "--model", "llm"], "the size 410m has no recipe")])
-def test_recipes_that_cannot_be(refusal, flags, said):
-    words = ["--size", "tiny", "--data", "d", "--out", "o", *flags]
+    (["--factors", "2,2", "--at_tokens", "9000,9900000"], "the stages before m0 cost"),
+    (["--size", "7b", "--factors", "2,2", "--at_tokens", "9,99", "--operator", "middle"], "cannot make 32"),
+    (["--args", "'x"], "is no command line: No closing quotation"),
+    ([], "d does not exist or is not a directory of token shards"),
+    (["--size", "410m", "--at_tokens", "9"], "the size 410m has no recipe [growth]")])
+def test_recipes_that_cannot_be(refusal, tmp_path, flags, said):
+    words = ["--size", "tiny", "--data", "d", "--out", tmp_path / "o", *flags]
     assert said in refusal((PretrainSettings, pretrain.main), *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradual_growth(text, tmp_path):
@@ -77,6 +82,10 @@ def test_gradual_growth(text, tmp_path):
     result = run_script(*words)
     assert "m0 is finished already, nothing to do" in result.stdout
     assert "[1/1]" in result.stdout
+    line = error_line(run_script(*words[:-2], "--operator", "interleave", check=False))
+    assert "holds stages made with other settings: operator is 'stack' there and 'interleave' here" in line
+    line = error_line(run_script(*words[:5], "--out", tmp_path / "x", "--launcher", "no-such-launcher", check=False))
+    assert "no-such-launcher cannot be started" in line
 
 
 def test_where_a_curve_comes_down_to_a_loss_by_hand():
@@ -129,7 +138,7 @@ def test_a_study(text, tmp_path):
     (study / "seed-42/scratch").rename(tmp_path / "scratch")
     assert re.search(r"\[1/1\] \S+/seed-42/scratch: 0.1 of the 0.1 TFLOP", run_script(*words, "--dry_run").stdout)
     line = run_script(*words, "--max_flops", "2e11", check=False).stderr
-    assert "holds a study with other settings: max_flops is 100000000000.0 there and 200000000000.0 here" in line
+    assert "holds stages made with other settings: max_flops is 100000000000.0 there and 200000000000.0 here" in line
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -137,7 +146,11 @@ def test_a_study(text, tmp_path):
     (["--max_flops", "1e9"], "the base alone costs"),
     (["--factor", "3"], "8 layers are no multiple of the factor 3"),
     (["--size", "7b"], "the size 7b has no recipe [study]"),
-    ([], "d is no directory of token shards")])
+    (["--operators", "stack,stack"], "operators is stack, stack, expected one or more, each once"),
+    (["--operators", "stack,middle"], "middle repeats 2 layers as stack does"),
+    (["--seeds", "1,1"], "seeds is 1, 1, expected one or more, each once"),
+    (["--eval_steps", "0"], "eval_steps is 0, expected 1 or more"),
+    ([], "d does not exist or is not a directory of token shards")])
 def test_a_study_that_cannot_be(refusal, tmp_path, flags, said):
     words = ["--size", "tiny", "--data", "d", "--out", tmp_path / "o", *flags]
     assert said in refusal((StudySettings, growth_study.main), *words)
