@@ -181,7 +181,7 @@ def draw(runs, path, title):
     axes.legend(title="final loss (diamond: scratch's is reached)", frameon=False)
     for ending in ("png", "svg"):
         with explain_os_errors(path):
-            figure.savefig(Path(f"{path}.{ending}"), dpi=130)
+            figure.savefig(Path(f"{path}.{ending}"), dpi=110)
     pyplot.close(figure)
 
 

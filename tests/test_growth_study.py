@@ -142,7 +142,7 @@ def test_a_study(text, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--operators", "stack,double"], "unknown operator 'double', expected some of stack, interleave, middle, solar"),
+    (["--operators", "stack,double"], "unknown operator 'double', expected some of stack, interleave, middle"),
     (["--max_flops", "1e9"], "the base alone costs"),
     (["--factor", "3"], "8 layers are no multiple of the factor 3"),
     (["--size", "7b"], "the size 7b has no recipe [study]"),
