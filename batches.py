@@ -103,15 +103,11 @@ def read_task(path):
 
 def data_digest(path):
     """SHA-256 of a task file, or of a shard directory's meta.json, which holds the digests of the shards."""
-    return digest([path if Path(path).is_file() else Path(path) / "meta.json"])
-
-
-def shards_digest(directory):
-    """The digest of a directory of token shards, or a UserError where it is none."""
-    if not (Path(directory) / "meta.json").is_file():
-        raise UserError(f"{directory} does not exist or is not a directory of token shards with a meta.json: make it "
-                        "with data_prep.py text")
-    return data_digest(directory)
+    meta = Path(path) / "meta.json"
+    if not Path(path).is_file() and not meta.is_file():
+        raise UserError(f"{path} does not exist or is not a directory of token shards with a meta.json: make it with "
+                        "data_prep.py text")
+    return digest([path if Path(path).is_file() else meta])
 
 
 @lru_cache(maxsize=2)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from batches import shards_digest
+from batches import data_digest
 from model import growth
 from model.files import UserError, explain_os_errors, write_json, write_text
 from settings import run, setting, unknown_name
@@ -190,7 +190,7 @@ def main(s):
     stages = plan(s)
     fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in FREE}
     if not s.dry_run:
-        claim(Path(s.out) / "study.json", stages, **fixed, data_digest=shards_digest(s.data))
+        claim(Path(s.out) / "study.json", stages, **fixed, data_digest=data_digest(s.data))
     run_stages([stage for stage in stages if not stage.out.exists()], s.dry_run)
     if s.dry_run:
         return

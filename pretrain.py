@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from batches import shards_digest
+from batches import data_digest
 from model.files import UserError
 from settings import read_config, run, setting, unknown_name
 from stages import base_stage, claim, growth_stage, run_stages, shape, train_stage, words
@@ -91,7 +91,7 @@ def main(s):
     stages = recipe(s)
     if not s.dry_run:
         claim(Path(s.out) / "recipe.json", stages, size=s.size, operator=s.operator, factors=s.factors,
-              at_tokens=s.at_tokens, seed=s.seed, data_digest=shards_digest(s.data))
+              at_tokens=s.at_tokens, seed=s.seed, data_digest=data_digest(s.data))
     made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
     run_stages(stages[made + 1:] or stages[-1:], s.dry_run)
 

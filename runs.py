@@ -44,15 +44,19 @@ def history(checkpoint):
     return read_json(found[0]).get("history", {}) if found else {}
 
 
+def changed(old, new, ignored=()):
+    """How two mappings differ, as sentences."""
+    return [f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+            for name in sorted((old.keys() | new.keys()) - set(ignored)) if old.get(name) != new.get(name)]
+
+
 def differences(run, path, defaults):
     """How a run differs from the one recorded in a run.json, as sentences; an empty list where it does not.
 
     A setting that was not there yet when the run was recorded had its default value.
     """
     recorded = read_json(path)
-    old, new = defaults | recorded.get("settings", {}), run["settings"]
-    found = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
-             for name in sorted((old.keys() | new.keys()) - OPERATIONAL) if old.get(name) != new.get(name)]
+    found = changed(defaults | recorded.get("settings", {}), run["settings"], OPERATIONAL)
     return found + [f"{what} ({recorded.get(key)!s:.12} there, {run[key]!s:.12} here)"
                     for key, what in (("parent_digest", "it started from other weights"),
                                       ("data_digest", "it was trained on other data")) if recorded.get(key) != run[key]]

@@ -50,6 +50,13 @@ def read_config(kind, name):
     return read_toml(CONFIGS / kind / f"{name}.toml")
 
 
+def model_shape(size, depth=None):
+    """The fields of ModelConfig that a size presets, with `depth` layers instead of its own if given."""
+    if (shape := read_config("size", size).get("model")) is None:
+        raise UserError(f"configs/size/{size}.toml says no shape of the model: it starts from published weights")
+    return shape | ({} if depth is None else {"num_hidden_layers": depth})
+
+
 ACCEPTED = {int: (int, str), float: (int, float, str), bool: (bool, str), str: (str,)}
 METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

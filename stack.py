@@ -25,7 +25,7 @@ from model.files import UserError, new_directory, write_json
 from model.growth import OPERATORS
 from model.transformer import parameter_shapes
 from runs import git_commit, history
-from settings import read_config, run, setting, unknown_name
+from settings import model_shape, run, setting, unknown_name
 
 @dataclass(frozen=True)
 class GrowthSettings:
@@ -208,11 +208,7 @@ def plan(s):
             print(f"{name:<12}{params / 1e9:>7.0f}B{tokens / 1e12:>7.0f}T{growth_timing(params, tokens) / 1e9:>9.2f}B"
                   f"{published:>12.2f}B")
         return
-    grown = base = None
-    if s.size and (shape := read_config("size", s.size).get("model")) is None:
-        raise UserError(f"configs/size/{s.size}.toml says no shape: give --params")
-    if s.size:
-        grown = ModelConfig(**shape | ({"num_hidden_layers": s.num_hidden_layers} if s.num_hidden_layers else {}))
+    grown = ModelConfig(**model_shape(s.size, s.num_hidden_layers)) if s.size else None
     depth = grown.num_hidden_layers if grown else s.num_hidden_layers or usual_depth(s.params, s.factor)
     if depth % s.factor:
         raise UserError(f"{depth} layers are no multiple of the factor {s.factor}: choose another of the two")

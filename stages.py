@@ -13,8 +13,8 @@ from pathlib import Path
 from model.config import ModelConfig
 from model.files import UserError, read_json, write_json
 from model.growth import OPERATORS
-from runs import clock
-from settings import CONFIGS, ROOT, read_config, read_toml
+from runs import changed, clock
+from settings import CONFIGS, ROOT, model_shape, read_config, read_toml
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def claim(path, stages, **settings):
               if name in ("model", "base", "stack", "llm")}
     mine = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
     if path.exists() and any(stage.out.exists() for stage in stages) and (old := read_json(path)) != mine:
-        found = [f"{name} is {old.get(name)!r} there and {mine.get(name)!r} here"
-                 for name in sorted(old.keys() | mine.keys()) if old.get(name) != mine.get(name)]
-        raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(found)}. Choose another "
-                        "--out, or remove it")
+        raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(changed(old, mine))}. Choose "
+                        "another --out, or remove it")
     write_json(path, mine)
 
 
@@ -82,9 +80,7 @@ def words(text):
 
 def shape(size, depth=None):
     """The shape that a size preset trains, with `depth` layers instead of its own if given."""
-    if (model := read_config("size", size).get("model")) is None:
-        raise UserError(f"the size {size} has no recipe for pretraining: it starts from published weights")
-    return ModelConfig(**model | ({} if depth is None else {"num_hidden_layers": depth}))
+    return ModelConfig(**model_shape(size, depth))
 
 
 def train_stage(size, data, out, flops, launcher, flags):

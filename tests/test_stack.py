@@ -214,6 +214,6 @@ def test_a_plan_by_hand():
     (["--params", "-1", "--tokens", "1e9"], "params is -1.0, expected a number above 0"),
     (["--params", "7e9", "--tokens", "1e9", "--factor", "1"], "factor is 1, expected 2 or more"),
     (["--params", "7e9", "--tokens", "1e9", "--factor", "5", "--num_hidden_layers", "32"], "no multiple of the factor"),
-    (["--size", "410m", "--tokens", "1e9"], "says no shape: give --params")])
+    (["--size", "410m", "--tokens", "1e9"], "410m.toml says no shape of the model")])
 def test_a_plan_that_cannot_be(refusal, flags, said):
     assert said in refusal(COMMANDS, "plan", *flags)

@@ -142,11 +142,12 @@ def test_bf16_keeps_fp32_master_weights(zero, launcher, checkpoint, simp_file, t
 
 def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     """What DeepSpeed itself says of the engine that a bf16 run gets: weights, accumulated gradients."""
-    code = ("import sys, torch, train; from distributed import Processes; from model.checkpoint import load_model\n"
+    code = ("import dataclasses, sys, torch, train; from distributed import Processes\n"
+            "from model.checkpoint import load_model\n"
             "s = train.TrainSettings(dtype='bf16')\n"
             "with Processes() as world:\n"
             "    for zero in (1, 2, 3):\n"
-            "        s = train.dataclasses.replace(s, zero=zero)\n"
+            "        s = dataclasses.replace(s, zero=zero)\n"
             "        engine = train.build_engine(s, load_model(sys.argv[1], torch.bfloat16), world)\n"
             "        print(*engine.get_data_types(), engine.communication_data_type)")
     lines = run_script("-c", code, checkpoint).stdout.splitlines()
