@@ -11,6 +11,8 @@ SIZE   ?= $(if $(INIT),$(notdir $(patsubst %/,%,$(INIT))),tiny)
 SOURCE := $(or $(SOURCE),$(if $(RAW),raw,$(if $(filter 410m 3b 7b,$(SIZE)),hub,sample)))
 RAW    := $(or $(RAW),data/raw)
 OUT    ?= runs/$(SIZE)/$(MODEL)
+TASKS  ?= $(ORDER)
+SUITE  ?= sample
 
 FOLDER := $(if $(filter sample,$(SOURCE)),data/sample,$(RAW))
 PRESET := $(wildcard configs/size/$(SIZE).toml)
@@ -23,21 +25,22 @@ TORCHRUN := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --np
 LAUNCH   := $(or $(TORCHRUN),$(PY))
 LAUNCHER := $(if $(TORCHRUN),--launcher "$(TORCHRUN)")
 
-ifneq (,$(filter train pretrain data growth-study,$(or $(MAKECMDGOALS),help)))
+ifneq (,$(filter train pretrain data evaluate growth-study,$(or $(MAKECMDGOALS),help)))
   expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
-  $(call expect,TASK,$(TASK),$(ORDER))
+  $(foreach task,$(TASK) $(TASKS),$(call expect,TASK,$(task),$(ORDER)))
   $(call expect,MODEL,$(MODEL),stack llm)
   $(call expect,SOURCE,$(SOURCE),sample raw hub)
   $(if $(INIT)$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
 endif
 
-.PHONY: help train pretrain data growth-study plan test lint clean FORCE
+.PHONY: help train pretrain data evaluate growth-study plan test lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make train TASK=simp MODEL=stack   fine-tune, after building whatever that needs'
 	@echo 'make pretrain MODEL=stack|llm      build m0, the model that fine-tuning starts from'
 	@echo 'make data TASK=simp                prepare a task'
+	@echo 'make evaluate TASK=simp MODEL=stack  test sets and benchmarks of a stage, or of CHECKPOINT=dir'
 	@echo 'make growth-study SIZE=small       loss over FLOPs, from scratch and grown: figure and table (SEEDS=42,43,44)'
 	@echo 'make plan SIZE=7b TOKENS=300e9     when to grow, and what it saves (PARAMS=7e9 in place of SIZE)'
 	@echo 'make test | lint | clean           run the tests; check the style; remove the environment and prepared data'
@@ -48,6 +51,8 @@ help:
 	@echo 'SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)'
 	@echo 'RAW     folder of raw task folders    INIT   checkpoint to start from in place of m0: directory or Hub id'
 	@echo 'OUT     folder of the stages          NPROC  processes'
+	@echo 'SUITE   benchmarks of make evaluate: sample, paper, local, a .toml file, or none; FILES their folder'
+	@echo 'TASKS   test sets of make evaluate (now $(TASKS))'
 	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them);'
 	@echo '        with train they go to all stages that are missing, with pretrain to its last phase; with'
 	@echo '        growth-study and plan they are flags of growth_study.py and stack.py plan'
@@ -101,6 +106,20 @@ $(TEXT): | $(VENV)/user
 $(OUT)/m0: | $(BEFORE)
 	$(M0)
 
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+BENCHMARKS := $(filter-out none,$(SUITE))
+comma := ,
+space := $(subst ,, )
+evaluate: $(VENV)/user $(TASKS:%=data/prepared/$(SOURCE)/%.json) | $(or $(CHECKPOINT),$(STAGE_$(TASK))) \
+    $(if $(filter sample,$(SUITE)),data/eval/sample)
+	@$(LAUNCH) evaluate.py --checkpoint $(or $(CHECKPOINT),$(STAGE_$(TASK))) --data data/prepared/$(SOURCE) \
+	    $(if $(TASKS),--tasks $(subst $(space),$(comma),$(strip $(TASKS)))) \
+	    $(if $(BENCHMARKS),--suite $(BENCHMARKS)) $(if $(FILES),--suite_files $(FILES)) $(ARGS)
+
+data/eval/sample: | $(VENV)/user
+	@$(PY) data_prep.py suite --output_path $@
+
 # ------------------------------------------------------------------------------------------------- whether growing pays
 
 growth-study: $(VENV)/user | $(TEXT)
@@ -133,6 +152,6 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) data/prepared data/text .pytest_cache .ruff_cache
+	rm -rf $(VENV) data/prepared data/text data/eval .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'runs/ and data/raw are left as they are'

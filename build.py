@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from batches import TaskData, TokenShards, data_digest, read_task
+from distributed import weights_dtype
 from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_model, locate
 from model.config import ModelConfig
 from model.files import UserError, read_json
@@ -120,16 +121,6 @@ def build_model(s, source, device):
 def zero_stage(s, world):
     """The ZeRO stage of the run: as set, or the cheapest one that its dtype and processes allow."""
     return s.zero if s.zero is not None else 0 if world.size == 1 and weights_dtype(s) == "fp32" else 1
-
-
-def weights_dtype(s):
-    """"bf16" or "fp32"; auto is bf16 where the hardware multiplies bf16 matrices."""
-    if s.dtype != "auto":
-        return s.dtype
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"
 
 
 def load_data(s, tokenizer, config, world):

@@ -1,8 +1,9 @@
-"""Prepares data: task files for fine-tuning, token shards for pretraining, raw task folders from the Hub.
+"""Prepares data: task files for fine-tuning, token shards for pretraining, raw task folders from the Hub, benchmarks.
 
     python data_prep.py task --task simp --folder_path data/raw --output_path data/prepared/raw/simp.json
     python data_prep.py text --source docs --size tiny --output_path data/text/tiny
     python data_prep.py hub --task simp --output_path data/raw
+    python data_prep.py suite --output_path data/eval/sample
 """
 import ast
 import glob
@@ -22,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model.files import UserError, digest, new_directory, read_json, write_json, write_text
+from batches import clean
+from model.files import UserError, digest, new_directory, read_json, read_json_lines, write_json, write_text
 from model.tokenizer import Tokenizer, copy_tokenizer
-from settings import read_config, run, setting, unknown_name
+from sample_suite import build_suite
+from settings import ROOT, read_config, run, setting, unknown_name
 
-BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
 SPLIT_SEED = 42
 VALIDATION_PER_MILLE = 10  # of the documents of a text, held out
 SHARD_TOKENS = 1 << 27
@@ -136,11 +138,6 @@ def role(path):
     return None
 
 
-def clean(text):
-    """A text with its brackets back in place of -LRB-, -RRB-, -LSB-, -RSB-, and no white space around it."""
-    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
-
-
 def split_indices(count, size, seed=SPLIT_SEED):
     """(training, evaluation) indices, as `train_test_split(test_size=size, shuffle=True, seed=seed)` of Hugging
     Face's datasets gives them; size is a share below 1, or a number of samples."""
@@ -209,8 +206,7 @@ def prepare_text(s):
             count += len(batch)
             parts = {"train": [], "val": []}
             for text in batch:
-                held_out = zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
-                parts["val" if held_out else "train"].append(text)
+                parts["val" if held_out(text) else "train"].append(text)
             for split, texts in parts.items():
                 writers[split].add(texts)
             progress.update(len(batch))
@@ -223,6 +219,11 @@ def prepare_text(s):
                                           "vocab_size": tokenizer.vocab_size, "shards": shards})
     tokens = sum(shard["tokens"] for shard in shards.values())
     print(f"{s.output_path}: {count:,} documents, {tokens:,} tokens")
+
+
+def held_out(text):
+    """Whether a document belongs to the validation split."""
+    return zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
 
 
 class ShardWriter:
@@ -375,8 +376,8 @@ def prepare_hub(s):
         splits[split] = list(islice(chain.from_iterable(hub_items(row, hub) for row in tqdm(rows, split, disable=None)),
                                     wanted))
     if "test" not in splits:
-        held_out = max(1, min(s.max_test_samples, len(splits["train"]) // 10))
-        splits = {"train": splits["train"][:-held_out], "test": splits["train"][-held_out:]}
+        tests = max(1, min(s.max_test_samples, len(splits["train"]) // 10))
+        splits = {"train": splits["train"][:-tests], "test": splits["train"][-tests:]}
     with new_directory(Path(s.output_path) / spec["folder"]) as folder:
         for split, items in splits.items():
             for prompt, raw in raw_files(items, spec).items():
@@ -429,6 +430,35 @@ def raw_files(items, spec):
     return files
 
 
+# ----------------------------------------------------------------------------------------- items of the sample suite
+
+@dataclass(frozen=True)
+class SuiteSettings:
+    """Settings of `data_prep.py suite`."""
+    output_path: str | None = setting(None, "folder to write the items of the sample suite into")
+    source: str = setting("docs", "text whose held-out documents they are made from, as for `data_prep.py text`")
+    text_column: str = setting("text", "field of a .jsonl line that holds the text")
+    dataset_config: str | None = setting(None, "configuration of a Hub dataset")
+    max_documents: int | None = setting(None, "read only the first N documents")
+
+    def problems(self):
+        return [] if self.output_path else ["--output_path is missing"]
+
+
+def prepare_suite(s):
+    """Writes the JSONL files that configs/eval/sample.toml names."""
+    if Path(s.output_path).exists():
+        return print(f"{s.output_path} is there already")
+    passages = read_raw_files(ROOT / "data/sample" / read_config("task", "inqqg")["folder"], "test")
+    items = build_suite([text for text in read_documents(s) if held_out(text)], [item["src_info"] for item in passages])
+    items["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
+    with new_directory(s.output_path) as folder:
+        for name, entries in items.items():
+            lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+            write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+    print(f"{s.output_path}: " + ", ".join(f"{len(entries):,} {name}" for name, entries in items.items()))
+
+
 if __name__ == "__main__":
-    run({"task": (TaskSettings, prepare_task), "text": (TextSettings, prepare_text), "hub": (HubSettings, prepare_hub)},
-        __doc__)
+    run({"task": (TaskSettings, prepare_task), "text": (TextSettings, prepare_text), "hub": (HubSettings, prepare_hub),
+         "suite": (SuiteSettings, prepare_suite)}, __doc__)

@@ -50,6 +50,18 @@ class Processes:
         dist.all_reduce(values)
         return values.tolist()
 
+    def scatter(self, shares=None):
+        """This process's share of a list that rank 0 hands out, one of any kind for each process."""
+        share = [None]
+        dist.scatter_object_list(share, shares, src=0)
+        return share[0]
+
+    def gather(self, value):
+        """The values of all processes in the order of their ranks, on rank 0; None elsewhere."""
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0)
+        return values
+
     def first_on_node(self, function):
         """What `function()` returns, called by the first process of each node before the others call it."""
         if self.local_rank == 0:
@@ -80,3 +92,13 @@ class Processes:
         """Prints a line, once for all processes."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+def weights_dtype(s):
+    """"bf16" or "fp32"; auto is bf16 where the hardware multiplies bf16 matrices."""
+    if s.dtype != "auto":
+        return s.dtype
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"

@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 import settings
 from batches import count_tokens, encode_prompts, global_batch, micro_batches
-from build import (build_engine, build_model, find_weights, first_sample, load_data, prepare, samples_to_train, text_of,
-                   weights_dtype)
-from distributed import Processes
+from build import build_engine, build_model, find_weights, first_sample, load_data, prepare, samples_to_train, text_of
+from distributed import Processes, weights_dtype
 from model.checkpoint import write_checkpoint
 from model.files import UserError, new_directory
-from model.generate import greedy
+from model.generate import Decoding, generate
 from runs import StepLog, clock, finish_run, history, print_result, show, start_run
 from settings import setting
 
@@ -256,7 +255,7 @@ def decode_examples(s, model, items, tokenizer):
     if not items:
         return []
     prompts = encode_prompts(tokenizer, [item["input"] for item in items], s.max_source_length)
-    decoded = greedy(model, prompts, min(64, s.max_target_length), tokenizer.eos_id)
+    decoded = generate(model, prompts, Decoding(min(64, s.max_target_length)), tokenizer.eos_ids)
     return [{"input": item["input"], "output": item["output"], "prediction": tokenizer.decode(ids).strip()}
             for item, ids in zip(items, decoded)]
 

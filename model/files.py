@@ -26,6 +26,24 @@ def read_json(path):
         raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
 
 
+def read_json_lines(path):
+    """The objects of a JSONL file, one a line; a UserError names the line that is none."""
+    items = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                items.append(json.loads(line))
+            except json.JSONDecodeError:
+                items.append(None)
+            if not isinstance(items[-1], dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object")
+    return items
+
+
 def write_text(path, text):
     """Writes a text file whole: readers see the old file or the new one, whatever happens in between."""
     path = Path(path)

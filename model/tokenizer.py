@@ -12,9 +12,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 class Tokenizer:
     """Text to token ids and back, for one checkpoint directory.
 
-    `bos_id`, `eos_id`, `pad_id` and `unk_id` are None where the directory names no such token. The ids in
-    `generation_config.json` and `config.json` come before the tokens in `tokenizer_config.json`, since decoding stops
-    at the former. Raises UserError when there is no tokenizer file, or one that cannot be read.
+    `bos_id`, `eos_id`, `pad_id` and `unk_id` are None where the directory names no such token; `eos_ids` are all those
+    that end a text, of which `eos_id` is the model's own. The ids in `generation_config.json` and `config.json` come
+    before the tokens in `tokenizer_config.json`, since decoding stops at the former. Raises UserError when there is no tokenizer file, or one that cannot be read.
     """
 
     def __init__(self, directory):
@@ -34,7 +34,18 @@ class Tokenizer:
                 self.spm = sentencepiece.SentencePieceProcessor(model_file=str(spm))
         except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
             raise UserError(f"{fast if fast.exists() else spm} cannot be read: {error}") from None
-        self.bos_id, self.eos_id, self.pad_id, self.unk_id = map(self._special_id, ("bos", "eos", "pad", "unk"))
+        ids = {name: self._special_ids(name) for name in ("bos", "eos", "pad", "unk")}
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = (found[0] if found else None for found in ids.values())
+        self.eos_ids = set(ids["eos"])
+
+    @property
+    def adds_bos(self):
+        """Whether transformers begins the ids of a text with bos: the post-processor of tokenizer.json says so, and for
+        a tokenizer.model `add_bos_token` of tokenizer_config.json, which is true where it is not given."""
+        if self.fast:
+            return self.bos_id is not None and self.fast.encode("").ids[:1] == [self.bos_id]
+        path = self.directory / "tokenizer_config.json"
+        return self.bos_id is not None and bool((read_json(path) if path.exists() else {}).get("add_bos_token", True))
 
     @property
     def vocab_size(self):
@@ -57,12 +68,16 @@ class Tokenizer:
             return self.fast.decode(ids, skip_special_tokens=True)
         return self.spm.decode([index for index in ids if index < self.spm.vocab_size()])
 
-    def _special_id(self, name):
+    def token(self, index):
+        """The text of one token, special ones included."""
+        return self.fast.id_to_token(index) if self.fast else self.spm.id_to_piece(index)
+
+    def _special_ids(self, name):
         for file in ("generation_config.json", "config.json"):
             path = self.directory / file
             index = read_json(path).get(f"{name}_token_id") if path.exists() else None
             if index is not None:
-                return index[0] if isinstance(index, list) else index  # a list: the model's own end comes first
+                return index if isinstance(index, list) else [index]
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             path = self.directory / file
             token = read_json(path).get(f"{name}_token") if path.exists() else None
@@ -71,9 +86,9 @@ class Tokenizer:
                 index = self._token_id(token)
                 if index is None:
                     raise UserError(f"{path}: {name}_token {token!r} is not in the vocabulary")
-                return index
+                return [index]
         index = getattr(self.spm, f"{name}_id")() if self.spm else -1
-        return index if index >= 0 else None
+        return [index] if index >= 0 else []
 
     def _token_id(self, token):
         """The id of a token, None where there is none; sentencepiece itself answers unk for what it does not know."""

@@ -1,6 +1,6 @@
 """A decoder-only transformer in the Llama layout, with Hugging Face's parameter names.
 
-Dimensions:  B batch, T tokens of this call, S positions in the key-value cache, C hidden size, F feed-forward size,
+Dimensions:  B batch, T tokens of this call, S keys that are attended to, C hidden size, F feed-forward size,
              H query heads, K key-value heads, D head size, V vocabulary, N tokens with a target.
 
 Training pads on the right and needs no attention mask: under a causal mask a real token never sees the padding
@@ -63,25 +63,25 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class KVCache:
-    """Keys and values of all layers, allocated once: [B, K, S, D] a layer.
+def attention(query, key, value, bias=None):
+    """Softmax attention of query [B, H, T, D] over key and value [B, K, S, D]: causal, where S is T, or with a bias.
 
-    Prompts of different lengths stand left-aligned. A row's tokens are written at their own positions, and a query
-    sees the keys up to its own position, so what right padding leaves behind is overwritten before it is ever seen.
+    The bias [B, 1, T, S] is added to the scores: 0 where a query sees a key, -inf where it does not. With fewer
+    key-value heads than query heads, the H/K query heads of a group then stand as further queries of their key-value
+    head, which no kernel has to know of; `group_bias` repeats a bias for them.
     """
+    if bias is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True,
+                                              enable_gqa=query.shape[1] != key.shape[1])
+    B, H, T, D = query.shape
+    y = F.scaled_dot_product_attention(query.reshape(B, key.shape[1], -1, D), key, value, attn_mask=bias)  # B K H/K·T D
+    return y.view(B, H, T, D)
 
-    def __init__(self, config, batch_size, max_length, dtype, device):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.length = 0  # positions that any row has reached, set by the decoder at each call
 
-    def write(self, layer, key, value, positions):
-        """Stores key and value [B, K, T, D] at positions [B, T]; returns this layer's keys and values so far."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = key.transpose(1, 2)
-        self.values[layer][rows, :, positions] = value.transpose(1, 2)
-        return self.keys[layer][:, :, :self.length], self.values[layer][:, :, :self.length]
+def group_bias(seen, config, dtype):
+    """The bias [B, 1, H/K·T, S] for what each query sees, a boolean [B, T, S]."""
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+    return bias.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
 
 
 class Attention(nn.Module):
@@ -90,23 +90,18 @@ class Attention(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.index, self.head_dim, self.grouped = index, D, H != K
+        self.index, self.head_dim = index, D
         self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x, rotary, cache=None, positions=None):
+    def forward(self, x, rotary, cache=None):
         B, T, _ = x.shape
         query, key, value = (projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H|K T D
                              for projection in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        mask = None
-        if cache is not None:
-            key, value = cache.write(self.index, key, value, positions)  # B K S D
-            mask = torch.arange(key.shape[2], device=x.device) <= positions[:, None, :, None]  # B 1 T S
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.grouped)  # B H T D
+        y = attention(query, key, value) if cache is None else cache.attend(self.index, query, key, value)  # B H T D
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
@@ -134,13 +129,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions)
+    def forward(self, x, rotary, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Token ids to final hidden states."""
+    """Token ids [B, T] to final hidden states [B, T, C].
+
+    A cache says where the tokens stand, `cache.positions` [B, T], and what they see, `cache.attend(layer, query, key,
+    value)`; without one they are the first T tokens of their texts, and attention is causal.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -150,19 +149,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, cache=None, positions=None):
+    def forward(self, input_ids, cache=None):
         x = self.embed_tokens(input_ids)  # B T C
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=x.device).expand(input_ids.shape)  # B T
-        cos, sin = rotary_table(self.config, positions[:1] if cache is None else positions, x.dtype)
+        positions = torch.arange(input_ids.shape[1], device=x.device)[None] if cache is None else cache.positions
+        cos, sin = rotary_table(self.config, positions, x.dtype)
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
-        if cache is not None:
-            cache.length = int(positions.max()) + 1
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rotary, cache, positions)
+                x = layer(x, rotary, cache)
         return self.norm(x)
 
 
@@ -218,8 +214,8 @@ class Transformer(nn.Module):
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def forward(self, input_ids, targets=None, cache=None, positions=None):
-        hidden = self.model(input_ids, cache, positions)  # B T C
+    def forward(self, input_ids, targets=None):
+        hidden = self.model(input_ids)  # B T C
         if targets is None:
             return self.lm_head(hidden)  # B T V
         wanted = targets != IGNORE_INDEX

@@ -1,0 +1,117 @@
+"""Decoding beside transformers' generate: the same tokens, and new tokens a second.
+
+    python bench/decoding.py --checkpoint DIR --data data/prepared/raw/simp.json          greedy and two beam searches
+
+Both decode the same prompts, the first test items of a task, in turns. transformers gets them in batches of
+`batch_size`, padded on the left; ours in batches of the same size, and all at once under its token budget. Where
+outputs differ, the difference is explained: by how far apart the logits of the two tokens are where greedy decoding
+parts, and the scores of the two texts for beam search, both by a pass of transformers over the texts.
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from batches import encode_prompts, read_task
+from model.checkpoint import load_model
+from model.generate import Decoding, generate
+from model.tokenizer import Tokenizer
+from settings import run, setting
+
+MODES = {"greedy": Decoding(),
+         "5 beams, no repeated 3-grams": Decoding(num_beams=5, no_repeat_ngram_size=3),
+         "4 beams, length penalty 0.9, no repeated 2-grams":
+             Decoding(num_beams=4, length_penalty=0.9, no_repeat_ngram_size=2)}
+
+
+@dataclass(frozen=True)
+class DecodingBenchSettings:
+    """Settings of the benchmark."""
+    checkpoint: str | None = setting(None, "checkpoint directory")
+    data: str | None = setting(None, "preprocessed task file")
+    samples: int = setting(64, "prompts")
+    batch_size: int = setting(16, "prompts at once in transformers")
+    max_new_tokens: int = setting(80, "new tokens of a prompt, at most")
+    repeats: int = setting(1, "times that each is measured")
+    dtype: str = setting("float32", "dtype of the weights, a name of torch's")
+
+    def problems(self):
+        return [f"--{name} is missing" for name in ("checkpoint", "data") if not getattr(self, name)]
+
+
+def theirs(model, prompts, decoding, eos, batch_size):
+    """transformers' generate over batches in the given order, padded on the left; new ids without the eos."""
+    outputs = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        width = max(map(len, batch))
+        ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        new = model.generate(ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=False,
+                             num_beams=decoding.num_beams, length_penalty=decoding.length_penalty,
+                             no_repeat_ngram_size=decoding.no_repeat_ngram_size, pad_token_id=eos, eos_token_id=eos)
+        outputs += [row[:row.index(eos)] if eos in row else row for row in new[:, width:].tolist()]
+    return outputs
+
+
+@torch.no_grad()
+def explain(model, prompt, ours, other, decoding, eos):
+    """How far apart two outputs are: in logits where greedy decoding parts, in their scores for beam search."""
+    def log_p(ids):
+        return model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:].float().log_softmax(-1)
+
+    if decoding.num_beams == 1:
+        at = next(i for i, (a, b) in enumerate(zip(ours + [eos], other + [eos])) if a != b)
+        row = log_p(ours[:at])[at]
+        return abs(float(row[(ours + [eos])[at]] - row[(other + [eos])[at]]))
+    scores = []
+    for ids in (ours, other):
+        ids = ids + [eos] if len(ids) < decoding.max_new_tokens else ids
+        total = log_p(ids)[range(len(ids)), ids].sum()
+        scores.append(float(total) / len(ids) ** decoding.length_penalty)
+    return scores[0] - scores[1]
+
+
+def main(s):
+    """Prints for each mode the rates, their ratios, and every difference."""
+    dtype, tokenizer = getattr(torch, s.dtype), Tokenizer(s.checkpoint)
+    prompts = encode_prompts(tokenizer, [item["input"] for item in read_task(s.data)[0]["test"][:s.samples]], 1024)
+    model, other = load_model(s.checkpoint, dtype), AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype)
+    print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {s.dtype}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, mode in MODES.items():
+        decoding = Decoding(**vars(mode) | {"max_new_tokens": s.max_new_tokens})
+        slots = max(map(len, prompts)) + decoding.num_beams * s.max_new_tokens
+        ways = {f"transformers, batches of {s.batch_size}":
+                    lambda d=decoding: theirs(other, prompts, d, tokenizer.eos_id, s.batch_size),
+                f"ours, batches of {s.batch_size}":
+                    lambda d=decoding, b=slots * s.batch_size: generate(model, prompts, d, tokenizer.eos_ids, budget=b),
+                "ours, under its token budget": lambda d=decoding: generate(model, prompts, d, tokenizer.eos_ids)}
+        seconds, outputs = dict.fromkeys(ways, 0.0), {}
+        for _ in range(s.repeats):
+            for way, call in ways.items():
+                began = time.perf_counter()
+                outputs[way] = call()
+                seconds[way] += time.perf_counter() - began
+        first, same, _ = ways
+        print(name)
+        for way in ways:
+            count = s.repeats * sum(map(len, outputs[way]))
+            ratio = count / seconds[way] / (s.repeats * sum(map(len, outputs[first])) / seconds[first])
+            print(f"  {way}: {count} new tokens in {seconds[way]:.1f} s, {count / seconds[way]:.1f} a second, "
+                  f"ratio {ratio:.2f}", flush=True)
+        differ = [i for i in range(len(prompts)) if outputs[first][i] != outputs[same][i]]
+        print(f"  equal to transformers: {len(prompts) - len(differ)} of {len(prompts)}; under the token budget equal to "
+              f"ours in batches: {sum(a == b for a, b in zip(*list(outputs.values())[1:]))}")
+        for i in differ:
+            gap = explain(other, prompts[i], outputs[same][i], outputs[first][i], decoding, tokenizer.eos_id)
+            print(f"  prompt {i} differs: {'score, ours less theirs' if decoding.num_beams > 1 else 'logits apart'} "
+                  f"{gap:.2e}", flush=True)
+
+
+if __name__ == "__main__":
+    run((DecodingBenchSettings, main), __doc__)

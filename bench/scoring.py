@@ -1,0 +1,103 @@
+"""Log-likelihoods beside lm-eval's own Hugging Face backend: the same values, and how much faster.
+
+    python bench/scoring.py --checkpoint DIR --files DIR                 both dtypes: differences in fp32, speed in bf16
+    python bench/scoring.py --checkpoint DIR --files DIR --dtypes bfloat16 --repeats 2
+
+Both score the same requests of lm-eval's tasks, those of configs/eval/local.toml and HellaSwag's endings without labels,
+in turns: the backend in batches of `batch_size`, ours with shared prefixes. `allowed` is what sharing allows by token
+count: the tokens that the backend computes, which it reuses for continuations of one token, over those of the tree of
+all prefixes. Padding is not counted.
+"""
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import Benchmark, HarnessModel, local_task, read_suite
+from distributed import Processes
+from model.checkpoint import load_model
+from model.tokenizer import Tokenizer
+from scorer import Scorer
+from settings import run, setting
+
+NAMES = ("boolq", "piqa", "mmlu", "commonsense_qa", "hellaswag", "crows_pairs_english")
+
+
+@dataclass(frozen=True)
+class ScoringBenchSettings:
+    """Settings of the benchmark."""
+    checkpoint: str | None = setting(None, "checkpoint directory")
+    files: str | None = setting(None, "folder of the JSONL files that configs/eval/local.toml names")
+    names: tuple[str, ...] = setting(NAMES, "benchmarks")
+    items: int = setting(200, "items of each")
+    batch_size: int = setting(16, "requests at once in the backend")
+    dtypes: tuple[str, ...] = setting(("float32", "bfloat16"), "dtypes of the weights, names of torch's")
+    repeats: int = setting(1, "times that each is measured")
+
+    def problems(self):
+        return [f"--{name} is missing" for name in ("checkpoint", "files") if not getattr(self, name)]
+
+
+def tasks(s):
+    """The lm-eval tasks, with the requests of their first items."""
+    suite = {benchmark.name: benchmark for benchmark in read_suite("local", s.files)}
+    suite["hellaswag"] = Benchmark("hellaswag", "Rs", file=str(Path(s.files) / "hellaswag_unlabelled.jsonl"), options={
+        "doc_to_text": "ctx", "doc_to_choice": "endings", "doc_to_target": 0})
+    for name in s.names:
+        task = local_task(suite[name])
+        task.set_config(key="num_fewshot", value=suite[name].num_fewshot)
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=s.items, rank=0, world_size=1)
+        yield name, task
+
+
+def accuracy(task, requests, values):
+    """The task's first metric over the values of its requests."""
+    by_item = {}
+    for request, value in zip(requests, values):
+        by_item.setdefault(request.doc_id, (request.doc, []))[1].append(value)
+    figures = [task.process_results(item, found) for item, found in by_item.values()]
+    return float(np.mean([next(iter(figure.values())) for figure in figures]))
+
+
+def main(s):
+    """Prints a line for each benchmark and dtype."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {s.batch_size}, {s.items} items each")
+    print(f"{'':<20} {'dtype':<9} {'requests':>8} {'tokens: backend':>15} {'ours':>8} {'allowed':>7} {'seconds':>8} {'ours':>7} "
+          f"{'faster':>6} {'of allowed':>10} {'difference':>10} {'accuracy':>8} {'ours':>6}")
+    with Processes() as world:
+        for name in s.dtypes:
+            dtype = getattr(torch, name)
+            theirs = HFLM(AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype), batch_size=s.batch_size,
+                          tokenizer=AutoTokenizer.from_pretrained(s.checkpoint))
+            model = load_model(s.checkpoint, dtype)
+            for title, task in tasks(s):
+                requests, seconds = task.instances, [0.0, 0.0]
+                for _ in range(s.repeats):
+                    scorer = Scorer(world, model, Tokenizer(s.checkpoint))
+                    ours, values = HarnessModel(scorer), []
+                    for index, backend in enumerate((theirs, ours)):
+                        began = time.perf_counter()
+                        values.append(backend.loglikelihood(requests, disable_tqdm=True))
+                        seconds[index] += (time.perf_counter() - began) / s.repeats
+                inputs = {tuple(context + continuation[:-1]) for context, continuation in
+                          (ours._encode_pair(*request.args) if request.args[0] else
+                           ([ours.prefix_token_id], ours.tok_encode(request.args[1], False)) for request in requests)}
+                asked, computed = sum(map(len, inputs)), scorer.counts["computed"]
+                differences = [abs(a[0] - b[0]) for a, b in zip(*values)]
+                faster, allowed = seconds[0] / seconds[1], asked / computed
+                print(f"{title:<20} {name:<9} {len(requests):>8} {asked:>15,} {computed:>8,} {allowed:>7.2f} {seconds[0]:>8.1f} "
+                      f"{seconds[1]:>7.1f} {faster:>6.2f} {faster / allowed:>10.0%} {max(differences):>10.1e} "
+                      f"{accuracy(task, requests, values[0]):>8.3f} {accuracy(task, requests, values[1]):>6.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    run((ScoringBenchSettings, main), __doc__)

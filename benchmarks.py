@@ -1,0 +1,337 @@
+"""Benchmarks by lm-eval: suites of them, our model in lm-eval's terms, calibration beside its figures.
+
+A suite is a TOML file, in configs/eval or anywhere: a list of [[benchmark]], each a task or group that lm-eval knows, or
+a JSONL file of one's own with lm-eval's keys for how to read it.
+"""
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lm_eval
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+
+from metrics import calibration
+from model.checkpoint import first_line
+from model.files import UserError, read_json_lines, write_text
+from model.generate import Decoding
+from settings import CONFIGS, ROOT, known, read_toml
+
+MAX_NEW_TOKENS = 256  # of a generation that says no number, as in lm-eval's own backend
+CALIBRATION = {"ece": "expected calibration error", "nll": "negative log-likelihood", "brier": "Brier score"}
+
+
+# -------------------------------------------------------------------------------------------------------------- suites
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark of a suite: what to run, and how the report speaks of it."""
+    name: str  # a task or group of lm-eval, or for a local file a name of one's own
+    category: str
+    metric: str = "acc"  # the figure that the benchmark is judged by
+    num_fewshot: int = 0
+    label: str | None = None
+    part_of: str | None = None  # a benchmark of the suite that this is a part of: it does not count in the category
+    file: str | None = None  # a local JSONL file: its first num_fewshot lines are the examples, the others the items
+    pairs: bool = False  # the items are {sent_more, sent_less}: the share of pairs with the first one more likely
+    by: str | None = None  # a field: each of its values is a benchmark too, a part of this one
+    where: dict = field(default_factory=dict)  # only the items with these fields
+    options: dict = field(default_factory=dict)  # lm-eval's own keys: doc_to_text, doc_to_choice, doc_to_target, …
+
+
+def read_suite(name, folder=None):
+    """The benchmarks of a suite: a name in configs/eval, or the path of a TOML file.
+
+    folder: where its local files lie; none: where the key `folder` says, in this project, or beside the TOML file. One UserError lists everything that is wrong.
+    """
+    path = CONFIGS / "eval" / f"{name}.toml"
+    if not path.exists():
+        path = Path(name)
+        if path.suffix != ".toml" or not path.exists():
+            raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a .toml "
+                            "file")
+    table, problems, found = read_toml(path), [], []
+    fields = {entry.name for entry in dataclasses.fields(Benchmark)} - {"options"}
+    for number, entry in enumerate(table.get("benchmark", []), 1):
+        where = f"[[benchmark]] {entry.get('name', number)}"
+        problems += [f"{where} has no {key}" for key in ("name", "category") if key not in entry]
+        options = {key: value for key, value in entry.items() if key not in fields}
+        if "file" not in entry and (local := {"pairs", "by", "where"} & entry.keys() | options.keys()):
+            problems.append(f"{where}: {', '.join(sorted(local))} needs a file; tasks of lm-eval have their own")
+        if "file" in entry and not entry.get("pairs"):
+            problems += [f"{where} has no {key}" for key in ("doc_to_text", "doc_to_choice", "doc_to_target")
+                         if key not in options]
+        problems += [f"{where}: unknown key {key!r}" for key in options if key not in lm_eval_keys()]
+        if not problems:
+            benchmark = Benchmark(**{key: value for key, value in entry.items() if key in fields}, options=options)
+            if benchmark.file:
+                file = Path(folder or (ROOT / table["folder"] if "folder" in table else path.parent)) / benchmark.file
+                benchmark = dataclasses.replace(benchmark, file=str(file))
+                if not file.is_file():
+                    problems.append(f"{where}: {file} does not exist")
+            found.append(benchmark)
+    names = [benchmark.name for benchmark in found]
+    problems += [f"{name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if not found and not problems:
+        problems.append("it names no [[benchmark]]")
+    if unknown := [b.name for b in found if not b.file and b.name not in TaskManager().all_tasks]:
+        problems.append(f"lm-eval {lm_eval.__version__} knows no task {', '.join(unknown)}")
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems))
+    return [part for benchmark in found for part in expand(benchmark)]
+
+
+def lm_eval_keys():
+    """The keys of lm-eval's task configuration."""
+    return {entry.name for entry in dataclasses.fields(lm_eval.config.task.TaskConfig)}
+
+
+def expand(benchmark):
+    """A benchmark and, with `by`, those of its parts."""
+    if not benchmark.by:
+        return [benchmark]
+    values = sorted({str(item.get(benchmark.by)) for item in read_json_lines(benchmark.file)})
+    return [benchmark] + [
+        dataclasses.replace(benchmark, name=f"{benchmark.name}_{value.replace('-', '_')}", label=value, by=None,
+                            part_of=benchmark.name, where={benchmark.by: value}) for value in values]
+
+
+def local_task(benchmark):
+    """The lm-eval task of a benchmark with a local file."""
+    items = read_json_lines(benchmark.file)
+    examples, items = items[:benchmark.num_fewshot], items[benchmark.num_fewshot:]
+    items = [item for item in items if all(item.get(key) == value for key, value in benchmark.where.items())]
+    if not items:
+        raise UserError(f"{benchmark.file} holds no item for {benchmark.name}"
+                        + (f" beside its {len(examples)} examples" if examples else ""))
+    config = {"task": benchmark.name, "test_split": "test", "output_type": "multiple_choice",
+              "custom_dataset": lambda **_: {"test": items}, "num_fewshot": benchmark.num_fewshot,
+              "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    if examples:
+        config["fewshot_config"] = {"sampler": "first_n", "samples": examples}
+    if benchmark.pairs:
+        config |= {"doc_to_text": "", "doc_to_target": 0, "target_delimiter": "",
+                   "doc_to_choice": lambda item: [item["sent_more"], item["sent_less"]],
+                   "process_results": lambda item, results: {"pct_stereotype": float(results[0][0] > results[1][0])},
+                   "metric_list": [{"metric": "pct_stereotype", "aggregation": "mean", "higher_is_better": False}]}
+    return ConfigurableTask(config=config | benchmark.options)
+
+
+# ----------------------------------------------------------------------------------------------- the model for lm-eval
+
+class HarnessModel(TemplateLM):
+    """Our model in lm-eval's terms: texts in, log-likelihoods and texts out, exactly as lm-eval's Hugging Face backend
+    tokenizes, truncates and cuts them."""
+
+    def __init__(self, scorer):
+        super().__init__()
+        self.scorer, self.text_tokenizer = scorer, scorer.tokenizer
+        self.max_length = scorer.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self):
+        """The token that ends a text."""
+        return self.text_tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self):
+        """The token that a text without a context follows."""
+        return self.eot_token_id if self.text_tokenizer.bos_id is None else self.text_tokenizer.bos_id
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        """Token ids of one text."""
+        return self.encode([string], add_special_tokens)[0]
+
+    def encode(self, texts, add_special_tokens=None):
+        """Token ids of texts; bos comes first where the tokenizer adds one and the text does not begin with it."""
+        ids = self.text_tokenizer.encode_batch(texts)
+        if add_special_tokens is False or not self.text_tokenizer.adds_bos:
+            return ids
+        bos = self.text_tokenizer.bos_id
+        written = self.text_tokenizer.token(bos)
+        return [one if add_special_tokens is None and text.startswith(written) else [bos, *one]
+                for text, one in zip(texts, ids)]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        """As TemplateLM does it, with all texts tokenized in one batch and each context once."""
+        pairs = [request.args for request in requests]
+        moved = []  # white space at the end of a context is tokenized with the continuation
+        for context, continuation in pairs:
+            kept = context.rstrip() if context else ""
+            moved.append((kept, context[len(kept):] + continuation))
+        contexts = list(dict.fromkeys(context for context, _ in moved))
+        encoded = dict(zip(contexts, self.encode(contexts)))
+        whole = self.encode([context + continuation for context, continuation in moved])
+        bare = iter(self.encode([text for context, text in moved if not encoded[context] or not context], False))
+        split = []
+        for pair, (context, _), ids in zip(pairs, moved, whole):
+            if not encoded[context] or not context:
+                ids = next(bare)
+                ids = ids if ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
+                split.append((pair, ids[:1], ids[1:]))
+            else:
+                split.append((pair, encoded[context], ids[len(encoded[context]):]))
+        return self._loglikelihood_tokens(split)
+
+    def _loglikelihood_tokens(self, requests, **_):
+        for (_, continuation), _, ids in requests:
+            if len(ids) > self.max_length:
+                raise UserError(f"a continuation of {len(ids):,} tokens is longer than the model's context of "
+                                f"{self.max_length:,}: {' '.join(continuation.split())[:60]!r}…")
+        return self.scorer.log_likelihoods([(context, continuation) for _, context, continuation in requests])
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """log p of whole texts, in windows of the context's length that do not overlap."""
+        windows, owners = [], []
+        for index, ids in enumerate(self.encode([request.args[0] for request in requests])):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append(make_disjoint_window(window))
+                owners.append(index)
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owners, [value for value, _ in self.scorer.log_likelihoods(windows)])
+        return totals.tolist()
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """Texts up to the first of each request's stop strings; those with like settings are decoded together."""
+        texts, groups = [None] * len(requests), {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        for indices in groups.values():
+            options = normalize_gen_kwargs(requests[indices[0]].args[1], MAX_NEW_TOKENS)
+            stops = handle_stop_sequences(options.pop("until", None), self.text_tokenizer.token(self.eot_token_id))
+            decoding = harness_decoding(options)
+            room = self.max_length - decoding.max_new_tokens
+            if room < 1:
+                raise UserError(f"{decoding.max_new_tokens:,} new tokens leave no room for a prompt in the model's "
+                                f"context of {self.max_length:,}")
+            prompts = [ids[-room:] for ids in self.encode([requests[index].args[0] for index in indices])]
+            for index, ids in zip(indices, self.scorer.generate(prompts, decoding, tuple(stops))):
+                texts[index] = postprocess_generated_text(self.text_tokenizer.decode(ids), stops, None)
+        return texts
+
+
+def harness_decoding(options):
+    """The decoding of lm-eval's generation settings; what is not implemented is refused by name."""
+    options = dict(options)
+    chosen = {"max_new_tokens": options.pop("max_gen_toks")}
+    if not options.get("do_sample"):
+        options.pop("temperature", None)
+    names = {entry.name for entry in dataclasses.fields(Decoding)}
+    if unknown := sorted(options.keys() - names):
+        raise UserError(f"lm-eval asks for generation settings that are not implemented: {', '.join(unknown)}")
+    decoding = Decoding(**chosen | options)
+    if problems := decoding.problems():
+        raise UserError("lm-eval's generation settings: " + "; ".join(problems))
+    return decoding
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+def run_suite(suite, scorer, limit=None, seed=1234):
+    """Runs the benchmarks of a suite in one call of lm-eval's `simple_evaluate`.
+
+    Returns its results, in its own layout with calibration added, and {name: reason} of benchmarks whose dataset could
+    not be had. limit: items of each task. None in place of results where no benchmark could be run.
+    """
+    loaded, missing, manager = {}, {}, TaskManager()
+    with quiet():
+        for benchmark in suite:
+            try:
+                built = local_task(benchmark) if benchmark.file else manager.load(benchmark.name)
+            except UserError:
+                raise
+            except Exception as error:  # of datasets, of the Hub, of its HTTP library
+                missing[benchmark.name] = first_line(error)
+                continue
+            loaded[benchmark.name] = built
+            for task in leaves(built):
+                task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
+        if not loaded:
+            return None, missing
+        # a group stands for its tasks: lm-eval takes either, and tags come as their tasks
+        given = [item for built in loaded.values() for item in
+                 ([built] if isinstance(built, ConfigurableTask) else
+                  list(built["groups"].values())[:1] or list(built["tasks"].values()))]
+        results = lm_eval.simple_evaluate(HarnessModel(scorer), tasks=given, limit=limit, task_manager=manager,
+                                          bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+                                          torch_random_seed=seed, fewshot_random_seed=seed)
+    samples = results.pop("samples")
+    for name, built in loaded.items():
+        tasks = leaves(built)
+        scores = [score for task in tasks for score in option_scores(task, samples[task.task_name])]
+        if scores and name in results["results"]:  # a tag, which stands for several tasks, has no line of its own
+            figures = calibration(*zip(*scores))
+            results["results"][name] |= {f"{key},none": value for key, value in figures.items()}
+    return results, missing
+
+
+def leaves(built):
+    """The tasks of what lm-eval built: of one task, a group or a tag."""
+    return [built] if isinstance(built, ConfigurableTask) else list(built["tasks"].values())
+
+
+def option_scores(task, samples):
+    """(log-likelihoods of the options, index of the right one) of a multiple-choice task's samples; none of others."""
+    if task.OUTPUT_TYPE != "multiple_choice" or "pct_stereotype" in task._metric_fn_list:
+        return []
+    found = []
+    for sample in samples:
+        choices = task.doc_to_choice(sample["doc"])
+        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+        gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
+        if isinstance(gold, int) and 0 <= gold < len(choices):
+            found.append(([score for score, _ in sample["filtered_resps"]][:len(choices)], gold))
+    return found
+
+
+@contextlib.contextmanager
+def quiet():
+    """lm-eval and datasets without their notes and progress bars; ours stays."""
+    import datasets
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    os.environ.setdefault("LOGLEVEL", "ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def write_results(directory, results):
+    """Writes results as lm-eval does: results_<date>.json."""
+    name = f"results_{datetime.datetime.now().isoformat().replace(':', '-')}.json"
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_text(Path(directory) / name, text + "\n")
+    return Path(directory) / name
+
+
+def figures(suite, results):
+    """What a suite came to, a dict for each benchmark that was run: its fields, `value`, `stderr`, `items`, calibration."""
+    rows = []
+    for benchmark in suite:
+        found = results["results"].get(benchmark.name)
+        if found is None:
+            continue
+        tasks = results.get("group_subtasks", {}).get(benchmark.name) or [benchmark.name]
+        error = found.get(f"{benchmark.metric}_stderr,none")
+        rows.append({"name": benchmark.name, "label": benchmark.label or benchmark.name, "category": benchmark.category,
+                     "part_of": benchmark.part_of, "metric": benchmark.metric, "num_fewshot": benchmark.num_fewshot,
+                     "value": found[f"{benchmark.metric},none"], "stderr": error if isinstance(error, float) else None,
+                     "items": sum(results["n-samples"][task]["effective"] for task in tasks)}
+                    | {key: found.get(f"{key},none") for key in CALIBRATION})
+    return rows

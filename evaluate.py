@@ -1,0 +1,223 @@
+"""Evaluates a checkpoint: what it generates on the tasks' test sets, and how it scores on a suite of benchmarks.
+
+    python evaluate.py --checkpoint runs/tiny/stack/m1-simp --tasks simp,empd --data data/prepared/sample --suite sample
+    torchrun --nproc_per_node 8 evaluate.py …                                              (the same flags)
+
+Writes predictions-<task>.jsonl and metrics-<task>.json for each task, and results_<date>.json for the suite, into the
+folder `eval` of the checkpoint. What is there already, of the same weights, data and settings, is not done again.
+"""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import settings
+from batches import clean, encode_prompts, read_task
+from distributed import Processes, weights_dtype
+from metrics import bertscore, bleu, health, interval, rouge, sari
+from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_model, locate
+from model.config import ModelConfig
+from model.files import UserError, digest, read_json, write_json, write_text
+from model.generate import Decoding
+from model.tokenizer import Tokenizer
+from runs import git_commit
+from scorer import Scorer
+from settings import read_config, setting, unknown_name
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Settings of one evaluation."""
+    checkpoint: str | None = setting(None, "checkpoint to evaluate: a directory or a Hub id")
+    out: str | None = setting(None, "folder for the results; none: eval in the checkpoint's directory")
+    tasks: tuple[str, ...] = setting((), "tasks whose test sets are generated (files in configs/task)")
+    data: str | None = setting(None, "folder of the preprocessed task files, <task>.json")
+    suite: str | None = setting(None, "suite of benchmarks: a name in configs/eval, or the path of a .toml file")
+    suite_files: str | None = setting(None, "folder of the suite's local files; none: beside the suite's .toml file")
+    limit: int | None = setting(None, "only the first N test items of each task and benchmark")
+    max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
+    seed: int = setting(42, "seed of sampling, and of lm-eval's choice of examples")
+    bertscore_model: str | None = setting(None, "directory of an encoder for BERTScore (needs the package bert-score)")
+    bertscore_layer: int | None = setting(None, "the layer whose vectors BERTScore compares")
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
+
+    def problems(self):
+        """What contradicts what, as sentences."""
+        found = [] if self.checkpoint else ["--checkpoint is missing"]
+        found += [problem for task in self.tasks for problem in unknown_name("task", task)]
+        if self.tasks and not self.data:
+            found.append("--tasks needs --data, the folder of their files")
+        if not self.tasks and not self.suite:
+            found.append("there is nothing to evaluate: give --tasks or --suite")
+        if (self.bertscore_model is None) != (self.bertscore_layer is None):
+            found.append("bertscore_model and bertscore_layer go together")
+        found += [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
+                  (("limit", 1), ("seed", 0), ("max_source_length", 16), ("bertscore_layer", 1))
+                  if getattr(self, name) is not None and getattr(self, name) < least]
+        return found
+
+
+def main(s):
+    """Evaluates on all processes: rank 0 knows what is asked, the others carry out their shares."""
+    with Processes() as world:
+        run, tasks, suite = world.on_main(lambda: prepare(s))
+        source = world.first_on_node(lambda: locate(s.checkpoint))
+        dtype = torch.bfloat16 if run["dtype"] == "bf16" else torch.float32
+        scorer = Scorer(world, load_model(source, dtype, world.device), Tokenizer(source))
+        if world.rank:
+            return scorer.serve()
+        print(f"evaluating {s.checkpoint}: {run['dtype']} on {world.size} × {world.device.type}", flush=True)
+        out = Path(s.out or source / "eval")
+        for task, (items, facts) in tasks.items():
+            evaluate_task(s, task, items, scorer, out, run | facts)
+        results = evaluate_suite(s, suite, scorer, out, run) if suite else None
+        scorer.dismiss()
+        print_tasks(tasks, out)
+        if results:
+            print_suite(suite, results)
+        print(f"results: {out}", flush=True)
+        if results and (missing := results["missing"]):
+            raise UserError(f"the datasets of {len(missing)} benchmarks cannot be had, the others were run: "
+                            + "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+                            + ". To run without a network, evaluate once on a machine that has one, copy its cache of "
+                              "datasets (HF_HOME) here and set HF_DATASETS_OFFLINE=1; or use a suite with local files")
+
+
+def prepare(s):
+    """Rank 0's work before anything is loaded: checks checkpoint, tasks and suite.
+
+    Returns (what the results will say of the run, {task: (test items, facts of the task)}, benchmarks).
+    """
+    source = locate(s.checkpoint)
+    config = ModelConfig.read(source / "config.json")
+    Weights(source).check(config)
+    check_vocabulary(source, config)
+    if Tokenizer(source).eos_id is None:
+        raise UserError(f"{source} names no end-of-text token: add eos_token_id to its config.json")
+    tasks, problems = {}, []
+    for task in s.tasks:
+        path = Path(s.data) / f"{task}.json"
+        if not path.is_file():
+            problems.append(f"{path} does not exist: make it with data_prep.py task, or `make data TASK={task}`")
+            continue
+        items = read_task(path)[0]["test"][:s.limit]
+        decoding = task_decoding(task, s.seed)
+        if not items:
+            problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
+        if s.max_source_length + decoding.max_new_tokens > config.max_position_embeddings:
+            problems.append(f"max_source_length {s.max_source_length} + max_new_tokens {decoding.max_new_tokens} of {task} "
+                            f"is more than the model's max_position_embeddings {config.max_position_embeddings}: lower it")
+        tasks[task] = items, {"data_digest": digest([path]), "decoding": dataclasses.asdict(decoding),
+                              "max_source_length": s.max_source_length, "bertscore_model": s.bertscore_model,
+                              "bertscore_layer": s.bertscore_layer}
+    if problems:
+        raise UserError("; ".join(problems))
+    if s.suite:
+        from benchmarks import read_suite  # lm-eval takes seconds to import
+    suite = read_suite(s.suite, s.suite_files) if s.suite else []
+    run = {"checkpoint": str(s.checkpoint), "checkpoint_digest": checkpoint_digest(source), "dtype": weights_dtype(s),
+           "limit": s.limit}
+    return run, tasks, suite
+
+
+def task_decoding(task, seed):
+    """The decoding of a task, from the table [decoding] of its file."""
+    table, names = read_config("task", task)["decoding"], {entry.name for entry in dataclasses.fields(Decoding)}
+    problems = [f"unknown setting {name!r}" for name in sorted(table.keys() - names)]
+    decoding = Decoding(**{name: value for name, value in table.items() if name in names} | {"seed": seed})
+    if problems := problems + decoding.problems():
+        raise UserError(f"configs/task/{task}.toml [decoding]: " + "; ".join(problems))
+    return decoding
+
+
+def evaluate_task(s, task, items, scorer, out, run):
+    """Generates a task's test set and writes its predictions and metrics, if they are not there already."""
+    metrics_file, predictions_file = out / f"metrics-{task}.json", out / f"predictions-{task}.jsonl"
+    if metrics_file.exists() and predictions_file.exists() and same_run(read_json(metrics_file).get("run", {}), run):
+        return
+    spec, decoding = read_config("task", task), task_decoding(task, s.seed)
+    prompts = encode_prompts(scorer.tokenizer, [item["input"] for item in items], s.max_source_length)
+    predictions = [scorer.tokenizer.decode(ids).strip() for ids in scorer.generate(prompts, decoding)]
+    references = [item.get("references") or [item["output"]] for item in items]
+    sources = [clean(item.get("src_info", {}).get(spec["source"]) or item["input"]) for item in items]
+    values = rouge(predictions, references)
+    if spec.get("sari"):
+        values["sari"] = [sari(*texts) for texts in zip(sources, predictions, references)]
+    if s.bertscore_model:
+        values["bertscore"] = bertscore(predictions, references, s.bertscore_model, s.bertscore_layer)
+    values |= health(predictions, sources)
+    metrics = {"bleu": bleu(predictions, references)} | {name: interval(scores) for name, scores in values.items()}
+    lines = [json.dumps(item | {"prediction": text}, ensure_ascii=False) for item, text in zip(items, predictions)]
+    write_text(predictions_file, "\n".join(lines) + "\n")
+    write_json(metrics_file, {"task": task, "samples": len(items), "metrics": metrics,
+                              "run": run | {"commit": git_commit()}})
+
+
+def same_run(old, new):
+    """Whether two records are of the same run; where the weights lie and the program's commit do not count."""
+    ignored = {"checkpoint", "commit"}
+    return {key: old.get(key) for key in old.keys() | new.keys() if key not in ignored} == \
+        {key: json.loads(json.dumps(new.get(key))) for key in old.keys() | new.keys() if key not in ignored}
+
+
+def evaluate_suite(s, suite, scorer, out, run):
+    """Runs the benchmarks, if results of the same run are not there already. Returns lm-eval's results, with `suite`,
+    `run`, `tokens` and `missing` added."""
+    from benchmarks import run_suite, write_results
+    local = sorted({benchmark.file for benchmark in suite if benchmark.file})
+    run = run | {"suite": [dataclasses.asdict(benchmark) | {"file": None} for benchmark in suite], "seed": s.seed,
+                 "data_digest": digest(local) if local else None}
+    for path in sorted(out.glob("results_*.json"), reverse=True):
+        results = read_json(path)
+        if same_run(results.get("run", {}), run) and not results["missing"]:
+            return results
+    results, missing = run_suite(suite, scorer, s.limit, s.seed)
+    results = (results or {"results": {}}) | {"run": run | {"commit": git_commit()}, "tokens": scorer.counts,
+                                              "missing": missing}
+    if results["results"]:
+        write_results(out, results)
+    return results
+
+
+def print_tasks(tasks, out):
+    """A line for each task: its metrics with their 95% intervals."""
+    if not tasks:
+        return
+    print(f"\n{'task':<8} {'items':>5}  {'BLEU':>18} {'ROUGE-1':>18} {'ROUGE-L':>18} {'SARI':>18}  words  empty copied")
+    for task in tasks:
+        report = read_json(out / f"metrics-{task}.json")
+        cells = [f"{value['mean']:5.1f} [{value['low']:4.1f}, {value['high']:4.1f}]" if value else "–"
+                 for value in map(report["metrics"].get, ("bleu", "rouge1", "rougeL", "sari"))]
+        words, empty, copied = (report["metrics"][name]["mean"] for name in ("words", "empty", "copied"))
+        print(f"{task:<8} {report['samples']:>5}  " + " ".join(f"{cell:>18}" for cell in cells)
+              + f" {words:6.1f} {empty:5.1f}% {copied:5.1f}%")
+
+
+def print_suite(suite, results):
+    """A line for each benchmark, by categories, with the mean of each category: percentages, and calibration."""
+    from benchmarks import CALIBRATION, figures
+    rows = figures(suite, results)
+    print(f"\n{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5}  {'metric':<15} {'%':>6} {'±':>4}  "
+          + "  ".join(f"{name.upper():>6}" for name in CALIBRATION))
+    for category in dict.fromkeys(row["category"] for row in rows):
+        inside = [row for row in rows if row["category"] == category]
+        for row in inside:
+            name = ("  " if row["part_of"] else "") + row["label"]
+            calibrated = "  ".join(f"{row[key]:6.3f}" if row[key] is not None else f"{'–':>6}" for key in CALIBRATION)
+            error = f"{100 * row['stderr']:4.1f}" if row["stderr"] is not None else f"{'–':>4}"
+            print(f"{category:<9} {name:<36} {row['items']:>6} {row['num_fewshot']:>5}  {row['metric']:<15} "
+                  f"{100 * row['value']:6.1f} {error}  {calibrated}")
+        whole = [row["value"] for row in inside if not row["part_of"]]
+        if len(whole) > 1:
+            print(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(whole) / len(whole):6.1f}")
+    tokens = results["tokens"]
+    if tokens["computed"]:
+        print(f"tokens computed {tokens['computed']:,} of {tokens['asked']:,} asked for: shared prefixes saved a factor of "
+              f"{tokens['asked'] / tokens['computed']:.1f}")
+
+
+if __name__ == "__main__":
+    settings.run((EvaluateSettings, main), __doc__)
