@@ -1,18 +1,19 @@
 """Benchmarks by lm-eval: suites of them, our model in lm-eval's terms, calibration beside its figures.
 
-A suite is a TOML file, in configs/eval or anywhere: a list of [[benchmark]], each a task or group that lm-eval knows, or
-a JSONL file of one's own with lm-eval's keys for how to read it.
+A suite is a TOML file, in configs/eval or anywhere: a list of [[benchmark]], each a task or group that lm-eval knows,
+or a JSONL file of one's own with lm-eval's keys for how to read it.
 """
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import logging
-import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import lm_eval
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -52,14 +53,15 @@ class Benchmark:
 def read_suite(name, folder=None):
     """The benchmarks of a suite: a name in configs/eval, or the path of a TOML file.
 
-    folder: where its local files lie; none: where the key `folder` says, in this project, or beside the TOML file. One UserError lists everything that is wrong.
+    folder: where its local files lie; none: where the key `folder` says, in this project, or beside the TOML file. One
+    UserError lists everything that is wrong.
     """
     path = CONFIGS / "eval" / f"{name}.toml"
     if not path.exists():
         path = Path(name)
         if path.suffix != ".toml" or not path.exists():
-            raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a .toml "
-                            "file")
+            raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a "
+                            ".toml file")
     table, problems, found = read_toml(path), [], []
     fields = {entry.name for entry in dataclasses.fields(Benchmark)} - {"options"}
     for number, entry in enumerate(table.get("benchmark", []), 1):
@@ -115,8 +117,8 @@ def local_task(benchmark):
         raise UserError(f"{benchmark.file} holds no item for {benchmark.name}"
                         + (f" beside its {len(examples)} examples" if examples else ""))
     config = {"task": benchmark.name, "test_split": "test", "output_type": "multiple_choice",
-              "custom_dataset": lambda **_: {"test": items}, "num_fewshot": benchmark.num_fewshot,
-              "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+              "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)}, "num_fewshot": benchmark.num_fewshot,
+              "metric_list": [{"metric": metric} for metric in dict.fromkeys(("acc", "acc_norm", benchmark.metric))]}
     if examples:
         config["fewshot_config"] = {"sampler": "first_n", "samples": examples}
     if benchmark.pairs:
@@ -247,14 +249,13 @@ def run_suite(suite, scorer, limit=None, seed=1234):
     with quiet():
         for benchmark in suite:
             try:
-                built = local_task(benchmark) if benchmark.file else manager.load(benchmark.name)
-            except UserError:
-                raise
+                loaded[benchmark.name] = local_task(benchmark) if benchmark.file else manager.load(benchmark.name)
             except Exception as error:  # of datasets, of the Hub, of its HTTP library
+                if benchmark.file:
+                    raise
                 missing[benchmark.name] = first_line(error)
                 continue
-            loaded[benchmark.name] = built
-            for task in leaves(built):
+            for task in leaves(loaded[benchmark.name]):
                 task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         if not loaded:
             return None, missing
@@ -296,20 +297,20 @@ def option_scores(task, samples):
 
 @contextlib.contextmanager
 def quiet():
-    """lm-eval and datasets without their notes and progress bars; ours stays."""
-    import datasets
+    """lm-eval and datasets without their notes, and with progress bars as ours: on a terminal, while they run."""
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
-    os.environ.setdefault("LOGLEVEL", "ERROR")
+    lm_eval.api.task.tqdm = functools.partial(bar, desc="building requests", leave=False, disable=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             logger.setLevel(level)
+            lm_eval.api.task.tqdm = bar
 
 
 def write_results(directory, results):
@@ -321,7 +322,7 @@ def write_results(directory, results):
 
 
 def figures(suite, results):
-    """What a suite came to, a dict for each benchmark that was run: its fields, `value`, `stderr`, `items`, calibration."""
+    """A dict for each benchmark that was run: its fields, `value`, `stderr`, `items` and calibration."""
     rows = []
     for benchmark in suite:
         found = results["results"].get(benchmark.name)

@@ -5,18 +5,12 @@
     python data_prep.py hub --task simp --output_path data/raw
     python data_prep.py suite --output_path data/eval/sample
 """
-import ast
-import glob
 import json
 import math
 import re
 import sys
-import sysconfig
-import warnings
-import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -24,20 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from batches import clean
+from documents import VALIDATION_PER_MILLE, held_out, load_hub_dataset, read_documents
 from model.files import UserError, digest, new_directory, read_json, read_json_lines, write_json, write_text
 from model.tokenizer import Tokenizer, copy_tokenizer
 from sample_suite import build_suite
 from settings import ROOT, read_config, run, setting, unknown_name
 
 SPLIT_SEED = 42
-VALIDATION_PER_MILLE = 10  # of the documents of a text, held out
 SHARD_TOKENS = 1 << 27
-PIECE_CHARACTERS = 10_000  # of a .txt file make a document
 TOKENIZER_DOCUMENTS = 1_000_000  # a vocabulary is trained on the first of them
-# Packages that come with the requirements and are documented at length; a fixed list, so that other packages do not
-# change the text. Other versions of these do: the digests in run.json tell texts apart.
-DOCUMENTED = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy", "sklearn",
-              "sympy", "torch")
 
 
 # ---------------------------------------------------------------------------- raw task files to one preprocessed file
@@ -190,19 +179,20 @@ def prepare_text(s):
                 f"{name} is {made_with.get(name)!r} there and {value!r} here" for name, value in settings.items()
                 if made_with.get(name) != value) + ". Remove it, or choose another --output_path")
         return print(f"{s.output_path} is there already")
+    documents = partial(read_documents, s.source, s.text_column, s.dataset_config, s.max_documents)
     with new_directory(s.output_path) as folder:
         if s.tokenizer:
             tokenizer = Tokenizer(s.tokenizer)
             copy_tokenizer(s.tokenizer, folder)
         else:
             vocab_size = read_config("size", s.size)["model"]["vocab_size"] if s.size else s.vocab_size
-            tokenizer = train_tokenizer(islice(read_documents(s), TOKENIZER_DOCUMENTS), vocab_size, folder)
+            tokenizer = train_tokenizer(islice(documents(), TOKENIZER_DOCUMENTS), vocab_size, folder)
         if tokenizer.eos_id is None:
             raise UserError(f"{s.tokenizer} names no end-of-text token, which has to stand between documents")
         writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
-        documents, count = read_documents(s), 0
+        unread, count = documents(), 0
         progress = tqdm(desc="writing tokens", unit="doc", disable=None)
-        while batch := list(islice(documents, 1000)):
+        while batch := list(islice(unread, 1000)):
             count += len(batch)
             parts = {"train": [], "val": []}
             for text in batch:
@@ -219,11 +209,6 @@ def prepare_text(s):
                                           "vocab_size": tokenizer.vocab_size, "shards": shards})
     tokens = sum(shard["tokens"] for shard in shards.values())
     print(f"{s.output_path}: {count:,} documents, {tokens:,} tokens")
-
-
-def held_out(text):
-    """Whether a document belongs to the validation split."""
-    return zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
 
 
 class ShardWriter:
@@ -273,75 +258,6 @@ def train_tokenizer(documents, vocab_size, folder):
     return Tokenizer(folder)
 
 
-def read_documents(s):
-    """Yields the documents of a source (see TextSettings.source)."""
-    path = Path(s.source)
-    if s.source == "docs":
-        documents = installed_documentation()
-    elif path.exists():
-        files = sorted(glob.glob(f"{path}/**/*", recursive=True)) if path.is_dir() else [path]
-        files = [file for file in map(Path, files) if file.suffix in (".txt", ".jsonl")]
-        if not files:
-            raise UserError(f"{s.source}: expected a .txt or .jsonl file, or a folder of them")
-        documents = chain.from_iterable(read_text_file(file, s.text_column) for file in files)
-    else:
-        rows = load_hub_dataset(s.source, "train", [s.text_column], s.dataset_config, streaming=True)
-        documents = (row[s.text_column] for row in rows)
-    for text in islice(documents, s.max_documents):
-        if text.strip():
-            yield text
-
-
-def read_text_file(path, column):
-    """Yields the documents of a file: pieces of a .txt, cut at ends of lines; a field of every line of a .jsonl."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            while path.suffix == ".txt" and (lines := file.readlines(PIECE_CHARACTERS)):
-                yield "".join(lines)
-            for number, line in enumerate(file, 1):
-                try:
-                    text = json.loads(line)[column] if line.strip() else ""
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(f"{path}, line {number}: expected a JSON object with a text as {column!r}")
-                yield text
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
-
-
-@cache
-def installed_documentation():
-    """The documentation in this Python and in DOCUMENTED, a document a module: every docstring once, in the order of
-    the source, and the language reference in pydoc_data.topics. English text that is on every machine."""
-    from pydoc_data.topics import topics
-    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    roots = [library, *(packages / name for name in DOCUMENTED)]
-    files = [file for root in roots for file in sorted(root.rglob("*.py"))
-             if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
-    seen, documents = set(), [topics[name] for name in sorted(topics)]
-    with ProcessPoolExecutor() as pool:
-        found = pool.map(docstrings, files, chunksize=64)
-        for texts in tqdm(found, "reading documentation", len(files), unit="file", disable=None):
-            new = [text for text in dict.fromkeys(texts) if text not in seen]
-            seen.update(new)
-            documents.append("\n\n".join(new))
-    return documents
-
-
-def docstrings(path):
-    """The docstrings of a Python source file, top to bottom; none where it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other people's backslashes
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, OSError, MemoryError):
-        return []
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kinds)), key=lambda n: getattr(n, "lineno", 0))
-    return [text for node in nodes if (text := ast.get_docstring(node))]
-
-
 # ---------------------------------------------------------------------------------------- Hub datasets to raw folders
 
 @dataclass(frozen=True)
@@ -385,21 +301,6 @@ def prepare_hub(s):
     print(f"{s.output_path}/{spec['folder']}: " + ", ".join(f"{len(items):,} {name}" for name, items in splits.items()))
 
 
-def load_hub_dataset(name, split, columns, config=None, revision=None, streaming=False):
-    """The rows of a dataset on the Hub, or of a local directory of parquet files, with some of its columns.
-
-    config is the dataset's configuration (such as "en"), revision a branch such as "refs/convert/parquet".
-    """
-    from datasets import load_dataset
-    try:
-        rows = load_dataset(str(name), config, split=split, revision=revision, streaming=streaming)
-        return rows.select_columns(columns)
-    except Exception as error:  # datasets and huggingface_hub raise many kinds: network, name, split, columns
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the split {split!r} of {name}: {reason}. Without a network, put raw files into a "
-                        "folder and name it, or use the sample") from None
-
-
 def hub_items(row, hub):
     """Yields the src_info fields of each sample in a row of a Hub dataset (see [hub] in configs/task)."""
     info = {field: row[column] or "" for field, column in hub["columns"].items()}
@@ -436,10 +337,6 @@ def raw_files(items, spec):
 class SuiteSettings:
     """Settings of `data_prep.py suite`."""
     output_path: str | None = setting(None, "folder to write the items of the sample suite into")
-    source: str = setting("docs", "text whose held-out documents they are made from, as for `data_prep.py text`")
-    text_column: str = setting("text", "field of a .jsonl line that holds the text")
-    dataset_config: str | None = setting(None, "configuration of a Hub dataset")
-    max_documents: int | None = setting(None, "read only the first N documents")
 
     def problems(self):
         return [] if self.output_path else ["--output_path is missing"]
@@ -450,7 +347,7 @@ def prepare_suite(s):
     if Path(s.output_path).exists():
         return print(f"{s.output_path} is there already")
     passages = read_raw_files(ROOT / "data/sample" / read_config("task", "inqqg")["folder"], "test")
-    items = build_suite([text for text in read_documents(s) if held_out(text)], [item["src_info"] for item in passages])
+    items = build_suite(filter(held_out, read_documents("docs")), [item["src_info"] for item in passages])
     items["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
     with new_directory(s.output_path) as folder:
         for name, entries in items.items():

@@ -108,8 +108,9 @@ def prepare(s):
         if not items:
             problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
         if s.max_source_length + decoding.max_new_tokens > config.max_position_embeddings:
-            problems.append(f"max_source_length {s.max_source_length} + max_new_tokens {decoding.max_new_tokens} of {task} "
-                            f"is more than the model's max_position_embeddings {config.max_position_embeddings}: lower it")
+            problems.append(f"max_source_length {s.max_source_length} + max_new_tokens {decoding.max_new_tokens} of "
+                            f"{task} is more than the model's max_position_embeddings "
+                            f"{config.max_position_embeddings}: lower max_source_length")
         tasks[task] = items, {"data_digest": digest([path]), "decoding": dataclasses.asdict(decoding),
                               "max_source_length": s.max_source_length, "bertscore_model": s.bertscore_model,
                               "bertscore_layer": s.bertscore_layer}
@@ -215,8 +216,8 @@ def print_suite(suite, results):
             print(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(whole) / len(whole):6.1f}")
     tokens = results["tokens"]
     if tokens["computed"]:
-        print(f"tokens computed {tokens['computed']:,} of {tokens['asked']:,} asked for: shared prefixes saved a factor of "
-              f"{tokens['asked'] / tokens['computed']:.1f}")
+        print(f"tokens computed {tokens['computed']:,} of {tokens['asked']:,} asked for: shared prefixes saved a "
+              f"factor of {tokens['asked'] / tokens['computed']:.1f}")
 
 
 if __name__ == "__main__":

@@ -74,11 +74,14 @@ def ngrams(words, size):
 
 
 def sari_of_ngrams(source, prediction, *references):
-    """(keep, delete, add) of SARI for n-grams of one size, as counts. Counts of source and prediction are taken once for
-    each reference, so that they compare with those of all references together."""
+    """(keep, delete, add) of SARI for the counts of n-grams of one size.
+
+    Counts of source and prediction are taken once for each reference, to compare with those of all references together.
+    """
     times = len(references)
     wanted = sum(references, Counter())
-    source, prediction = (Counter({gram: times * count for gram, count in text.items()}) for text in (source, prediction))
+    source, prediction = (Counter({gram: times * count for gram, count in text.items()})
+                          for text in (source, prediction))
     kept, keepable = source & prediction, source & wanted
     good = kept & wanted
     keep = f1(ratio(sum(count / kept[gram] for gram, count in good.items()), len(kept)),
@@ -116,9 +119,9 @@ def bertscore(predictions, references, directory, layer):
 
 def health(predictions, sources):
     """What tells a broken model from a bad score, for each text: {"words": its length, "empty": %, "copied": %}."""
-    plain = [" ".join(text.split()) for text in predictions]
-    return {"words": [len(text.split()) for text in plain], "empty": [100.0 * (not text) for text in plain],
-            "copied": [100.0 * (text != "" and text == " ".join(source.split())) for text, source in zip(plain, sources)]}
+    pairs = [(text.split(), source.split()) for text, source in zip(predictions, sources)]
+    return {"words": [len(words) for words, _ in pairs], "empty": [100.0 * (not words) for words, _ in pairs],
+            "copied": [100.0 * (bool(words) and words == source) for words, source in pairs]}
 
 
 # --------------------------------------------------------------------------------------------------------- predictions
@@ -127,8 +130,8 @@ def calibration(log_likelihoods, targets):
     """How well the probabilities of options are calibrated: {"ece", "nll", "brier"}.
 
     log_likelihoods: of each question's options, in nats; their softmax is taken as the probabilities. targets: the
-    index of the right option of each. "ece" is the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3) over
-    15 bins of equal width, "nll" the mean negative log-probability of the right option in nats, "brier" the mean
+    index of the right option of each. "ece" is the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3)
+    over 15 bins of equal width, "nll" the mean negative log-probability of the right option in nats, "brier" the mean
     squared distance of the probabilities from the truth, summed over the options (Brier, 1950).
     """
     confidences, right, nll, brier = [], [], [], []

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-CONTEXT, CONTINUATION = 40, 16  # words of a text and of what may follow it
+CONTEXT, CONTINUATION = 40, 8  # words of a text and of what may follow it
 SENTENCE = 14  # words before a term
 PASSAGE = 50  # words of a passage, with the word that is asked for in it
 PER_DOCUMENT = 80  # items of one kind from one document at most, since some are very long
@@ -17,23 +17,24 @@ TERM = re.compile(r"[a-z]{5,}")
 
 
 def build_suite(documents, questions):
-    """Items {"terms", "continuation", "passages", "questions"} of {context, choices, label}.
+    """Items {"terms", "continuation", "reading"} of {context, choices, label}; those of "reading" have a `kind` too.
 
     documents: held-out texts. questions: {text, question} of passages and the question that each answers.
     """
     streams = [words for words in map(prose, documents) if len(words) > PASSAGE + SENTENCE]
     common = {word for word, count in Counter(word for words in streams for word in set(words)).items()
               if count > len(streams) / 2}  # function words are no terms
+    answered = [(number, f"{item['text']}\nQuestion:", item["question"]) for number, item in enumerate(questions)]
+    reading = {"word in the passage": passages(streams, common), "question it answers": answered}
     return {"terms": choose(terms(streams, common)), "continuation": choose(continuations(streams)),
-            "passages": choose(passages(streams, common)),
-            "questions": choose([(number, item["text"], item["question"]) for number, item in enumerate(questions)])}
+            "reading": [item | {"kind": kind} for kind, found in reading.items() for item in choose(found)]}
 
 
 def prose(text):
     """The words of those paragraphs of a text that are prose: code, tables and lists of arguments are left out."""
     paragraphs = [paragraph.split() for paragraph in re.split(r"\n\s*\n", text)]
-    return [word for words in paragraphs if len(words) >= 8 and sum(map(bool, map(WORD.fullmatch, words))) >= 0.8 * len(words)
-            for word in words]
+    return [word for words in paragraphs if len(words) >= 8
+            and sum(bool(WORD.fullmatch(word)) for word in words) >= 0.8 * len(words) for word in words]
 
 
 def continuations(streams):
@@ -60,7 +61,8 @@ def passages(streams, common):
     for number, words in enumerate(streams):
         places = [place for place in range(PASSAGE, len(words)) if TERM.fullmatch(words[place])
                   and words[place] not in common and words[place] in words[place - PASSAGE:place - 3]]
-        found += [(number, " ".join(words[place - PASSAGE:place]), words[place]) for place in spread(thin(places, SENTENCE))]
+        found += [(number, " ".join(words[place - PASSAGE:place]), words[place])
+                  for place in spread(thin(places, SENTENCE))]
     return found
 
 

@@ -31,7 +31,7 @@ class Scorer:
         return restore(shares, [values for values, _ in answers])
 
     def generate(self, prompts, decoding, stops=()):
-        """New token ids of each prompt, a list of token ids; they end at eos or where one of the texts `stops` appears."""
+        """New token ids of each prompt, a list of token ids, up to eos or to where one of the texts `stops` appears."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         shares = [order[rank::self.world.size] for rank in range(self.world.size)]
         return restore(shares, self._ask("decode", [(decoding, stops, share, [prompts[i] for i in share])

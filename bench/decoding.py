@@ -105,8 +105,8 @@ def main(s):
             print(f"  {way}: {count} new tokens in {seconds[way]:.1f} s, {count / seconds[way]:.1f} a second, "
                   f"ratio {ratio:.2f}", flush=True)
         differ = [i for i in range(len(prompts)) if outputs[first][i] != outputs[same][i]]
-        print(f"  equal to transformers: {len(prompts) - len(differ)} of {len(prompts)}; under the token budget equal to "
-              f"ours in batches: {sum(a == b for a, b in zip(*list(outputs.values())[1:]))}")
+        print(f"  equal to transformers: {len(prompts) - len(differ)} of {len(prompts)}; under the token budget equal "
+              f"to ours in batches: {sum(a == b for a, b in zip(*list(outputs.values())[1:]))}")
         for i in differ:
             gap = explain(other, prompts[i], outputs[same][i], outputs[first][i], decoding, tokenizer.eos_id)
             print(f"  prompt {i} differs: {'score, ours less theirs' if decoding.num_beams > 1 else 'logits apart'} "

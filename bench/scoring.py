@@ -3,9 +3,9 @@
     python bench/scoring.py --checkpoint DIR --files DIR                 both dtypes: differences in fp32, speed in bf16
     python bench/scoring.py --checkpoint DIR --files DIR --dtypes bfloat16 --repeats 2
 
-Both score the same requests of lm-eval's tasks, those of configs/eval/local.toml and HellaSwag's endings without labels,
-in turns: the backend in batches of `batch_size`, ours with shared prefixes. `allowed` is what sharing allows by token
-count: the tokens that the backend computes, which it reuses for continuations of one token, over those of the tree of
+Both score the same requests of lm-eval's tasks, those of configs/eval/local.toml and HellaSwag's endings without
+labels, in turns: the backend in batches of `batch_size`, ours with shared prefixes. `allowed` is what sharing allows by
+token count: the tokens that the backend computes, once for all continuations of one token, over those of the tree of
 all prefixes. Padding is not counted.
 """
 import logging
@@ -71,8 +71,8 @@ def main(s):
     """Prints a line for each benchmark and dtype."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {s.batch_size}, {s.items} items each")
-    print(f"{'':<20} {'dtype':<9} {'requests':>8} {'tokens: backend':>15} {'ours':>8} {'allowed':>7} {'seconds':>8} {'ours':>7} "
-          f"{'faster':>6} {'of allowed':>10} {'difference':>10} {'accuracy':>8} {'ours':>6}")
+    print(f"{'':<20} {'dtype':<9} {'requests':>8} {'tokens: backend':>15} {'ours':>8} {'allowed':>7} {'seconds':>8} "
+          f"{'ours':>7} {'faster':>6} {'of allowed':>10} {'difference':>10} {'accuracy':>8} {'ours':>6}")
     with Processes() as world:
         for name in s.dtypes:
             dtype = getattr(torch, name)
@@ -94,9 +94,10 @@ def main(s):
                 asked, computed = sum(map(len, inputs)), scorer.counts["computed"]
                 differences = [abs(a[0] - b[0]) for a, b in zip(*values)]
                 faster, allowed = seconds[0] / seconds[1], asked / computed
-                print(f"{title:<20} {name:<9} {len(requests):>8} {asked:>15,} {computed:>8,} {allowed:>7.2f} {seconds[0]:>8.1f} "
-                      f"{seconds[1]:>7.1f} {faster:>6.2f} {faster / allowed:>10.0%} {max(differences):>10.1e} "
-                      f"{accuracy(task, requests, values[0]):>8.3f} {accuracy(task, requests, values[1]):>6.3f}", flush=True)
+                accuracies = [accuracy(task, requests, found) for found in values]
+                print(f"{title:<20} {name:<9} {len(requests):>8} {asked:>15,} {computed:>8,} {allowed:>7.2f} "
+                      f"{seconds[0]:>8.1f} {seconds[1]:>7.1f} {faster:>6.2f} {faster / allowed:>10.0%} "
+                      f"{max(differences):>10.1e} {accuracies[0]:>8.3f} {accuracies[1]:>6.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Batched decoding: greedy, sampling and beam search over a key-value cache that is allocated once.
 
-Prompts of different lengths stand left-aligned in the cache, and behind the longest one come the new tokens, M columns a
-step for M beams. What a beam sees is a row of a mask. Beams that fork have their past in common, as columns of one
+Prompts of different lengths stand left-aligned in the cache, and behind the longest one come the new tokens, M columns
+a step for M beams. What a beam sees is a row of a mask. Beams that fork have their past in common, as columns of one
 item that both see, so choosing among beams moves rows of the mask and never a key or a value.
 
-Dimensions:  B items of a batch, M beams of each, W tokens of the longest prompt, S columns of the cache, otherwise as in
-             transformer.py. Greedy decoding and sampling have one beam.
+Dimensions:  B items of a batch, M beams of each, W tokens of the longest prompt, S columns of the cache, otherwise as
+             in transformer.py. Greedy decoding and sampling have one beam.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +58,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     def see(self, positions, seen):
-        """The next tokens stand at positions [B, T] and see the columns of a boolean [B, T, S], the last T their own."""
+        """The next tokens stand at positions [B, T] and see columns, a boolean [B, T, S]; the last T are their own."""
         self.positions, self.bias = positions, group_bias(seen, self.config, self.dtype)
         self.length = seen.shape[2]
 
@@ -86,7 +86,7 @@ class KVCache:
 
 @torch.no_grad()
 def generate(model, prompts, decoding, eos_ids=(), stopped=None, samples=None, budget=32768, progress=None):
-    """Continues each prompt, a list of token ids. Returns the new ids of each, without the token of eos_ids that ends it.
+    """Continues each prompt, a list of token ids. Returns the new ids of each, without the one of eos_ids that ends it.
 
     stopped: a function of the ids so far that says whether they are to end there, such as at a stop string. samples: a
     number for each prompt; what is drawn for it depends on that and the seed alone. budget: columns of the cache, over
@@ -100,7 +100,8 @@ def generate(model, prompts, decoding, eos_ids=(), stopped=None, samples=None, b
         columns = len(prompts[order[0]]) + decoding.num_beams * decoding.max_new_tokens
         batch = order[:min(most, max(1, budget // columns))]
         try:
-            results = decode(model, [prompts[i] for i in batch], decoding, eos_ids, stopped, [samples[i] for i in batch])
+            results = decode(model, [prompts[i] for i in batch], decoding, eos_ids, stopped,
+                             [samples[i] for i in batch])
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -177,7 +178,7 @@ def prefill(model, prompts, cache, budget=4096):
 class Search:
     """What greedy decoding, sampling and beam search have in common: the tokens so far, and where they may end.
 
-    `tokens` [B, M, W + max_new_tokens] are right-aligned prompts and the new tokens behind them, -1 where there is none.
+    `tokens` [B, M, W + max_new_tokens] are right-aligned prompts with the new tokens behind them, -1 where none is.
     """
 
     def __init__(self, prompts, decoding, eos_ids, stopped, samples, device):

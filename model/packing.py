@@ -4,7 +4,7 @@ Sequences of token ids, sorted, are a tree walked depth first: each has a prefix
 brings new tokens behind that. The new tokens of one sequence after another are packed into passes of a given number of
 tokens. A token sees the tokens before it in its sequence, its *path*: those of its own pass, and keys and values kept
 from earlier passes. Since the walk is depth first, what has to be kept between two passes is the path of the next
-sequence alone, so the memory is that of one pass and of one sequence's key-value cache, however many sequences there are.
+sequence alone: the memory is that of one pass and of the key-value cache of one sequence, however many there are.
 
 Dimensions:  N tokens of a pass, otherwise as in transformer.py.
 """
@@ -67,7 +67,7 @@ class Pass:
     def __init__(self, segments, kept, config, dtype, device):
         self.positions = torch.cat([torch.arange(s.start, s.stop) for s in segments])[None].to(device)  # 1 N
         self.here, self.kept = set(segments), [segment for segment in segments if segment in kept]
-        groups = []
+        groups, tokens = [], 0
         for segment in segments:
             size = segment.stop - segment.start
             if groups and segment.start >= groups[-1][0].start and tokens + size <= GROUP_TOKENS:

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations after contexts, with what contexts and continuations have in common computed once."""
+"""Log-likelihoods of continuations after contexts; what the texts have in common is computed once."""
 from collections import defaultdict
 
 import numpy as np
@@ -6,7 +6,7 @@ import torch
 
 from .packing import common_prefix, packed_passes, sort_sequences, trim
 
-LOGITS_AT_ONCE = 1 << 23  # N·V of a slice of logits, 32 MiB in fp32: larger ones were up to four times slower a row on a CPU
+LOGITS_AT_ONCE = 1 << 23  # N·V of a slice of logits, 32 MiB in fp32: larger ones are slower a row on a CPU
 
 
 def cut_left(context, continuation, max_length):

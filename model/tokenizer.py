@@ -14,7 +14,8 @@ class Tokenizer:
 
     `bos_id`, `eos_id`, `pad_id` and `unk_id` are None where the directory names no such token; `eos_ids` are all those
     that end a text, of which `eos_id` is the model's own. The ids in `generation_config.json` and `config.json` come
-    before the tokens in `tokenizer_config.json`, since decoding stops at the former. Raises UserError when there is no tokenizer file, or one that cannot be read.
+    before the tokens in `tokenizer_config.json`, since decoding stops at the former. Raises UserError when there is no
+    tokenizer file, or one that cannot be read.
     """
 
     def __init__(self, directory):

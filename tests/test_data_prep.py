@@ -5,7 +5,9 @@ import datasets
 import numpy as np
 import pytest
 
-from data_prep import clean, docstrings, raw_files, read_text_file, role, split_indices
+from batches import clean
+from data_prep import raw_files, role, split_indices
+from documents import docstrings, read_text_file
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from settings import read_config

@@ -58,7 +58,7 @@ def test_only_one_path_is_kept_between_passes():
         for segments, _ in packed_passes(model, sequences, 50):
             kept += [segment for segment in segments if segment.keys]
             living = {segment for segment, _ in segments[-1].path} | {segment for segment in segments if segment.keys}
-            assert sum(segment.stop - segment.start for segment in living if segment.keys) <= max(map(len, sequences)) + 50
+            assert sum(s.stop - s.start for s in living if s.keys) <= max(map(len, sequences)) + 50
     assert kept
 
 
@@ -83,7 +83,8 @@ def test_shares_keep_prefixes_together_and_balance_new_tokens():
     shares = prefix_shares(sequences, 2)
     assert sorted(shares[0] + shares[1]) == list(range(110))
     assert set(shares[0]) == set(range(10)) | set(shares[0])  # the long prefix is in one share
-    new = [len({tuple(sequences[i][:end]) for i in share for end in range(1, len(sequences[i]) + 1)}) for share in shares]
+    new = [len({tuple(sequences[i][:end]) for i in share for end in range(1, len(sequences[i]) + 1)})
+           for share in shares]
     assert max(new) < 1.2 * sum(new) / 2
     assert restore(shares, [[f"a{i}" for i in share] for share in shares]) == [f"a{i}" for i in range(110)]
     assert restore(prefix_shares([[1]], 3), [["only"], [], []]) == ["only"] or prefix_shares([[1]], 3)[2] == [0]

@@ -5,7 +5,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model.transformer
-from model.transformer import IGNORE_INDEX, KVCache
+from model.generate import KVCache
+from model.transformer import IGNORE_INDEX
 from tests.conftest import SHAPE, random_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -110,12 +111,13 @@ def test_no_target_has_zero_loss_and_gradient():
 def test_cache_gives_the_logits_of_the_whole_sequence():
     ours = random_model()
     ids = torch.randint(SHAPE["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(3))
+    cache, pieces = KVCache(ours.config, 2, 30, torch.float32, "cpu"), []
     with torch.no_grad():
-        expected = ours(ids)
-        cache = KVCache(ours.config, 2, 30, torch.float32, "cpu")
-        pieces = [ours(ids[:, start:stop], cache=cache, positions=torch.arange(start, stop).expand(2, -1))
-                  for start, stop in ((0, 17), (17, 18), (18, 25), (25, 30))]
-    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-5, rtol=0)
+        for start, stop in ((0, 17), (17, 18), (18, 25), (25, 30)):
+            positions = torch.arange(start, stop).expand(2, -1)
+            cache.see(positions, torch.arange(stop) <= positions[:, :, None])
+            pieces.append(ours.lm_head(ours.model(ids[:, start:stop], cache)))
+        torch.testing.assert_close(torch.cat(pieces, 1), ours(ids), atol=1e-5, rtol=0)
 
 
 def test_parameter_count():
