@@ -111,7 +111,7 @@ $(OUT)/m0: | $(BEFORE)
 BENCHMARKS := $(filter-out none,$(SUITE))
 comma := ,
 space := $(subst ,, )
-evaluate: $(VENV)/user $(TASKS:%=data/prepared/$(SOURCE)/%.json) | $(or $(CHECKPOINT),$(STAGE_$(TASK))) \
+evaluate: $(VENV)/user $(TASKS:%=data/prepared/$(SOURCE)/%.json) | $(if $(CHECKPOINT),,$(STAGE_$(TASK))) \
     $(if $(filter sample,$(SUITE)),data/eval/sample)
 	@$(LAUNCH) evaluate.py --checkpoint $(or $(CHECKPOINT),$(STAGE_$(TASK))) --data data/prepared/$(SOURCE) \
 	    $(if $(TASKS),--tasks $(subst $(space),$(comma),$(strip $(TASKS)))) \

@@ -9,11 +9,13 @@ import datetime
 import functools
 import json
 import logging
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import lm_eval
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -74,6 +76,9 @@ def read_suite(name, folder=None):
             problems += [f"{where} has no {key}" for key in ("doc_to_text", "doc_to_choice", "doc_to_target")
                          if key not in options]
         problems += [f"{where}: unknown key {key!r}" for key in options if key not in lm_eval_keys()]
+        metrics = ("pct_stereotype",) if entry.get("pairs") else ("acc", "acc_norm", "acc_mutual_info")
+        if "file" in entry and "metric_list" not in options and (metric := entry.get("metric", "acc")) not in metrics:
+            problems.append(f"{where} has the metric {metric!r}, expected {' or '.join(metrics)}")
         if not problems:
             benchmark = Benchmark(**{key: value for key, value in entry.items() if key in fields}, options=options)
             if benchmark.file:
@@ -86,11 +91,17 @@ def read_suite(name, folder=None):
     problems += [f"{name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
     if not found and not problems:
         problems.append("it names no [[benchmark]]")
-    if unknown := [b.name for b in found if not b.file and b.name not in TaskManager().all_tasks]:
+    if unknown := [b.name for b in found if not b.file and b.name not in task_manager().all_tasks]:
         problems.append(f"lm-eval {lm_eval.__version__} knows no task {', '.join(unknown)}")
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
     return [part for benchmark in found for part in expand(benchmark)]
+
+
+@functools.cache
+def task_manager():
+    """lm-eval's index of its tasks, which takes seconds to make."""
+    return TaskManager()
 
 
 def lm_eval_keys():
@@ -104,7 +115,7 @@ def expand(benchmark):
         return [benchmark]
     values = sorted({str(item.get(benchmark.by)) for item in read_json_lines(benchmark.file)})
     return [benchmark] + [
-        dataclasses.replace(benchmark, name=f"{benchmark.name}_{value.replace('-', '_')}", label=value, by=None,
+        dataclasses.replace(benchmark, name=re.sub(r"\W+", "_", f"{benchmark.name}_{value}"), label=value, by=None,
                             part_of=benchmark.name, where={benchmark.by: value}) for value in values]
 
 
@@ -117,8 +128,9 @@ def local_task(benchmark):
         raise UserError(f"{benchmark.file} holds no item for {benchmark.name}"
                         + (f" beside its {len(examples)} examples" if examples else ""))
     config = {"task": benchmark.name, "test_split": "test", "output_type": "multiple_choice",
-              "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)}, "num_fewshot": benchmark.num_fewshot,
-              "metric_list": [{"metric": metric} for metric in dict.fromkeys(("acc", "acc_norm", benchmark.metric))]}
+              "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
+              "num_fewshot": benchmark.num_fewshot,
+              "metric_list": [{"metric": name} for name in dict.fromkeys(("acc", "acc_norm", benchmark.metric))]}
     if examples:
         config["fewshot_config"] = {"sampler": "first_n", "samples": examples}
     if benchmark.pairs:
@@ -126,7 +138,10 @@ def local_task(benchmark):
                    "doc_to_choice": lambda item: [item["sent_more"], item["sent_less"]],
                    "process_results": lambda item, results: {"pct_stereotype": float(results[0][0] > results[1][0])},
                    "metric_list": [{"metric": "pct_stereotype", "aggregation": "mean", "higher_is_better": False}]}
-    return ConfigurableTask(config=config | benchmark.options)
+    try:
+        return ConfigurableTask(config=config | benchmark.options)
+    except Exception as error:  # of templates, of fields that the items lack
+        raise UserError(f"{benchmark.name}: lm-eval cannot make it into a task: {first_line(error)}") from error
 
 
 # ----------------------------------------------------------------------------------------------- the model for lm-eval
@@ -245,15 +260,18 @@ def run_suite(suite, scorer, limit=None, seed=1234):
     Returns its results, in its own layout with calibration added, and {name: reason} of benchmarks whose dataset could
     not be had. limit: items of each task. None in place of results where no benchmark could be run.
     """
-    loaded, missing, manager = {}, {}, TaskManager()
+    loaded, missing = {}, {}
     with quiet():
         for benchmark in suite:
+            if benchmark.file:
+                loaded[benchmark.name] = local_task(benchmark)
+                continue
             try:
-                loaded[benchmark.name] = local_task(benchmark) if benchmark.file else manager.load(benchmark.name)
+                loaded[benchmark.name] = task_manager().load(benchmark.name)
             except Exception as error:  # of datasets, of the Hub, of its HTTP library
-                if benchmark.file:
-                    raise
                 missing[benchmark.name] = first_line(error)
+                if isinstance(error, ConnectionError):  # the others are in the cache or not: no more retries of 20 s
+                    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
                 continue
             for task in leaves(loaded[benchmark.name]):
                 task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
@@ -263,16 +281,16 @@ def run_suite(suite, scorer, limit=None, seed=1234):
         given = [item for built in loaded.values() for item in
                  ([built] if isinstance(built, ConfigurableTask) else
                   list(built["groups"].values())[:1] or list(built["tasks"].values()))]
-        results = lm_eval.simple_evaluate(HarnessModel(scorer), tasks=given, limit=limit, task_manager=manager,
-                                          bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+        results = lm_eval.simple_evaluate(HarnessModel(scorer), tasks=given, limit=limit,
+                                          task_manager=task_manager(), bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
                                           torch_random_seed=seed, fewshot_random_seed=seed)
     samples = results.pop("samples")
     for name, built in loaded.items():
-        tasks = leaves(built)
-        scores = [score for task in tasks for score in option_scores(task, samples[task.task_name])]
-        if scores and name in results["results"]:  # a tag, which stands for several tasks, has no line of its own
-            figures = calibration(*zip(*scores))
-            results["results"][name] |= {f"{key},none": value for key, value in figures.items()}
+        for title, tasks in ({task.task_name: [task] for task in leaves(built)} | {name: leaves(built)}).items():
+            scores = [score for task in tasks for score in option_scores(task, samples[task.task_name])]
+            if scores and title in results["results"]:  # a tag stands for several tasks and has no line of its own
+                values = calibration(*zip(*scores))
+                results["results"][title] |= {f"{key},none": value for key, value in values.items()}
     return results, missing
 
 
@@ -299,6 +317,7 @@ def option_scores(task, samples):
 def quiet():
     """lm-eval and datasets without their notes, and with progress bars as ours: on a terminal, while they run."""
     datasets.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logger = logging.getLogger("lm_eval")
     level, bar = logger.level, lm_eval.api.task.tqdm
@@ -328,6 +347,9 @@ def figures(suite, results):
         found = results["results"].get(benchmark.name)
         if found is None:
             continue
+        if f"{benchmark.metric},none" not in found:
+            names = [key.removesuffix(",none") for key, value in found.items() if isinstance(value, float)]
+            raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
         tasks = results.get("group_subtasks", {}).get(benchmark.name) or [benchmark.name]
         error = found.get(f"{benchmark.metric}_stderr,none")
         rows.append({"name": benchmark.name, "label": benchmark.label or benchmark.name, "category": benchmark.category,

@@ -71,17 +71,22 @@ def main(s):
             return scorer.serve()
         print(f"evaluating {s.checkpoint}: {run['dtype']} on {world.size} × {world.device.type}", flush=True)
         out = Path(s.out or source / "eval")
-        for task, (items, facts) in tasks.items():
-            evaluate_task(s, task, items, scorer, out, run | facts)
-        results = evaluate_suite(s, suite, scorer, out, run) if suite else None
+        try:
+            for task, (items, facts) in tasks.items():
+                evaluate_task(s, task, items, scorer, out, run | facts)
+            results = evaluate_suite(s, suite, scorer, out, run) if suite else None
+        except UserError:  # comes between two requests, so the others wait for the next one
+            scorer.dismiss()
+            raise
         scorer.dismiss()
         print_tasks(tasks, out)
-        if results:
+        if results and results["results"]:
             print_suite(suite, results)
         print(f"results: {out}", flush=True)
         if results and (missing := results["missing"]):
+            names = {reason: [name for name in missing if missing[name] == reason] for reason in missing.values()}
             raise UserError(f"the datasets of {len(missing)} benchmarks cannot be had, the others were run: "
-                            + "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+                            + "; ".join(f"{', '.join(found)} ({reason})" for reason, found in names.items())
                             + ". To run without a network, evaluate once on a machine that has one, copy its cache of "
                               "datasets (HF_HOME) here and set HF_DATASETS_OFFLINE=1; or use a suite with local files")
 

@@ -13,6 +13,7 @@ import torch
 
 import settings
 from data_prep import train_tokenizer
+from distributed import Processes
 from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -72,6 +73,16 @@ def refusal(monkeypatch, capsys):
         assert len(lines) == 1, lines
         return lines[0]
     return call
+
+
+@pytest.fixture(scope="module")
+def world():
+    """This process as the only one of a run; the environment is put back."""
+    before = dict(os.environ)
+    with Processes() as alone:
+        yield alone
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from model.files import UserError, digest, explain_os_errors, new_directory, read_json, write_json
+from model.files import UserError, digest, explain_os_errors, new_directory, read_json, read_json_lines, write_json
 
 
 def test_a_directory_appears_whole(tmp_path):
@@ -55,6 +55,15 @@ def test_json(tmp_path):
         read_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_json(tmp_path / "none.json")
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"é": 1}\n\n{"b": [2]}')
+    assert read_json_lines(path) == [{"é": 1}, {"b": [2]}]
+    path.write_text('{"é": 1}\n{oops}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2"):
+        read_json_lines(path)
 
 
 def test_digest_covers_names_and_contents_in_any_order(tmp_path):

@@ -56,6 +56,18 @@ def test_pretraining_and_the_study_call_their_scripts():
     assert re.search("stack.py plan --params 7e9 +--tokens 300e9", text)
 
 
+def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
+    text = make("evaluate", "TASK=empd", f"OUT={tmp_path}", "ARGS=--limit 3").stdout.replace("\\\n", " ")
+    assert f"--out {tmp_path}/m2-empd" in text  # trained before, since it is missing
+    assert re.search(rf"evaluate.py --checkpoint {tmp_path}/m2-empd --data data/prepared/sample +"
+                     "--tasks simp,empd,inqqg,exp,hgen +--suite sample +--limit 3", text)
+    ran = scripts("evaluate", "CHECKPOINT=some/dir", "SUITE=local", "FILES=my/files", "TASKS=", "NPROC=2")
+    assert ran == [("evaluate", "")]
+    text = make("evaluate", "CHECKPOINT=some/dir", "SUITE=none", "TASKS=simp", "NPROC=2").stdout.replace("\\\n", " ")
+    assert "torchrun --standalone --nproc_per_node 2 evaluate.py --checkpoint some/dir" in text
+    assert "--suite" not in text
+
+
 def test_a_checkpoint_of_ones_own_takes_the_place_of_m0():
     text = make("train", "TASK=empd", "MODEL=llm", "INIT=some/where/Smol", "RAW=my/raw").stdout
     assert "--init some/where/Smol" in text

@@ -1,8 +1,10 @@
 """Tokenization against transformers."""
 import json
+import shutil
 
 import pytest
 import sentencepiece
+import tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from model.files import UserError
@@ -35,6 +37,21 @@ def test_tokenizer_json_equals_transformers(tokenizer_dir, texts):
     assert [ours.encode(text) for text in texts] == expected
     assert [ours.decode(ids) for ids in expected] == [theirs.decode(ids, skip_special_tokens=True) for ids in expected]
     assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, None, len(theirs))
+
+
+def test_the_start_and_the_ends_of_texts(tokenizer_dir, spm_dir, tmp_path):
+    assert not Tokenizer(tokenizer_dir).adds_bos
+    assert Tokenizer(spm_dir).adds_bos
+    fast = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    shutil.copy(tokenizer_dir / "tokenizer_config.json", tmp_path)
+    assert Tokenizer(tmp_path).adds_bos
+    assert [Tokenizer(tmp_path).token(index) for index in (0, 1, 2)] == ["<unk>", "<s>", "</s>"]
+    assert [Tokenizer(spm_dir).token(index) for index in (0, 1, 2)] == ["<unk>", "<s>", "</s>"]
+    assert set(Tokenizer(tmp_path).eos_ids) == {2}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert set(Tokenizer(tmp_path).eos_ids) == {7, 2}
 
 
 def test_sentencepiece_equals_transformers(spm_dir, texts):

@@ -1,0 +1,246 @@
+"""Benchmarks against lm-eval's own Hugging Face backend, on random weights and local items."""
+import json
+import shutil
+
+import datasets
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer as Fast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import benchmarks
+from benchmarks import Benchmark, HarnessModel, figures, harness_decoding, local_task, read_suite, run_suite
+from model.checkpoint import load_model, write_checkpoint
+from model.files import UserError
+from model.tokenizer import Tokenizer
+from scorer import Scorer
+from settings import known
+from tests.conftest import random_model, sample_texts
+
+CONTEXT = 96  # tokens
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["without bos", "with bos"])
+def models(request, tokenizer_dir, tmp_path_factory, world):
+    """Our model for lm-eval and lm-eval's own, of one checkpoint; its tokenizer puts <s> before a text, or not."""
+    folder = tmp_path_factory.mktemp("models")
+    model = random_model(max_position_embeddings=CONTEXT)
+    with torch.no_grad():
+        model.lm_head.weight[2] += 0.5 * model.lm_head.weight[7]  # so that some texts end early
+    write_checkpoint(folder, model.config, model.named_parameters(), tokenizer_dir)
+    if request.param:
+        fast = Fast.from_file(str(folder / "tokenizer.json"))
+        fast.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        fast.save(str(folder / "tokenizer.json"))
+    theirs = HFLM(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), batch_size=5,
+                  tokenizer=AutoTokenizer.from_pretrained(folder))
+    return HarnessModel(Scorer(world, load_model(folder), Tokenizer(folder))), theirs
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, arguments=given, idx=0) for given in arguments]
+
+
+def test_log_likelihoods_equal_the_backend(models):
+    texts = sample_texts()
+    long = " ".join(texts[:6])  # some hundred tokens
+    pairs = [("", " a word"), ("", "<s> a word"), ("A context", " goes on"), ("Spaces at the end  ", "move"),
+             (long, " is cut"), ("cut down to nothing", " " + long[:150])]
+    pairs += [(texts[i], f" {word}") for i in range(6, 12) for word in ("yes", "no", "perhaps not")]
+    found, expected = (model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for model in models)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    blank, = models[0].loglikelihood(instances("loglikelihood", [(" ", "a word")]))  # an assertion fails in the backend
+    assert blank == found[0]
+
+
+def test_rolling_log_likelihoods_equal_the_backend(models):
+    texts = [(text,) for text in ("short", sample_texts()[0], " ".join(sample_texts()[:9]))]
+    found, expected = (model.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+                       for model in models)
+    assert found == pytest.approx(expected, abs=1e-2)
+
+
+def test_generated_texts_equal_the_backend(models):
+    plain = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    prompts = [*sample_texts()[:6], "short", " ".join(sample_texts()[:9])]
+    whole = models[1].generate_until(instances("generate_until", [(prompt, plain) for prompt in prompts]))
+    stop = whole[3][4:7]  # the text ends before it
+    options = [plain, plain | {"until": [stop, "§"]}, {"until": "§", "max_gen_toks": 7, "temperature": 0.0}]
+    asked = instances("generate_until", [(prompt, given) for given in options for prompt in prompts])
+    found, expected = (model.generate_until(asked, disable_tqdm=True) for model in models)
+    assert found == expected
+    assert found[8 + 3] == whole[3][:whole[3].index(stop)] != whole[3]
+
+
+def test_a_continuation_longer_than_the_context_is_refused(models):
+    with pytest.raises(UserError, match="longer than the model's context of 96: 'word word"):
+        models[0].loglikelihood(instances("loglikelihood", [("a", " word" * 300)]))
+    with pytest.raises(UserError, match="96 new tokens leave no room"):
+        models[0].generate_until(instances("generate_until", [("a", {"until": ["."], "max_gen_toks": 96})]))
+
+
+def test_generation_settings():
+    assert harness_decoding({"max_gen_toks": 9, "do_sample": False, "temperature": 0.0}).max_new_tokens == 9
+    assert harness_decoding({"max_gen_toks": 9, "do_sample": True, "top_p": 0.5}).top_p == 0.5
+    with pytest.raises(UserError, match="not implemented: repetition_penalty"):
+        harness_decoding({"max_gen_toks": 9, "repetition_penalty": 2.0})
+    with pytest.raises(UserError, match="temperature is 0.0"):
+        harness_decoding({"max_gen_toks": 9, "do_sample": True, "temperature": 0.0})
+
+
+# --------------------------------------------------------------------------------------------------------- suites
+
+SUITE = """
+[[benchmark]]
+name = "questions"
+category = "RC"
+num_fewshot = 2
+file = "questions.jsonl"
+by = "kind"
+doc_to_text = "{{text}}\\nAnswer:"
+doc_to_choice = "choices"
+doc_to_target = "label"
+
+[[benchmark]]
+name = "continuation"
+category = "Rs"
+metric = "acc_mutual_info"
+file = "questions.jsonl"
+doc_to_text = "text"
+doc_to_choice = "choices"
+doc_to_target = "label"
+
+[[benchmark]]
+name = "pairs"
+category = "Bias"
+metric = "pct_stereotype"
+file = "pairs.jsonl"
+pairs = true
+"""
+
+
+def write_lines(path, items):
+    path.write_text("\n".join(map(json.dumps, items)) + "\n")
+
+
+@pytest.fixture
+def suite_file(tmp_path):
+    """A suite of local files, beside its TOML file."""
+    texts = sample_texts()
+    write_lines(tmp_path / "questions.jsonl", [
+        {"text": text[:60], "choices": [texts[n + 1][:n % 7 + 4], texts[n + 2][:9], "a" * (n % 5 + 1)], "label": n % 3,
+         "kind": "even-ones" if n % 2 == 0 else "odd"} for n, text in enumerate(texts[:40])])
+    write_lines(tmp_path / "pairs.jsonl", [{"sent_more": a[:50], "sent_less": b[:50]}
+                                           for a, b in zip(texts[:20], texts[20:40])])
+    (tmp_path / "suite.toml").write_text(SUITE)
+    return tmp_path / "suite.toml"
+
+
+def test_figures_equal_those_of_the_backend(models, suite_file):
+    suite = read_suite(str(suite_file))
+    assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
+    found, missing = run_suite(suite, models[0].scorer)
+    with benchmarks.quiet():
+        expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite], random_seed=1234,
+                                           task_manager=benchmarks.task_manager())
+    assert not missing
+    for name, values in expected["results"].items():
+        for key, value in values.items():
+            assert found["results"][name][key] == (value if isinstance(value, str) else pytest.approx(value)), key
+    assert found["n-shot"] == {"questions": 2, "questions_even_ones": 2, "questions_odd": 2, "continuation": 0,
+                               "pairs": 0}
+    whole, even, odd = (row["items"] for row in figures(suite, found)[:3])
+    assert (whole, even, odd) == (38, 19, 19)  # the first two are the examples
+    samples = expected["samples"]["questions"]
+    p = [np.exp([score for score, _ in sample["filtered_resps"]]) for sample in samples]
+    p = [row / row.sum() for row in p]
+    labels = [sample["doc"]["label"] for sample in samples]
+    result = found["results"]["questions"]
+    assert result["nll,none"] == pytest.approx(-np.mean([np.log(row[k]) for row, k in zip(p, labels)]), abs=1e-3)
+    assert result["brier,none"] == pytest.approx(np.mean([((row - np.eye(3)[k]) ** 2).sum()
+                                                          for row, k in zip(p, labels)]), abs=1e-3)
+    assert 0 < result["ece,none"] < 1
+    assert "ece,none" in found["results"]["continuation"]
+    assert "ece,none" not in found["results"]["pairs"]
+
+
+def test_tokens_that_requests_have_in_common_are_computed_once_over_all_tasks(models, suite_file):
+    suite = read_suite(str(suite_file))
+    scorer = Scorer(models[0].scorer.world, models[0].scorer.model, models[0].scorer.tokenizer)
+    run_suite(suite[:1], scorer)
+    once = dict(scorer.counts)
+    run_suite(suite[:3], scorer)  # with its two halves as tasks of their own
+    assert scorer.counts["computed"] == 2 * once["computed"]
+    assert scorer.counts["asked"] == 3 * once["asked"]
+
+
+def test_a_group_and_a_dataset_that_cannot_be_had(models, monkeypatch):
+    def load_dataset(path, name=None, **_):  # in the place of the Hub
+        if path != "cais/mmlu":
+            raise ConnectionError(f"Couldn't reach {path!r}\nand more")
+        rows = [{"question": f"{name}: {n} + {n}?", "choices": ["1", "2", "3", "4"], "answer": n % 4, "subject": name}
+                for n in range(8)]
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("test", "dev")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    suite = [Benchmark("mmlu_other", "DK", num_fewshot=1), Benchmark("piqa", "Rs"), Benchmark("boolq", "Rs")]
+    results, missing = run_suite(suite, models[0].scorer, limit=2)
+    assert missing == {"piqa": "Couldn't reach 'baber/piqa'", "boolq": "Couldn't reach 'aps/super_glue'"}
+    row, = figures(suite, results)
+    subjects = results["group_subtasks"]["mmlu_other"]
+    assert len(subjects) == 13
+    assert row["items"] == 26
+    assert row["value"] == pytest.approx(np.mean([results["results"][name]["acc,none"] for name in subjects]))
+    assert {results["n-shot"][name] for name in subjects} == {1}
+    assert row["nll"] == pytest.approx(np.mean([results["results"][name]["nll,none"] for name in subjects]))
+    assert datasets.config.HF_HUB_OFFLINE  # no more retries after the first
+
+
+def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
+    assert set(known("eval")) == {"local", "paper", "sample"}
+    names = [benchmark.name for benchmark in read_suite("paper")]
+    assert len(names) == 22
+    assert {"mmlu_stem", "race", "mutual", "crows_pairs_english_age"} <= set(names)
+    with pytest.raises(UserError, match="mmlu.jsonl does not exist"):
+        read_suite("local", tmp_path)
+
+
+PROBLEMS = {
+    'file = "pairs.jsonl"': ('file = "none.jsonl"', r"pairs: \S+none.jsonl does not exist"),
+    'name = "pairs"': ('name = "continuation"', "continuation stands there twice"),
+    'file = "pairs.jsonl"\npairs = true': ("", "lm-eval 0.4.13 knows no task pairs"),
+    'doc_to_text = "text"': ("doc_to_txt = 1", r"continuation has no doc_to_text; .*unknown key 'doc_to_txt'"),
+    'category = "Bias"': ("", "pairs has no category"),
+    SUITE: ("", r"names no \[\[benchmark\]\]"),
+    'metric = "acc_mutual_info"': ('metric = "acu"', "continuation has the metric 'acu', expected acc or acc_norm or"),
+    'doc_to_choice = "choices"': ('doc_to_choice = "{{"', "questions: lm-eval cannot make it into a task"),
+}
+
+
+@pytest.mark.parametrize("old", PROBLEMS)
+def test_a_suite_that_cannot_be(suite_file, models, old):
+    new, said = PROBLEMS[old]
+    suite_file.write_text(suite_file.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        run_suite(read_suite(str(suite_file)), models[0].scorer)
+
+
+def test_a_local_file_without_items(suite_file):
+    suite = read_suite(str(suite_file))
+    shutil.copy(suite_file.parent / "pairs.jsonl", suite_file.parent / "copy.jsonl")
+    write_lines(suite_file.parent / "questions.jsonl", [{"kind": "odd"}, {"kind": "odd"}])
+    with pytest.raises(UserError, match=r"questions.jsonl holds no item for questions beside its 2 examples"):
+        local_task(suite[0])
+    (suite_file.parent / "pairs.jsonl").write_text("{oops\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl"):
+        local_task(suite[-1])
+    with pytest.raises(UserError, match="unknown suite 'smple', expected one of local, paper, sample"):
+        read_suite("smple")

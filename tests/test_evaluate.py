@@ -1,0 +1,181 @@
+"""evaluate.py on a checkpoint with random weights, by one process and by two."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from batches import encode_prompts
+from evaluate import EvaluateSettings, main, prepare, same_run, task_decoding
+from metrics import sari
+from model.files import UserError, read_json, read_json_lines
+from model.tokenizer import Tokenizer
+from settings import known, read_config
+from tests.conftest import ROOT, run_script, sample_texts
+
+SUITE = """
+[[benchmark]]
+name = "continuation"
+category = "Rs"
+file = "items.jsonl"
+doc_to_text = "text"
+doc_to_choice = "choices"
+doc_to_target = "label"
+"""
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def suite_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    texts = sample_texts()
+    items = [{"text": text[:40], "choices": [text[40:60], texts[n + 1][:20]], "label": 0}
+             for n, text in enumerate(texts[:15])]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "suite.toml").write_text(SUITE)
+    return folder / "suite.toml"
+
+
+@pytest.fixture(scope="module")
+def words(checkpoint, simp_file, suite_file):
+    return ["evaluate.py", "--checkpoint", checkpoint, "--data", simp_file.parent, "--tasks", "simp", "--suite",
+            suite_file, "--limit", "6", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def done(words, tmp_path_factory):
+    """(folder of the results, what was printed)."""
+    out = tmp_path_factory.mktemp("eval")
+    return out, run_script(*words, "--out", out).stdout
+
+
+def results(folder):
+    path, = folder.glob("results_*.json")
+    return read_json(path)
+
+
+def test_predictions_and_metrics(done, checkpoint, simp_file):
+    out, _ = done
+    lines, items = read_json_lines(out / "predictions-simp.jsonl"), read_json(simp_file)["test"][:6]
+    assert [{key: line[key] for key in item} for line, item in zip(lines, items)] == items
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for line in lines[:2]:
+        ids = torch.tensor(encode_prompts(Tokenizer(checkpoint), [line["input"]], 1024))
+        new = model.generate(ids, num_beams=3, length_penalty=0.8, max_new_tokens=184, do_sample=False, pad_token_id=0)
+        assert line["prediction"] == tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True).strip()
+    metrics = read_json(out / "metrics-simp.json")
+    texts = [line["prediction"] for line in lines]
+    assert metrics["samples"] == 6
+    assert metrics["metrics"]["bleu"]["mean"] == pytest.approx(
+        sacrebleu.corpus_bleu(texts, [[item["output"] for item in items]]).score)
+    scores = [sari(item["src_info"]["normal_sentence"], text, [item["output"]]) for item, text in zip(items, texts)]
+    assert metrics["metrics"]["sari"]["mean"] == pytest.approx(sum(scores) / 6)
+    assert metrics["run"]["decoding"]["num_beams"] == 3
+
+
+def test_the_table(done):
+    out, text = done
+    lines = text.splitlines()
+    simp = read_json(out / "metrics-simp.json")["metrics"]
+    row, = [line for line in lines if line.startswith("simp ")]
+    assert f"{simp['sari']['mean']:.1f} [" in row
+    row, = [line for line in lines if line.startswith("Rs ")]
+    assert f"{100 * results(out)['results']['continuation']['acc,none']:.1f}" in row.split()
+    tokens = results(out)["tokens"]
+    assert f"tokens computed {tokens['computed']:,} of {tokens['asked']:,}" in text
+
+
+def test_what_is_there_is_not_done_again(done, words):
+    out, text = done
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = run_script(*words, "--out", out).stdout
+    assert again.splitlines()[1:] == text.splitlines()[1:]
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    run = read_json(out / "metrics-simp.json")["run"]
+    assert same_run(run, run | {"checkpoint": "moved", "commit": "later"})
+    assert not same_run(run, run | {"limit": 7})
+    assert not same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
+
+
+def test_two_processes_give_the_same(done, words, tmp_path):
+    out, _ = done
+    run_script(*words, "--out", tmp_path, launcher=[*TORCHRUN])
+    assert (tmp_path / "predictions-simp.jsonl").read_bytes() == (out / "predictions-simp.jsonl").read_bytes()
+    one, two = results(out)["results"]["continuation"], results(tmp_path)["results"]["continuation"]
+    assert two["acc,none"] == one["acc,none"]
+    assert two["nll,none"] == pytest.approx(one["nll,none"], abs=1e-4)
+    assert results(tmp_path)["tokens"]["asked"] == results(out)["tokens"]["asked"]
+
+
+def test_one_line_from_two_processes(checkpoint, tmp_path, suite_file):
+    """A continuation longer than the context is found by rank 0 when the others wait for their shares."""
+    (tmp_path / "items.jsonl").write_text(json.dumps({"text": "a", "choices": ["b", "c" * 9000], "label": 0}))
+    result = run_script("evaluate.py", "--checkpoint", checkpoint, "--suite", suite_file, "--suite_files", tmp_path,
+                        "--out", tmp_path / "out", launcher=TORCHRUN, check=False)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert "longer than the model's context of 2,048: 'ccc" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def damaged(checkpoint, folder, damage):
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    return folder
+
+
+def test_bad_input(checkpoint, simp_file, tmp_path):
+    def refused(**given):
+        with pytest.raises(UserError) as error:
+            prepare(EvaluateSettings(**{"checkpoint": str(checkpoint), "data": str(simp_file.parent),
+                                        "tasks": ("simp",)} | given))
+        return str(error.value)
+
+    bare = damaged(checkpoint, tmp_path / "bare", lambda folder: (folder / "model.safetensors").unlink())
+    assert f"{bare} holds no weights" in refused(checkpoint=str(bare))
+    assert "unknown suite 'smple', expected one of local, paper, sample" in refused(suite="smple")
+    assert "empd.json does not exist: make it with" in refused(tasks=("empd",))
+    (tmp_path / "simp.json").write_text(json.dumps(read_json(simp_file) | {"test": []}))
+    assert "test set of" in refused(data=str(tmp_path))
+    assert "is empty" in refused(data=str(tmp_path))
+    assert "2000 + max_new_tokens 184 of simp is more than" in refused(max_source_length=2000)
+    endless = damaged(checkpoint, tmp_path / "endless", without_eos)
+    assert "names no end-of-text token" in refused(checkpoint=str(endless))
+
+
+def without_eos(folder):
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        values = read_json(folder / name)
+        values.pop(key)
+        (folder / name).write_text(json.dumps(values))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def test_contradictions(refusal):
+    line = refusal((EvaluateSettings, main), "--tasks", "smp", "--limit", "0", "--bertscore_model", "x")
+    for said in ("--checkpoint is missing", "unknown task 'smp'", "--tasks needs --data", "limit is 0",
+                 "bertscore_model and bertscore_layer go together"):
+        assert said in line
+    assert "there is nothing to evaluate" in refusal((EvaluateSettings, main), "--checkpoint", "x")
+
+
+def test_every_task_says_how_it_is_decoded_and_compared():
+    published = {"simp": (3, 0.8, 184), "inqqg": (4, 0.9, 64)}
+    for task in known("task"):
+        decoding, spec = task_decoding(task, 7), read_config("task", task)
+        assert decoding.seed == 7
+        assert all(spec["source"] in info for info in sample_infos(spec["folder"]))
+        if task in published:
+            assert (decoding.num_beams, decoding.length_penalty, decoding.max_new_tokens) == published[task]
+    empd = task_decoding("empd", 7)
+    assert (empd.do_sample, empd.temperature, empd.top_p, empd.top_k) == (True, 0.8, 0.9, 50)
+    assert (empd.no_repeat_ngram_size, task_decoding("inqqg", 7).no_repeat_ngram_size) == (3, 2)
+
+
+def sample_infos(folder):
+    return [info for path in (ROOT / "data/sample" / folder).glob("*.json") for info in read_json(path)["src_info"]]
