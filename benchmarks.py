@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import warnings
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from metrics import calibration
 from model.checkpoint import first_line
 from model.files import UserError, read_json_lines, write_text
 from model.generate import Decoding
-from settings import CONFIGS, ROOT, known, read_toml
+from settings import CONFIGS, ROOT, known, overlay, read_toml
 
 MAX_NEW_TOKENS = 256  # of a generation that says no number, as in lm-eval's own backend
-CALIBRATION = {"ece": "expected calibration error", "nll": "negative log-likelihood", "brier": "Brier score"}
+CALIBRATION = ("ece", "nll", "brier")  # as metrics.calibration names them
+ENCODED_AT_ONCE = 1000  # texts
 
 
 # -------------------------------------------------------------------------------------------------------------- suites
@@ -64,38 +66,51 @@ def read_suite(name, folder=None):
         if path.suffix != ".toml" or not path.exists():
             raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a "
                             ".toml file")
-    table, problems, found = read_toml(path), [], []
-    fields = {entry.name for entry in dataclasses.fields(Benchmark)} - {"options"}
-    for number, entry in enumerate(table.get("benchmark", []), 1):
-        where = f"[[benchmark]] {entry.get('name', number)}"
-        problems += [f"{where} has no {key}" for key in ("name", "category") if key not in entry]
-        options = {key: value for key, value in entry.items() if key not in fields}
-        if "file" not in entry and (local := {"pairs", "by", "where"} & entry.keys() | options.keys()):
-            problems.append(f"{where}: {', '.join(sorted(local))} needs a file; tasks of lm-eval have their own")
-        if "file" in entry and not entry.get("pairs"):
-            problems += [f"{where} has no {key}" for key in ("doc_to_text", "doc_to_choice", "doc_to_target")
-                         if key not in options]
-        problems += [f"{where}: unknown key {key!r}" for key in options if key not in lm_eval_keys()]
-        metrics = ("pct_stereotype",) if entry.get("pairs") else ("acc", "acc_norm", "acc_mutual_info")
-        if "file" in entry and "metric_list" not in options and (metric := entry.get("metric", "acc")) not in metrics:
-            problems.append(f"{where} has the metric {metric!r}, expected {' or '.join(metrics)}")
-        if not problems:
-            benchmark = Benchmark(**{key: value for key, value in entry.items() if key in fields}, options=options)
-            if benchmark.file:
-                file = Path(folder or (ROOT / table["folder"] if "folder" in table else path.parent)) / benchmark.file
-                benchmark = dataclasses.replace(benchmark, file=str(file))
-                if not file.is_file():
-                    problems.append(f"{where}: {file} does not exist")
-            found.append(benchmark)
-    names = [benchmark.name for benchmark in found]
-    problems += [f"{name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
-    if not found and not problems:
-        problems.append("it names no [[benchmark]]")
-    if unknown := [b.name for b in found if not b.file and b.name not in task_manager().all_tasks]:
-        problems.append(f"lm-eval {lm_eval.__version__} knows no task {', '.join(unknown)}")
+    table = read_toml(path)
+    entries, place = table.get("benchmark", []), table.get("folder", "")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path}: expected a list of [[benchmark]]")
+    problems = [f"unknown key {key!r}" for key in table if key not in ("folder", "benchmark")]
+    problems += ["folder is no text"] if not isinstance(place, str) else []
+    problems += ["it names no [[benchmark]]"] if not entries else []
+    folder = Path(folder or (ROOT / place if place and not problems else path.parent))
+    found = [read_benchmark(entry, f"[[benchmark]] {entry.get('name', number)}", folder, problems)
+             for number, entry in enumerate(entries, 1)]
+    if not problems:
+        if unknown := [b.name for b in found if not b.file and b.name not in task_manager().all_tasks]:
+            problems.append(f"lm-eval {lm_eval.__version__} knows no task {', '.join(unknown)}")
+        found = [part for benchmark in found for part in expand(benchmark)]
+        names = [benchmark.name for benchmark in found]
+        problems += [f"{name} stands there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        problems += [f"{b.name} is part of {b.part_of}, which does not stand there" for b in found
+                     if b.part_of and b.part_of not in names]
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
-    return [part for benchmark in found for part in expand(benchmark)]
+    return found
+
+
+def read_benchmark(entry, title, folder, problems):
+    """The Benchmark of an entry of a suite; what is wrong with it is added to `problems`, and then there is None."""
+    fields = {entry.name: entry for entry in dataclasses.fields(Benchmark) if entry.name not in ("where", "options")}
+    options = {key: value for key, value in entry.items() if key not in fields}
+    values, wrong = {}, [f"{title} has no {key}" for key in ("name", "category") if key not in entry]
+    overlay(values, {key: value for key, value in entry.items() if key in fields}, title, fields, wrong)
+    wrong += [f"{title}: unknown key {key!r}" for key in options if key not in lm_eval_keys()]
+    wrong += [f"{title}: num_fewshot is below 0"] if values.get("num_fewshot", 0) < 0 else []
+    if "file" not in entry:
+        if local := {"pairs", "by"} & entry.keys() | options.keys():
+            wrong.append(f"{title}: {', '.join(sorted(local))} needs a file; tasks of lm-eval have their own")
+    else:
+        pairs = values.get("pairs")
+        wrong += [f"{title} has no {key}" for key in ("doc_to_text", "doc_to_choice", "doc_to_target")
+                  if not pairs and key not in options]
+        metrics = ("pct_stereotype",) if pairs else ("acc", "acc_norm", "acc_mutual_info")
+        if "metric_list" not in options and (metric := values.get("metric", "acc")) not in metrics:
+            wrong.append(f"{title} has the metric {metric!r}, expected {' or '.join(metrics)}")
+        values["file"] = str(folder / str(values.get("file")))
+        wrong += [f"{title}: {values['file']} does not exist"] if not Path(values["file"]).is_file() else []
+    problems += wrong
+    return None if wrong else Benchmark(**values, options=options)
 
 
 @functools.cache
@@ -113,15 +128,19 @@ def expand(benchmark):
     """A benchmark and, with `by`, those of its parts."""
     if not benchmark.by:
         return [benchmark]
-    values = sorted({str(item.get(benchmark.by)) for item in read_json_lines(benchmark.file)})
+    values = {item.get(benchmark.by) for item in read_json_lines(benchmark.file)[benchmark.num_fewshot:]}
+    if None in values:
+        raise UserError(f"{benchmark.file}: an item has no {benchmark.by!r}, by which {benchmark.name} is parted")
     return [benchmark] + [
-        dataclasses.replace(benchmark, name=re.sub(r"\W+", "_", f"{benchmark.name}_{value}"), label=value, by=None,
-                            part_of=benchmark.name, where={benchmark.by: value}) for value in values]
+        dataclasses.replace(benchmark, name=re.sub(r"\W+", "_", f"{benchmark.name}_{value}"), label=str(value), by=None,
+                            part_of=benchmark.name, where={benchmark.by: value}) for value in sorted(values, key=str)]
 
 
 def local_task(benchmark):
-    """The lm-eval task of a benchmark with a local file."""
+    """The lm-eval task of a benchmark with a local file. Raises UserError where an item has no right choice."""
     items = read_json_lines(benchmark.file)
+    keys = dict.fromkeys(key for item in items for key in item)
+    items = [{key: item.get(key) for key in keys} for item in items]
     examples, items = items[:benchmark.num_fewshot], items[benchmark.num_fewshot:]
     items = [item for item in items if all(item.get(key) == value for key, value in benchmark.where.items())]
     if not items:
@@ -139,9 +158,16 @@ def local_task(benchmark):
                    "process_results": lambda item, results: {"pct_stereotype": float(results[0][0] > results[1][0])},
                    "metric_list": [{"metric": "pct_stereotype", "aggregation": "mean", "higher_is_better": False}]}
     try:
-        return ConfigurableTask(config=config | benchmark.options)
-    except Exception as error:  # of templates, of fields that the items lack
-        raise UserError(f"{benchmark.name}: lm-eval cannot make it into a task: {first_line(error)}") from error
+        task = ConfigurableTask(config=config | benchmark.options)
+        for item in [*examples, *items]:
+            choices, right = task.doc_to_choice(item), task.doc_to_target(item)
+            right = choices.index(right) if right in choices else right
+            if not all(isinstance(choice, str) for choice in choices) or right not in range(len(choices)):
+                raise ValueError(f"its choices are {choices!r} and the right one is {right!r}, expected texts and the "
+                                 f"index of one, or one of them, in {json.dumps(item, ensure_ascii=False)[:200]}")
+    except Exception as error:  # of templates, of fields that an item lacks
+        raise UserError(f"{benchmark.file}: {benchmark.name} makes no task: {first_line(error)}") from error
+    return task
 
 
 # ----------------------------------------------------------------------------------------------- the model for lm-eval
@@ -180,28 +206,37 @@ class HarnessModel(TemplateLM):
                 for text, one in zip(texts, ids)]
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """As TemplateLM does it, with all texts tokenized in one batch and each context once."""
-        pairs = [request.args for request in requests]
-        moved = []  # white space at the end of a context is tokenized with the continuation
-        for context, continuation in pairs:
-            kept = context.rstrip() if context else ""
-            moved.append((kept, context[len(kept):] + continuation))
-        contexts = list(dict.fromkeys(context for context, _ in moved))
-        encoded = dict(zip(contexts, self.encode(contexts)))
-        whole = self.encode([context + continuation for context, continuation in moved])
-        bare = iter(self.encode([text for context, text in moved if not encoded[context] or not context], False))
-        split = []
-        for pair, (context, _), ids in zip(pairs, moved, whole):
-            if not encoded[context] or not context:
-                ids = next(bare)
-                ids = ids if ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
-                split.append((pair, ids[:1], ids[1:]))
-            else:
-                split.append((pair, encoded[context], ids[len(encoded[context]):]))
+        """As TemplateLM does it, with the texts tokenized in batches, and each context once."""
+        pairs, encoded, split = [request.args for request in requests], {}, []
+        for start in range(0, len(pairs), ENCODED_AT_ONCE):
+            split += self._encode_pairs(pairs[start:start + ENCODED_AT_ONCE], encoded)
         return self._loglikelihood_tokens(split)
 
+    def _encode_pairs(self, pairs, encoded):
+        """(pair, its context's token ids, its continuation's) of pairs of texts; encoded: ids of contexts so far.
+
+        The ids are arrays: the requests of a large suite hold hundreds of millions.
+        """
+        moved = []  # white space at the end of a context is tokenized with the continuation
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            moved.append((kept, context[len(kept):] + continuation))
+        new = list(dict.fromkeys(context for context, _ in moved if context not in encoded))
+        encoded.update(zip(new, (array("I", ids) for ids in self.encode(new))))
+        whole = self.encode([context + continuation for context, continuation in moved])
+        bare = iter(self.encode([text for context, text in moved if not context], False))
+        for pair, (context, _), ids in zip(pairs, moved, whole):
+            if context:
+                yield pair, encoded[context], array("I", ids[len(encoded[context]):])
+            else:
+                ids = next(bare)
+                ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+                yield pair, array("I", [self.prefix_token_id]), array("I", ids)
+
     def _loglikelihood_tokens(self, requests, **_):
-        for (_, continuation), _, ids in requests:
+        for (context, continuation), _, ids in requests:
+            if not ids:
+                raise UserError(f"an empty continuation has no log-likelihood; its context is {context[-60:]!r}")
             if len(ids) > self.max_length:
                 raise UserError(f"a continuation of {len(ids):,} tokens is longer than the model's context of "
                                 f"{self.max_length:,}: {' '.join(continuation.split())[:60]!r}…")
@@ -231,7 +266,8 @@ class HarnessModel(TemplateLM):
             if room < 1:
                 raise UserError(f"{decoding.max_new_tokens:,} new tokens leave no room for a prompt in the model's "
                                 f"context of {self.max_length:,}")
-            prompts = [ids[-room:] for ids in self.encode([requests[index].args[0] for index in indices])]
+            prompts = [ids[-room:] or [self.prefix_token_id]
+                       for ids in self.encode([requests[index].args[0] for index in indices])]
             for index, ids in zip(indices, self.scorer.generate(prompts, decoding, tuple(stops))):
                 texts[index] = postprocess_generated_text(self.text_tokenizer.decode(ids), stops, None)
         return texts
@@ -239,7 +275,7 @@ class HarnessModel(TemplateLM):
 
 def harness_decoding(options):
     """The decoding of lm-eval's generation settings; what is not implemented is refused by name."""
-    options = dict(options)
+    options = {name: value for name, value in options.items() if value is not None}
     chosen = {"max_new_tokens": options.pop("max_gen_toks")}
     if not options.get("do_sample"):
         options.pop("temperature", None)
@@ -254,7 +290,7 @@ def harness_decoding(options):
 
 # ------------------------------------------------------------------------------------------------------------- running
 
-def run_suite(suite, scorer, limit=None, seed=1234):
+def run_suite(suite, scorer, limit=None):
     """Runs the benchmarks of a suite in one call of lm-eval's `simple_evaluate`.
 
     Returns its results, in its own layout with calibration added, and {name: reason} of benchmarks whose dataset could
@@ -277,21 +313,36 @@ def run_suite(suite, scorer, limit=None, seed=1234):
                 task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         if not loaded:
             return None, missing
-        # a group stands for its tasks: lm-eval takes either, and tags come as their tasks
-        given = [item for built in loaded.values() for item in
-                 ([built] if isinstance(built, ConfigurableTask) else
-                  list(built["groups"].values())[:1] or list(built["tasks"].values()))]
-        results = lm_eval.simple_evaluate(HarnessModel(scorer), tasks=given, limit=limit,
-                                          task_manager=task_manager(), bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
-                                          torch_random_seed=seed, fewshot_random_seed=seed)
+        check_tasks(suite, loaded)
+        given = [built if isinstance(built, ConfigurableTask) else
+                 next(iter((built["groups"] or built["tasks"]).values())) for built in loaded.values()]
+        results = lm_eval.simple_evaluate(HarnessModel(scorer), tasks=given, limit=limit, task_manager=task_manager())
     samples = results.pop("samples")
     for name, built in loaded.items():
         for title, tasks in ({task.task_name: [task] for task in leaves(built)} | {name: leaves(built)}).items():
             scores = [score for task in tasks for score in option_scores(task, samples[task.task_name])]
-            if scores and title in results["results"]:  # a tag stands for several tasks and has no line of its own
+            if scores:
                 values = calibration(*zip(*scores))
                 results["results"][title] |= {f"{key},none": value for key, value in values.items()}
     return results, missing
+
+
+def check_tasks(suite, loaded):
+    """Raises a UserError for what lm-eval would run, but not as the suite means it."""
+    problems, seen = [], {}
+    for benchmark in (benchmark for benchmark in suite if benchmark.name in loaded):
+        tasks = leaves(loaded[benchmark.name])
+        if len(tasks) > 1 and not loaded[benchmark.name]["groups"]:
+            problems.append(f"{benchmark.name} is a tag without figures of its own: name its tasks, "
+                            + ", ".join(task.task_name for task in tasks))
+        for task in tasks:
+            if (other := seen.setdefault(task.task_name, benchmark.name)) != benchmark.name:
+                problems.append(f"{task.task_name} is in both {other} and {benchmark.name}: leave one out")
+            if benchmark.metric.partition(",")[0] not in task.aggregation():
+                problems.append(f"{task.task_name} has no metric {benchmark.metric!r}, expected one of "
+                                + ", ".join(task.aggregation()))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def leaves(built):
@@ -300,8 +351,11 @@ def leaves(built):
 
 
 def option_scores(task, samples):
-    """(log-likelihoods of the options, index of the right one) of a multiple-choice task's samples; none of others."""
-    if task.OUTPUT_TYPE != "multiple_choice" or "pct_stereotype" in task._metric_fn_list:
+    """(log-likelihoods of the options, index of the right one) of a multiple-choice task's samples; none of others.
+
+    A task that judges its options in a way of its own may have several right ones, but for those ranked by r@1.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results and "r@1" not in task.aggregation():
         return []
     found = []
     for sample in samples:
@@ -342,19 +396,21 @@ def write_results(directory, results):
 
 def figures(suite, results):
     """A dict for each benchmark that was run: its fields, `value`, `stderr`, `items` and calibration."""
+    def items(name):
+        parts = results.get("group_subtasks", {}).get(name)
+        return sum(map(items, parts)) if parts else results["n-samples"][name]["effective"]
+
     rows = []
-    for benchmark in suite:
-        found = results["results"].get(benchmark.name)
-        if found is None:
-            continue
-        if f"{benchmark.metric},none" not in found:
+    for benchmark in (benchmark for benchmark in suite if benchmark.name in results["results"]):
+        found = results["results"][benchmark.name]
+        metric, _, pipeline = benchmark.metric.partition(",")  # lm-eval names the filter behind a comma
+        key = f"{metric},{pipeline or 'none'}"
+        if key not in found:
             names = [key.removesuffix(",none") for key, value in found.items() if isinstance(value, float)]
             raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
-        tasks = results.get("group_subtasks", {}).get(benchmark.name) or [benchmark.name]
-        error = found.get(f"{benchmark.metric}_stderr,none")
+        error = found.get(f"{metric}_stderr,{pipeline or 'none'}")
         rows.append({"name": benchmark.name, "label": benchmark.label or benchmark.name, "category": benchmark.category,
                      "part_of": benchmark.part_of, "metric": benchmark.metric, "num_fewshot": benchmark.num_fewshot,
-                     "value": found[f"{benchmark.metric},none"], "stderr": error if isinstance(error, float) else None,
-                     "items": sum(results["n-samples"][task]["effective"] for task in tasks)}
-                    | {key: found.get(f"{key},none") for key in CALIBRATION})
+                     "value": found[key], "stderr": error if isinstance(error, float) else None,
+                     "items": items(benchmark.name)} | {name: found.get(f"{name},none") for name in CALIBRATION})
     return rows

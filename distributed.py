@@ -17,6 +17,9 @@ class Processes:
     the process is alone. Processes talk over NCCL on GPUs and over gloo on CPUs.
     """
 
+    def __init__(self, timeout=datetime.timedelta(minutes=30)):
+        self.timeout = timeout  # how long a process waits for the others before it gives up
+
     def __enter__(self):
         if "RANK" not in os.environ:
             with socket.socket() as probe:
@@ -38,7 +41,7 @@ class Processes:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // beside))
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=30))
+                                timeout=self.timeout)
         return self
 
     def __exit__(self, *error):

@@ -7,8 +7,10 @@ Writes predictions-<task>.jsonl and metrics-<task>.json for each task, and resul
 folder `eval` of the checkpoint. What is there already, of the same weights, data and settings, is not done again.
 """
 import dataclasses
+import datetime
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +24,7 @@ from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_
 from model.config import ModelConfig
 from model.files import UserError, digest, read_json, write_json, write_text
 from model.generate import Decoding
-from model.tokenizer import Tokenizer
+from model.tokenizer import TOKENIZER_FILES, Tokenizer
 from runs import git_commit
 from scorer import Scorer
 from settings import read_config, setting, unknown_name
@@ -39,7 +41,7 @@ class EvaluateSettings:
     suite_files: str | None = setting(None, "folder of the suite's local files; none: beside the suite's .toml file")
     limit: int | None = setting(None, "only the first N test items of each task and benchmark")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
-    seed: int = setting(42, "seed of sampling, and of lm-eval's choice of examples")
+    seed: int = setting(42, "seed of sampling, where a task's decoding samples")
     bertscore_model: str | None = setting(None, "directory of an encoder for BERTScore (needs the package bert-score)")
     bertscore_layer: int | None = setting(None, "the layer whose vectors BERTScore compares")
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
@@ -62,7 +64,7 @@ class EvaluateSettings:
 
 def main(s):
     """Evaluates on all processes: rank 0 knows what is asked, the others carry out their shares."""
-    with Processes() as world:
+    with Processes(datetime.timedelta(days=1)) as world:  # while rank 0 downloads datasets the others wait
         run, tasks, suite = world.on_main(lambda: prepare(s))
         source = world.first_on_node(lambda: locate(s.checkpoint))
         dtype = torch.bfloat16 if run["dtype"] == "bf16" else torch.float32
@@ -116,16 +118,19 @@ def prepare(s):
             problems.append(f"max_source_length {s.max_source_length} + max_new_tokens {decoding.max_new_tokens} of "
                             f"{task} is more than the model's max_position_embeddings "
                             f"{config.max_position_embeddings}: lower max_source_length")
+        spec = read_config("task", task)
         tasks[task] = items, {"data_digest": digest([path]), "decoding": dataclasses.asdict(decoding),
-                              "max_source_length": s.max_source_length, "bertscore_model": s.bertscore_model,
+                              "max_source_length": s.max_source_length, "source": spec["source"],
+                              "sari": spec.get("sari", False), "bertscore_model": s.bertscore_model,
                               "bertscore_layer": s.bertscore_layer}
     if problems:
         raise UserError("; ".join(problems))
     if s.suite:
         from benchmarks import read_suite  # lm-eval takes seconds to import
     suite = read_suite(s.suite, s.suite_files) if s.suite else []
-    run = {"checkpoint": str(s.checkpoint), "checkpoint_digest": checkpoint_digest(source), "dtype": weights_dtype(s),
-           "limit": s.limit}
+    texts = [source / name for name in (*TOKENIZER_FILES, "generation_config.json") if (source / name).exists()]
+    run = {"checkpoint": str(s.checkpoint), "checkpoint_digest": checkpoint_digest(source),
+           "tokenizer_digest": digest(texts), "dtype": weights_dtype(s), "limit": s.limit}
     return run, tasks, suite
 
 
@@ -143,7 +148,7 @@ def evaluate_task(s, task, items, scorer, out, run):
     """Generates a task's test set and writes its predictions and metrics, if they are not there already."""
     metrics_file, predictions_file = out / f"metrics-{task}.json", out / f"predictions-{task}.jsonl"
     if metrics_file.exists() and predictions_file.exists() and same_run(read_json(metrics_file).get("run", {}), run):
-        return
+        return print(f"{metrics_file} is there already, of the same model, data and settings", flush=True)
     spec, decoding = read_config("task", task), task_decoding(task, s.seed)
     prompts = encode_prompts(scorer.tokenizer, [item["input"] for item in items], s.max_source_length)
     predictions = [scorer.tokenizer.decode(ids).strip() for ids in scorer.generate(prompts, decoding)]
@@ -173,14 +178,14 @@ def evaluate_suite(s, suite, scorer, out, run):
     """Runs the benchmarks, if results of the same run are not there already. Returns lm-eval's results, with `suite`,
     `run`, `tokens` and `missing` added."""
     from benchmarks import run_suite, write_results
-    local = sorted({benchmark.file for benchmark in suite if benchmark.file})
-    run = run | {"suite": [dataclasses.asdict(benchmark) | {"file": None} for benchmark in suite], "seed": s.seed,
-                 "data_digest": digest(local) if local else None}
+    run = run | {"lm_eval": version("lm_eval"), "suite": [
+        dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
     for path in sorted(out.glob("results_*.json"), reverse=True):
         results = read_json(path)
         if same_run(results.get("run", {}), run) and not results["missing"]:
+            print(f"{path} is there already, of the same model, data and settings", flush=True)
             return results
-    results, missing = run_suite(suite, scorer, s.limit, s.seed)
+    results, missing = run_suite(suite, scorer, s.limit)
     results = (results or {"results": {}}) | {"run": run | {"commit": git_commit()}, "tokens": scorer.counts,
                                               "missing": missing}
     if results["results"]:

@@ -92,6 +92,7 @@ def choose(found, seed=0):
                 choices.append(wrong)
             if len(choices) == 4:
                 break
-        order = rng.permutation(len(choices))
-        items.append({"context": context, "choices": [choices[i] for i in order], "label": int(np.argmin(order))})
+        if len(choices) == 4:
+            order = rng.permutation(4)
+            items.append({"context": context, "choices": [choices[i] for i in order], "label": int(np.argmin(order))})
     return items

@@ -165,7 +165,7 @@ def prefill(model, prompts, cache, budget=4096):
     rows = [[] for _ in sequences]
     for row, place in enumerate(places):
         rows[place].append(row)
-    last = [None] * len(prompts)
+    last, cache.length = [None] * len(prompts), max(map(len, prompts))
     for segments, hidden in packed_passes(model, sequences, budget, keep=True):
         for segment in segments:
             if segment.stop == len(sequences[segment.sequence]):
@@ -276,7 +276,6 @@ class BeamSearch(Search):
         self.finished = self.tokens.clone()
         self.finished_scores = torch.full(shape, NEVER, device=device)
         self.is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.open = torch.ones(shape[:1], dtype=torch.bool, device=device)  # whether it may still become better
 
     def advance(self, logits, step):
         """Extends the beams by logits [B, M, V]: returns tokens and origins [B, M], and which items are done [B]."""
@@ -291,28 +290,27 @@ class BeamSearch(Search):
         self.finish(candidates, top, ends, step + 1)
         self.scores, chosen = (top + ends * NEVER).topk(beams)
         self.tokens = pick(candidates, chosen)
-        over = self.close(step + 1) | ends.all(1)
+        over = self.over(step + 1) | ends.all(1)
         return token.gather(1, chosen), origin.gather(1, chosen), over
 
     def finish(self, candidates, top, ends, length):
         """Puts candidates that end, of the M best, among the finished beams where they are better."""
         scores = top / length ** self.decoding.length_penalty
-        beams, early = self.decoding.num_beams, self.decoding.early_stopping is True
+        beams = self.decoding.num_beams
         ends = ends & (torch.arange(top.shape[1], device=top.device) < beams)
-        closed = ~self.open | (self.is_finished.all(1) if early else False)
-        scores = scores.masked_fill(~ends | closed[:, None], NEVER)
+        scores = scores.masked_fill(~ends, NEVER)
         self.finished_scores, chosen = torch.cat((self.finished_scores, scores), 1).topk(beams)
         self.finished = pick(torch.cat((self.finished, candidates), 1), chosen)
         self.is_finished = torch.cat((self.is_finished, ends), 1).gather(1, chosen)
 
-    def close(self, length):
-        """Which searches are over: the best running beam, at its best, would not beat the worst finished one."""
+    def over(self, length):
+        """Which searches are over: the best running beam, at its best, would not beat the worst finished one; or all M
+        are finished, where that is enough."""
         rule, penalty = self.decoding.early_stopping, self.decoding.length_penalty
         at = self.decoding.max_new_tokens if rule == "never" and penalty > 0 else length
         best = self.scores[:, :1] / at ** penalty
         worst = torch.where(self.is_finished, self.finished_scores.min(1, keepdim=True).values, NEVER)
-        self.open = self.open & (best > worst).any(1)
-        return ~self.open | (self.is_finished.all(1) if rule is True else False)
+        return ~(best > worst).any(1) | (self.is_finished.all(1) if rule is True else False)
 
     def result(self, row, count):
         """The new tokens of the best beam of an item that is done."""

@@ -121,7 +121,8 @@ def packed_passes(model, sequences, budget, keep=False):
     """Runs a model over sorted sequences, in passes of at most `budget` tokens.
 
     Yields for each pass its segments and their final hidden states [N, C]. With `keep` every segment keeps its keys and
-    values, for a cache to be filled with. Where memory runs out, the pass is tried again with half the tokens.
+    values, for a cache to be filled with. Where memory runs out, the pass is tried again with half the tokens, but not
+    with `keep`: then it is what is kept that fills the memory.
     """
     weight = model.lm_head.weight
     index, path = 0, []
@@ -143,7 +144,7 @@ def packed_passes(model, sequences, budget, keep=False):
             cache = Pass(segments, kept, model.config, weight.dtype, weight.device)
             hidden = model.model(torch.from_numpy(tokens)[None].to(weight.device), cache)[0]
         except Exception as error:
-            if not out_of_memory(error):
+            if keep or not out_of_memory(error):
                 raise
             budget = halve(len(tokens), "tokens", error)
             continue

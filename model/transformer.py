@@ -75,7 +75,7 @@ def attention(query, key, value, bias=None):
                                               enable_gqa=query.shape[1] != key.shape[1])
     B, H, T, D = query.shape
     y = F.scaled_dot_product_attention(query.reshape(B, key.shape[1], -1, D), key, value, attn_mask=bias)  # B K H/K·T D
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)
 
 
 def group_bias(seen, config, dtype):

@@ -49,7 +49,8 @@ def instances(kind, arguments):
 def test_log_likelihoods_equal_the_backend(models):
     texts = sample_texts()
     long = " ".join(texts[:6])  # some hundred tokens
-    pairs = [("", " a word"), ("", "<s> a word"), ("A context", " goes on"), ("Spaces at the end  ", "move"),
+    pairs = [("", " a word"), ("", "<s> a word"), ("A context", " goes on"), ("<s>A context", " with a start"),
+             ("Spaces at the end  ", "move"),
              (long, " is cut"), ("cut down to nothing", " " + long[:150])]
     pairs += [(texts[i], f" {word}") for i in range(6, 12) for word in ("yes", "no", "perhaps not")]
     found, expected = (model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for model in models)
@@ -147,7 +148,7 @@ def test_figures_equal_those_of_the_backend(models, suite_file):
     assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
     found, missing = run_suite(suite, models[0].scorer)
     with benchmarks.quiet():
-        expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite], random_seed=1234,
+        expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite],
                                            task_manager=benchmarks.task_manager())
     assert not missing
     for name, values in expected["results"].items():
@@ -202,6 +203,23 @@ def test_a_group_and_a_dataset_that_cannot_be_had(models, monkeypatch):
     assert {results["n-shot"][name] for name in subjects} == {1}
     assert row["nll"] == pytest.approx(np.mean([results["results"][name]["nll,none"] for name in subjects]))
     assert datasets.config.HF_HUB_OFFLINE  # no more retries after the first
+    suite = [Benchmark("mmlu", "DK")]
+    row, = figures(suite, run_suite(suite, models[0].scorer, limit=1)[0])  # a group of groups
+    assert row["items"] == 57
+    for more, said in ((Benchmark("mmlu_stem", "DK"), "mmlu_anatomy is in both mmlu and mmlu_stem: leave one out"),
+                       (Benchmark("mmlu_stem", "DK", "r@1"), "mmlu_anatomy has no metric 'r@1', expected one of acc")):
+        with pytest.raises(UserError, match=said):
+            run_suite([*suite, more], models[0].scorer, limit=1)
+
+
+def test_parts_by_a_field(tmp_path):
+    items = [{"year": year, "text": "a", "choices": ["b", "c"], "label": 0} for year in (1999, 2000, 2001, 2001)]
+    write_lines(tmp_path / "items.jsonl", items)
+    whole = Benchmark("q", "Rs", num_fewshot=1, file=str(tmp_path / "items.jsonl"), by="year", options={
+        "doc_to_text": "text", "doc_to_choice": "choices", "doc_to_target": "label"})
+    parts = benchmarks.expand(whole)
+    assert [part.name for part in parts] == ["q", "q_2000", "q_2001"]  # 1999 is in the example alone
+    assert [len(local_task(part).test_docs()) for part in parts] == [3, 1, 2]
 
 
 def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
@@ -217,11 +235,17 @@ PROBLEMS = {
     'file = "pairs.jsonl"': ('file = "none.jsonl"', r"pairs: \S+none.jsonl does not exist"),
     'name = "pairs"': ('name = "continuation"', "continuation stands there twice"),
     'file = "pairs.jsonl"\npairs = true': ("", "lm-eval 0.4.13 knows no task pairs"),
-    'doc_to_text = "text"': ("doc_to_txt = 1", r"continuation has no doc_to_text; .*unknown key 'doc_to_txt'"),
+    'doc_to_text = "text"': ("doc_to_txt = 1", "unknown key 'doc_to_txt'; .*continuation has no doc_to_text"),
     'category = "Bias"': ("", "pairs has no category"),
     SUITE: ("", r"names no \[\[benchmark\]\]"),
     'metric = "acc_mutual_info"': ('metric = "acu"', "continuation has the metric 'acu', expected acc or acc_norm or"),
-    'doc_to_choice = "choices"': ('doc_to_choice = "{{"', "questions: lm-eval cannot make it into a task"),
+    'doc_to_choice = "choices"': ('doc_to_choice = "{{"', r"questions.jsonl: questions makes no task"),
+    'by = "kind"': ('by = "sort"', r"an item has no 'sort', by which questions is parted"),
+    "num_fewshot = 2": ("num_fewshot = -1", "questions: num_fewshot is below 0"),
+    "pairs = true": ("pairs = 3", "pairs is 3, expected true or false"),
+    "[[benchmark]]": ("[benchmark]", "is not TOML|expected a list of"),
+    'category = "Rs"': ('category = "Rs"\npart_of = "all"', "continuation is part of all, which does not stand there"),
+    'name = "questions"': ('folde = "x"\n[[benchmark]]\nname = "questions"', "unknown key 'folde'"),
 }
 
 
@@ -239,6 +263,13 @@ def test_a_local_file_without_items(suite_file):
     write_lines(suite_file.parent / "questions.jsonl", [{"kind": "odd"}, {"kind": "odd"}])
     with pytest.raises(UserError, match=r"questions.jsonl holds no item for questions beside its 2 examples"):
         local_task(suite[0])
+    good = {"text": "a", "choices": ["b", "c"], "kind": "odd", "label": 0}
+    for bad in ({"label": 2}, {"label": -1}, {"label": "A"}, {"label": None}, {"choices": None}, {"choices": ["b", 1]}):
+        write_lines(suite_file.parent / "questions.jsonl", [good, good, good, good | bad])
+        with pytest.raises(UserError, match=r"questions.jsonl: questions makes no task: .*"):
+            local_task(suite[0])
+    write_lines(suite_file.parent / "questions.jsonl", [good, good, good | {"label": "c"}])
+    assert len(local_task(suite[0]).test_docs()) == 1
     (suite_file.parent / "pairs.jsonl").write_text("{oops\n")
     with pytest.raises(UserError, match=r"pairs.jsonl"):
         local_task(suite[-1])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from batches import encode_prompts
 from evaluate import EvaluateSettings, main, prepare, same_run, task_decoding
 from metrics import sari
-from model.files import UserError, read_json, read_json_lines
+from model.files import UserError, digest, read_json, read_json_lines
 from model.tokenizer import Tokenizer
 from settings import known, read_config
 from tests.conftest import ROOT, run_script, sample_texts
@@ -90,15 +90,19 @@ def test_the_table(done):
     assert f"tokens computed {tokens['computed']:,} of {tokens['asked']:,}" in text
 
 
-def test_what_is_there_is_not_done_again(done, words):
+def test_what_is_there_is_not_done_again(done, words, checkpoint, suite_file):
     out, text = done
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = run_script(*words, "--out", out).stdout
-    assert again.splitlines()[1:] == text.splitlines()[1:]
+    lines = again.splitlines()
+    assert sum("is there already, of the same model, data and settings" in line for line in lines) == 2
+    assert lines[3:] == text.splitlines()[1:]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     run = read_json(out / "metrics-simp.json")["run"]
     assert same_run(run, run | {"checkpoint": "moved", "commit": "later"})
     assert not same_run(run, run | {"limit": 7})
+    assert run["tokenizer_digest"] == digest(checkpoint.glob("tokenizer*.json"))
+    assert results(out)["run"]["suite"][0]["file"] == digest([suite_file.parent / "items.jsonl"])
     assert not same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
 
 

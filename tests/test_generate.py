@@ -48,16 +48,25 @@ def test_greedy_equals_transformers_on_prompts_of_mixed_length(models, prompts, 
     assert generate(ours, prompts, Decoding(24), {end}, budget=budget) == cut
 
 
+def test_a_prompt_that_ends_at_once_leaves_its_row_to_another(models, prompts):
+    ours, other = models
+    end = theirs(other, prompts[0], None, max_new_tokens=1)[0]
+    expected = [theirs(other, prompt, end, max_new_tokens=12) for prompt in prompts]
+    assert expected[0] == [] != expected[-1]
+    assert generate(ours, prompts, Decoding(12), {end}) == expected
+
+
 @pytest.mark.parametrize("options", [
     {"num_beams": 5, "no_repeat_ngram_size": 3}, {"num_beams": 4, "length_penalty": 0.9, "no_repeat_ngram_size": 2},
     {"num_beams": 3, "length_penalty": 0.8}, {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
-    {"num_beams": 3, "length_penalty": 0.5, "early_stopping": "never"}, {"num_beams": 2, "length_penalty": -1.0},
+    {"num_beams": 3, "early_stopping": "never"}, {"num_beams": 3, "early_stopping": True},
+    {"num_beams": 2, "length_penalty": -1.0},
     {"num_beams": 1, "no_repeat_ngram_size": 1}, {"num_beams": 1, "no_repeat_ngram_size": 2}])
 def test_searches_equal_transformers(models, prompts, options):
     ours, other = models
     plain = [theirs(other, prompt, None, max_new_tokens=20, **options) for prompt in prompts]
     assert generate(ours, prompts, Decoding(20, **options)) == plain
-    end = plain[0][4]
+    end = plain[0][3]
     expected = [theirs(other, prompt, end, max_new_tokens=20, **options) for prompt in prompts]
     assert min(map(len, expected)) < 20  # some end early, and leave the batch
     assert generate(ours, prompts, Decoding(20, **options), {end}) == expected
@@ -122,6 +131,12 @@ def test_out_of_memory_halves_the_batch(models, prompts, monkeypatch, capsys):
     monkeypatch.setattr(module, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(torch.OutOfMemoryError):
         generate(ours, prompts, Decoding(8))
+
+
+def test_no_token_is_taken_for_a_repetition_because_of_padding():
+    search = module.Sampling([[5], [6, 7]], Decoding(2, no_repeat_ngram_size=1), (), None, (0, 1), "cpu")
+    blocked = search.block_repeats(torch.zeros(2, 1, 9), 0).isinf()[:, 0]
+    assert blocked.nonzero().tolist() == [[0, 5], [1, 6], [1, 7]]
 
 
 def test_rows_that_leave_are_filled_from_the_end():

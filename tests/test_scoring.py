@@ -22,6 +22,7 @@ def requests(seed=0):
         for _ in range(8):
             question = header + words(1, 25, 3)
             found += [(question, words(1, 9, 3)) for _ in range(3)]
+    found += [(words(70, 71, 400), words(1, 9, 3)) for _ in range(3)]
     rng.shuffle(found)
     return found
 
@@ -45,21 +46,20 @@ def test_equals_transformers(shape, budget, tokenizer_dir, tmp_path):
     assert tokens["computed"] == len({ids[:end] for ids in read for end in range(1, len(ids) + 1)})  # nodes of the tree
 
 
-def test_options_of_one_token_are_one_pass(monkeypatch):
+def test_options_of_one_token_are_one_pass():
     found, tokens = log_likelihoods(random_model(), [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6, 7], [8, 9])])
     assert tokens == {"computed": 4, "asked": 10}
     assert found[0][0] != found[1][0]
 
 
-def test_only_one_path_is_kept_between_passes():
+def test_only_the_next_path_is_kept_between_passes():
     sequences, _ = sort_sequences([context + continuation for context, continuation in requests()])
-    model, kept = random_model(), []
     with torch.no_grad():
-        for segments, _ in packed_passes(model, sequences, 50):
-            kept += [segment for segment in segments if segment.keys]
-            living = {segment for segment, _ in segments[-1].path} | {segment for segment in segments if segment.keys}
-            assert sum(s.stop - s.start for s in living if s.keys) <= max(map(len, sequences)) + 50
-    assert kept
+        passes = [segments for segments, _ in packed_passes(random_model(), sequences, 50)]
+    assert len(passes) > 10
+    for segments, following in zip(passes, passes[1:] + [None]):
+        path = {segment for segment, _ in following[0].path} if following else set()
+        assert {segment for segment in segments if segment.keys} == path & set(segments)
 
 
 def test_out_of_memory_halves_the_pass(monkeypatch, capsys):
