@@ -124,6 +124,7 @@ def test_one_line_from_two_processes(checkpoint, tmp_path, suite_file):
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert "longer than the model's context of 2,048: 'ccc" in lines[0]
+    assert "[rank1]" not in result.stderr  # no traceback of the other
     assert not (tmp_path / "out").exists()
 
 
