@@ -11,6 +11,7 @@ SIZE   ?= $(if $(INIT),$(notdir $(patsubst %/,%,$(INIT))),tiny)
 SOURCE := $(or $(SOURCE),$(if $(RAW),raw,$(if $(filter 410m 3b 7b,$(SIZE)),hub,sample)))
 RAW    := $(or $(RAW),data/raw)
 OUT    ?= runs/$(SIZE)/$(MODEL)
+RUNS   ?= runs/$(SIZE)
 TASKS  ?= $(ORDER)
 SUITE  ?= sample
 
@@ -25,15 +26,15 @@ TORCHRUN := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --np
 LAUNCH   := $(or $(TORCHRUN),$(PY))
 LAUNCHER := $(if $(TORCHRUN),--launcher "$(TORCHRUN)")
 
-ifneq (,$(filter train pretrain data evaluate growth-study,$(or $(MAKECMDGOALS),help)))
+ifneq (,$(filter train pretrain data evaluate experiment growth-study,$(or $(MAKECMDGOALS),help)))
   expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
   $(foreach task,$(TASK) $(TASKS),$(call expect,TASK,$(task),$(ORDER)))
   $(call expect,MODEL,$(MODEL),stack llm)
   $(call expect,SOURCE,$(SOURCE),sample raw hub)
-  $(if $(INIT)$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
+  $(if $(INIT)$(and $(INIT_LLM),$(INIT_STACK))$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
 endif
 
-.PHONY: help train pretrain data evaluate growth-study plan test lint clean FORCE
+.PHONY: help train pretrain data evaluate experiment report growth-study plan test lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +42,8 @@ help:
 	@echo 'make pretrain MODEL=stack|llm      build m0, the model that fine-tuning starts from'
 	@echo 'make data TASK=simp                prepare a task'
 	@echo 'make evaluate TASK=simp MODEL=stack  test sets and benchmarks of a stage, or of CHECKPOINT=dir'
+	@echo 'make experiment SIZE=tiny           both models through the tasks, every stage evaluated, and the report'
+	@echo 'make report RUNS=runs/tiny          tables and figures of a folder of evaluated runs, in report/'
 	@echo 'make growth-study SIZE=small       loss over FLOPs, from scratch and grown: figure and table (SEEDS=42,43,44)'
 	@echo 'make plan SIZE=7b TOKENS=300e9     when to grow, and what it saves (PARAMS=7e9 in place of SIZE)'
 	@echo 'make test | lint | clean           run the tests; check the style; remove the environment and prepared data'
@@ -119,6 +122,21 @@ evaluate: $(VENV)/user $(TASKS:%=data/prepared/$(SOURCE)/%.json) | $(if $(CHECKP
 
 data/eval/sample: | $(VENV)/user
 	@$(PY) data_prep.py suite --output_path $@
+
+# ------------------------------------------------------------------------------------------- the experiment, the report
+
+# The tasks in order: those of experiment.py, if ORDER is not given.
+CHOSEN := $(if $(filter-out file,$(origin ORDER)),$(ORDER))
+experiment: $(VENV)/user $(patsubst %,data/prepared/$(SOURCE)/%.json,$(or $(CHOSEN),simp empd inqqg)) \
+    | $(if $(HUB)$(and $(INIT_LLM),$(INIT_STACK)),,$(TEXT)) $(if $(filter sample,$(SUITE)),data/eval/sample)
+	@$(PY) experiment.py $(if $(PRESET),--size $(SIZE)) --data data/prepared/$(SOURCE) --out $(RUNS) --suite $(SUITE) \
+	    $(if $(HUB)$(and $(INIT_LLM),$(INIT_STACK)),,--text $(TEXT)) $(if $(CHOSEN),--order $(subst $(space),$(comma),$(strip $(CHOSEN)))) \
+	    $(if $(INIT_LLM),--init_llm $(INIT_LLM)) $(if $(INIT_STACK),--init_stack $(INIT_STACK)) \
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FILES),--suite_files $(FILES)) \
+	    $(if $(TORCHRUN),--launcher "$(TORCHRUN)") $(ARGS)
+
+report: $(VENV)/user
+	@$(PY) report.py --runs $(RUNS) $(ARGS)
 
 # ------------------------------------------------------------------------------------------------- whether growing pays
 

@@ -3,8 +3,10 @@
 Scores of texts are percentages, as sacrebleu prints them.
 """
 import functools
+import math
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -147,3 +149,94 @@ def calibration(log_likelihoods, targets):
     bins = np.clip(np.ceil(confidences * ECE_BINS) - 1, 0, ECE_BINS - 1)  # (0, 1/15], (1/15, 2/15], …
     gaps = [abs((right - confidences)[bins == index].sum()) for index in range(ECE_BINS)]
     return {"ece": float(sum(gaps) / len(right)), "nll": float(np.mean(nll)), "brier": float(np.mean(brier))}
+
+
+# ---------------------------------------------------------------------------------------------------------- forgetting
+
+# Two-sided 95% quantiles of Student's t for 1, 2, … degrees of freedom; 1.96 beyond.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+NORMAL = 1.96
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its standard error, which is nan where it is not known."""
+    value: float
+    error: float = math.nan
+
+    @property
+    def interval(self):
+        """The 95% interval (low, high)."""
+        return self.value - NORMAL * self.error, self.value + NORMAL * self.error
+
+    def __sub__(self, other):
+        """The difference of two independent estimates."""
+        return Estimate(self.value - other.value, math.hypot(self.error, other.error))
+
+
+def mean(estimates):
+    """The mean of independent estimates."""
+    return Estimate(statistics.fmean(e.value for e in estimates),
+                    math.hypot(*(e.error for e in estimates)) / len(estimates))
+
+
+def over_seeds(estimates):
+    """One estimate from those of several seeds, which were measured on the same items.
+
+    What the choice of items adds to the error is the same for all seeds and does not shrink with their number; what the
+    seeds add is their standard error, widened by Student's t.
+    """
+    values, count = [e.value for e in estimates], len(estimates)
+    items = statistics.fmean(e.error for e in estimates)
+    if count == 1:
+        return estimates[0]
+    wide = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) / NORMAL
+    return Estimate(statistics.fmean(values), math.hypot(items, wide * statistics.stdev(values) / count ** 0.5))
+
+
+def fg(start, later):
+    """FG of one benchmark: the mean over the stages m after the start o of (R_o - R_m) / R_o x 100 (Luo et al., arXiv
+    2308.08747, section 3.4). Positive is forgetting.
+
+    start: Estimate of R_o, or None; later: those of the stages, None where one was not measured. None where there is
+    nothing to compare: no start, a start of zero, or no later stage. The error is that of independent measurements, to
+    first order.
+    """
+    known = [estimate for estimate in later if estimate is not None]
+    if start is None or not start.value or not known:
+        return None
+    after = mean(known)
+    ratio = after.value / start.value
+    return Estimate(100 * (1 - ratio), 100 * math.hypot(after.error, ratio * start.error) / abs(start.value))
+
+
+def average_performance(matrix, stage, tasks):
+    """The mean over tasks of R[stage, task] (Lopez-Paz and Ranzato, arXiv 1706.08840, eq. 2); None if none is known."""
+    known = [matrix[stage, task] for task in dict.fromkeys(tasks[:stage]) if (stage, task) in matrix]
+    return mean(known) if known else None
+
+
+def backward_transfer(matrix, stage, tasks):
+    """How later stages changed the tasks learned before: the mean over them of R[stage, task] - R[learned, task] (eq. 3
+    there). Negative is forgetting.
+
+    matrix: {(stage, task): Estimate}; tasks: what stages 1, 2, … learn. A task that comes again counts from its last
+    time before `stage`; the one learned at `stage` itself does not count.
+    """
+    learned = {task: number for number, task in enumerate(tasks[:stage], 1)}
+    found = [matrix[stage, task] - matrix[number, task] for task, number in learned.items()
+             if number < stage and {(stage, task), (number, task)} <= matrix.keys()]
+    return mean(found) if found else None
+
+
+def forgetting_from_best(matrix, stage, tasks):
+    """The mean over tasks learned before of their best value at an earlier stage since they were first learned, less
+    that at `stage` (Chaudhry et al., arXiv 1801.10112, eq. 3). Positive is forgetting."""
+    found = []
+    for task in dict.fromkeys(tasks[:stage - 1]):
+        if task == tasks[stage - 1]:
+            continue
+        earlier = [matrix[number, task] for number in range(tasks.index(task) + 1, stage) if (number, task) in matrix]
+        if earlier and (stage, task) in matrix:
+            found.append(max(earlier, key=lambda estimate: estimate.value) - matrix[stage, task])
+    return mean(found) if found else None

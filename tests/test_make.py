@@ -68,6 +68,17 @@ def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
     assert "--suite" not in text
 
 
+def test_the_experiment_and_its_report():
+    text = re.sub(r"[\\\s]+", " ", make("experiment", "SEEDS=1,2", "NPROC=2").stdout)
+    assert ("experiment.py --size tiny --data data/prepared/sample --out runs/tiny --suite sample "
+            '--text data/text/tiny --seeds 1,2 --launcher ".venv/bin/torchrun --standalone --nproc_per_node 2"') in text
+    text = re.sub(r"[\\\s]+", " ", make("experiment", "SIZE=", "RUNS=runs/x", "INIT_LLM=a", "INIT_STACK=b",
+                                        "RAW=my/raw", "ORDER=simp exp simp", "SUITE=local", "FILES=my/files").stdout)
+    assert ("experiment.py --data data/prepared/raw --out runs/x --suite local --order simp,exp,simp --init_llm a "
+            "--init_stack b --suite_files my/files") in text
+    assert "report.py --runs runs/small" in make("report", "SIZE=small").stdout
+
+
 def test_a_checkpoint_of_ones_own_takes_the_place_of_m0():
     text = make("train", "TASK=empd", "MODEL=llm", "INIT=some/where/Smol", "RAW=my/raw").stdout
     assert "--init some/where/Smol" in text

@@ -1,0 +1,267 @@
+"""The experiment: both models through all tasks, every stage evaluated on everything, and the report.
+
+    python experiment.py --size tiny --text data/text/tiny --data data/prepared/sample --out runs/tiny
+    python experiment.py … --init_llm DIR --init_stack DIR        checkpoints of one's own in place of pretrained ones
+    python experiment.py … --order simp,empd,simp --seeds 42,43   a task may come again; each seed is a chain from m0
+
+Each step is a command of its own, which is printed. A step is done again only where its command, the weights that it
+starts from or its data have changed since, as the digests in experiment.json say; so an experiment that was stopped
+goes on where it stopped, and one that is complete ends at once.
+"""
+import functools
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from batches import data_digest, read_task
+from model.checkpoint import checkpoint_digest, locate
+from model.config import ModelConfig
+from model.files import UserError, digest, read_json, write_json
+from runs import clock
+from settings import CONFIGS, ROOT, read_config, run, setting, unknown_name
+from stages import Stage, run_command, shape, words
+
+UTILISATION = 0.3  # of the speed of a matrix product that training and evaluation reach, for the first estimate
+CHARACTERS = 4  # a token, about
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """Settings of an experiment."""
+    size: str | None = setting(None, "size preset (a file in configs/size): m0 and the recipe of fine-tuning")
+    models: tuple[str, ...] = setting(("llm", "stack"), "models: stack was grown, llm was not")
+    order: tuple[str, ...] = setting(("simp", "empd", "inqqg"), "tasks in the order of the stages; one may come again")
+    seeds: tuple[int, ...] = setting((42,), "seeds of fine-tuning; the stages of all but the first lie in seed-<n>")
+    text: str | None = setting(None, "directory of token shards that m0 is pretrained on")
+    data: str | None = setting(None, "folder of the preprocessed task files, <task>.json")
+    out: str | None = setting(None, "folder of the models, such as runs/tiny")
+    init_llm: str | None = setting(None, "checkpoint in place of the m0 of llm: a directory or a Hub id")
+    init_stack: str | None = setting(None, "checkpoint in place of the m0 of stack")
+    suite: str = setting("sample", "suite of benchmarks, as for evaluate.py")
+    suite_files: str | None = setting(None, "folder of the suite's local files")
+    report: str = setting("report", "folder of the report")
+    launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process")
+    train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
+    evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
+    dry_run: bool = setting(False, "print the plan and run nothing")
+
+    def problems(self):
+        found = [f"--{name} is missing" for name in ("data", "out") if not getattr(self, name)]
+        found += unknown_name("size", self.size) if self.size else []
+        found += [problem for task in dict.fromkeys(self.order) for problem in unknown_name("task", task)]
+        found += [f"unknown model {name!r}, expected llm or stack" for name in self.models
+                  if name not in ("llm", "stack")]
+        found += [f"{name} is empty or names one twice" for name in ("models", "seeds")
+                  if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name))]
+        found += [] if self.order else ["order is empty"]
+        found += [f"{name} has no --init_{name}, and --size is missing" for name in self.models
+                  if name in ("llm", "stack") and not self.size and not getattr(self, f"init_{name}")]
+        return found
+
+
+@dataclass(frozen=True)
+class Step(Stage):
+    """A stage of the experiment: what its result depends on, beside its command, is `inputs`."""
+    script: str = ""
+    inputs: tuple = ()
+
+
+def plan(s):
+    """The steps of the experiment, in order."""
+    return [step for model in s.models for step in model_steps(s, model)]
+
+
+def model_steps(s, model):
+    """The steps of one model: m0, then for each seed the stages; each is evaluated before the next."""
+    folder, steps = Path(s.out) / model, []
+    start = getattr(s, f"init_{model}")
+    if start is None:
+        start = folder / "m0"
+        steps.append(start_step(s, model, start))
+    steps.append(evaluation(s, model, start, folder / "m0"))
+    for seed in s.seeds:
+        parent, place = start, folder if seed == s.seeds[0] else folder / f"seed-{seed}"
+        for number, task in enumerate(s.order, 1):
+            out, data = place / f"m{number}-{task}", Path(s.data) / f"{task}.json"
+            size = ["--size", s.size] if s.size else []
+            command = [*launch(s), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
+                       "--task", task, "--init", parent, "--data", data, "--out", out, "--seed", seed,
+                       *words(s.train_args)]
+            steps.append(Step(out, command, training_flops(s, model, data), "train.py", (parent, data)))
+            steps.append(evaluation(s, model, out, out))
+            parent = out
+    return steps
+
+
+def start_step(s, model, out):
+    """m0: pretrained by the size's recipe, or from the Hub."""
+    tables = read_config("size", s.size)
+    if hub := tables.get("hub", {}).get(model):
+        return Step(out, [sys.executable, "-m", "model.checkpoint", hub, out], script="model.checkpoint")
+    if not s.text:
+        raise UserError(f"m0 of {model} has to be pretrained: give --text, or --init_{model}")
+    command = [sys.executable, ROOT / "pretrain.py", "--size", s.size, "--model", model, "--data", s.text,
+               "--out", out.parent, *(["--launcher", s.launcher] if s.launcher else [])]
+    return Step(out, command, tables.get(model, {}).get("max_flops", 0.0), "pretrain.py", (Path(s.text),))
+
+
+def evaluation(s, model, checkpoint, directory):
+    """The evaluation of a checkpoint on all tasks of the order and the suite."""
+    tasks = list(dict.fromkeys(s.order))
+    command = [*launch(s), ROOT / "evaluate.py", "--checkpoint", checkpoint, "--out", directory / "eval",
+               "--data", s.data, "--tasks", ",".join(tasks), "--suite", s.suite,
+               *(["--suite_files", s.suite_files] if s.suite_files else []), *words(s.evaluate_args)]
+    files = [Path(s.data) / f"{task}.json" for task in tasks]
+    return Step(directory / "eval", command, evaluation_flops(s, model), "evaluate.py", (checkpoint, *files))
+
+
+def launch(s):
+    """The words before a script's name."""
+    return words(s.launcher) or [sys.executable]
+
+
+# ---------------------------------------------------------------------------------------------------- what a step costs
+
+def model_config(s, model):
+    """The configuration of a model."""
+    init = getattr(s, f"init_{model}")
+    return ModelConfig.read(locate(init) / "config.json") if init else shape(s.size)
+
+
+def training_flops(s, model, data):
+    """The FLOPs of fine-tuning on a task's training split, about."""
+    table, given = read_config("size", s.size).get("finetune", {}) if s.size else {}, words(s.train_args)
+    def value(name, default):
+        return float(given[given.index(f"--{name}") + 1]) if f"--{name}" in given else table.get(name, default)
+    items = read_items(data)["train"][:int(value("max_train_samples", 1 << 40))]
+    tokens = sum(len(item["input"]) + len(item["output"]) for item in items) / CHARACTERS
+    return model_config(s, model).flops(tokens * value("num_train_epochs", 3))
+
+
+def evaluation_flops(s, model):
+    """The FLOPs of generating the test sets, about: a third of training's for each token that is read or tried."""
+    tokens = 0
+    for task in dict.fromkeys(s.order):
+        decoding = read_config("task", task)["decoding"]
+        new = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2
+        tokens += sum(len(item["input"]) / CHARACTERS + new
+                      for item in read_items(Path(s.data) / f"{task}.json")["test"])
+    return model_config(s, model).flops(tokens) / 3
+
+
+@functools.cache
+def read_items(path):
+    """The splits of a preprocessed task file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: make it with data_prep.py task, or `make data`")
+    return read_task(path)[0]
+
+
+def machine_speed(size=1024, repeats=8):
+    """FLOPs a second of a matrix product in fp32 on this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.rand(size, size, device=device)
+    (a @ a).sum().item()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        b = a @ a
+    b.sum().item()
+    return 2 * size ** 3 * repeats / (time.perf_counter() - began)
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+def inputs_digest(step):
+    """A digest of the weights and the data that a step depends on; None where some are not there yet."""
+    parts = []
+    for path in step.inputs:
+        path = Path(path)
+        if (path / "config.json").exists():
+            parts.append(checkpoint_digest(path))
+        elif (path / "meta.json").exists():
+            parts.append(data_digest(path))
+        elif path.is_file():
+            parts.append(digest([path]))
+        else:
+            return None
+    return parts
+
+
+class Ledger:
+    """experiment.json: what each finished step was made with."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.steps = read_json(self.path) if self.path.exists() else {}
+
+    def unchanged(self, step):
+        """Whether a step was finished with the same command and the same inputs."""
+        return step.out.exists() and self.steps.get(str(step.out)) == self.entry(step)
+
+    def entry(self, step):
+        return {"command": [str(word) for word in step.command], "inputs": inputs_digest(step)}
+
+    def add(self, step):
+        self.steps[str(step.out)] = self.entry(step)
+        write_json(self.path, self.steps)
+
+
+
+class Pace:
+    """How fast each script is here: as measured where it ran before, otherwise at the speed given (FLOPs a second)."""
+
+    def __init__(self, speed):
+        self.speed, self.spent = speed, {}
+
+    def add(self, step, seconds):
+        flops, total = self.spent.get(step.script, (0.0, 0.0))
+        self.spent[step.script] = flops + step.flops, total + seconds
+
+    def left(self, steps):
+        """Seconds that steps will take."""
+        seconds = 0.0
+        for step in steps:
+            done, took = self.spent.get(step.script, (0.0, 0.0))
+            seconds += step.flops * (took / done if done else 1 / self.speed)
+        return seconds
+
+
+def main(s):
+    """Prints the plan, runs what is missing or changed, and writes the report."""
+    steps, ledger = plan(s), Ledger(Path(s.out) / "experiment.json")
+    pace, to_do = Pace(UTILISATION * machine_speed()), [step for step in steps if not ledger.unchanged(step)]
+    for number, step in enumerate(steps, 1):
+        print(f"  {number:>3}  {step.out}: " + (f"{step.flops / 1e12:.2f} TFLOP" if step in to_do else "complete"))
+    print(f"{len(steps)} steps, {len(to_do)} of them to do; about {clock(pace.left(to_do))} at {UTILISATION:.0%} of a "
+          "matrix product's speed on one device of this machine", flush=True)
+    if s.dry_run:
+        return
+    incomplete = []
+    for number, step in enumerate(steps, 1):
+        if ledger.unchanged(step):
+            continue
+        ahead = [later for later in steps[number - 1:] if later in to_do]
+        print(f"[{number}/{len(steps)}] {step.out}, about {clock(pace.left(ahead))} left in all\n"
+              f"{shlex.join(map(str, step.command))}", flush=True)
+        began = time.monotonic()
+        try:
+            run_command([str(word) for word in step.command])
+        except SystemExit:
+            if step.script != "evaluate.py":
+                raise
+            incomplete.append(str(step.out))  # such as a dataset that cannot be had: the stages after it can go on
+            continue
+        pace.add(step, time.monotonic() - began)
+        ledger.add(step)
+    run_command([sys.executable, str(ROOT / "report.py"), "--runs", str(s.out), "--out", str(s.report)])
+    if incomplete:
+        raise UserError(f"{len(incomplete)} evaluations are incomplete: {', '.join(incomplete)}. Each said why above; "
+                        "start again to do them anew")
+
+
+if __name__ == "__main__":
+    run((ExperimentSettings, main), __doc__)

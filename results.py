@@ -1,0 +1,148 @@
+"""Figures of runs, read from what evaluation left on disk: lm-eval's results, task metrics, logs of training."""
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from metrics import NORMAL, Estimate
+from model.files import UserError, read_json
+from settings import CONFIGS, known, read_toml
+
+STAGE = re.compile(r"m(\d+)(?:-(\w+))?")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark is called and where it belongs."""
+    name: str
+    category: str
+    metric: str = "acc"
+    label: str | None = None
+    part_of: str | None = None
+
+
+@dataclass
+class Stage:
+    """One checkpoint of one model: what was measured on it, and how it was trained."""
+    model: str
+    seed: int
+    number: int  # 0: the start
+    name: str
+    task: str | None = None
+    directory: Path | None = None
+    benchmarks: dict = field(default_factory=dict)  # name -> Estimate
+    calibration: dict = field(default_factory=dict)  # name -> {"ece", "nll", "brier"}
+    tasks: dict = field(default_factory=dict)  # task -> {metric: Estimate}
+    files: dict = field(default_factory=dict)  # name of a benchmark -> the file it was read from
+    run: dict = field(default_factory=dict)  # its run.json
+    log: list = field(default_factory=list)  # its metrics.jsonl
+
+
+def read_runs(folder):
+    """The stages under a folder of runs, <…>/<model>/[seed-<n>/]m<k>[-<task>]/, and the benchmarks that they name."""
+    stages, found = [], {}
+    for path in sorted(Path(folder).rglob("m[0-9]*")):
+        match = STAGE.fullmatch(path.name)
+        if not match or not (path / "eval").is_dir() and not (path / "run.json").exists():
+            continue
+        owner = path.parent
+        seeded = re.fullmatch(r"seed-(\d+)", owner.name)
+        run = read_json(path / "run.json") if (path / "run.json").exists() else {}
+        seed = int(seeded[1]) if seeded else run.get("settings", {}).get("seed", 0)
+        stage = Stage((owner.parent if seeded else owner).name, seed, int(match[1]), path.name, match[2], path, run=run,
+                      log=read_log(path / "metrics.jsonl"))
+        for file in sorted((path / "eval").glob("results_*.json")):
+            found |= add_results(stage, file)
+        for file in sorted((path / "eval").glob("metrics-*.json")):
+            report = read_json(file)
+            stage.tasks[report["task"]] = {
+                name: Estimate(value["mean"], (value["high"] - value["low"]) / (2 * NORMAL))
+                for name, value in report["metrics"].items()}
+        stages.append(stage)
+    if not any(stage.benchmarks or stage.tasks for stage in stages):
+        raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json or "
+                        "metrics-*.json in it, as evaluate.py writes them")
+    return stages, found
+
+
+def read_results(source):
+    """The stages of results that any lm-eval wrote: a directory <model>/<stage>/**/results_*.json, or a TOML file with
+    a list of [[result]], each with `model`, `stage` and `file` (beside the TOML file, if it is no absolute path)."""
+    source = Path(source)
+    if source.suffix == ".toml":
+        entries = read_toml(source).get("result", [])
+        if bad := [entry for entry in entries if {"model", "stage", "file"} - entry.keys()]:
+            raise UserError(f"{source}: each [[result]] needs model, stage and file; {bad[0]} lacks some")
+        files = [(entry["model"], str(entry["stage"]), source.parent / entry["file"]) for entry in entries]
+    else:
+        files = [(*path.relative_to(source).parts[:2], path) for path in sorted(source.rglob("results_*.json"))
+                 if len(path.relative_to(source).parts) > 2]
+    if not files:
+        raise UserError(f"{source} holds no results: expected <model>/<stage>/**/results_*.json, or a .toml file that "
+                        "names them")
+    names = {}  # stages that no number orders stand in the order of the file, or of their names
+    for model, name, _ in files if source.suffix == ".toml" else sorted(files, key=lambda entry: natural(entry[1])):
+        names.setdefault(model, {}).setdefault(name, len(names[model]))
+    stages, found = {}, {}
+    for model, name, file in files:
+        match = STAGE.fullmatch(name)
+        number = int(match[1]) if match else names[model][name]
+        stage = stages.setdefault((model, name), Stage(model, 0, number, name, match and match[2]))
+        found |= add_results(stage, file)
+    return list(stages.values()), found
+
+
+def natural(name):
+    """A key by which m10 comes after m9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def add_results(stage, file):
+    """Puts the figures of an lm-eval results file into a stage; returns the benchmarks that it describes itself."""
+    found = read_json(file)
+    if not isinstance(found.get("results"), dict):
+        raise UserError(f"{file} is no results file of lm-eval: it has no \"results\"")
+    described = {entry["name"]: Benchmark(*(entry[key] for key in ("name", "category", "metric", "label", "part_of")))
+                 for entry in found.get("run", {}).get("suite", [])}
+    for name, figures in found["results"].items():
+        benchmark = described.get(name) or suites().get(name) or Benchmark(name, "other")
+        value, error = figure(figures, benchmark.metric)
+        if value is None:
+            continue
+        old = stage.benchmarks.get(name)
+        if old is not None and old.value != value:
+            raise UserError(f"{stage.model} {stage.name} has two results for {name} that disagree: {old.value} in "
+                            f"{stage.files[name]}, {value} in {file}. Remove one of the files")
+        stage.benchmarks[name], stage.files[name] = Estimate(value, error), file
+        if "ece,none" in figures:
+            stage.calibration[name] = {key: figures[f"{key},none"] for key in ("ece", "nll", "brier")}
+    return described
+
+
+def figure(figures, metric):
+    """(value, standard error) of a metric in a results entry, by lm-eval 0.4 ("acc,none") or before ("acc"); value None
+    where it is not there."""
+    for key, error in ((metric, f"{metric}_stderr"), (f"{metric},none", f"{metric}_stderr,none")):
+        if isinstance(figures.get(key), int | float):
+            spread = figures.get(error)
+            return float(figures[key]), float(spread) if isinstance(spread, int | float) else math.nan
+    return None, None
+
+
+def suites():
+    """The benchmarks that the suites in configs/eval name."""
+    found = {}
+    for name in known("eval"):
+        for entry in read_toml(CONFIGS / f"eval/{name}.toml")["benchmark"]:
+            found.setdefault(entry["name"], Benchmark(
+                entry["name"], entry["category"], entry.get("metric", "acc"), entry.get("label"), entry.get("part_of")))
+    return found
+
+
+def read_log(path):
+    """The objects of a metrics.jsonl, none where there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]

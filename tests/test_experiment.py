@@ -1,0 +1,122 @@
+"""The experiment: which steps it consists of, that it does what is missing, and nothing twice."""
+import json
+import shutil
+
+import pytest
+
+import experiment
+from experiment import ExperimentSettings, Ledger, Pace, Step, inputs_digest, plan
+from model.files import UserError, read_json
+from tests.conftest import run_script, sample_texts
+
+
+@pytest.fixture(scope="module")
+def suite_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    texts = sample_texts()
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(
+        {"text": text[:40], "choices": [text[40:60], texts[n + 1][:20]], "label": 0}) for n, text in
+        enumerate(texts[:10])))
+    (folder / "suite.toml").write_text('[[benchmark]]\nname = "next"\ncategory = "Rs"\nfile = "items.jsonl"\n'
+                                       'doc_to_text = "text"\ndoc_to_choice = "choices"\ndoc_to_target = "label"\n')
+    return folder / "suite.toml"
+
+
+@pytest.fixture(scope="module")
+def tasks(simp_file, tmp_path_factory):
+    """A folder with two task files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in ("simp", "empd"):
+        shutil.copy(simp_file, folder / f"{task}.json")
+    return folder
+
+
+def settings(checkpoint, tasks, out, **given):
+    return ExperimentSettings(**{"data": str(tasks), "out": str(out), "init_llm": str(checkpoint),
+                                 "init_stack": str(checkpoint), "order": ("simp", "empd", "simp")} | given)
+
+
+def test_the_steps_in_order(checkpoint, tasks, tmp_path):
+    steps = plan(settings(checkpoint, tasks, tmp_path, seeds=(42, 7), models=("stack",)))
+    place = tmp_path / "stack"
+    chain = [f"{folder}{name}{end}" for folder in ("", "seed-7/") for name in ("m1-simp", "m2-empd", "m3-simp")
+             for end in ("", "/eval")]
+    assert [str(step.out.relative_to(place)) for step in steps] == ["m0/eval", *chain]
+    words = [[str(word) for word in step.command] for step in steps]
+    init = [command[command.index("--init") + 1] for command in words if "--init" in command]
+    assert init == [str(checkpoint), f"{place}/m1-simp", f"{place}/m2-empd", str(checkpoint),
+                    f"{place}/seed-7/m1-simp", f"{place}/seed-7/m2-empd"]
+    assert [command[command.index("--seed") + 1] for command in words if "--seed" in command] == ["42"] * 3 + ["7"] * 3
+    assert all(command[command.index("--tasks") + 1] == "simp,empd" for command in words if "--tasks" in command)
+    assert all(step.flops > 0 for step in steps)
+
+
+def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
+    found = plan(ExperimentSettings(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp",)))
+    assert [step.script for step in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
+    assert "--size tiny" in " ".join(map(str, found[2].command))
+    found = plan(ExperimentSettings(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
+    assert [str(word) for word in found[0].command[1:]] == ["-m", "model.checkpoint", "llm-stacking/LLM_7B_300BToken",
+                                                            f"{tmp_path}/llm/m0"]
+    experiment.main(ExperimentSettings(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path / "out"),
+                                       order=("simp",), dry_run=True))
+    assert "8 steps, 8 of them to do; about 0:" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="m0 of llm has to be pretrained: give --text, or --init_llm"):
+        plan(ExperimentSettings(size="tiny", data=str(tasks), out=str(tmp_path)))
+
+
+def test_a_step_is_done_again_where_its_command_or_its_inputs_changed(checkpoint, tmp_path):
+    weights, data, out = tmp_path / "weights", tmp_path / "data.json", tmp_path / "out"
+    shutil.copytree(checkpoint, weights)
+    data.write_text("{}")
+    ledger, step = Ledger(tmp_path / "experiment.json"), Step(out, ["do", "it"], inputs=(weights, data))
+    ledger.add(step)
+    assert not ledger.unchanged(step)  # its result is not there
+    out.mkdir()
+    assert Ledger(tmp_path / "experiment.json").unchanged(step)
+    assert not ledger.unchanged(Step(out, ["do", "that"], inputs=(weights, data)))
+    data.write_text("{} ")
+    assert not ledger.unchanged(step)
+    data.write_text("{}")
+    (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
+    assert not ledger.unchanged(step)
+    assert inputs_digest(Step(out, [], inputs=(tmp_path / "gone",))) is None
+
+
+def test_time_left_follows_what_each_script_took():
+    pace, train = Pace(100.0), Step(None, [], 1000.0, "train.py")
+    assert pace.left([train, train]) == 20  # at the speed given
+    pace.add(train, 50)
+    assert pace.left([train, Step(None, [], 300.0, "evaluate.py")]) == 50 + 3
+
+
+def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tasks, suite_file, tmp_path):
+    words = ["experiment.py", "--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data", tasks, "--out",
+             tmp_path / "runs", "--report", tmp_path / "report", "--suite", suite_file, "--train_args",
+             "--max_steps 2 --max_train_samples 8 --max_eval_samples 2 --dtype fp32", "--evaluate_args",
+             "--limit 2 --dtype fp32"]
+    stopped = run_script(*words[:-1], "--limit 2 --dtype fp16", check=False)  # which evaluate.py refuses
+    assert "3 steps, 3 of them to do; about 0:00:0" in stopped.stdout
+    assert stopped.returncode == 2
+    assert "2 evaluations are incomplete" in stopped.stderr.splitlines()[-1]
+    assert "3 steps, 2 of them to do" in run_script(*words).stdout
+    page = (tmp_path / "report/report.html").read_bytes()
+    assert b"m1-simp" in page
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    text = run_script(*words).stdout
+    assert "3 steps, 0 of them to do" in text
+    assert (tmp_path / "report/report.html").read_bytes() == page
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
+    assert set(read_json(tmp_path / "runs/experiment.json")) == {
+        str(tmp_path / "runs/llm" / name) for name in ("m0/eval", "m1-simp", "m1-simp/eval")}
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown model 'big'"),
+    (["--seeds", "1,1"], "seeds is empty or names one twice"), ([], "llm has no --init_llm, and --size is missing"),
+    (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])
+def test_an_experiment_that_cannot_be(refusal, tmp_path, flags, said):
+    words = ["--data", tmp_path, "--out", tmp_path / "out", *flags]
+    assert said in refusal((ExperimentSettings, experiment.main), *words)
+    assert not (tmp_path / "out").exists()

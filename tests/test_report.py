@@ -1,0 +1,173 @@
+"""The report from files of runs, and from results that lm-eval's own command line wrote."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import report
+from metrics import Estimate
+from model.files import UserError, read_json
+from report import Record, ReportSettings, to_html, verdict
+from results import read_results, read_runs
+from tests.conftest import run_script
+
+SUITE = [("terms", "DK", "acc", None, None), ("continuation", "Rs", "acc", None, None),
+         ("passages", "Rs", "acc", "passages", None), ("pairs", "Bias", "pct_stereotype", None, None),
+         ("pairs_age", "Bias", "pct_stereotype", "age", "pairs"),
+         ("pairs_race", "Bias", "pct_stereotype", "race", "pairs")]
+# accuracy of terms, continuation, passages and share of stereotypes at m0, m1, m2
+VALUES = {"llm": [(0.5, 0.4, 0.30, 0.6), (0.4, 0.3, 0.30, 0.6), (0.3, 0.2, 0.15, 0.54)],
+          "stack": [(0.5, 0.4, 0.30, 0.6), (0.5, 0.4, 0.24, 0.6), (0.5, 0.4, 0.18, 0.6)]}
+TASKS = {"llm": [(10, 5), (40, 6), (30, 50)], "stack": [(10, 5), (40, 7), (38, 50)]}
+
+
+def write_stage(folder, number, values, tasks, seed=42):
+    name = "m0" if number == 0 else f"m{number}-{('simp', 'empd')[number - 1]}"
+    stage = folder / name
+    (stage / "eval").mkdir(parents=True)
+    suite = [dict(zip(("name", "category", "metric", "label", "part_of"), entry)) for entry in SUITE]
+    figures = {}
+    for (title, _, metric, _, _), value in zip(SUITE, [*values, values[3], values[3]]):
+        figures[title] = {f"{metric},none": value, f"{metric}_stderr,none": 0.02}
+        if metric == "acc":
+            figures[title] |= {"ece,none": 0.1 + number / 10, "nll,none": 1.0, "brier,none": 0.7}
+    (stage / "eval/results_1.json").write_text(json.dumps({"results": figures, "run": {"suite": suite}}))
+    for task, metric, value in (("simp", "sari", tasks[0]), ("empd", "rougeL", tasks[1])):
+        (stage / f"eval/metrics-{task}.json").write_text(json.dumps(
+            {"task": task, "metrics": {metric: {"mean": value, "low": value - 1.96, "high": value + 1.96}}}))
+    (stage / "run.json").write_text(json.dumps({
+        "settings": {"task": ("simp", "empd")[number - 1] if number else None, "seed": seed, "num_train_epochs": 2.0,
+                     "out": f"runs/{name}"}, "commit": "c0ffee", "data_digest": "d" * 64, "parent_digest": "a" * 64}))
+    lines = [{"step": 0, "eval_loss": 5.0}, *({"step": step, "loss": 5 - step / 5, "tokens": 100 * step}
+                                               for step in range(1, 9)), {"step": 8, "eval_loss": 3.5}]
+    (stage / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return stage
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for model in VALUES:
+        for number in range(3):
+            write_stage(tmp_path / "runs" / model, number, VALUES[model][number], TASKS[model][number])
+    return tmp_path / "runs"
+
+
+def test_measures_of_a_record(runs):
+    record = Record(*read_runs(runs))
+    assert record.stages == ["m0", "m1-simp", "m2-empd"]
+    assert record.categories == ["DK", "Rs", "Bias"]
+    assert not record.missing
+    # (0.5 - 0.4)/0.5 and (0.5 - 0.3)/0.5: 20 and 40; continuation 25 and 50; passages 0 and 50
+    assert record.category_fg("llm", "DK").value == pytest.approx(30)
+    assert record.category_fg("llm", "Rs").value == pytest.approx((37.5 + 25) / 2)
+    assert record.category_fg("stack", "Rs").value == pytest.approx((0 + 30) / 2)
+    assert record.category_fg("llm", "Bias").value == pytest.approx(5)  # parts do not count
+    assert record.learned == ["simp", "empd"]
+    chain = record.chains["llm"][42]
+    assert record.matrix(chain)[1, "simp"].value == 40
+    assert record.matrix(chain)[1, "simp"].error == pytest.approx(1)
+
+
+def test_a_stage_and_a_benchmark_that_are_missing_are_named(runs):
+    (runs / "llm/m1-simp").rename(runs / "elsewhere")
+    path = runs / "stack/m2-empd/eval/results_1.json"
+    found = read_json(path)
+    del found["results"]["terms"]
+    path.write_text(json.dumps(found))
+    (runs / "stack/m2-empd/eval/metrics-simp.json").unlink()
+    record = Record(*read_runs(runs))
+    assert record.missing == ["llm: the stage m1-simp is missing", "stack: m2-empd lacks the benchmarks terms",
+                              "stack: m2-empd lacks the test sets simp"]
+    assert record.category_fg("llm", "DK").value == pytest.approx(40)  # of the stage that is there
+    assert record.category_fg("stack", "DK").value == pytest.approx(0)
+
+
+def test_seeds_are_chains_from_one_start(runs):
+    for number in (1, 2):
+        write_stage(runs / "llm/seed-43", number, VALUES["stack"][number], TASKS["llm"][number], seed=43)
+    record = Record(*read_runs(runs))
+    assert set(record.chains["llm"]) == {42, 43}
+    found = record.category_fg("llm", "DK")
+    assert found.value == pytest.approx((30 + 0) / 2)
+    assert found.error == pytest.approx(97.3, abs=0.1)  # two seeds so far apart say little: 12.706/1.96 · 21.2 / √2
+    assert record.chains["llm"][43][0].name == "m0"
+
+
+def test_pages_and_figures(runs, tmp_path):
+    out = tmp_path / "report"
+    printed = run_script("report.py", "--runs", runs, "--out", out).stdout
+    assert "FG, Rs: stack and llm cannot be told apart from noise" in printed or "FG, Rs: stack forgets less" in printed
+    text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
+    assert re.search(r"\| DK \| 30\.0 \[\S+ \S+ \| 0\.0 \[\S+ \S+ \| -30\.0 \[", text)
+    assert "FG, DK: stack forgets less than llm (-30.0 points" in text
+    assert "Backward transfer: stack forgets less than llm (+8.0 points" in text
+    assert "c0ffee" in text
+    assert "python train.py --task simp" in text
+    names = {"benchmarks", "forgetting", "bias", "tasks", "losses", "calibration"}
+    assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == names
+    assert page.count("data:image/png;base64,") == 6
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is fetched
+    assert "<table>" in page
+    assert "| " not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda runs: (runs / "llm/m1-simp/eval/results_2.json").write_text(json.dumps(
+        {"results": {"terms": {"acc,none": 0.41}}})),
+     r"llm m1-simp has two results for terms that disagree: .*results_1.*results_2"),
+    (lambda runs: [path.unlink() for path in runs.rglob("eval/*")], "holds no evaluated runs"),
+    (lambda runs: write_stage(runs / "other/llm", 0, VALUES["llm"][0], (1, 1)), "there are two stages 0 of llm"),
+    (lambda runs: (runs / "llm/m0/eval/results_1.json").write_text("{}"), "is no results file of lm-eval"),
+    (lambda runs: None, "unknown category XX, expected some of DK, Rs, Bias")])
+def test_what_cannot_be_reported(runs, tmp_path, spoil, said):
+    spoil(runs)
+    with pytest.raises(UserError, match=said):
+        report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out"), categories=("XX",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_lm_evals_own_command_line(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    items = [{"text": f"q{n}", "choices": ["a", "b"], "label": n % 2} for n in range(12)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "tasks/local.yaml").write_text(json.dumps({
+        "task": "local_choice", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}}, "doc_to_text": "text",
+        "doc_to_choice": "choices", "doc_to_target": "label", "metric_list": [{"metric": "acc"}]}))
+    subprocess.run([Path(sys.executable).parent / "lm_eval", "--model", "dummy", "--tasks", "local_choice",
+                    "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "results/llm/m0"], check=True,
+                   capture_output=True)
+    start, = (tmp_path / "results").rglob("results_*.json")
+    values = read_json(start)
+    values["results"]["local_choice"] |= {"acc,none": 0.5, "acc_stderr,none": 0.1}
+    start.write_text(json.dumps(values))
+    old = {"results": {"local_choice": {"acc": 0.4, "acc_stderr": 0.1}}}  # as lm-eval 0.3 wrote them
+    (tmp_path / "results/llm/m1-any/deep").mkdir(parents=True)
+    (tmp_path / "results/llm/m1-any/deep/results_x.json").write_text(json.dumps(old))
+    record = Record(*read_results(tmp_path / "results"))
+    assert record.stages == ["m0", "m1-any"]
+    assert record.category_fg("llm", "other").value == pytest.approx(20)
+    (tmp_path / "map.toml").write_text("".join(
+        f'[[result]]\nmodel = "llm"\nstage = "{stage}"\nfile = "{file}"\n' for stage, file in
+        (("before", start), ("after", "results/llm/m1-any/deep/results_x.json"))))
+    record = Record(*read_results(tmp_path / "map.toml"))
+    assert [record.value("llm", number, "local_choice").value for number in range(2)] == [0.5, 0.4]
+    report.main(ReportSettings(results=str(tmp_path / "results"), out=str(tmp_path / "report")))
+    assert "| other | 20.0 [" in (tmp_path / "report/report.md").read_text()
+
+
+def test_verdicts():
+    assert verdict("FG", "a", "b", Estimate(-5, 1)).startswith("FG: a forgets less than b (-5.0 points, 95% interval")
+    assert "a forgets more than b" in verdict("FG", "a", "b", Estimate(5, 1))
+    assert "a forgets less than b" in verdict("Backward transfer", "a", "b", Estimate(5, 1), more_is_forgetting=False)
+    assert "cannot be told apart from noise" in verdict("FG", "a", "b", Estimate(5, 3))
+    assert "without standard errors" in verdict("FG", "a", "b", Estimate(5))
+
+
+def test_html():
+    text = "A `code` & more\n\n| a | b |\n|---|---|\n| 1 | <2> |\n\n- one\n- two\n\n```\nx | y\n```\n"
+    assert to_html(text) == ("<p>A <code>code</code> &amp; more</p>\n<table><tr><th>a</th><th>b</th></tr><tr><td>1</td>"
+                             "<td>&lt;2&gt;</td></tr></table>\n<ul><li>one</li><li>two</li></ul>\n<pre>x | y</pre>")
