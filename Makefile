@@ -24,7 +24,7 @@ PY     := $(VENV)/bin/python
 # What stands before train.py, and the flag that says so to the scripts that call it themselves.
 TORCHRUN := $(if $(filter-out 1,$(NPROC)),$(VENV)/bin/torchrun --standalone --nproc_per_node $(NPROC))
 LAUNCH   := $(or $(TORCHRUN),$(PY))
-LAUNCHER := $(if $(TORCHRUN),--launcher "$(TORCHRUN)")
+FLAG     := $(if $(TORCHRUN),--launcher "$(TORCHRUN)")
 
 ifneq (,$(filter train pretrain data evaluate experiment growth-study,$(or $(MAKECMDGOALS),help)))
   expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
@@ -94,7 +94,7 @@ ifneq (,$(HUB))
   M0      = $(PY) -m model.checkpoint $(HUB) $(OUT)/m0
 else
   BEFORE := $(TEXT)
-  M0      = $(PY) pretrain.py --size $(SIZE) --model $(MODEL) --data $(TEXT) --out $(OUT) $(LAUNCHER) \
+  M0      = $(PY) pretrain.py --size $(SIZE) --model $(MODEL) --data $(TEXT) --out $(OUT) $(FLAG) \
     $(if $(filter pretrain,$(MAKECMDGOALS)),$(if $(ARGS),--args="$(ARGS)"))
 endif
 
@@ -133,7 +133,7 @@ experiment: $(VENV)/user $(patsubst %,data/prepared/$(SOURCE)/%.json,$(or $(CHOS
 	    $(if $(HUB)$(and $(INIT_LLM),$(INIT_STACK)),,--text $(TEXT)) $(if $(CHOSEN),--order $(subst $(space),$(comma),$(strip $(CHOSEN)))) \
 	    $(if $(INIT_LLM),--init_llm $(INIT_LLM)) $(if $(INIT_STACK),--init_stack $(INIT_STACK)) \
 	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FILES),--suite_files $(FILES)) \
-	    $(if $(TORCHRUN),--launcher "$(TORCHRUN)") $(ARGS)
+	    $(if $(LAUNCHER),--launcher $(LAUNCHER),$(FLAG)) $(ARGS)
 
 report: $(VENV)/user
 	@$(PY) report.py --runs $(RUNS) $(ARGS)
@@ -141,7 +141,7 @@ report: $(VENV)/user
 # ------------------------------------------------------------------------------------------------- whether growing pays
 
 growth-study: $(VENV)/user | $(TEXT)
-	@$(PY) growth_study.py --size $(SIZE) --data $(TEXT) --out $(or $(STUDY),runs/$(SIZE)/growth-study) $(LAUNCHER) \
+	@$(PY) growth_study.py --size $(SIZE) --data $(TEXT) --out $(or $(STUDY),runs/$(SIZE)/growth-study) $(FLAG) \
 	    $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 plan: $(VENV)/user

@@ -5,11 +5,13 @@
     python experiment.py … --order simp,empd,simp --seeds 42,43   a task may come again; each seed is a chain from m0
 
 Each step is a command of its own, which is printed. A step is done again only where its command, the weights that it
-starts from or its data have changed since, as the digests in experiment.json say; so an experiment that was stopped
+starts from or its data have changed since, as the digests in experiment/*.json say; so an experiment that was stopped
 goes on where it stopped, and one that is complete ends at once.
 """
+import dataclasses
 import functools
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import torch
 from batches import data_digest, read_task
 from model.checkpoint import checkpoint_digest, locate
 from model.config import ModelConfig
-from model.files import UserError, digest, read_json, write_json
+from model.files import UserError, digest, read_json, write_json, write_text
 from runs import clock
 from settings import CONFIGS, ROOT, read_config, run, setting, unknown_name
 from stages import Stage, run_command, shape, words
@@ -44,7 +46,11 @@ class ExperimentSettings:
     suite: str = setting("sample", "suite of benchmarks, as for evaluate.py")
     suite_files: str | None = setting(None, "folder of the suite's local files")
     report: str = setting("report", "folder of the report")
-    launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process")
+    launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process; "
+                                "slurm: a job for each step")
+    gpus: int = setting(8, "GPUs, and processes, of a Slurm job")
+    slurm_file: str = setting("configs/slurm/step.sbatch", "script of a Slurm job, with @COMMAND@ to fill in")
+    only: str | None = setting(None, "run only the step that makes this directory, and no report")
     train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
     evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
     dry_run: bool = setting(False, "print the plan and run nothing")
@@ -120,8 +126,8 @@ def evaluation(s, model, checkpoint, directory):
 
 
 def launch(s):
-    """The words before a script's name."""
-    return words(s.launcher) or [sys.executable]
+    """The words before a script's name; a Slurm job runs this script again with those of its own."""
+    return words(s.launcher) if s.launcher not in ("", "slurm") else [sys.executable]
 
 
 # ---------------------------------------------------------------------------------------------------- what a step costs
@@ -192,22 +198,78 @@ def inputs_digest(step):
 
 
 class Ledger:
-    """experiment.json: what each finished step was made with."""
+    """What each finished step was made with, a file a step, since steps may run at the same time."""
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.steps = read_json(self.path) if self.path.exists() else {}
+    def __init__(self, out):
+        self.out = Path(out)
+
+    def path(self, step):
+        """The file of a step, such as experiment/llm-m1-simp.json."""
+        return self.out / "experiment" / f"{name_of(self.out, step)}.json"
 
     def unchanged(self, step):
         """Whether a step was finished with the same command and the same inputs."""
-        return step.out.exists() and self.steps.get(str(step.out)) == self.entry(step)
+        path = self.path(step)
+        return step.out.exists() and path.exists() and read_json(path) == self.entry(step)
 
     def entry(self, step):
         return {"command": [str(word) for word in step.command], "inputs": inputs_digest(step)}
 
     def add(self, step):
-        self.steps[str(step.out)] = self.entry(step)
-        write_json(self.path, self.steps)
+        write_json(self.path(step), self.entry(step))
+
+
+def name_of(out, step):
+    """A step's name: its place under the experiment's folder, such as llm-m1-simp-eval."""
+    return "-".join(step.out.relative_to(out).parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Slurm
+
+def submit(s, steps):
+    """Submits a job for each step, after those that make the weights it starts from, and one for the report at the end.
+
+    A job runs this script again for its step alone, so that what is recorded is the same.
+    """
+    template, jobs = read_template(s.slurm_file), {}
+    flags = {field.name: getattr(s, field.name) for field in dataclasses.fields(s) if field.name != "slurm_file"
+             and getattr(s, field.name) != field.default}
+    flags["launcher"] = f"torchrun --standalone --nproc_per_node {s.gpus}"
+    same = [word for name, value in flags.items()
+            for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value))]
+    for step in steps:
+        parent = jobs.get(str(step.inputs[0])) if step.inputs else None
+        command = [sys.executable, str(ROOT / "experiment.py"), *same, "--only", str(step.out)]
+        jobs[str(step.out)] = send(s, template, name_of(s.out, step), command, parent and f"afterok:{parent}")
+    send(s, template, "report", [sys.executable, str(ROOT / "report.py"), "--runs", s.out, "--out", s.report],
+         "afterany:" + ":".join(jobs.values()) if jobs else None)
+    print(f"{len(jobs) + 1} jobs submitted; their scripts and logs: {Path(s.out) / 'slurm'}")
+
+
+def read_template(path):
+    """The text of a job script with places to fill in."""
+    file = Path(path) if Path(path).exists() else ROOT / path
+    if not file.is_file() or "@COMMAND@" not in (text := file.read_text(encoding="utf-8")):
+        raise UserError(f"{path} is no job script: expected a file with @COMMAND@ in it, as configs/slurm/step.sbatch")
+    return text
+
+
+def send(s, template, name, command, dependency):
+    """Writes a job script and submits it; returns the job's number."""
+    script = Path(s.out) / "slurm" / f"{name}.sh"
+    values = {"NAME": name, "LOG": str(script.with_suffix(".log").absolute()), "GPUS": str(s.gpus),
+              "FOLDER": shlex.quote(str(Path.cwd())), "COMMAND": shlex.join(command)}
+    for key, value in values.items():
+        template = template.replace(f"@{key}@", value)
+    write_text(script, template)
+    words = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else []), str(script)]
+    try:
+        result = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"sbatch cannot be started ({error.strerror}): submit from a machine of the cluster") from None
+    if result.returncode:
+        raise UserError(f"{shlex.join(words)} failed: {result.stderr.strip()}")
+    return result.stdout.strip().partition(";")[0]
 
 
 
@@ -232,7 +294,9 @@ class Pace:
 
 def main(s):
     """Prints the plan, runs what is missing or changed, and writes the report."""
-    steps, ledger = plan(s), Ledger(Path(s.out) / "experiment.json")
+    steps, ledger = plan(s), Ledger(s.out)
+    if s.only and not (steps := [step for step in steps if str(step.out) == s.only]):
+        raise UserError(f"{s.only} is made by no step of this experiment")
     pace, to_do = Pace(UTILISATION * machine_speed()), [step for step in steps if not ledger.unchanged(step)]
     for number, step in enumerate(steps, 1):
         print(f"  {number:>3}  {step.out}: " + (f"{step.flops / 1e12:.2f} TFLOP" if step in to_do else "complete"))
@@ -240,6 +304,8 @@ def main(s):
           "matrix product's speed on one device of this machine", flush=True)
     if s.dry_run:
         return
+    if s.launcher == "slurm":
+        return submit(s, to_do)
     incomplete = []
     for number, step in enumerate(steps, 1):
         if ledger.unchanged(step):
@@ -257,7 +323,12 @@ def main(s):
             continue
         pace.add(step, time.monotonic() - began)
         ledger.add(step)
-    run_command([sys.executable, str(ROOT / "report.py"), "--runs", str(s.out), "--out", str(s.report)])
+    if not s.only:
+        try:
+            run_command([sys.executable, str(ROOT / "report.py"), "--runs", str(s.out), "--out", str(s.report)])
+        except SystemExit:
+            if not incomplete:
+                raise
     if incomplete:
         raise UserError(f"{len(incomplete)} evaluations are incomplete: {', '.join(incomplete)}. Each said why above; "
                         "start again to do them anew")

@@ -250,9 +250,8 @@ def provenance(record, folder):
                     settings[f"{model}, seed {seed}, {stage.name}"] = run["settings"]
     if not rows:
         return []
-    ledger = Path(folder) / "experiment.json"
-    if ledger.exists():
-        commands = [plain(step["command"]) for step in read_json(ledger).values()]
+    if ledger := sorted(Path(folder).glob("experiment/*.json")):
+        commands = [plain(read_json(path)["command"]) for path in ledger]
     common = {name: value for name, value in next(iter(settings.values())).items()
               if all(found.get(name, ...) == value for found in settings.values())}
     lines = [f"all stages: {words_of(common)}"] + [

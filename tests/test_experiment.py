@@ -1,12 +1,16 @@
 """The experiment: which steps it consists of, that it does what is missing, and nothing twice."""
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import experiment
 from experiment import ExperimentSettings, Ledger, Pace, Step, inputs_digest, plan
-from model.files import UserError, read_json
+from model.files import UserError
 from tests.conftest import run_script, sample_texts
 
 
@@ -70,11 +74,11 @@ def test_a_step_is_done_again_where_its_command_or_its_inputs_changed(checkpoint
     weights, data, out = tmp_path / "weights", tmp_path / "data.json", tmp_path / "out"
     shutil.copytree(checkpoint, weights)
     data.write_text("{}")
-    ledger, step = Ledger(tmp_path / "experiment.json"), Step(out, ["do", "it"], inputs=(weights, data))
+    ledger, step = Ledger(tmp_path), Step(out, ["do", "it"], inputs=(weights, data))
     ledger.add(step)
     assert not ledger.unchanged(step)  # its result is not there
     out.mkdir()
-    assert Ledger(tmp_path / "experiment.json").unchanged(step)
+    assert Ledger(tmp_path).unchanged(step)
     assert not ledger.unchanged(Step(out, ["do", "that"], inputs=(weights, data)))
     data.write_text("{} ")
     assert not ledger.unchanged(step)
@@ -108,8 +112,38 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
     assert "3 steps, 0 of them to do" in text
     assert (tmp_path / "report/report.html").read_bytes() == page
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
-    assert set(read_json(tmp_path / "runs/experiment.json")) == {
-        str(tmp_path / "runs/llm" / name) for name in ("m0/eval", "m1-simp", "m1-simp/eval")}
+    assert {path.name for path in (tmp_path / "runs/experiment").iterdir()} == {
+        "llm-m0-eval.json", "llm-m1-simp.json", "llm-m1-simp-eval.json"}
+
+
+def test_jobs_for_slurm(checkpoint, tasks, suite_file, tmp_path, monkeypatch, capsys):
+    sbatch = tmp_path / "bin/sbatch"  # in the place of the cluster's
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho "$(wc -l < {tmp_path}/asked);cluster"\n')
+    sbatch.chmod(0o755)
+    s = settings(checkpoint, tasks, tmp_path / "runs", models=("llm",), order=("simp", "empd"), suite=str(suite_file),
+                 report=str(tmp_path / "report"), gpus=1, launcher="slurm", evaluate_args="--limit 2 --dtype fp32")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(UserError, match="sbatch cannot be started"):
+            experiment.main(s)
+        patch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+        experiment.main(s)
+    place = tmp_path / "runs/slurm"
+    assert f"6 jobs submitted; their scripts and logs: {place}" in capsys.readouterr().out
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"--parsable {place}/llm-m0-eval.sh", f"--parsable {place}/llm-m1-simp.sh",
+        f"--parsable --dependency=afterok:2 {place}/llm-m1-simp-eval.sh",
+        f"--parsable --dependency=afterok:2 {place}/llm-m2-empd.sh",
+        f"--parsable --dependency=afterok:4 {place}/llm-m2-empd-eval.sh",
+        f"--parsable --dependency=afterany:1:2:3:4:5 {place}/report.sh"]
+    for script in place.glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+        assert "@" not in script.read_text().replace("between @", "")
+    assert "#SBATCH --gpus-per-node=1" in (place / "report.sh").read_text()
+    run_script(place / "llm-m0-eval.sh", launcher=["bash"], PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the job has recorded its step
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(("flags", "said"), [

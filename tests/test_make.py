@@ -76,6 +76,7 @@ def test_the_experiment_and_its_report():
                                         "RAW=my/raw", "ORDER=simp exp simp", "SUITE=local", "FILES=my/files").stdout)
     assert ("experiment.py --data data/prepared/raw --out runs/x --suite local --order simp,exp,simp --init_llm a "
             "--init_stack b --suite_files my/files") in text
+    assert "--launcher slurm" in make("experiment", "LAUNCHER=slurm").stdout
     assert "report.py --runs runs/small" in make("report", "SIZE=small").stdout
 
 
