@@ -24,7 +24,7 @@ from model.checkpoint import checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, digest, read_json, write_json, write_text
 from runs import clock
-from settings import CONFIGS, ROOT, read_config, run, setting, unknown_name
+from settings import CONFIGS, ROOT, known, read_config, read_toml, run, setting, unknown_name
 from stages import Stage, run_command, shape, words
 
 UTILISATION = 0.3  # of the speed of a matrix product that training and evaluation reach, for the first estimate
@@ -75,6 +75,14 @@ class Step(Stage):
     script: str = ""
     inputs: tuple = ()
 
+    @property
+    def work(self):
+        """The command from the script on, without the launcher, which changes no number."""
+        command = [str(word) for word in self.command]
+        start = next(index for index, word in enumerate(command) if word.endswith(self.script))
+        end = command.index("--launcher") if "--launcher" in command else len(command)
+        return command[start:end]
+
 
 def plan(s):
     """The steps of the experiment, in order."""
@@ -121,8 +129,21 @@ def evaluation(s, model, checkpoint, directory):
     command = [*launch(s), ROOT / "evaluate.py", "--checkpoint", checkpoint, "--out", directory / "eval",
                "--data", s.data, "--tasks", ",".join(tasks), "--suite", s.suite,
                *(["--suite_files", s.suite_files] if s.suite_files else []), *words(s.evaluate_args)]
-    files = [Path(s.data) / f"{task}.json" for task in tasks]
+    files = [*(Path(s.data) / f"{task}.json" for task in tasks), *suite_files(s)]
     return Step(directory / "eval", command, evaluation_flops(s, model), "evaluate.py", (checkpoint, *files))
+
+
+def suite_files(s):
+    """The TOML file of the suite and the local files that it names."""
+    path = CONFIGS / "eval" / f"{s.suite}.toml"
+    path = path if path.exists() else Path(s.suite)
+    if path.suffix != ".toml" or not path.exists():
+        raise UserError(f"unknown suite {s.suite!r}, expected one of {', '.join(known('eval'))} or the path of a .toml "
+                        "file")
+    table = read_toml(path)
+    folder = Path(s.suite_files) if s.suite_files else ROOT / table["folder"] if "folder" in table else path.parent
+    names = dict.fromkeys(entry["file"] for entry in table.get("benchmark", []) if "file" in entry)
+    return [path, *(folder / name for name in names)]
 
 
 def launch(s):
@@ -213,7 +234,7 @@ class Ledger:
         return step.out.exists() and path.exists() and read_json(path) == self.entry(step)
 
     def entry(self, step):
-        return {"command": [str(word) for word in step.command], "inputs": inputs_digest(step)}
+        return {"command": step.work, "inputs": inputs_digest(step)}
 
     def add(self, step):
         write_json(self.path(step), self.entry(step))

@@ -27,8 +27,8 @@ def save(figure, path):
 
 
 def grid(count, width=3.6, height=3.0):
-    """A figure with so many panels in rows of up to three; returns it and its axes as a flat list."""
-    columns = min(3, count)
+    """A figure with so many panels, in rows of two or three; returns it and its axes as a flat list."""
+    columns = 2 if count in (2, 4) else min(3, count)
     rows = math.ceil(count / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained",
                                    squeeze=False)

@@ -70,8 +70,10 @@ class Record:
         known = suites() | described
         ordered = [known[name] for name in known if name in measured]
         self.benchmarks = ordered + [Benchmark(name, "other") for name in measured if name not in known]
-        self.tasks = list(dict.fromkeys(task for stage in stages for task in stage.tasks))
         self.learned = [self.task_of(number) for number in range(1, self.last + 1)]
+        there = dict.fromkeys(task for stage in stages for task in stage.tasks)
+        self.tasks = [task for task in dict.fromkeys(self.learned) if task in there]
+        self.tasks += [task for task in there if task not in self.tasks]
         self._find_missing()
 
     def task_of(self, number):
@@ -269,9 +271,8 @@ def words_of(settings):
 
 def plain(command):
     """A step's command as one types it in the project's folder."""
-    python = Path(command[0]).name.startswith("python")
-    parts = ["python", *command[1:]] if python else command
-    return shlex.join(word.removeprefix(f"{ROOT}/") for word in parts)
+    module = [] if command[0].endswith(".py") else ["-m"]
+    return shlex.join(["python", *module, *(word.removeprefix(f"{ROOT}/") for word in command)])
 
 
 def train_command(run):

@@ -74,12 +74,16 @@ def test_a_step_is_done_again_where_its_command_or_its_inputs_changed(checkpoint
     weights, data, out = tmp_path / "weights", tmp_path / "data.json", tmp_path / "out"
     shutil.copytree(checkpoint, weights)
     data.write_text("{}")
-    ledger, step = Ledger(tmp_path), Step(out, ["do", "it"], inputs=(weights, data))
+    def make(*command):
+        return Step(out, command, script="train.py", inputs=(weights, data))
+
+    ledger, step = Ledger(tmp_path), make("python", "a/train.py", "--seed", "1")
     ledger.add(step)
     assert not ledger.unchanged(step)  # its result is not there
     out.mkdir()
     assert Ledger(tmp_path).unchanged(step)
-    assert not ledger.unchanged(Step(out, ["do", "that"], inputs=(weights, data)))
+    assert ledger.unchanged(make("torchrun", "--nproc", "2", "a/train.py", "--seed", "1"))  # the same numbers
+    assert not ledger.unchanged(make("python", "a/train.py", "--seed", "2"))
     data.write_text("{} ")
     assert not ledger.unchanged(step)
     data.write_text("{}")
@@ -149,6 +153,7 @@ def test_jobs_for_slurm(checkpoint, tasks, suite_file, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(("flags", "said"), [
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown model 'big'"),
     (["--seeds", "1,1"], "seeds is empty or names one twice"), ([], "llm has no --init_llm, and --size is missing"),
+    (["--size", "tiny", "--text", "x", "--suite", "smple"], "unknown suite 'smple', expected one of local, paper"),
     (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])
 def test_an_experiment_that_cannot_be(refusal, tmp_path, flags, said):
     words = ["--data", tmp_path, "--out", tmp_path / "out", *flags]
