@@ -1,8 +1,4 @@
-"""Benchmarks by lm-eval: suites of them, our model in lm-eval's terms, calibration beside its figures.
-
-A suite is a TOML file, in configs/eval or anywhere: a list of [[benchmark]], each a task or group that lm-eval knows,
-or a JSONL file of one's own with lm-eval's keys for how to read it.
-"""
+"""Benchmarks by lm-eval: suites of them, our model in lm-eval's terms, calibration beside its figures."""
 import contextlib
 import dataclasses
 import datetime
@@ -12,7 +8,6 @@ import logging
 import re
 import warnings
 from array import array
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -29,7 +24,8 @@ from metrics import calibration
 from model.checkpoint import first_line
 from model.files import UserError, read_json_lines, write_text
 from model.generate import Decoding
-from settings import CONFIGS, ROOT, known, overlay, read_toml
+from settings import overlay
+from suites import Benchmark, open_suite
 
 MAX_NEW_TOKENS = 256  # of a generation that says no number, as in lm-eval's own backend
 CALIBRATION = ("ece", "nll", "brier")  # as metrics.calibration names them
@@ -38,42 +34,10 @@ ENCODED_AT_ONCE = 1000  # texts
 
 # -------------------------------------------------------------------------------------------------------------- suites
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark of a suite: what to run, and how the report speaks of it."""
-    name: str  # a task or group of lm-eval, or for a local file a name of one's own
-    category: str
-    metric: str = "acc"  # the figure that the benchmark is judged by
-    num_fewshot: int = 0
-    label: str | None = None
-    part_of: str | None = None  # a benchmark of the suite that this is a part of: it does not count in the category
-    file: str | None = None  # a local JSONL file: its first num_fewshot lines are the examples, the others the items
-    pairs: bool = False  # the items are {sent_more, sent_less}: the share of pairs with the first one more likely
-    by: str | None = None  # a field: each of its values is a benchmark too, a part of this one
-    where: dict = field(default_factory=dict)  # only the items with these fields
-    options: dict = field(default_factory=dict)  # lm-eval's own keys: doc_to_text, doc_to_choice, doc_to_target, …
-
-
 def read_suite(name, folder=None):
-    """The benchmarks of a suite: a name in configs/eval, or the path of a TOML file.
-
-    folder: where its local files lie; none: where the key `folder` says, in this project, or beside the TOML file. One
-    UserError lists everything that is wrong.
-    """
-    path = CONFIGS / "eval" / f"{name}.toml"
-    if not path.exists():
-        path = Path(name)
-        if path.suffix != ".toml" or not path.exists():
-            raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a "
-                            ".toml file")
-    table = read_toml(path)
-    entries, place = table.get("benchmark", []), table.get("folder", "")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path}: expected a list of [[benchmark]]")
-    problems = [f"unknown key {key!r}" for key in table if key not in ("folder", "benchmark")]
-    problems += ["folder is no text"] if not isinstance(place, str) else []
-    problems += ["it names no [[benchmark]]"] if not entries else []
-    folder = Path(folder or (ROOT / place if place and not problems else path.parent))
+    """The benchmarks of a suite (see suites.open_suite). One UserError lists everything that is wrong with them."""
+    path, entries, folder = open_suite(name, folder)
+    problems = []
     found = [read_benchmark(entry, f"[[benchmark]] {entry.get('name', number)}", folder, problems)
              for number, entry in enumerate(entries, 1)]
     if not problems:
@@ -388,10 +352,8 @@ def quiet():
 
 def write_results(directory, results):
     """Writes results as lm-eval does: results_<date>.json."""
-    name = f"results_{datetime.datetime.now().isoformat().replace(':', '-')}.json"
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    write_text(Path(directory) / name, text + "\n")
-    return Path(directory) / name
+    path = Path(directory) / f"results_{datetime.datetime.now().isoformat().replace(':', '-')}.json"
+    write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
 
 
 def figures(suite, results):

@@ -24,8 +24,9 @@ from model.checkpoint import checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, digest, read_json, write_json, write_text
 from runs import clock
-from settings import CONFIGS, ROOT, known, read_config, read_toml, run, setting, unknown_name
+from settings import CONFIGS, ROOT, read_config, run, setting, unknown_name
 from stages import Stage, run_command, shape, words
+from suites import open_suite
 
 UTILISATION = 0.3  # of the speed of a matrix product that training and evaluation reach, for the first estimate
 CHARACTERS = 4  # a token, about
@@ -135,15 +136,8 @@ def evaluation(s, model, checkpoint, directory):
 
 def suite_files(s):
     """The TOML file of the suite and the local files that it names."""
-    path = CONFIGS / "eval" / f"{s.suite}.toml"
-    path = path if path.exists() else Path(s.suite)
-    if path.suffix != ".toml" or not path.exists():
-        raise UserError(f"unknown suite {s.suite!r}, expected one of {', '.join(known('eval'))} or the path of a .toml "
-                        "file")
-    table = read_toml(path)
-    folder = Path(s.suite_files) if s.suite_files else ROOT / table["folder"] if "folder" in table else path.parent
-    names = dict.fromkeys(entry["file"] for entry in table.get("benchmark", []) if "file" in entry)
-    return [path, *(folder / name for name in names)]
+    path, entries, folder = open_suite(s.suite, s.suite_files)
+    return [path, *(folder / name for name in dict.fromkeys(entry["file"] for entry in entries if "file" in entry))]
 
 
 def launch(s):
@@ -198,6 +192,25 @@ def machine_speed(size=1024, repeats=8):
         b = a @ a
     b.sum().item()
     return 2 * size ** 3 * repeats / (time.perf_counter() - began)
+
+
+class Pace:
+    """How fast each script is here: as measured where it ran before, otherwise at the speed given (FLOPs a second)."""
+
+    def __init__(self, speed):
+        self.speed, self.spent = speed, {}
+
+    def add(self, step, seconds):
+        flops, total = self.spent.get(step.script, (0.0, 0.0))
+        self.spent[step.script] = flops + step.flops, total + seconds
+
+    def left(self, steps):
+        """Seconds that steps will take."""
+        seconds = 0.0
+        for step in steps:
+            done, took = self.spent.get(step.script, (0.0, 0.0))
+            seconds += step.flops * (took / done if done else 1 / self.speed)
+        return seconds
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -293,25 +306,7 @@ def send(s, template, name, command, dependency):
     return result.stdout.strip().partition(";")[0]
 
 
-
-class Pace:
-    """How fast each script is here: as measured where it ran before, otherwise at the speed given (FLOPs a second)."""
-
-    def __init__(self, speed):
-        self.speed, self.spent = speed, {}
-
-    def add(self, step, seconds):
-        flops, total = self.spent.get(step.script, (0.0, 0.0))
-        self.spent[step.script] = flops + step.flops, total + seconds
-
-    def left(self, steps):
-        """Seconds that steps will take."""
-        seconds = 0.0
-        for step in steps:
-            done, took = self.spent.get(step.script, (0.0, 0.0))
-            seconds += step.flops * (took / done if done else 1 / self.speed)
-        return seconds
-
+# ----------------------------------------------------------------------------------------------------------- the whole
 
 def main(s):
     """Prints the plan, runs what is missing or changed, and writes the report."""

@@ -1,6 +1,5 @@
 """The figures of a report, from what report.py computes; each is written as PNG and SVG."""
 import math
-from pathlib import Path
 
 import matplotlib
 
@@ -174,8 +173,3 @@ def accuracy_over_calibration(path, points):
     panel.grid(alpha=0.3)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     save(figure, path)
-
-
-def written(folder):
-    """The PNG figures in a folder."""
-    return sorted(Path(folder).glob("*.png"))

@@ -17,8 +17,9 @@ from pathlib import Path
 import figures
 from metrics import average_performance, backward_transfer, fg, forgetting_from_best, mean, over_seeds
 from model.files import UserError, read_json, write_text
-from results import Benchmark, read_results, read_runs, suites
+from results import read_results, read_runs, shipped
 from settings import ROOT, read_config, run, setting
+from suites import Benchmark
 
 BIAS = "Bias"  # the category whose parts are drawn as a heat map
 
@@ -67,7 +68,7 @@ class Record:
                     names.setdefault(number, stage.name)
         self.stages = [names.get(number, f"m{number}") for number in range(self.last + 1)]
         measured = dict.fromkeys(name for stage in stages for name in stage.benchmarks)
-        known = suites() | described
+        known = shipped() | described
         ordered = [known[name] for name in known if name in measured]
         self.benchmarks = ordered + [Benchmark(name, "other") for name in measured if name not in known]
         self.learned = [self.task_of(number) for number in range(1, self.last + 1)]

@@ -1,4 +1,5 @@
 """Figures of runs, read from what evaluation left on disk: lm-eval's results, task metrics, logs of training."""
+import functools
 import json
 import math
 import re
@@ -7,19 +8,10 @@ from pathlib import Path
 
 from metrics import NORMAL, Estimate
 from model.files import UserError, read_json
-from settings import CONFIGS, known, read_toml
+from settings import known, read_toml
+from suites import Benchmark, open_suite
 
 STAGE = re.compile(r"m(\d+)(?:-(\w+))?")
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What a benchmark is called and where it belongs."""
-    name: str
-    category: str
-    metric: str = "acc"
-    label: str | None = None
-    part_of: str | None = None
 
 
 @dataclass
@@ -103,10 +95,9 @@ def add_results(stage, file):
     found = read_json(file)
     if not isinstance(found.get("results"), dict):
         raise UserError(f"{file} is no results file of lm-eval: it has no \"results\"")
-    described = {entry["name"]: Benchmark(*(entry[key] for key in ("name", "category", "metric", "label", "part_of")))
-                 for entry in found.get("run", {}).get("suite", [])}
+    described = {entry["name"]: described_by(entry) for entry in found.get("run", {}).get("suite", [])}
     for name, figures in found["results"].items():
-        benchmark = described.get(name) or suites().get(name) or Benchmark(name, "other")
+        benchmark = described.get(name) or shipped().get(name) or Benchmark(name, "other")
         value, error = figure(figures, benchmark.metric)
         if value is None:
             continue
@@ -130,13 +121,18 @@ def figure(figures, metric):
     return None, None
 
 
-def suites():
+def described_by(entry):
+    """The Benchmark of an entry of a suite, as far as a report needs it."""
+    return Benchmark(**{key: entry[key] for key in ("name", "category", "metric", "label", "part_of") if key in entry})
+
+
+@functools.cache
+def shipped():
     """The benchmarks that the suites in configs/eval name."""
     found = {}
     for name in known("eval"):
-        for entry in read_toml(CONFIGS / f"eval/{name}.toml")["benchmark"]:
-            found.setdefault(entry["name"], Benchmark(
-                entry["name"], entry["category"], entry.get("metric", "acc"), entry.get("label"), entry.get("part_of")))
+        for entry in open_suite(name)[1]:
+            found.setdefault(entry["name"], described_by(entry))
     return found
 
 

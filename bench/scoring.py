@@ -21,12 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import Benchmark, HarnessModel, local_task, read_suite
+from benchmarks import HarnessModel, local_task, read_suite
 from distributed import Processes
 from model.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from scorer import Scorer
 from settings import run, setting
+from suites import Benchmark
 
 NAMES = ("boolq", "piqa", "mmlu", "commonsense_qa", "hellaswag", "crows_pairs_english")
 

@@ -14,13 +14,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import benchmarks
-from benchmarks import Benchmark, HarnessModel, figures, harness_decoding, local_task, read_suite, run_suite
+from benchmarks import HarnessModel, figures, harness_decoding, local_task, read_suite, run_suite
 from model.checkpoint import load_model, write_checkpoint
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from scorer import Scorer
 from settings import known
-from tests.conftest import random_model, sample_texts
+from suites import Benchmark, open_suite
+from tests.conftest import ROOT, random_model, sample_texts
 
 CONTEXT = 96  # tokens
 
@@ -227,6 +228,7 @@ def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
     names = [benchmark.name for benchmark in read_suite("paper")]
     assert len(names) == 22
     assert {"mmlu_stem", "race", "mutual", "crows_pairs_english_age"} <= set(names)
+    assert open_suite("sample")[2] == ROOT / "data/eval/sample"
     with pytest.raises(UserError, match="mmlu.jsonl does not exist"):
         read_suite("local", tmp_path)
 
