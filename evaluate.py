@@ -9,8 +9,6 @@ folder `eval` of the checkpoint. What is there already, of the same weights, dat
 import dataclasses
 import datetime
 import json
-import os
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -233,13 +231,4 @@ def print_suite(suite, results):
 
 
 if __name__ == "__main__":
-    status = 0
-    try:
-        settings.run((EvaluateSettings, main), __doc__)
-    except SystemExit as leaving:
-        status = leaving.code or 0
-    # Everything is written. Threads of the libraries that are still alive when the interpreter takes itself apart abort
-    # the process now and then (one cause: apache/arrow issue 45214), so it is left without that.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    settings.run((EvaluateSettings, main), __doc__)

@@ -169,7 +169,24 @@ def load(cls, argv, description, prog=None):
 
 
 def run(commands, description):
-    """Runs a script: parses the settings, calls its function, and turns a UserError into one line and status 2.
+    """Runs a script, as `dispatch` does, and ends the process.
+
+    When a script returns, everything it has to write is written. What is left of the process is not taken apart: a
+    thread of a library that is still at work then (gloo's, with the last collective's tensors; pyarrow's, apache/arrow
+    issue 45214) aborts it now and then, and a finished run would count as failed.
+    """
+    status = 0
+    try:
+        dispatch(commands, description)
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def dispatch(commands, description):
+    """Parses the settings, calls the script's function, and turns a UserError into one line and status 2.
 
     commands: a pair (settings dataclass, function), or a mapping from the script's sub-commands to such pairs.
     With DEBUG=1 in the environment the traceback is shown as well.

@@ -41,8 +41,8 @@ class GrowBenchSettings:
 
 
 # stack.py as it is called by hand, and then the memory that its process held at most
-GROW = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "print(open('/proc/self/status').read())")
+GROW = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; import settings, stack; "
+        "settings.dispatch(stack.COMMANDS, ''); print(open('/proc/self/status').read())")
 
 
 def timed(command):

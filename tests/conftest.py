@@ -67,7 +67,7 @@ def refusal(monkeypatch, capsys):
     def call(commands, *words):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         with pytest.raises(SystemExit) as exit:
-            settings.run(commands, "")
+            settings.dispatch(commands, "")
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert exit.value.code == 2
         assert len(lines) == 1, lines
