@@ -155,23 +155,29 @@ def model_config(s, model):
 
 def training_flops(s, model, data):
     """The FLOPs of fine-tuning on a task's training split, about."""
-    table, given = read_config("size", s.size).get("finetune", {}) if s.size else {}, words(s.train_args)
-    def value(name, default):
-        return float(given[given.index(f"--{name}") + 1]) if f"--{name}" in given else table.get(name, default)
-    items = read_items(data)["train"][:int(value("max_train_samples", 1 << 40))]
+    table = read_config("size", s.size).get("finetune", {}) if s.size else {}
+    samples = flag(s.train_args, "max_train_samples", table.get("max_train_samples"))
+    epochs = flag(s.train_args, "num_train_epochs", table.get("num_train_epochs", 3))
+    items = read_items(data)["train"][:samples and int(samples)]
     tokens = sum(len(item["input"]) + len(item["output"]) for item in items) / CHARACTERS
-    return model_config(s, model).flops(tokens * value("num_train_epochs", 3))
+    return model_config(s, model).flops(tokens * epochs)
 
 
 def evaluation_flops(s, model):
     """The FLOPs of generating the test sets, about: a third of training's for each token that is read or tried."""
-    tokens = 0
+    tokens, limit = 0, flag(s.evaluate_args, "limit", None)
     for task in dict.fromkeys(s.order):
         decoding = read_config("task", task)["decoding"]
         new = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2
         tokens += sum(len(item["input"]) / CHARACTERS + new
-                      for item in read_items(Path(s.data) / f"{task}.json")["test"])
+                      for item in read_items(Path(s.data) / f"{task}.json")["test"][:limit and int(limit)])
     return model_config(s, model).flops(tokens) / 3
+
+
+def flag(args, name, default):
+    """The number that a flag among `args` has, or the default."""
+    given = words(args)
+    return float(given[given.index(f"--{name}") + 1]) if f"--{name}" in given else default
 
 
 @functools.cache
