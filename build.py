@@ -9,12 +9,12 @@ import torch
 
 from batches import TaskData, TokenShards, data_digest, read_task
 from distributed import weights_dtype
-from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_model, locate
+from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, read_json
 from model.tokenizer import Tokenizer, same_tokenizer
-from model.transformer import Transformer
-from runs import describe, history, is_finished
+from model.transformer import Transformer, initial_weights, parameter_shapes
+from runs import describe, history, is_finished, optional
 from settings import CONFIGS, model_shape
 
 
@@ -24,6 +24,10 @@ def prepare(s, world):
     Returns what run.json will say of the run, and whether it was finished before.
     """
     data = Path(s.data)
+    if s.tensorboard:
+        optional("tensorboard")
+    if s.wandb:
+        optional("wandb")
     if s.task and not data.is_file():
         raise UserError(f"{s.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
                         "`make data`")
@@ -37,6 +41,7 @@ def prepare(s, world):
     if s.task and (dropped := read_task(s.data)[1]):
         more = f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
         print(f"{s.data}: {len(dropped)} samples have no target and are left out: {', '.join(dropped[:20])}{more}")
+    deepspeed_config(s, world)
     source = find_weights(s)
     config = ModelConfig.read(source / "config.json") if s.init else new_config(s, Tokenizer(source))
     check_vocabulary(source, config)
@@ -62,6 +67,20 @@ def prepare(s, world):
               "the first sample")
     run = describe(resolved, checkpoint_digest(source) if s.init else None, digest, **facts)
     return run, is_finished(s.out, run, defaults)
+
+
+def check_same_data(s, world):
+    """Fails where a process sees other data than rank 0, such as an old copy on its own disk."""
+    digests = world.gather(data_digest(s.data))
+    world.on_main(lambda: compare_digests(s.data, digests))
+
+
+def compare_digests(path, digests):
+    """Raises UserError where the digests that the processes found for the data differ."""
+    other = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if other:
+        raise UserError(f"{path} is not the same on all nodes: digest {digests[0]:.12} on rank 0, "
+                        f"{digests[other[0]]:.12} on rank {other[0]}: copy it there again, or use a shared folder")
 
 
 def find_weights(s):
@@ -105,22 +124,57 @@ def new_config(s, tokenizer):
                        eos_token_id=tokenizer.eos_id)
 
 
-def build_model(s, source, device):
-    """The tokenizer and the model, on `device` and in the dtype of the run."""
+def build_model(s, source, world):
+    """The tokenizer and the model, on the device and in the dtype of the run.
+
+    Weights are read or made one tensor at a time. Under ZeRO-3 rank 0 alone does so, and each process keeps its share
+    of each tensor before the next one comes, so that none ever holds the model.
+    """
     tokenizer, dtype = Tokenizer(source), torch.bfloat16 if weights_dtype(s) == "bf16" else torch.float32
-    if s.init:
-        model = load_model(source, dtype, device)
+    config = ModelConfig.read(source / "config.json") if s.init else new_config(s, tokenizer)
+    weights = read_weights(source, config) if s.init else initial_weights(config, s.seed)
+    if zero_stage(s, world) == 3:
+        model = assemble_sharded(config, weights, dtype, world, deepspeed_config(s, world))
     else:
-        model = Transformer(new_config(s, tokenizer))
-        model.init_weights(s.seed)
-        model.to(device=device, dtype=dtype)
+        model = assemble(config, ((name, tensor.to(device=world.device, dtype=dtype)) for name, tensor in weights))
     model.model.gradient_checkpointing = s.gradient_checkpointing
     return tokenizer, model.train()
 
 
+def read_weights(source, config):
+    """The weights of a checkpoint, as pairs (name, tensor) in the order of the model; one is held at a time."""
+    weights = Weights(source)
+    return ((name, weights[name]) for name in weights.check(config))
+
+
+def assemble_sharded(config, weights, dtype, world, config_of_deepspeed):
+    """A Transformer whose parameters are spread over the processes as ZeRO-3 wants them, one module after another.
+
+    DeepSpeed sends rank 0's tensor to the others, which have an empty one, and each keeps its slice.
+    """
+    deepspeed = import_deepspeed(world)
+    with torch.device("meta"):
+        model = Transformer(config)
+    tied = {model.lm_head} if config.tie_word_embeddings else set()
+    for module in model.modules():
+        if module in tied:
+            continue
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            tensor = next(weights)[1].to(dtype) if world.rank == 0 else torch.empty(parameter.shape, dtype=dtype)
+            setattr(module, leaf, torch.nn.Parameter(tensor.to(world.device)))
+        if not list(module.children()):
+            deepspeed.zero.Init(module=module, config_dict_or_path=config_of_deepspeed)
+    model.tie_weights()
+    return model
+
+
 def zero_stage(s, world):
-    """The ZeRO stage of the run: as set, or the cheapest one that its dtype and processes allow."""
-    return s.zero if s.zero is not None else 0 if world.size == 1 and weights_dtype(s) == "fp32" else 1
+    """The ZeRO stage of the run: as set, or of its DeepSpeed file, or the cheapest that dtype and processes allow."""
+    if s.zero is not None:
+        return s.zero
+    if s.deepspeed and "zero_optimization" in (given := read_json(s.deepspeed)):
+        return given["zero_optimization"].get("stage", 0)
+    return 0 if world.size == 1 and weights_dtype(s) == "fp32" else 1
 
 
 def load_data(s, tokenizer, config, world):
@@ -146,6 +200,18 @@ def build_engine(s, model, world):
     Master weights, moments and accumulated gradients are fp32. DeepSpeed's own schedule and loss scaling by
     accumulation steps are not used: the loop below sets the rate and the weight of each micro-batch.
     """
+    deepspeed = import_deepspeed(world)
+    shapes = parameter_shapes(model.config)  # a parameter that ZeRO-3 has spread over the processes has none
+    matrices = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) == 2]
+    vectors = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) != 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
+    with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(s, world))[0]
+
+
+def import_deepspeed(world):
+    """The package deepspeed, made quiet and ready for the device of the run."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     import deepspeed
     deepspeed.utils.logger.setLevel("ERROR")
@@ -153,17 +219,52 @@ def build_engine(s, model, world):
         # DeepSpeed would compile a C++ library for reductions in shared memory; gloo does without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
-    zero = zero_stage(s, world)
-    config = read_json(CONFIGS / "deepspeed" / f"zero{zero}.json") | {
+    return deepspeed
+
+
+def deepspeed_config(s, world):
+    """What DeepSpeed is told: the file of the run's ZeRO stage, and what the run's own settings say.
+
+    Raises UserError where a file of the user's contradicts those settings.
+    """
+    stage = zero_stage(s, world)
+    path = s.deepspeed or CONFIGS / "deepspeed" / f"zero{stage}{'_offload' if s.offload else ''}.json"
+    given, mine = read_json(path), {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # the loop decides, see take_step()
-        "gradient_clipping": s.max_grad_norm if zero else 0.0,  # without ZeRO the loop clips itself
+        "gradient_clipping": s.max_grad_norm if stage else 0.0,  # without ZeRO the loop clips itself
         "bf16": {"enabled": weights_dtype(s) == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # the optimizer is torch's
+        "zero_optimization": {"stage": stage},
     }
-    with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected an object with DeepSpeed's settings")
+    problems = contradictions(given, mine | {"train_batch_size": s.global_batch_size})
+    given.pop("train_batch_size", None)  # DeepSpeed would work out from it how many micro-steps to wait for
+    problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
+                 if name in given and given[name] != {"enabled": False}]
+    if problems:
+        raise UserError(f"{path} contradicts the run's settings: {'; '.join(problems)}")
+    return merged(given, mine)
+
+
+def contradictions(given, mine, where=""):
+    """Values of a DeepSpeed file that differ from the run's own, as sentences; "auto" stands for the run's own."""
+    found = []
+    for name, value in mine.items():
+        if isinstance(value, dict) and isinstance(given.get(name), dict):
+            found += contradictions(given[name], value, f"{where}{name}.")
+        elif given.get(name, "auto") not in ("auto", value):
+            found.append(f"{where}{name} is {given[name]!r} there and {value!r} by the run's settings")
+    return found
+
+
+def merged(given, mine):
+    """The file's settings with the run's own over them; what is "auto" there is left to DeepSpeed."""
+    result = dict(mine)
+    for name, value in given.items():
+        if isinstance(value, dict):
+            result[name] = merged(value, mine.get(name, {}))
+        elif value != "auto" and name not in mine:
+            result[name] = value
+    return result

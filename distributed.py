@@ -1,13 +1,18 @@
 """The processes of a run: one alone, or many under torchrun or the deepspeed launcher."""
 import datetime
 import os
+import re
+import signal
 import socket
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 
 from model.files import UserError
+
+LOST = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
 
 
 class Processes:
@@ -44,8 +49,13 @@ class Processes:
                                 timeout=self.timeout)
         return self
 
-    def __exit__(self, *error):
-        dist.destroy_process_group()
+    def __exit__(self, kind, error, trace):
+        if kind is None or issubclass(kind, (UserError, SystemExit)):
+            dist.destroy_process_group()
+        elif issubclass(kind, RuntimeError) and re.search(LOST, str(error)):
+            raise UserError("lost touch with another process, which died or hangs "
+                            f"({str(error).splitlines()[0]:.200}): the same command goes on from what was saved") \
+                from None
 
     def sum(self, *values):
         """The sums of scalars over all processes, as floats."""
@@ -72,6 +82,20 @@ class Processes:
         dist.barrier()
         return result if self.local_rank == 0 else function()
 
+    def on_all(self, function):
+        """What `function()` returns on each process; where it fails on one, rank 0 says so and all of them exit."""
+        result, failure = None, None
+        try:
+            result = function()
+        except UserError as error:
+            failure = str(error)
+        failures = [None] * self.size
+        dist.all_gather_object(failures, failure)
+        for rank, reason in enumerate(failures):
+            if reason is not None:
+                self.fail(UserError(reason if self.size == 1 else f"{reason} (on rank {rank})"))
+        return result
+
     def on_main(self, function):
         """What `function()` returns on rank 0, for every process; where it fails there, the others exit in silence."""
         result, failure = [None, False], None
@@ -95,6 +119,29 @@ class Processes:
         """Prints a line, once for all processes."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+class StopRequest:
+    """Whether somebody asked the run to end: SIGTERM or SIGINT, as a context. `signal` is its name, or None.
+
+    The first one is a wish that the loop grants after its step. A second one ends the process at once, unless it comes
+    within two seconds: launchers pass on what the terminal has sent to every process already.
+    """
+
+    def __enter__(self):
+        self.signal, self.since = None, 0.0
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        if self.signal and time.monotonic() - self.since > 2:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.since = signal.Signals(number).name, time.monotonic()
 
 
 def weights_dtype(s):

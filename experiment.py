@@ -8,10 +8,8 @@ Each step is a command of its own, which is printed. A step is done again only w
 starts from or its data have changed since, as the digests in experiment/*.json say; so an experiment that was stopped
 goes on where it stopped, and one that is complete ends at once.
 """
-import dataclasses
 import functools
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,9 +20,10 @@ import torch
 from batches import data_digest, read_task
 from model.checkpoint import checkpoint_digest, locate
 from model.config import ModelConfig
-from model.files import UserError, digest, read_json, write_json, write_text
+from model.files import UserError, digest, read_json, write_json
 from runs import clock
 from settings import CONFIGS, ROOT, read_config, run, setting, unknown_name
+from slurm import submit
 from stages import Stage, run_command, shape, words
 from suites import open_suite
 
@@ -264,54 +263,6 @@ def name_of(out, step):
     return "-".join(step.out.relative_to(out).parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Slurm
-
-def submit(s, steps):
-    """Submits a job for each step, after those that make the weights it starts from, and one for the report at the end.
-
-    A job runs this script again for its step alone, so that what is recorded is the same.
-    """
-    template, jobs = read_template(s.slurm_file), {}
-    flags = {field.name: getattr(s, field.name) for field in dataclasses.fields(s) if field.name != "slurm_file"
-             and getattr(s, field.name) != field.default}
-    flags["launcher"] = f"torchrun --standalone --nproc_per_node {s.gpus}"
-    same = [word for name, value in flags.items()
-            for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value))]
-    for step in steps:
-        parent = jobs.get(str(step.inputs[0])) if step.inputs else None
-        command = [sys.executable, str(ROOT / "experiment.py"), *same, "--only", str(step.out)]
-        jobs[str(step.out)] = send(s, template, name_of(s.out, step), command, parent and f"afterok:{parent}")
-    send(s, template, "report", [sys.executable, str(ROOT / "report.py"), "--runs", s.out, "--out", s.report],
-         "afterany:" + ":".join(jobs.values()) if jobs else None)
-    print(f"{len(jobs) + 1} jobs submitted; their scripts and logs: {Path(s.out) / 'slurm'}")
-
-
-def read_template(path):
-    """The text of a job script with places to fill in."""
-    file = Path(path) if Path(path).exists() else ROOT / path
-    if not file.is_file() or "@COMMAND@" not in (text := file.read_text(encoding="utf-8")):
-        raise UserError(f"{path} is no job script: expected a file with @COMMAND@ in it, as configs/slurm/step.sbatch")
-    return text
-
-
-def send(s, template, name, command, dependency):
-    """Writes a job script and submits it; returns the job's number."""
-    script = Path(s.out) / "slurm" / f"{name}.sh"
-    values = {"NAME": name, "LOG": str(script.with_suffix(".log").absolute()), "GPUS": str(s.gpus),
-              "FOLDER": shlex.quote(str(Path.cwd())), "COMMAND": shlex.join(command)}
-    for key, value in values.items():
-        template = template.replace(f"@{key}@", value)
-    write_text(script, template)
-    words = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else []), str(script)]
-    try:
-        result = subprocess.run(words, capture_output=True, text=True)
-    except OSError as error:
-        raise UserError(f"sbatch cannot be started ({error.strerror}): submit from a machine of the cluster") from None
-    if result.returncode:
-        raise UserError(f"{shlex.join(words)} failed: {result.stderr.strip()}")
-    return result.stdout.strip().partition(";")[0]
-
-
 # ----------------------------------------------------------------------------------------------------------- the whole
 
 def main(s):
@@ -327,7 +278,7 @@ def main(s):
     if s.dry_run:
         return
     if s.launcher == "slurm":
-        return submit(s, to_do)
+        return submit(s, to_do, functools.partial(name_of, s.out))
     incomplete = []
     for number, step in enumerate(steps, 1):
         if ledger.unchanged(step):
@@ -338,8 +289,8 @@ def main(s):
         began = time.monotonic()
         try:
             run_command([str(word) for word in step.command])
-        except SystemExit:
-            if step.script != "evaluate.py":
+        except SystemExit as leaving:
+            if step.script != "evaluate.py" or leaving.code != 2:
                 raise
             incomplete.append(str(step.out))  # such as a dataset that cannot be had: the stages after it can go on
             continue

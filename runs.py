@@ -3,18 +3,21 @@
 A stage is whole or absent. Training works in `<out>.partial/`, which takes the name `<out>` when the final weights are
 on disk; `run.json` in either says what the run is made of.
 """
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from model.files import UserError, explain_os_errors, read_json, write_json
+from model.files import UserError, explain_os_errors, read_json, write_json, write_text
 
 # Settings that change how a run is carried out but none of its numbers, or (init and data) that a digest stands for.
 OPERATIONAL = {"out", "init", "data", "micro_batch_tokens", "micro_step_slots", "gradient_checkpointing",
-               "logging_steps", "save_total_limit", "local_rank", "zero"}
+               "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes", "tensorboard", "wandb",
+               "local_rank", "zero", "offload", "deepspeed"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
 
 
@@ -62,10 +65,16 @@ def differences(run, path, defaults):
                                       ("data_digest", "it was trained on other data")) if recorded.get(key) != run[key]]
 
 
+def identity(run):
+    """What two runs have to agree on to give the same weights."""
+    settings = {name: value for name, value in run["settings"].items() if name not in OPERATIONAL}
+    return {"settings": settings, "parent_digest": run["parent_digest"], "data_digest": run["data_digest"]}
+
+
 def is_finished(out, run, defaults):
     """Whether this run was finished before. Raises UserError where its directory belongs to other settings."""
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_directory(out)
     if out.exists() and not (out / "run.json").exists():
         raise UserError(f"{out} exists and is no run of this program: remove it or choose another --out")
     for directory in (out, partial):
@@ -75,12 +84,18 @@ def is_finished(out, run, defaults):
     return out.exists()
 
 
+def partial_directory(out):
+    """The directory that a run works in until it is finished."""
+    return Path(out).with_name(Path(out).name + ".partial")
+
+
 def start_run(out, run):
     """Makes `<out>.partial/`, the directory that a run works in, with its run.json; returns it.
 
-    What an unfinished run has left there goes, but for checkpoints: those are kept under `<out>.partial.old/`.
+    What an unfinished run that saved no state has left there goes, but for checkpoints: those are kept under
+    `<out>.partial.old/`.
     """
-    partial = Path(out).with_name(Path(out).name + ".partial")
+    partial = partial_directory(out)
     if partial.exists():
         old = partial.with_name(partial.name + ".old")
         print(f"{partial} was left by a run that did not finish: starting again from its beginning", flush=True)
@@ -96,27 +111,85 @@ def start_run(out, run):
     return partial
 
 
+def continue_run(partial, run, step):
+    """Notes in run.json that a run goes on after so many steps, and who carries it out now; returns what it says."""
+    recorded = read_json(partial / "run.json")
+    now = {"after_step": step} | {key: run[key] for key in ("commit", "processes", "device")}
+    recorded["resumed"] = [*recorded.get("resumed", []), now]
+    write_json(partial / "run.json", recorded)
+    return recorded
+
+
 def finish_run(out, partial, run):
-    """Gives a run whose final weights are on disk its name, with the result in run.json."""
+    """Gives a run whose final weights are on disk its name, with the result in run.json and no saved state."""
     write_json(partial / "run.json", run)
     with explain_os_errors(out):
+        shutil.rmtree(partial / "resume", ignore_errors=True)
         partial.rename(out)
 
 
 class StepLog:
-    """metrics.jsonl of a run: one JSON object a step, written through at once. Other ranks than 0 pass None."""
+    """metrics.jsonl of a run: one JSON object a step, written through at once. Other ranks than 0 pass None.
 
-    def __init__(self, directory):
-        self.file = None
+    It is cut back to the `step` that the run goes on from, so that no step stands in it twice.
+    """
+
+    def __init__(self, directory, step=0, watchers=()):
+        self.file, self.watchers = None, watchers
         if directory is not None:
+            path = Path(directory) / "metrics.jsonl"
+            write_text(path, "".join(logged_until(path, step)))
             with explain_os_errors(directory):
-                self.file = open(Path(directory) / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+                self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, **values):
         if self.file:
             with explain_os_errors(self.file.name):
                 self.file.write(json.dumps(values) + "\n")
                 self.file.flush()
+            for log, _ in self.watchers:
+                log(values)
+
+    def close(self):
+        for _, close in self.watchers:
+            close()
+
+
+def watchers(s, directory, run):
+    """The services that a run is logged to beside metrics.jsonl: pairs of functions (log a step's values, close)."""
+    found = []
+    if s.tensorboard:
+        writer = optional("tensorboard", "torch.utils.tensorboard").SummaryWriter(directory / "tensorboard")
+        found.append((lambda values: [writer.add_scalar(name, value, values["step"]) for name, value in values.items()
+                                      if isinstance(value, int | float)], writer.close))
+    if s.wandb:
+        session = optional("wandb").init(project=s.wandb, name=str(s.out), config=run["settings"], dir=directory,
+                                         id=re.sub(r"\W+", "-", str(s.out)), resume="allow")
+        found.append((lambda values: session.log(values, step=values["step"]), session.finish))
+    return found
+
+
+def optional(package, module=None):
+    """A module of a package that is not among the requirements; a UserError says how to get it."""
+    try:
+        return importlib.import_module(module or package)
+    except ImportError:
+        raise UserError(f"--{package} needs the package {package}, which is not installed: pip install {package}") \
+            from None
+
+
+def logged_until(path, step):
+    """The lines of a log up to a step; one that was cut short by a crash is left out with what follows it."""
+    if not step or not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            logged = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return
+        if logged > step:
+            return
+        yield line
 
 
 def show(loss):

@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 import tomllib
+import traceback
 import typing
 from pathlib import Path
 
@@ -180,6 +181,10 @@ def run(commands, description):
         dispatch(commands, description)
     except SystemExit as leaving:
         status = leaving.code or 0
+    except Exception as error:  # a mistake of ours
+        traceback.print_exc()
+        print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

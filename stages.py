@@ -4,6 +4,7 @@ A chain that was interrupted goes on at the stage where it stopped, since what i
 """
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -44,11 +45,21 @@ def run_stages(stages, dry_run=False):
 
 
 def run_command(command):
-    """Runs a command and ends this process with its status if that is not 0."""
+    """Runs a command and ends this process with its status if that is not 0.
+
+    SIGTERM and SIGINT are passed on to it: what it does about them is its own affair, and this process waits for it.
+    """
     try:
-        status = subprocess.run(command).returncode
+        process = subprocess.Popen(command)
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
+    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if status < 0:
         raise UserError(f"{shlex.join(command)} was ended by signal {-status} (9: out of memory, or killed)")
     if status:

@@ -10,11 +10,14 @@ changes which samples it sees or what it minimises, the mean negative log-likeli
 global batch.
 """
 import contextlib
+import dataclasses
+import datetime
 import math
 import resource
 import shutil
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -22,13 +25,37 @@ from tqdm import tqdm
 
 import settings
 from batches import count_tokens, encode_prompts, global_batch, micro_batches
-from build import build_engine, build_model, find_weights, first_sample, load_data, prepare, samples_to_train, text_of
+from build import (
+    build_engine,
+    build_model,
+    check_same_data,
+    find_weights,
+    first_sample,
+    load_data,
+    prepare,
+    samples_to_train,
+    text_of,
+)
 from distributed import Processes, weights_dtype
 from model.checkpoint import write_checkpoint
 from model.files import UserError, new_directory
 from model.generate import Decoding, generate
-from runs import StepLog, clock, finish_run, history, print_result, show, start_run
+from resume import Saving, find_state, load_state, save_state
+from runs import (
+    StepLog,
+    clock,
+    continue_run,
+    finish_run,
+    history,
+    partial_directory,
+    print_result,
+    show,
+    start_run,
+    watchers,
+)
 from settings import setting
+
+SPIKE_WINDOW, SPIKE_LEAST = 50, 10  # steps whose mean loss a spike is measured by, and how many there have to be
 
 
 @dataclass(frozen=True)
@@ -70,15 +97,23 @@ class TrainSettings:
     adam_beta2: float = setting(0.999, "decay rate of the second moment")
     adam_epsilon: float = setting(1e-8, "added to the root of the second moment")
     max_grad_norm: float = setting(0.3, "clip the gradient to this norm; 0: do not")
+    skip_loss_above: float | None = setting(None, "pass over a batch whose loss is above this many times the mean of "
+                                                  "the last 50 steps'")
     # how it is computed
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
+    offload: bool = setting(False, "keep the optimizer, with ZeRO-3 the weights as well, in the memory of the host")
+    deepspeed: str | None = setting(None, "DeepSpeed file to use in place of the stage's in configs/deepspeed")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, 1/3 more work")
     local_rank: int | None = setting(None, "set by the deepspeed launcher")
     # what is written
     eval_steps: int = setting(300, "evaluate every N steps; before the first and after the last in any case")
     logging_steps: int = setting(10, "print every N steps; metrics.jsonl has every one")
     save_total_limit: int = setting(1, "epochs' checkpoints to keep beside the final weights")
+    save_minutes: float = setting(15.0, "minutes after which the state is saved, to resume from; 0: after every step")
+    timeout_minutes: float = setting(30.0, "minutes that a process waits for the others before it gives up")
+    tensorboard: bool = setting(False, "write the log for TensorBoard as well (needs the package tensorboard)")
+    wandb: str | None = setting(None, "project of Weights & Biases to log to as well (needs the package wandb)")
 
     def problems(self):
         """What contradicts what, as sentences."""
@@ -103,15 +138,18 @@ class TrainSettings:
                    ("max_target_length", 2), ("max_steps", 1), ("max_tokens", 1), ("max_train_samples", 1),
                    ("max_eval_samples", 1), ("eval_steps", 1), ("logging_steps", 1), ("warmup_steps", 0),
                    ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0), ("seed", 0),
-                   ("micro_step_slots", 0), ("num_hidden_layers", 1))
+                   ("micro_step_slots", 0), ("num_hidden_layers", 1), ("save_minutes", 0))
                   if getattr(self, name) is not None and not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)}, expected a number above 0"
-                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "max_flops")
+                  for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "max_flops", "timeout_minutes",
+                               "skip_loss_above")
                   if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to 1"
                   for name in ("min_lr_ratio", "decay_ratio") if not 0 <= getattr(self, name) <= 1]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to below 1"
                   for name in ("adam_beta1", "adam_beta2") if not 0 <= getattr(self, name) < 1]
+        if self.offload and not (self.zero or 0) >= 2:
+            found.append("--offload needs --zero 2 or 3")
         if self.zero == 0 and self.dtype in ("bf16", "auto") and weights_dtype(self) == "bf16":
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or more")
         return found
@@ -129,76 +167,120 @@ def learning_rate(s, step, steps):
     return s.learning_rate * warm * (s.min_lr_ratio + (1 - s.min_lr_ratio) * left)
 
 
+@dataclass
+class Progress:
+    """How far a run has come: the counters of the loop, saved with its state."""
+    step: int = 0
+    tokens: int = 0  # read in training
+    slots: int = 0  # the same with padding
+    seconds: float = 0.0
+    flops: float = 0.0  # those on the checkpoint that the run started from included
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    losses: list = dataclasses.field(default_factory=list)  # of the last steps, spikes left out
+
+    def add(self, tokens, slots, seconds, flops):
+        """Counts a step."""
+        self.step, self.tokens, self.slots = self.step + 1, self.tokens + tokens, self.slots + slots
+        self.seconds, self.flops = self.seconds + seconds, self.flops + flops
+
+    def limit(self, ratio):
+        """The loss above which a batch is passed over, for a ratio to the mean of the last steps."""
+        return ratio * statistics.fmean(self.losses) if ratio and len(self.losses) >= SPIKE_LEAST else math.inf
+
+    def line(self, steps, loss, rate, norm):
+        """What is printed of a step."""
+        return (f"step {self.step:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  norm {norm:7.3f}  "
+                f"{self.tokens / self.seconds:9,.0f} tokens/s  padding {1 - self.tokens / self.slots:5.1%}  "
+                f"left {clock(self.seconds / self.step * (steps - self.step))}")
+
+
 def main(s):
     """One run, from settings to a finished checkpoint."""
-    with Processes() as world:
+    with Processes(datetime.timedelta(minutes=s.timeout_minutes)) as world:
         run, finished = world.on_main(lambda: prepare(s, world))
         if finished:
             world.say(f"{s.out} is finished already, nothing to do")
             return world.on_main(lambda: print_result(s.out))
+        check_same_data(s, world)
         source = world.first_on_node(lambda: find_weights(s))
         past = history(source) if s.init else {}
-        tokenizer, model = build_model(s, source, world.device)
+        tokenizer, model = build_model(s, source, world)
         data = load_data(s, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
-        directory = world.on_main(lambda: start_run(s.out, run))
-        log = StepLog(directory if world.rank == 0 else None)
+        directory, progress = partial_directory(s.out), Progress(flops=past.get("flops", 0))
+        if state := world.on_main(lambda: find_state(directory, run)):
+            progress = Progress(**load_state(engine, state, world))
+            world.say(f"going on after step {progress.step}, from {state}")
+            run = world.on_main(lambda: continue_run(directory, run, progress.step))
+        else:
+            world.on_main(lambda: start_run(s.out, run))
+        log = StepLog(directory, progress.step, watchers(s, directory, run)) if world.rank == 0 else StepLog(None)
 
-        run["result"] = train(s, engine, data, tokenizer, world, log, directory, past)
+        run["result"] = train(s, engine, data, tokenizer, world, log, run, progress, past)
         run["history"] = past | {"flops": run["result"]["flops"]} | \
             ({} if s.task else {"text": text_of(s) | {"samples": run["result"]["last_sample"]}})
         run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
         save(engine, directory, tokenizer, world)
+        log.close()
         world.on_main(lambda: finish_run(s.out, directory, run))
         world.on_main(lambda: print_result(s.out))
 
 
-def train(s, engine, data, tokenizer, world, log, directory, past):
-    """The loop. Returns what run.json says of the result: eval losses, FLOPs, speed, padding, memory.
+def train(s, engine, data, tokenizer, world, log, run, progress, past):
+    """The loop, from where `progress` says on. Returns what run.json says of the result: eval losses, FLOPs, speed, ….
 
-    past: the `history` of the checkpoint that the run starts from.
+    run: what run.json says so far; past: the `history` of the checkpoint that the run started from.
     """
-    size, config = len(data["train"]), engine.module.config
+    size, config, directory = len(data["train"]), engine.module.config, partial_directory(s.out)
     first = first_sample(s, past)
     end = first + samples_to_train(s, config, size, past)
     steps = math.ceil((end - first) / s.global_batch_size)
-    tokens, slots, seconds, spent = 0, 0, 0.0, past.get("flops", 0)
-    before = after = evaluate(s, engine, data["eval"], world)
-    log.write(step=0, eval_loss=before, flops=spent)
-    world.say(f"eval loss before: {show(before)}")
-    for step in range(steps):
-        began = time.perf_counter()
-        start = first + step * s.global_batch_size
-        stop = min(start + s.global_batch_size, end)
-        indices = global_batch(s.seed, size, start, stop)
-        batch = [data["train"][index] for index in indices]
-        rate = learning_rate(s, step, steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        loss, norm, filled = take_step(s, engine, batch, world)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            world.fail(UserError(stop_message(step + 1, loss, norm, indices, directory)))
+    if not progress.step:
+        progress.eval_loss_before = progress.eval_loss_after = evaluate(s, engine, data["eval"], world)
+        log.write(step=0, eval_loss=progress.eval_loss_before, flops=progress.flops)
+        world.say(f"eval loss before: {show(progress.eval_loss_before)}")
+    with Saving(s.save_minutes, world) as saving:
+        for step in range(progress.step, steps):
+            began = time.perf_counter()
+            start = first + step * s.global_batch_size
+            stop = min(start + s.global_batch_size, end)
+            indices = global_batch(s.seed, size, start, stop)
+            batch = [data["train"][index] for index in indices]
+            rate = learning_rate(s, step, steps)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            limit = progress.limit(s.skip_loss_above)
+            loss, norm, filled = take_step(s, engine, batch, world, limit)
+            spike = limit < loss < math.inf
+            if not spike and not (math.isfinite(loss) and math.isfinite(norm)):
+                world.fail(UserError(stop_message(step + 1, loss, norm, indices, directory)))
 
-        took = time.perf_counter() - began
-        read, _ = count_tokens(batch)
-        tokens, slots, seconds, spent = tokens + read, slots + filled, seconds + took, spent + config.flops(read)
-        log.write(step=step + 1, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, flops=spent,
-                  tokens_per_s=read / took, elapsed=seconds, padding=1 - read / filled)
-        last = step + 1 == steps
-        if (step + 1) % s.logging_steps == 0 or step == 0 or last:
-            world.say(f"step {step + 1:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  norm {norm:7.3f}  "
-                      f"{tokens / seconds:9,.0f} tokens/s  padding {1 - tokens / slots:5.1%}  "
-                      f"left {clock(seconds / (step + 1) * (steps - step - 1))}")
-        if (step + 1) % s.eval_steps == 0 or last:
-            after = evaluate(s, engine, data["eval"], world)
-            log.write(step=step + 1, eval_loss=after, flops=spent)
-            world.say(f"step {step + 1}/{steps}  eval loss {show(after)}")
-        if stop // size > start // size and not last and s.save_total_limit:
-            save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
-            world.on_main(lambda: prune(directory, s.save_total_limit))
-    return {"eval_loss_before": before, "eval_loss_after": after, "steps": steps, "first_sample": first,
-            "last_sample": end, "tokens": tokens, "flops": spent, "seconds": seconds, "tokens_per_s": tokens / seconds,
-            "padding": 1 - tokens / slots, "peak_memory_bytes": peak_memory(world)}
+            took, (read, _) = time.perf_counter() - began, count_tokens(batch)
+            progress.add(read, filled, took, config.flops(read))
+            log.write(step=step + 1, loss=loss, lr=rate, grad_norm=None if spike else norm, tokens=progress.tokens,
+                      flops=progress.flops, tokens_per_s=read / took, elapsed=progress.seconds,
+                      padding=1 - read / filled, **({"skipped_samples": indices} if spike else {}))
+            if spike:
+                world.say(f"step {step + 1} passed over: its loss {loss:.4f} is above {limit:.4f}; samples {indices}")
+            else:
+                progress.losses = [*progress.losses, loss][-SPIKE_WINDOW:]
+            last = step + 1 == steps
+            if (step + 1) % s.logging_steps == 0 or step == 0 or last:
+                world.say(progress.line(steps, loss, rate, norm))
+            if (step + 1) % s.eval_steps == 0 or last:
+                progress.eval_loss_after = evaluate(s, engine, data["eval"], world)
+                log.write(step=step + 1, eval_loss=progress.eval_loss_after, flops=progress.flops)
+                world.say(f"step {step + 1}/{steps}  eval loss {show(progress.eval_loss_after)}")
+            if stop // size > start // size and not last and s.save_total_limit:
+                save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
+                world.on_main(lambda: prune(directory, s.save_total_limit))
+            if not last:
+                saving.after_step(step + 1, steps, lambda: save_state(engine, directory, run, asdict(progress), world))
+    return {"eval_loss_before": progress.eval_loss_before, "eval_loss_after": progress.eval_loss_after, "steps": steps,
+            "first_sample": first, "last_sample": end, "tokens": progress.tokens, "flops": progress.flops,
+            "seconds": progress.seconds, "tokens_per_s": progress.tokens / progress.seconds,
+            "padding": 1 - progress.tokens / progress.slots, "peak_memory_bytes": peak_memory(world)}
 
 
 def peak_memory(world):
@@ -208,31 +290,35 @@ def peak_memory(world):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def take_step(s, engine, samples, world):
+def take_step(s, engine, samples, world, limit=math.inf):
     """One optimizer step on a global batch. Returns (mean loss, gradient norm before clipping, padded token slots).
 
     Every micro-batch adds the gradient of its summed negative log-likelihood over the target tokens of the whole
     global batch. DeepSpeed averages gradients over the processes, which the factor `world.size` undoes. A loss or
-    norm that is not finite is returned before the optimizer has changed a weight.
+    norm that is not finite, or a loss above `limit`, is returned before the optimizer has changed a weight.
     """
     _, wanted = count_tokens(samples)
     batches = micro_batches(samples, s.micro_batch_tokens, s.micro_step_slots, world.rank, world.size)
-    nll = torch.zeros((), device=world.device)
+    nll, scale = torch.zeros((), device=world.device), world.size / wanted
     for index, (input_ids, targets) in enumerate(batches):
-        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        last = index == len(batches) - 1
+        engine.set_gradient_accumulation_boundary(last)
         part = engine(input_ids.to(world.device), targets.to(world.device))
-        engine.backward(part * (world.size / wanted), scale_wrt_gas=False)
         nll += part.detach()
-    loss, slots = world.sum(nll, sum(input_ids.numel() for input_ids, _ in batches))
-    loss /= wanted
-    if not math.isfinite(loss):
-        return loss, math.nan, slots
-    if not engine.zero_optimization():
-        norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), s.max_grad_norm or math.inf))
-        if not math.isfinite(norm):
-            return loss, norm, slots
-    engine.step()  # ZeRO skips the optimizer where the norm is not finite
-    return loss, float(engine.get_global_grad_norm()) if engine.zero_optimization() else norm, slots
+        if last:  # the loss is known before the gradient is whole: one that is not wanted makes it no number
+            loss, slots = world.sum(nll, sum(input_ids.numel() for input_ids, _ in batches))
+            loss /= wanted
+            scale = scale if loss <= limit and math.isfinite(loss) else math.nan
+        engine.backward(part * scale, scale_wrt_gas=False)
+    if engine.zero_optimization():
+        engine.step()  # passes over the optimizer where the norm is not finite
+        return loss, float(engine.get_global_grad_norm()) if math.isfinite(scale) else math.nan, slots
+    norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), s.max_grad_norm or math.inf))
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        engine.optimizer.zero_grad()
+    return loss, norm, slots
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ the model's own size and writing one tensor's.
 """
 import itertools
 import json
+import os
 import re
 import struct
 import sys
@@ -165,34 +166,48 @@ def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
     """Writes weights as `model.safetensors`, or as shards of at most `max_shard_bytes` with an index.
 
     specs: name -> (dtype, shape) of every tensor; tensors: pairs (name, tensor) in the same order, which may be a
-    generator, since only one is held at a time. The format is described at huggingface.co/docs/safetensors: the
-    header's length (8 bytes, little-endian), a JSON header with the offsets, the data.
+    generator, since only one is held at a time.
     """
-    shards, sizes = [{}], [0]
+    shards, sizes = [[]], [0]
     for name, (dtype, shape) in specs.items():
         size = dtype.itemsize * torch.Size(shape).numel()
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
-            shards.append({})
+            shards.append([])
             sizes.append(0)
-        shards[-1][name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape),
-                            "data_offsets": [sizes[-1], sizes[-1] + size]}
+        shards[-1].append(name)
         sizes[-1] += size
     files = [WEIGHTS] if len(shards) == 1 else \
         [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
     tensors = iter(tensors)
     for file, shard in zip(files, shards):
-        header = json.dumps({"__metadata__": {"format": "pt"}} | shard, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        with explain_os_errors(Path(directory) / file), open(Path(directory) / file, "wb") as out:
-            out.write(struct.pack("<Q", len(header)) + header)
-            for name in shard:
-                given, tensor = next(tensors)
-                assert given == name, (given, name)
-                assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
-                out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        write_tensors(Path(directory) / file, {name: specs[name] for name in shard}, tensors)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(Path(directory) / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def write_tensors(path, specs, tensors):
+    """Writes one safetensors file: specs as above; of `tensors`, an iterator, those that the specs name are taken.
+
+    The format is described at huggingface.co/docs/safetensors: the header's length (8 bytes, little-endian), a JSON
+    header with the offsets, the data.
+    """
+    header, size, tensors = {"__metadata__": {"format": "pt"}}, 0, iter(tensors)
+    for name, (dtype, shape) in specs.items():
+        end = size + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [size, end]}
+        size = end
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with explain_os_errors(path), open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        for name in specs:
+            given, tensor = next(tensors)
+            assert given == name, (given, name)
+            assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
+            out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        out.flush()
+        os.fsync(out.fileno())  # what is renamed into place after this outlives a loss of power
 
 
 def check_vocabulary(directory, config):

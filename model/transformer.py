@@ -204,22 +204,23 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
-    def init_weights(self, seed):
-        """Fills the weights for training from scratch: normal with `initializer_range`, norms 1, biases 0."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-
     def forward(self, input_ids, targets=None):
         hidden = self.model(input_ids)  # B T C
         if targets is None:
             return self.lm_head(hidden)  # B T V
         wanted = targets != IGNORE_INDEX
         return self.lm_head(hidden[wanted], targets[wanted])  # N C, N
+
+
+def initial_weights(config, seed):
+    """The weights for training from scratch, as pairs (name, tensor in fp32): normal with `initializer_range`, norms 1,
+    biases 0. One is held at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 2:
+            yield name, torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+        else:
+            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
 
 
 def parameter_shapes(config):

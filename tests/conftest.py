@@ -1,6 +1,7 @@
 """Small checkpoints and a way to run the scripts as a user does. Everything is offline and deterministic."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,24 @@ def simp_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prepared") / "simp.json"
     run_script("data_prep.py", "task", "--task", "simp", "--folder_path", "data/sample", "--output_path", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def suite_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    texts = sample_texts()
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(
+        {"text": text[:40], "choices": [text[40:60], texts[n + 1][:20]], "label": 0}) for n, text in
+        enumerate(texts[:10])))
+    (folder / "suite.toml").write_text('[[benchmark]]\nname = "next"\ncategory = "Rs"\nfile = "items.jsonl"\n'
+                                       'doc_to_text = "text"\ndoc_to_choice = "choices"\ndoc_to_target = "label"\n')
+    return folder / "suite.toml"
+
+
+@pytest.fixture(scope="session")
+def tasks(simp_file, tmp_path_factory):
+    """A folder with two task files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in ("simp", "empd"):
+        shutil.copy(simp_file, folder / f"{task}.json")
+    return folder

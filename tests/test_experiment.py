@@ -1,38 +1,12 @@
 """The experiment: which steps it consists of, that it does what is missing, and nothing twice."""
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import experiment
 from experiment import ExperimentSettings, Ledger, Pace, Step, inputs_digest, plan
 from model.files import UserError
-from tests.conftest import run_script, sample_texts
-
-
-@pytest.fixture(scope="module")
-def suite_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
-    texts = sample_texts()
-    (folder / "items.jsonl").write_text("\n".join(json.dumps(
-        {"text": text[:40], "choices": [text[40:60], texts[n + 1][:20]], "label": 0}) for n, text in
-        enumerate(texts[:10])))
-    (folder / "suite.toml").write_text('[[benchmark]]\nname = "next"\ncategory = "Rs"\nfile = "items.jsonl"\n'
-                                       'doc_to_text = "text"\ndoc_to_choice = "choices"\ndoc_to_target = "label"\n')
-    return folder / "suite.toml"
-
-
-@pytest.fixture(scope="module")
-def tasks(simp_file, tmp_path_factory):
-    """A folder with two task files."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for task in ("simp", "empd"):
-        shutil.copy(simp_file, folder / f"{task}.json")
-    return folder
+from tests.conftest import run_script
 
 
 def settings(checkpoint, tasks, out, **given):
@@ -118,36 +92,6 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
     assert {path.name for path in (tmp_path / "runs/experiment").iterdir()} == {
         "llm-m0-eval.json", "llm-m1-simp.json", "llm-m1-simp-eval.json"}
-
-
-def test_jobs_for_slurm(checkpoint, tasks, suite_file, tmp_path, monkeypatch, capsys):
-    sbatch = tmp_path / "bin/sbatch"  # in the place of the cluster's
-    sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho "$(wc -l < {tmp_path}/asked);cluster"\n')
-    sbatch.chmod(0o755)
-    s = settings(checkpoint, tasks, tmp_path / "runs", models=("llm",), order=("simp", "empd"), suite=str(suite_file),
-                 report=str(tmp_path / "report"), gpus=1, launcher="slurm", evaluate_args="--limit 2 --dtype fp32")
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", str(tmp_path))
-        with pytest.raises(UserError, match="sbatch cannot be started"):
-            experiment.main(s)
-        patch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
-        experiment.main(s)
-    place = tmp_path / "runs/slurm"
-    assert f"6 jobs submitted; their scripts and logs: {place}" in capsys.readouterr().out
-    assert (tmp_path / "asked").read_text().splitlines() == [
-        f"--parsable {place}/llm-m0-eval.sh", f"--parsable {place}/llm-m1-simp.sh",
-        f"--parsable --dependency=afterok:2 {place}/llm-m1-simp-eval.sh",
-        f"--parsable --dependency=afterok:2 {place}/llm-m2-empd.sh",
-        f"--parsable --dependency=afterok:4 {place}/llm-m2-empd-eval.sh",
-        f"--parsable --dependency=afterany:1:2:3:4:5 {place}/report.sh"]
-    for script in place.glob("*.sh"):
-        subprocess.run(["bash", "-n", script], check=True)
-        assert "@" not in script.read_text().replace("between @", "")
-    assert "#SBATCH --gpus-per-node=1" in (place / "report.sh").read_text()
-    run_script(place / "llm-m0-eval.sh", launcher=["bash"], PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the job has recorded its step
-    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(("flags", "said"), [

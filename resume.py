@@ -1,0 +1,198 @@
+"""The state of an unfinished run, written and read so that the run goes on as if it had never stopped.
+
+In the run's directory stands at most one `resume/step-<n>/`, whole or absent:
+
+    rank-<r>.safetensors    fp32 master weights and the optimizer's state, the fragments that process r kept
+    state.json              steps done, the loop's counters, the digests of the files, and which run they belong to
+
+A fragment is stored under `<kind>/<parameter>@<first element>`, so any number of processes under any ZeRO stage can
+read what any other has written. There is no random state: the order of the samples is a function of (seed, step).
+"""
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from distributed import StopRequest
+from model.checkpoint import open_shard, write_tensors
+from model.files import UserError, digest, explain_os_errors, read_json, write_json
+from partitions import base_optimizer, fragments
+from runs import identity
+
+STOPPED = 75  # exit status of a run that was stopped and goes on when started again (EX_TEMPFAIL of sysexits.h)
+MASTER = "master"  # the kind of the fp32 weights; the others have the optimizer's own names, such as exp_avg
+
+
+class Saving:
+    """When to save: after so many minutes, and where a signal asks the run to end. A context around the loop."""
+
+    def __init__(self, minutes, world):
+        self.minutes, self.world, self.request = minutes, world, StopRequest()
+
+    def __enter__(self):
+        self.saved = time.monotonic()
+        self.request.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.request.__exit__(*error)
+
+    def after_step(self, step, steps, save):
+        """Calls `save()` on all processes if it is time, and ends the run if that was asked of any of them."""
+        due = self.world.rank == 0 and time.monotonic() - self.saved >= 60 * self.minutes
+        stopping, due = self.world.sum(self.request.signal is not None, due)
+        if stopping or due:
+            save()
+            self.saved = time.monotonic()
+        if stopping:
+            self.world.say(f"stopped by a signal after step {step} of {steps}: the same command goes on from there")
+            sys.exit(STOPPED)
+
+
+def save_state(engine, directory, run, progress, world):
+    """Writes the state after `progress["step"]` steps; what was saved before goes when it is complete.
+
+    Every process writes its own file, one fragment at a time, without talking to the others.
+    """
+    folder = directory / "resume" / f"step-{progress['step']}"
+    partial = folder.with_name(folder.name + ".writing")
+
+    def make():
+        with explain_os_errors(partial):
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+            partial.mkdir(parents=True)
+
+    def complete():
+        write_json(partial / "state.json", {"progress": progress, "run": fingerprint(run),
+                                            "optimizer_step": optimizer_step(engine), "files": dict(files)})
+        with explain_os_errors(folder):
+            partial.rename(folder)
+            for old in folder.parent.iterdir():
+                if old != folder:
+                    shutil.rmtree(old)
+
+    world.on_main(make)
+    try:
+        files = world.gather(world.on_all(lambda: write_fragments(engine, partial, world.rank)))
+        world.on_main(complete)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_fragments(engine, folder, rank):
+    """Writes this process's file; returns its name and digest."""
+    path, state = folder / f"rank-{rank}.safetensors", base_optimizer(engine).state
+    mine = fragments(engine) if engine.zero_optimization() or rank == 0 else []  # without ZeRO all keep the same
+    tensors = {}
+    for fragment in mine:
+        held = {MASTER: fragment.flat} | {kind: value for kind, value in state.get(fragment.flat, {}).items()
+                                          if value.shape == fragment.flat.shape}
+        tensors |= {f"{kind}/{fragment.name}@{fragment.start}": fragment.of(value) for kind, value in held.items()}
+    write_tensors(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+                  tensors.items())
+    return path.name, digest([path])
+
+
+def optimizer_step(engine):
+    """How often the optimizer has updated the weights; steps that were passed over do not count."""
+    return max((int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state), default=0)
+
+
+def fingerprint(run):
+    """A digest of what a run is made of."""
+    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()
+
+
+def find_state(directory, run):
+    """The folder of the saved state of an unfinished run, None if there is none.
+
+    Raises UserError where it is that of another run or incomplete.
+    """
+    found = [path for path in (Path(directory) / "resume").glob("step-*") if path.suffix != ".writing"]
+    if not found:
+        return None
+    folder = max(found, key=lambda path: int(path.name.removeprefix("step-")))
+    state = read_state(folder)
+    if state["run"] != fingerprint(run):
+        raise UserError(f"{folder} is the state of another run than {directory}/run.json says: remove it to train anew")
+    if missing := [name for name in state["files"] if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train anew")
+    return folder
+
+
+def read_state(folder):
+    """state.json of a saved state, checked."""
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or not {"progress", "run", "optimizer_step", "files"} <= state.keys():
+        raise UserError(f"{folder}/state.json does not say what a saved state has to: remove {folder} to train anew")
+    return state
+
+
+def load_state(engine, folder, world):
+    """Puts a saved state into a freshly built engine; returns the loop's progress. Raises UserError for damaged files.
+
+    The files' digests are checked before anything is read, by all processes together.
+    """
+    state = read_state(folder)
+    names = sorted(state["files"])
+
+    def check():
+        for name in names[world.rank::world.size]:
+            if digest([folder / name]) != state["files"][name]:
+                raise UserError(f"{folder / name} is damaged, its digest is not the one that state.json gives: remove "
+                                f"{folder} to train anew")
+
+    world.on_all(check)
+    world.on_all(lambda: restore(engine, Saved([folder / name for name in names]), state["optimizer_step"]))
+    return state["progress"]
+
+
+class Saved:
+    """The fragments in the files of a saved state."""
+
+    def __init__(self, paths):
+        self.files, self.places = [open_shard(path) for path in paths], {}
+        for file in self.files:
+            for key in file.keys():  # noqa: SIM118, the file is no mapping
+                kind, name, start = re.fullmatch(r"(\w+)/(.+)@(\d+)", key).groups()
+                self.places.setdefault((kind, name), []).append((int(start), file, key))
+        self.kinds = {kind for kind, _ in self.places} - {MASTER}
+
+    def read(self, kind, name, start, into):
+        """Fills a tensor [count] with elements [start, start + count) of a flattened parameter or its state."""
+        filled, stop = 0, start + len(into)
+        for first, file, key in self.places.get((kind, name), []):
+            part = file.get_slice(key)
+            low, high = max(start, first), min(stop, first + part.get_shape()[0])
+            if low < high:
+                into[low - start:high - start].copy_(part[low - first:high - first])
+                filled += high - low
+        if filled != len(into):
+            raise UserError(f"the saved state has {filled:,} of the {len(into):,} values of {kind} of {name} that are "
+                            "needed: it is that of another model")
+
+
+@torch.no_grad()
+def restore(engine, saved, step):
+    """Fills master weights, optimizer state and weights of this process."""
+    optimizer, mine = base_optimizer(engine), fragments(engine)
+    for fragment in mine:
+        if step and fragment.flat not in optimizer.state:
+            optimizer.state[fragment.flat] = {
+                "step": torch.tensor(float(step), device=fragment.flat.device),
+                **{kind: torch.zeros_like(fragment.flat) for kind in sorted(saved.kinds)}}
+        saved.read(MASTER, fragment.name, fragment.start, fragment.of(fragment.flat))
+        for kind in saved.kinds:
+            saved.read(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.flat][kind]))
+    for fragment in mine:
+        if hasattr(fragment.parameter, "ds_tensor"):
+            fragment.parameter.ds_tensor.view(-1)[:fragment.count].copy_(fragment.of(fragment.flat))
+    for name, parameter in engine.module.named_parameters():
+        if parameter.numel():  # under ZeRO-3 only the small ones, of which each process keeps the whole beside its part
+            saved.read(MASTER, name, 0, parameter.view(-1))
