@@ -34,7 +34,7 @@ ifneq (,$(filter train pretrain data evaluate experiment growth-study,$(or $(MAK
   $(if $(INIT)$(and $(INIT_LLM),$(INIT_STACK))$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
 endif
 
-.PHONY: help train pretrain data evaluate experiment report growth-study plan test lint clean FORCE
+.PHONY: help train pretrain data evaluate experiment report growth-study plan growth-plan test lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -45,7 +45,8 @@ help:
 	@echo 'make experiment SIZE=tiny           both models through the tasks, every stage evaluated, and the report'
 	@echo 'make report RUNS=runs/tiny          tables and figures of a folder of evaluated runs, in report/'
 	@echo 'make growth-study SIZE=small       loss over FLOPs, from scratch and grown: figure and table (SEEDS=42,43,44)'
-	@echo 'make plan SIZE=7b TOKENS=300e9     when to grow, and what it saves (PARAMS=7e9 in place of SIZE)'
+	@echo 'make plan SIZE=7b NPROC=8           whether a run fits and how long it takes (ZERO=3 GPU_MEMORY=80 TOKENS=1e9)'
+	@echo 'make growth-plan SIZE=7b TOKENS=300e9  when to grow, and what it saves (PARAMS=7e9 in place of SIZE)'
 	@echo 'make test | lint | clean           run the tests; check the style; remove the environment and prepared data'
 	@echo
 	@echo 'TASK    $(ORDER), in the order of the stages (ORDER)'
@@ -58,7 +59,7 @@ help:
 	@echo 'TASKS   test sets of make evaluate (now $(TASKS))'
 	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them);'
 	@echo '        with train they go to all stages that are missing, with pretrain to its last phase; with'
-	@echo '        growth-study and plan they are flags of growth_study.py and stack.py plan'
+	@echo '        growth-study, plan and growth-plan they are flags of growth_study.py, planner.py, stack.py plan'
 
 # ------------------------------------------------------------------------------------------------- fine-tuning stages
 
@@ -145,6 +146,10 @@ growth-study: $(VENV)/user | $(TEXT)
 	    $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 plan: $(VENV)/user
+	@$(PY) planner.py $(if $(INIT),--init $(INIT),--size $(SIZE)) --processes $(NPROC) $(if $(ZERO),--zero $(ZERO)) \
+	    $(if $(GPU_MEMORY),--gpu_memory $(GPU_MEMORY)) $(if $(TOKENS),--tokens $(TOKENS)) $(ARGS)
+
+growth-plan: $(VENV)/user
 	@$(PY) stack.py plan $(if $(PARAMS),--params $(PARAMS)) $(if $(filter-out file,$(origin SIZE)),--size $(SIZE)) \
 	    $(if $(TOKENS),--tokens $(TOKENS)) $(ARGS)
 

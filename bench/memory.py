@@ -1,0 +1,84 @@
+"""The planner's memory beside what runs take on this machine's CPUs.
+
+    python bench/memory.py --checkpoint DIR --data DIR/simp.json --folder /tmp/memory       and the size `small` with it
+
+Fine-tunes for a few steps under each ZeRO stage and number of processes, and compares the most memory that rank 0 held
+(ru_maxrss, in run.json) with what planner.py says. For `small` a checkpoint with random weights is made.
+"""
+import itertools
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data_prep import train_tokenizer
+from model.checkpoint import write_checkpoint
+from model.config import ModelConfig
+from model.files import read_json
+from model.transformer import initial_weights
+from planner import GIB, Plan
+from settings import ROOT, run, setting
+from stages import shape
+
+
+@dataclass(frozen=True)
+class MemoryBenchSettings:
+    """Settings of the comparison."""
+    checkpoint: str | None = setting(None, "checkpoint to fine-tune, beside one of the size small")
+    data: str | None = setting(None, "preprocessed task file")
+    folder: str | None = setting(None, "folder to work in")
+    stages: tuple[int, ...] = setting((0, 2, 3), "ZeRO stages, in fp32; those above 0 in bf16 as well")
+    processes: tuple[int, ...] = setting((1, 2), "numbers of processes")
+    micro_batch_tokens: int = setting(2048, "most padded tokens in a micro-batch")
+
+    def problems(self):
+        return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
+
+
+def small(folder):
+    """A checkpoint of the size small with random weights, whose tokenizer is made from the text at hand."""
+    if not folder.exists():
+        (folder / "tokenizer").mkdir(parents=True)
+        texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("data/sample/*/*.json"))]
+        config = ModelConfig(**shape("small").__dict__ | {"bos_token_id": 1, "eos_token_id": 2})
+        train_tokenizer(texts, config.vocab_size, folder / "tokenizer")
+        write_checkpoint(folder, config, initial_weights(config, 0), folder / "tokenizer")
+    return folder
+
+
+def measure(s, checkpoint, zero, processes, dtype):
+    """The most memory that rank 0 of a run of three steps held, in bytes."""
+    out = Path(s.folder) / "run"
+    for path in (out, out.with_name("run.partial")):
+        shutil.rmtree(path, ignore_errors=True)
+    launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", processes]
+    command = [*launcher, "train.py", "--task", "simp", "--init", checkpoint, "--data", s.data, "--out", out, "--zero",
+               zero, "--dtype", dtype, "--max_steps", 3, "--max_train_samples", 96, "--max_eval_samples", 8,
+               "--micro_batch_tokens", s.micro_batch_tokens]
+    subprocess.run([str(word) for word in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    return read_json(out / "run.json")["result"]["peak_memory_bytes"]
+
+
+def main(s):
+    """Prints a line for each run: planned, measured, and by how much they differ."""
+    checkpoints = {"small": small(Path(s.folder) / "small")} | ({"checkpoint": s.checkpoint} if s.checkpoint else {})
+    print(f"{'model':<12} {'dtype':<5} {'ZeRO':>4} {'processes':>9} {'planned':>9} {'measured':>9} {'error':>7}")
+    worst = 0.0
+    for name, checkpoint in checkpoints.items():
+        config = ModelConfig.read(Path(checkpoint) / "config.json")
+        for zero, processes, dtype in itertools.product(s.stages, s.processes, ("fp32", "bf16")):
+            if zero == 0 and dtype == "bf16":
+                continue
+            plan = Plan(config, processes, zero, False, dtype, s.micro_batch_tokens, False, "cpu")
+            planned, measured = sum(plan.memory().values()), measure(s, checkpoint, zero, processes, dtype)
+            worst = max(worst, abs(planned / measured - 1), key=abs)
+            print(f"{name:<12} {dtype:<5} {zero:>4} {processes:>9} {planned / GIB:8.2f}G {measured / GIB:8.2f}G "
+                  f"{planned / measured - 1:+7.1%}", flush=True)
+    print(f"largest error: {worst:.1%}")
+
+
+if __name__ == "__main__":
+    run((MemoryBenchSettings, main), __doc__)

@@ -1,0 +1,234 @@
+"""Whether a run fits, and how long it takes: memory, disk and time, before a node is booked.
+
+    python planner.py --size 7b --processes 8 --zero 3 --gpu_memory 80
+    python planner.py --init DIR --processes 1 --zero 2 --offload
+
+The rows are what train.py holds at most at the same time; bench/memory.py compares them with what a run takes.
+"""
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from model.checkpoint import locate
+from model.config import ModelConfig
+from model.files import UserError
+from model.transformer import LOGITS_PER_CHUNK
+from runs import clock
+from settings import read_config, run, setting, unknown_name
+from stages import shape
+from train_settings import TrainSettings
+
+GIB = 1 << 30
+RUNTIME = {"cpu": 0.33 * GIB, "cuda": 0.6 * GIB}  # of the process itself: Python and libraries, or CUDA's context
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of a plan. What is not given is as in the size's recipe, or train.py's default."""
+    size: str | None = setting(None, "size preset (a file in configs/size)")
+    init: str | None = setting(None, "checkpoint, in place of a size: a directory or a Hub id")
+    recipe: Literal["base", "stack", "llm", "finetune"] = setting("finetune", "which table of the size's file")
+    processes: int = setting(1, "processes, one a GPU")
+    zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage")
+    offload: bool = setting(False, "optimizer, with ZeRO-3 also the weights, in the memory of the host")
+    dtype: Literal["bf16", "fp32"] = setting("bf16", "weights")
+    micro_batch_tokens: int | None = setting(None, "most padded tokens in a micro-batch")
+    gradient_checkpointing: bool | None = setting(None, "recompute blocks in the backward pass")
+    tokens: float | None = setting(None, "tokens to train on in all; none: the recipe's, where it says them")
+    sample_tokens: int = setting(128, "tokens of a fine-tuning sample, about")
+    gpu_memory: float = setting(80.0, "GiB of a GPU")
+    gpu_tflops: float = setting(989.0, "TFLOP/s of a GPU in matrix products (H100 SXM in bf16, dense: 989; A100: 312)")
+    utilisation: float = setting(0.4, "share of them that training reaches")
+    device: Literal["cuda", "cpu"] = setting("cuda", "where the run takes place")
+
+    def problems(self):
+        found = unknown_name("size", self.size) if self.size else []
+        if (self.size is None) == (self.init is None):
+            found.append("give either --size or --init")
+        found += [f"{name} is {getattr(self, name)}, expected a number above 0" for name in
+                  ("processes", "micro_batch_tokens", "tokens", "sample_tokens", "gpu_memory", "gpu_tflops",
+                   "utilisation") if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf]
+        if self.utilisation > 1:
+            found.append(f"utilisation is {self.utilisation}, expected a share, at most 1")
+        if self.dtype == "bf16" and self.zero == 0:
+            found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or more")
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is, as far as memory and time depend on it."""
+    config: ModelConfig
+    processes: int
+    zero: int
+    offload: bool
+    dtype: str
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    device: str = "cuda"
+
+    @property
+    def width(self):
+        """Bytes of a weight."""
+        return 2 if self.dtype == "bf16" else 4
+
+    def memory(self):
+        """Bytes of a process's device by what holds them; on a CPU, of the process."""
+        parameters, shards = self.config.num_parameters, self.processes
+        away = self.offload and self.device == "cuda"  # on a CPU the memory of the host is the device's
+        rows = {"weights": self.width * parameters, "fp32 weights and moments": 12 * parameters / shards}
+        if self.zero == 0:
+            rows["fp32 weights and moments"] = 8 * parameters  # AdamW's moments; the weights are fp32 themselves
+        if self.zero == 3:
+            rows["weights"] = self.width * parameters / shards
+            rows["gathered weights"] = self.width * min(parameters, LIVE) if shards > 1 else 0
+        rows |= {"gradients": self.gradients(), "activations": self.activations(), "logits": self.logits(),
+                 "buffers": self.buffers(), "the process itself": RUNTIME[self.device]}
+        if away:
+            rows["fp32 weights and moments"] = rows["gradients"] = 0
+            rows["weights"] *= self.zero != 3
+        return rows
+
+    def gradients(self):
+        """Accumulated gradients, and those of one backward pass before they are reduced."""
+        parameters, shards = self.config.num_parameters, self.processes
+        if self.zero == 0:
+            return 4 * parameters
+        if self.zero == 1:
+            return (4 + self.width) * parameters
+        return 4 * parameters / shards
+
+    def buffers(self):
+        """Where ZeRO collects gradients to reduce them (ZeRO 2 and 3), in the weights' dtype and as fp32."""
+        if self.zero == 0:
+            return 0
+        bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.config.num_parameters)
+        return bucket * (self.width + (4 if self.width == 2 else 0))
+
+    def block_activations(self):
+        """Bytes that one block keeps for the backward pass, a token: of each norm its input in fp32, the normalised
+        input, its output and a root; query, key, value and output of the attention with the logarithm of its sums;
+        gate, up, their activation and their product."""
+        c, width = self.config, self.width
+        norms = 2 * ((4 + 2 * width) * c.hidden_size + 4)
+        attention = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 4 * c.num_attention_heads
+        return norms + attention + width * 4 * c.intermediate_size
+
+    def activations(self):
+        """With checkpointing the input of each block and what one block keeps; otherwise what all blocks keep."""
+        layers, block = self.config.num_hidden_layers, self.block_activations()
+        if self.gradient_checkpointing:
+            return self.micro_batch_tokens * (layers * self.width * self.config.hidden_size + 2 * block)
+        return self.micro_batch_tokens * (layers + 1) * block
+
+    def logits(self):
+        """One slice of the loss: the logits in the weights' dtype and as fp32, their log-softmax, the gradients."""
+        elements = min(LOGITS_PER_CHUNK, self.micro_batch_tokens * self.config.vocab_size)
+        return elements * (12 + (4 if self.width == 2 else 0))
+
+    def host(self):
+        """Bytes of host memory, all processes of the run together."""
+        largest = 4 * self.config.vocab_size * self.config.hidden_size  # one tensor at a time is read or written
+        away = (16 * self.config.num_parameters + self.width * self.config.num_parameters * (self.zero == 3)
+                if self.offload else 0)
+        return self.processes * (RUNTIME["cpu"] + largest) + away
+
+    def disk(self, checkpoints):
+        """Bytes of disk: final weights, epochs' checkpoints, and the saved state, old and new for a while."""
+        return (1 + checkpoints) * self.width * self.config.num_parameters + 2 * 12 * self.config.num_parameters
+
+    def flops(self, tokens):
+        """FLOPs of training on so many tokens, the second forward pass of gradient checkpointing included."""
+        return self.config.flops(tokens) * (4 / 3 if self.gradient_checkpointing else 1)
+
+
+def read_plan(s):
+    """(the plan that the settings describe, the recipe it comes from)."""
+    recipe = read_config("size", s.size).get(s.recipe, {}) if s.size else {}
+    defaults = TrainSettings()
+
+    def value(name):
+        given = getattr(s, name)
+        return recipe.get(name, getattr(defaults, name)) if given is None else given
+
+    config = ModelConfig.read(locate(s.init) / "config.json") if s.init else shape(s.size)
+    zero = value("zero")
+    if zero is None:
+        zero = 0 if s.processes == 1 and s.dtype == "fp32" else 1
+    if s.offload and zero < 2:
+        raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
+    return Plan(config, s.processes, zero, s.offload, s.dtype, value("micro_batch_tokens"),
+                value("gradient_checkpointing"), s.device), recipe
+
+
+def total_tokens(s, recipe):
+    """Tokens that the run is trained on, None where nothing says them."""
+    if s.tokens or "max_tokens" in recipe:
+        return s.tokens or recipe["max_tokens"]
+    if "max_train_samples" in recipe:
+        return recipe["max_train_samples"] * s.sample_tokens * recipe.get("num_train_epochs",
+                                                                         TrainSettings().num_train_epochs)
+    return None
+
+
+def alternatives(plan):
+    """Plans that need less, in the order in which they cost more time."""
+    for offload in (False, True):
+        for tokens in (plan.micro_batch_tokens, 4096, 2048):
+            for zero in range(max(plan.zero, 2 * offload), 4):
+                yield replace(plan, zero=zero, offload=offload, gradient_checkpointing=True,
+                              micro_batch_tokens=min(tokens, plan.micro_batch_tokens))
+
+
+def flags(plan, old):
+    """The flags by which a plan differs from another."""
+    return " ".join(f"--{name} {str(getattr(plan, name)).lower()}" for name in
+                    ("zero", "offload", "gradient_checkpointing", "micro_batch_tokens")
+                    if getattr(plan, name) != getattr(old, name))
+
+
+def row(name, value, unit, note=""):
+    """A line of the table."""
+    print(f"  {name:<28} {value:>12} {unit:<4}{note}")
+
+
+def main(s):
+    """Prints the plan: a row each, and whether it fits."""
+    plan, recipe = read_plan(s)
+    defaults = TrainSettings()
+    print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
+          f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of {plan.micro_batch_tokens:,} tokens, "
+          f"gradient checkpointing {on(plan)}\n\nmemory of each process")
+    rows, have = plan.memory(), s.gpu_memory * GIB
+    other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
+    beside = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on(other)}"
+    for name, size in rows.items():
+        row(name, f"{size / GIB:.2f}", "GiB", beside if name == "activations" else "")
+    total = sum(rows.values())
+    row("together", f"{total / GIB:.2f}", "GiB", f"of {s.gpu_memory:.0f}")
+    print("beside it")
+    row("host memory, all processes", f"{plan.host() / GIB:.2f}", "GiB")
+    row("disk", f"{plan.disk(recipe.get('save_total_limit', defaults.save_total_limit)) / GIB:.2f}", "GiB")
+    batch = recipe.get("global_batch_size", defaults.global_batch_size) * recipe.get("seq_length", s.sample_tokens)
+    rate = s.processes * s.gpu_tflops * 1e12 * s.utilisation / plan.flops(1)
+    print(f"time, at {s.utilisation:.0%} of {s.processes} × {s.gpu_tflops:,.0f} TFLOP/s")
+    row("speed", f"{rate:,.0f}", "tokens/s")
+    row(f"a step of {batch:,} tokens", f"{batch / rate:.2f}", "s")
+    if tokens := total_tokens(s, recipe):
+        row(f"{int(tokens):,} tokens", clock(tokens / rate), "")
+    if total <= have:
+        print(f"it fits, with {(have - total) / GIB:.1f} GiB to spare")
+        return
+    found = next((one for one in alternatives(plan) if sum(one.memory().values()) <= have), None)
+    print("it does not fit: " + (f"with {flags(found, plan)} it does, in {sum(found.memory().values()) / GIB:.1f} GiB"
+                                 if found else "take more processes, or GPUs with more memory"))
+
+
+def on(plan):
+    """Whether a plan has gradient checkpointing, in words."""
+    return "on" if plan.gradient_checkpointing else "off"
+
+
+if __name__ == "__main__":
+    run((PlanSettings, main), __doc__)
