@@ -28,7 +28,7 @@ FLAG     := $(if $(TORCHRUN),--launcher "$(TORCHRUN)")
 
 ifneq (,$(filter train pretrain data evaluate experiment growth-study,$(or $(MAKECMDGOALS),help)))
   expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
-  $(foreach task,$(TASK) $(TASKS),$(call expect,TASK,$(task),$(ORDER)))
+  $(if $(filter train data evaluate,$(MAKECMDGOALS)),$(foreach task,$(TASK) $(TASKS),$(call expect,TASK,$(task),$(ORDER))))
   $(call expect,MODEL,$(MODEL),stack llm)
   $(call expect,SOURCE,$(SOURCE),sample raw hub)
   $(if $(INIT)$(and $(INIT_LLM),$(INIT_STACK))$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))

@@ -5,6 +5,7 @@ import datetime
 import functools
 import json
 import logging
+import math
 import re
 import warnings
 from array import array
@@ -24,6 +25,7 @@ from metrics import calibration
 from model.checkpoint import first_line
 from model.files import UserError, read_json_lines, write_text
 from model.generate import Decoding
+from results import figure
 from settings import overlay
 from suites import Benchmark, open_suite
 
@@ -365,14 +367,12 @@ def figures(suite, results):
     rows = []
     for benchmark in (benchmark for benchmark in suite if benchmark.name in results["results"]):
         found = results["results"][benchmark.name]
-        metric, _, pipeline = benchmark.metric.partition(",")  # lm-eval names the filter behind a comma
-        key = f"{metric},{pipeline or 'none'}"
-        if key not in found:
+        value, error = figure(found, benchmark.metric)
+        if value is None:
             names = [key.removesuffix(",none") for key, value in found.items() if isinstance(value, float)]
             raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
-        error = found.get(f"{metric}_stderr,{pipeline or 'none'}")
         rows.append({"name": benchmark.name, "label": benchmark.label or benchmark.name, "category": benchmark.category,
                      "part_of": benchmark.part_of, "metric": benchmark.metric, "num_fewshot": benchmark.num_fewshot,
-                     "value": found[key], "stderr": error if isinstance(error, float) else None,
+                     "value": value, "stderr": None if math.isnan(error) else error,
                      "items": items(benchmark.name)} | {name: found.get(f"{name},none") for name in CALIBRATION})
     return rows

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from batches import TaskData, TokenShards, data_digest, read_task
 from distributed import weights_dtype
@@ -207,7 +208,9 @@ def build_engine(s, model, world):
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
     with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(s, world))[0]
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(s, world))[0]
+    _set_pg_timeout(world.timeout, engine.seq_data_parallel_group)  # its own group has torch's half an hour
+    return engine
 
 
 def import_deepspeed(world):

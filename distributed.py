@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 
 import torch
@@ -50,9 +51,9 @@ class Processes:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is None or issubclass(kind, (UserError, SystemExit)):
-            dist.destroy_process_group()
-        elif issubclass(kind, RuntimeError) and re.search(LOST, str(error)):
+        if kind is None or self.device.type == "cpu":
+            dist.destroy_process_group()  # over NCCL it may wait for processes that do not come
+        if kind and issubclass(kind, RuntimeError) and re.search(LOST, str(error)):
             raise UserError("lost touch with another process, which died or hangs "
                             f"({str(error).splitlines()[0]:.200}): the same command goes on from what was saved") \
                 from None
@@ -125,23 +126,33 @@ class StopRequest:
     """Whether somebody asked the run to end: SIGTERM or SIGINT, as a context. `signal` is its name, or None.
 
     The first one is a wish that the loop grants after its step. A second one ends the process at once, unless it comes
-    within two seconds: launchers pass on what the terminal has sent to every process already.
+    within two seconds: launchers pass on what the terminal has sent to every process already. A thread listens, since
+    Python's own handlers wait for the end of a call, which may be one to a process that hangs.
     """
 
     def __enter__(self):
         self.signal, self.since = None, 0.0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.ear, self.voice = socket.socketpair()
+        self.voice.setblocking(False)
+        self.before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.descriptor = signal.set_wakeup_fd(self.voice.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.listen, daemon=True).start()
         return self
 
     def __exit__(self, *error):
+        signal.set_wakeup_fd(self.descriptor)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.voice.close()
 
-    def ask(self, number, frame):
-        if self.signal and time.monotonic() - self.since > 2:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self.since = signal.Signals(number).name, time.monotonic()
+    def listen(self):
+        while heard := self.ear.recv(1):
+            if heard[0] not in self.before:
+                continue
+            if self.signal and time.monotonic() - self.since > 2:
+                os._exit(128 + heard[0])
+            if not self.signal:
+                self.signal, self.since = signal.Signals(heard[0]).name, time.monotonic()
 
 
 def weights_dtype(s):

@@ -189,8 +189,16 @@ def evaluate_suite(s, suite, scorer, out, run):
     results = (results or {"results": {}}) | {"run": run | {"commit": git_commit()}, "tokens": scorer.counts,
                                               "missing": missing}
     if results["results"]:
+        older = [path for path in out.glob("results_*.json") if superseded(read_json(path), results)]
         write_results(out, results)
+        for path in older:
+            path.unlink()
     return results
+
+
+def superseded(old, new):
+    """Whether results that this program wrote measure a benchmark that newer ones measure as well."""
+    return "run" in old and bool(old["results"].keys() & new["results"].keys())
 
 
 def print_tasks(tasks, out):

@@ -97,6 +97,7 @@ def model_steps(s, model):
         start = folder / "m0"
         steps.append(start_step(s, model, start))
     steps.append(evaluation(s, model, start, folder / "m0"))
+    recipe = [CONFIGS / "train/finetune.toml", *size_files(s)]
     for seed in s.seeds:
         parent, place = start, folder if seed == s.seeds[0] else folder / f"seed-{seed}"
         for number, task in enumerate(s.order, 1):
@@ -105,7 +106,8 @@ def model_steps(s, model):
             command = [*launch(s), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
                        "--task", task, "--init", parent, "--data", data, "--out", out, "--seed", seed,
                        *words(s.train_args)]
-            steps.append(Step(out, command, training_flops(s, model, data), "train.py", (parent, data)))
+            steps.append(Step(out, command, training_flops(s, model, data), "train.py",
+                              (parent, data, *recipe)))
             steps.append(evaluation(s, model, out, out))
             parent = out
     return steps
@@ -115,12 +117,13 @@ def start_step(s, model, out):
     """m0: pretrained by the size's recipe, or from the Hub."""
     tables = read_config("size", s.size)
     if hub := tables.get("hub", {}).get(model):
-        return Step(out, [sys.executable, "-m", "model.checkpoint", hub, out], script="model.checkpoint")
+        return Step(out, [sys.executable, "-m", "model.checkpoint", hub, out], 0.0, "model.checkpoint")
     if not s.text:
         raise UserError(f"m0 of {model} has to be pretrained: give --text, or --init_{model}")
     command = [sys.executable, ROOT / "pretrain.py", "--size", s.size, "--model", model, "--data", s.text,
                "--out", out.parent, *(["--launcher", s.launcher] if s.launcher else [])]
-    return Step(out, command, tables.get(model, {}).get("max_flops", 0.0), "pretrain.py", (Path(s.text),))
+    return Step(out, command, tables.get(model, {}).get("max_flops", 0.0), "pretrain.py",
+                (Path(s.text), CONFIGS / "train/pretrain.toml", *size_files(s)))
 
 
 def evaluation(s, model, checkpoint, directory):
@@ -129,8 +132,14 @@ def evaluation(s, model, checkpoint, directory):
     command = [*launch(s), ROOT / "evaluate.py", "--checkpoint", checkpoint, "--out", directory / "eval",
                "--data", s.data, "--tasks", ",".join(tasks), "--suite", s.suite,
                *(["--suite_files", s.suite_files] if s.suite_files else []), *words(s.evaluate_args)]
-    files = [*(Path(s.data) / f"{task}.json" for task in tasks), *suite_files(s)]
+    files = [place for task in tasks for place in (Path(s.data) / f"{task}.json", CONFIGS / f"task/{task}.toml")]
+    files += suite_files(s)
     return Step(directory / "eval", command, evaluation_flops(s, model), "evaluate.py", (checkpoint, *files))
+
+
+def size_files(s):
+    """The file of the size's recipes, if a size is given."""
+    return [CONFIGS / f"size/{s.size}.toml"] if s.size else []
 
 
 def suite_files(s):
@@ -163,20 +172,30 @@ def training_flops(s, model, data):
 
 
 def evaluation_flops(s, model):
-    """The FLOPs of generating the test sets, about: a third of training's for each token that is read or tried."""
+    """The FLOPs of an evaluation, about: a third of training's for each token that is read or tried, of the test sets
+    and of the suite's local files; what lm-eval downloads is not known before."""
     tokens, limit = 0, flag(s.evaluate_args, "limit", None)
     for task in dict.fromkeys(s.order):
         decoding = read_config("task", task)["decoding"]
         new = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2
         tokens += sum(len(item["input"]) / CHARACTERS + new
                       for item in read_items(Path(s.data) / f"{task}.json")["test"][:limit and int(limit)])
+    for file in suite_files(s)[1:]:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        tokens += sum(map(len, lines[:limit and int(limit)])) / CHARACTERS
     return model_config(s, model).flops(tokens) / 3
 
 
 def flag(args, name, default):
-    """The number that a flag among `args` has, or the default."""
-    given = words(args)
-    return float(given[given.index(f"--{name}") + 1]) if f"--{name}" in given else default
+    """The number that a flag among `args` has, or the default; raises UserError where it is none."""
+    given = [part for word in words(args) for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if f"--{name}" not in given:
+        return default
+    value = next(iter(given[given.index(f"--{name}") + 1:]), "")
+    try:
+        return None if value == "none" else float(value)
+    except ValueError:
+        raise UserError(f"--{name} is {value!r} in {args!r}, expected a number") from None
 
 
 @functools.cache
@@ -221,19 +240,27 @@ class Pace:
 # -------------------------------------------------------------------------------------------------------------- running
 
 def inputs_digest(step):
-    """A digest of the weights and the data that a step depends on; None where some are not there yet."""
-    parts = []
-    for path in step.inputs:
-        path = Path(path)
-        if (path / "config.json").exists():
-            parts.append(checkpoint_digest(path))
-        elif (path / "meta.json").exists():
-            parts.append(data_digest(path))
-        elif path.is_file():
-            parts.append(digest([path]))
-        else:
-            return None
-    return parts
+    """Digests of the weights, data and settings that a step depends on, by path; None for what is not there yet."""
+    return {str(path): digest_of(path) for path in step.inputs}
+
+
+def digest_of(source):
+    """The digest of a checkpoint (a directory or a Hub id), of token shards, or of a file; None where nothing is."""
+    path = Path(source)
+    if not path.exists() and isinstance(source, str):
+        path = locate(source)
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return digest_of_state(path, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.cache
+def digest_of_state(path, state):
+    """The digest of what lies at a path, read once as long as names, sizes and times of its files stay the same."""
+    if (path / "config.json").exists():
+        return checkpoint_digest(path)
+    return data_digest(path) if path.is_dir() else digest([path])
 
 
 class Ledger:
@@ -248,8 +275,8 @@ class Ledger:
 
     def unchanged(self, step):
         """Whether a step was finished with the same command and the same inputs."""
-        path = self.path(step)
-        return step.out.exists() and path.exists() and read_json(path) == self.entry(step)
+        path, entry = self.path(step), self.entry(step)
+        return step.out.exists() and path.exists() and None not in entry["inputs"].values() and read_json(path) == entry
 
     def entry(self, step):
         return {"command": step.work, "inputs": inputs_digest(step)}
@@ -264,6 +291,12 @@ def name_of(out, step):
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole
+
+def lacks_benchmarks(step, began):
+    """Whether an evaluation that failed has written, since it began, the results of all benchmarks that can be had."""
+    return any(path.stat().st_mtime >= began and read_json(path).get("missing")
+               for path in step.out.glob("results_*.json")) if step.script == "evaluate.py" else False
+
 
 def main(s):
     """Prints the plan, runs what is missing or changed, and writes the report."""
@@ -286,15 +319,15 @@ def main(s):
         ahead = [later for later in steps[number - 1:] if later in to_do]
         print(f"[{number}/{len(steps)}] {step.out}, about {clock(pace.left(ahead))} left in all\n"
               f"{shlex.join(map(str, step.command))}", flush=True)
-        began = time.monotonic()
+        began = time.time()
         try:
             run_command([str(word) for word in step.command])
-        except SystemExit as leaving:
-            if step.script != "evaluate.py" or leaving.code != 2:
+        except SystemExit:
+            if not lacks_benchmarks(step, began):
                 raise
             incomplete.append(str(step.out))  # such as a dataset that cannot be had: the stages after it can go on
             continue
-        pace.add(step, time.monotonic() - began)
+        pace.add(step, time.time() - began)
         ledger.add(step)
     if not s.only:
         try:

@@ -1,11 +1,10 @@
 """The figures of a report, from what report.py computes; each is written as PNG and SVG."""
+import functools
 import math
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from model.files import explain_os_errors
 
@@ -13,21 +12,30 @@ from model.files import explain_os_errors
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
 STYLES = ["-", "--", ":", "-."]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-pyplot.rcParams.update({"font.size": 9, "svg.hashsalt": "report", "axes.spines.top": False,
-                        "axes.spines.right": False})
+HATCHES = ["", "//", "..", "xx"]
+
+
+def drawing(function):
+    """A function that draws with these settings of matplotlib, and leaves those of its caller as they are."""
+    @functools.wraps(function)
+    def drawn(*args, **options):
+        with pyplot.rc_context({"font.size": 9, "svg.hashsalt": "report", "axes.spines.top": False,
+                                "axes.spines.right": False}):
+            return function(*args, **options)
+    return drawn
 
 
 def save(figure, path):
     """Writes a figure as path.png and path.svg."""
     with explain_os_errors(path):
-        figure.savefig(f"{path}.png", dpi=130)
+        figure.savefig(f"{path}.png", dpi=160)
         figure.savefig(f"{path}.svg", metadata={"Date": None})
     pyplot.close(figure)
 
 
 def grid(count, width=3.6, height=3.0):
-    """A figure with so many panels, in rows of two or three; returns it and its axes as a flat list."""
-    columns = 2 if count in (2, 4) else min(3, count)
+    """A figure with so many panels, in rows of two; returns it and its axes as a flat list."""
+    columns = min(2, count)
     rows = math.ceil(count / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained",
                                    squeeze=False)
@@ -36,8 +44,9 @@ def grid(count, width=3.6, height=3.0):
     return figure, list(axes.flat[:count])
 
 
+@drawing
 def benchmarks_over_stages(path, curves, stages):
-    """One panel a category, a colour a benchmark, a line style a model, with standard errors.
+    """One panel a category, a colour a benchmark, a line style a model, with 95% intervals.
 
     curves: {category: {benchmark: {model: [Estimate or None]}}}; stages: names along the x axis.
     """
@@ -46,10 +55,11 @@ def benchmarks_over_stages(path, curves, stages):
     for panel, (category, names) in zip(axes, curves.items()):
         for colour, found in enumerate(names.values()):
             for model, values in found.items():
-                points = [(x, 100 * value.value, 100 * value.error) for x, value in enumerate(values) if value]
+                style = models.index(model)
+                points = [(x + 0.08 * style, 100 * value.value, 100 * (value.interval[1] - value.value))
+                          for x, value in enumerate(values) if value]
                 if points:
                     x, y, error = zip(*points)
-                    style = models.index(model)
                     panel.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=2, lw=1.4, elinewidth=0.6,
                                    ls=STYLES[style % 4], marker=MARKERS[style % 8], ms=4, color=PALETTE[colour % 8])
         handles = [Line2D([], [], color=PALETTE[index % 8], label=name) for index, name in enumerate(names)]
@@ -63,6 +73,7 @@ def benchmarks_over_stages(path, curves, stages):
     save(figure, path)
 
 
+@drawing
 def forgetting_by_category(path, bars):
     """Bars of FG a category and model, with 95% intervals and the values written on them.
 
@@ -76,9 +87,10 @@ def forgetting_by_category(path, bars):
             estimate = found.get(model)
             if estimate is None:
                 continue
-            x, spread = place + (index - (len(models) - 1) / 2) * width, 1.96 * estimate.error
-            panel.bar(x, estimate.value, width * 0.92, color=PALETTE[index % 8], label=model if place == 0 else None,
-                      yerr=None if math.isnan(spread) else spread, error_kw={"lw": 0.8, "capsize": 3})
+            x, spread = place + (index - (len(models) - 1) / 2) * width, estimate.interval[1] - estimate.value
+            panel.bar(x, estimate.value, width * 0.92, color=PALETTE[index % 8], hatch=HATCHES[index % 4],
+                      edgecolor="white", yerr=None if math.isnan(spread) else spread,
+                      error_kw={"lw": 0.8, "capsize": 3})
             top = estimate.value + (0 if math.isnan(spread) else math.copysign(spread, estimate.value))
             panel.annotate(f"{estimate.value:.1f}", (x, top), (0, math.copysign(3, estimate.value)),
                            textcoords="offset points", ha="center", va="bottom" if estimate.value >= 0 else "top")
@@ -86,11 +98,13 @@ def forgetting_by_category(path, bars):
     panel.margins(y=0.15)
     panel.set(xticks=range(len(bars)), ylabel="FG (%), positive is forgetting")
     panel.set_xticklabels(bars)
-    handles = [Line2D([], [], lw=6, color=PALETTE[index % 8], label=model) for index, model in enumerate(models)]
+    handles = [Patch(facecolor=PALETTE[index % 8], hatch=HATCHES[index % 4], edgecolor="white", label=model)
+               for index, model in enumerate(models)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(models), frameon=False)
     save(figure, path)
 
 
+@drawing
 def heat_maps(path, panels, rows, columns, colours, label, form="{:.0f}", scale=None):
     """Heat maps side by side with one colour scale, values written in the cells.
 
@@ -127,6 +141,7 @@ def heat_maps(path, panels, rows, columns, colours, label, form="{:.0f}", scale=
     save(figure, path)
 
 
+@drawing
 def losses(path, runs):
     """Training and eval loss over tokens, a panel a stage, with borders between epochs.
 
@@ -136,17 +151,18 @@ def losses(path, runs):
     models = list(dict.fromkeys(model for found in runs.values() for model in found))
     for panel, (title, found) in zip(axes, runs.items()):
         for model, (steps, evals, _) in found.items():
-            colour = PALETTE[models.index(model) % 8]
+            colour, style = PALETTE[models.index(model) % 8], STYLES[models.index(model) % 4]
             if steps:
-                panel.plot(*zip(*steps), lw=0.7, alpha=0.6, color=colour)
+                panel.plot(*zip(*steps), style, lw=0.7, alpha=0.6, color=colour)
             if evals:
-                panel.plot(*zip(*evals), "-" + MARKERS[models.index(model) % 8], ms=4, lw=1.4, color=colour)
+                panel.plot(*zip(*evals), style + MARKERS[models.index(model) % 8], ms=4, lw=1.4, color=colour)
         for border in next(iter(found.values()))[2]:
             panel.axvline(border, color="#999999", lw=0.6, ls=":")
         panel.set(title=title, xlabel="tokens", ylabel="loss (nats a target token)")
         panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
         panel.grid(alpha=0.3)
-    handles = [Line2D([], [], color=PALETTE[index % 8], marker=MARKERS[index % 8], ms=4, label=f"{model}: eval loss")
+    handles = [Line2D([], [], color=PALETTE[index % 8], ls=STYLES[index % 4], marker=MARKERS[index % 8], ms=4,
+                      label=f"{model}: eval loss")
                for index, model in enumerate(models)]
     handles += [Line2D([], [], color="#777777", lw=0.7, label="training loss"),
                 Line2D([], [], color="#999999", lw=0.6, ls=":", label="end of an epoch")]
@@ -154,6 +170,7 @@ def losses(path, runs):
     save(figure, path)
 
 
+@drawing
 def accuracy_over_calibration(path, points):
     """Accuracy against expected calibration error: a colour a benchmark, a marker a model, stages joined in order; the
     last stage is filled. points: {benchmark: {model: [(ece, accuracy)]}}."""

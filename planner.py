@@ -86,8 +86,9 @@ class Plan:
         rows |= {"gradients": self.gradients(), "activations": self.activations(), "logits": self.logits(),
                  "buffers": self.buffers(), "the process itself": RUNTIME[self.device]}
         if away:
-            rows["fp32 weights and moments"] = rows["gradients"] = 0
-            rows["weights"] *= self.zero != 3
+            rows["fp32 weights and moments"] = 0
+            if self.zero == 3:
+                rows["weights"] = rows["gradients"] = 0
         return rows
 
     def gradients(self):
@@ -130,8 +131,10 @@ class Plan:
     def host(self):
         """Bytes of host memory, all processes of the run together."""
         largest = 4 * self.config.vocab_size * self.config.hidden_size  # one tensor at a time is read or written
-        away = (16 * self.config.num_parameters + self.width * self.config.num_parameters * (self.zero == 3)
-                if self.offload else 0)
+        # offloaded: weights, moments and gradients in fp32; of ZeRO-2 gradients in the weights' dtype, of ZeRO-3 the
+        # weights and a second copy of the gradients
+        more = self.width if self.zero == 2 else self.width + 4
+        away = (16 + more) * self.config.num_parameters if self.offload else 0
         return self.processes * (RUNTIME["cpu"] + largest) + away
 
     def disk(self, checkpoints):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import figures
 from metrics import average_performance, backward_transfer, fg, forgetting_from_best, mean, over_seeds
-from model.files import UserError, read_json, write_text
-from results import read_results, read_runs, shipped
+from model.files import UserError, explain_os_errors, read_json, write_text
+from results import METRICS, read_results, read_runs, shipped
 from settings import ROOT, read_config, run, setting
 from suites import Benchmark
 
@@ -44,7 +44,7 @@ class Record:
     `chains` is {model: {seed: {number: Stage}}}; m0 is the same for all seeds of a model.
     """
 
-    def __init__(self, stages, described):
+    def __init__(self, stages, described, categories=()):
         self.chains, self.missing = {}, []
         for stage in stages:
             chain = self.chains.setdefault(stage.model, {}).setdefault(stage.seed, {})
@@ -62,15 +62,22 @@ class Record:
             self.chains[model] = trained
         self.last = max(max(chain) for seeds in self.chains.values() for chain in seeds.values())
         names = {}
-        for seeds in self.chains.values():
+        for model, seeds in self.chains.items():
             for chain in seeds.values():
                 for number, stage in chain.items():
-                    names.setdefault(number, stage.name)
+                    first, name = names.setdefault(number, (model, stage.name))
+                    if name != stage.name:
+                        raise UserError(f"stage {number} is {name} of {first}, but {stage.name} of {model}: compare "
+                                        "models that learned the same tasks in the same order")
+        names = {number: name for number, (_, name) in names.items()}
         self.stages = [names.get(number, f"m{number}") for number in range(self.last + 1)]
         measured = dict.fromkeys(name for stage in stages for name in stage.benchmarks)
         known = shipped() | described
         ordered = [known[name] for name in known if name in measured]
         self.benchmarks = ordered + [Benchmark(name, "other") for name in measured if name not in known]
+        if unknown := sorted(set(categories) - set(self.categories)):
+            raise UserError(f"unknown category {', '.join(unknown)}, expected some of {', '.join(self.categories)}")
+        self.benchmarks = [b for b in self.benchmarks if not categories or b.category in categories]
         self.learned = [self.task_of(number) for number in range(1, self.last + 1)]
         there = dict.fromkeys(task for stage in stages for task in stage.tasks)
         self.tasks = [task for task in dict.fromkeys(self.learned) if task in there]
@@ -91,6 +98,9 @@ class Record:
                         self.missing.append(f"{who}: the stage {name} is missing")
                         continue
                     stage = chain[number]
+                    if stage.ignored:
+                        self.missing.append(f"{who}: {name} has results without one of {', '.join(METRICS)}: "
+                                            + ", ".join(stage.ignored))
                     for what, wanted, there in (
                             ("benchmarks", [b.name for b in self.benchmarks if not b.part_of], stage.benchmarks),
                             ("test sets", self.tasks, stage.tasks)):
@@ -106,19 +116,28 @@ class Record:
         """A benchmark at a stage."""
         return self.over(model, lambda chain: chain[number].benchmarks.get(name) if number in chain else None)
 
+    def fg_of(self, chain, name):
+        """FG of a benchmark in one chain."""
+        values = [chain[number].benchmarks.get(name) if number in chain else None for number in range(self.last + 1)]
+        return fg(values[0], values[1:])
+
     def fg(self, model, name):
         """FG of a benchmark."""
-        def of_chain(chain):
-            values = [chain[number].benchmarks.get(name) if number in chain else None
-                      for number in range(self.last + 1)]
-            return fg(values[0], values[1:])
-        return self.over(model, of_chain)
+        return self.over(model, lambda chain: self.fg_of(chain, name))
 
     def category_fg(self, model, category):
-        """FG of a category: the mean over its benchmarks that have one."""
-        found = [estimate for benchmark in self.of_category(category)
-                 if (estimate := self.fg(model, benchmark.name)) is not None]
-        return mean(found) if found else None
+        """FG of a category: in each chain the mean over its benchmarks that have one, since a seed moves them all."""
+        def of_chain(chain):
+            found = [estimate for benchmark in self.of_category(category)
+                     if (estimate := self.fg_of(chain, benchmark.name)) is not None]
+            return mean(found) if found else None
+        return self.over(model, of_chain)
+
+    def measured(self, model, category):
+        """What the FG of a category rests on: the pairs (stage, benchmark) that all chains of a model have."""
+        names = {benchmark.name for benchmark in self.of_category(category)}
+        return set.intersection(*({(number, name) for number, stage in chain.items() for name in names
+                                   if name in stage.benchmarks} for chain in self.chains[model].values()))
 
     def of_category(self, category, parts=False):
         """The benchmarks of a category that count in it, or those that are parts of others."""
@@ -159,8 +178,9 @@ def table(head, rows):
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
-def verdict(what, grown, reference, difference, more_is_forgetting=True):
-    """A plain sentence on a difference grown - reference."""
+def verdict(what, grown, reference, difference, claim="{grown} forgets {less} than {reference}", sign=1):
+    """A plain sentence on a difference grown - reference. claim: what it says where there is one, with "less" for
+    differences of the sign -1 (or 1, where `sign` is -1) and "more" for others."""
     if difference is None:
         return f"{what}: nothing to compare."
     if math.isnan(difference.error):
@@ -169,8 +189,8 @@ def verdict(what, grown, reference, difference, more_is_forgetting=True):
     interval = f"{difference.value:+.1f} points, 95% interval [{low:+.1f}, {high:+.1f}]"
     if low <= 0 <= high:
         return f"{what}: {grown} and {reference} cannot be told apart from noise ({interval})."
-    less = (difference.value < 0) == more_is_forgetting
-    return f"{what}: {grown} forgets {'less' if less else 'more'} than {reference} ({interval})."
+    less = "less" if sign * difference.value < 0 else "more"
+    return f"{what}: {claim.format(grown=grown, reference=reference, less=less)} ({interval})."
 
 
 def difference(one, two):
@@ -178,24 +198,46 @@ def difference(one, two):
     return None if one is None or two is None else one - two
 
 
+def compared(record, s):
+    """The two models to compare, [grown, reference], and a sentence where there is nothing to compare: ([], sentence).
+
+    Raises UserError for a model that was asked for and is not there.
+    """
+    models, pair, defaults = list(record.chains), [s.grown, s.reference], ReportSettings()
+    if lacking := [name for name in pair if name not in models]:
+        if pair != [defaults.grown, defaults.reference]:
+            raise UserError(f"unknown model {', '.join(lacking)}, expected some of {', '.join(models)}")
+        more = ": give --grown and --reference to compare two" if len(models) > 1 else ""
+        return [], [f"The models are {', '.join(models)}{more}."]
+    return pair, []
+
+
+def category_verdict(record, category, pair, found):
+    """The sentence on a category's FG, which takes the same stages and benchmarks of both models."""
+    title, (grown, reference) = f"FG, {category}", pair
+    if record.measured(grown, category) != record.measured(reference, category):
+        return f"{title}: not compared, the models do not have the same stages and benchmarks (see What is missing)."
+    claim = {"claim": "the share of stereotypes fell {less} in {grown} than in {reference}"} if category == BIAS else {}
+    return verdict(title, grown, reference, difference(found[grown], found[reference]), **claim)
+
+
 def tables(record, s):
-    """The sections of tables, as (title, text in Markdown)."""
+    """The sentences of the summary, and the sections of tables, as (title, text in Markdown)."""
     models = list(record.chains)
-    pair = s.grown in models and s.reference in models
-    gap = [f"{s.grown} − {s.reference}"] if pair else []
+    pair, sentences = compared(record, s)
+    gap = [" − ".join(pair)] if pair else []
 
     def row(name, estimates, form="{:.1f}"):
         found = [estimates[model] for model in models]
-        extra = [difference(estimates[s.grown], estimates[s.reference])] if pair else []
+        extra = [difference(*(estimates[model] for model in pair))] if pair else []
         return [name, *(show(estimate, form) for estimate in found + extra)]
 
-    sections, rows, sentences = [], [], []
+    sections, rows = [], []
     for category in record.categories:
         found = {model: record.category_fg(model, category) for model in models}
         rows.append(row(category, found))
         if pair:
-            sentences.append(verdict(f"FG, {category}", s.grown, s.reference,
-                                     difference(found[s.grown], found[s.reference])))
+            sentences.append(category_verdict(record, category, pair, found))
     if rows:
         sections.append(("Forgetting by category", "FG in percent of the start, the mean over the stages; positive is "
                          "forgetting. In brackets the 95% interval from the benchmarks' standard errors"
@@ -210,11 +252,11 @@ def tables(record, s):
         rows = []
         for name, function in measures:
             found = {model: record.over(model, lambda chain, function=function: function(
-                record.matrix(chain), max(chain), record.learned)) for model in models}
+                record.matrix(chain), record.last, record.learned)) for model in models}
             rows.append(row(name, found, "{:.2f}"))
             if pair and function is backward_transfer:
-                sentences.append(verdict("Backward transfer", s.grown, s.reference,
-                                         difference(found[s.grown], found[s.reference]), more_is_forgetting=False))
+                sentences.append(verdict("Backward transfer", *pair, difference(*(found[model] for model in pair)),
+                                         sign=-1))
         sections.append(("Over the tasks", "After the last stage, in points of each task's measure: "
                          + ", ".join(f"{task} {measure(task)}" for task in record.tasks) + ".\n\n"
                          + table(["", *models, *gap], rows)))
@@ -249,12 +291,10 @@ def provenance(record, folder):
                 if run := stage.run:
                     rows.append([model, stage.name, seed, *(f"`{str(run.get(key))[:12]}`" for key in
                                                             ("commit", "data_digest", "parent_digest"))])
-                    commands.append(train_command(run))
+                    commands += stage_commands(stage, folder)
                     settings[f"{model}, seed {seed}, {stage.name}"] = run["settings"]
     if not rows:
         return []
-    if ledger := sorted(Path(folder).glob("experiment/*.json")):
-        commands = [plain(read_json(path)["command"]) for path in ledger]
     common = {name: value for name, value in next(iter(settings.values())).items()
               if all(found.get(name, ...) == value for found in settings.values())}
     lines = [f"all stages: {words_of(common)}"] + [
@@ -276,6 +316,13 @@ def plain(command):
     return shlex.join(["python", *module, *(word.removeprefix(f"{ROOT}/") for word in command)])
 
 
+def stage_commands(stage, folder):
+    """The commands that made a stage and evaluated it, as the experiment wrote them down; else its run.json's."""
+    name = "-".join(stage.directory.relative_to(folder).parts)
+    steps = [path for path in (Path(folder) / f"experiment/{name}{end}.json" for end in ("", "-eval")) if path.exists()]
+    return [plain(read_json(path)["command"]) for path in steps] or [train_command(stage.run)]
+
+
 def train_command(run):
     """The command of a training run, from its run.json."""
     flags = [word for name, value in run["settings"].items() if value is not None and name not in ("size", "phase")
@@ -294,12 +341,14 @@ def draw(record, folder):
         captions[name] = caption
 
     models = list(record.chains)
+    several = " (the first seed)" if max(map(len, record.chains.values())) > 1 else ""
     labels = ["start" if stage == "m0" else stage for stage in record.stages]
     curves = {category: {b.label or b.name: {
         model: [record.value(model, number, b.name) for number in range(record.last + 1)] for model in models}
         for b in record.of_category(category)} for category in record.categories}
     if curves:
-        add("benchmarks", "Each benchmark over the stages.", figures.benchmarks_over_stages, curves, labels)
+        add("benchmarks", "Each benchmark over the stages, with 95% intervals.", figures.benchmarks_over_stages, curves,
+            labels)
         bars = {category: {model: record.category_fg(model, category) for model in models}
                 for category in record.categories}
         if any(estimate for found in bars.values() for estimate in found.values()):
@@ -325,17 +374,17 @@ def draw(record, folder):
             if stage and stage.log:
                 runs.setdefault(name, {})[model] = curve(stage)
     if runs:
-        add("losses", "Loss over tokens, a panel a stage.", figures.losses, runs)
+        add("losses", f"Loss over tokens, a panel a stage{several}.", figures.losses, runs)
     points = {}
     for benchmark in (b for b in record.benchmarks if not b.part_of):
         for model, seeds in record.chains.items():
             chain = next(iter(seeds.values()))
-            found = [(stage.calibration[benchmark.name]["ece"], 100 * stage.benchmarks[benchmark.name].value)
+            found = [(stage.calibration[benchmark.name][0], 100 * stage.calibration[benchmark.name][1])
                      for _, stage in sorted(chain.items()) if benchmark.name in stage.calibration]
             if found:
                 points.setdefault(benchmark.label or benchmark.name, {})[model] = found
     if points:
-        add("calibration", "Accuracy against expected calibration error, stages joined in order.",
+        add("calibration", f"Accuracy against expected calibration error, stages joined in order{several}.",
             figures.accuracy_over_calibration, points)
     return captions
 
@@ -386,13 +435,9 @@ def inline(text):
 
 def main(s):
     """Reads, draws and writes."""
-    record = Record(*(read_runs(s.runs) if s.runs else read_results(s.results)))
-    if unknown := sorted(set(s.categories) - set(record.categories)):
-        raise UserError(f"unknown category {', '.join(unknown)}, expected some of {', '.join(record.categories)}")
-    if s.categories:
-        record.benchmarks = [b for b in record.benchmarks if b.category in s.categories]
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
+    record, out = Record(*(read_runs(s.runs) if s.runs else read_results(s.results)), s.categories), Path(s.out)
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     sentences, sections = tables(record, s)
     captions = draw(record, out)
     sections += provenance(record, s.runs) if s.runs else []

@@ -12,6 +12,7 @@ from settings import known, read_toml
 from suites import Benchmark, open_suite
 
 STAGE = re.compile(r"m(\d+)(?:-(\w+))?")
+METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # by which benchmarks are judged that no suite describes
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Stage:
     task: str | None = None
     directory: Path | None = None
     benchmarks: dict = field(default_factory=dict)  # name -> Estimate
-    calibration: dict = field(default_factory=dict)  # name -> {"ece", "nll", "brier"}
+    calibration: dict = field(default_factory=dict)  # name -> (expected calibration error, accuracy)
+    ignored: list = field(default_factory=list)  # names of results that none of METRICS stands in
     tasks: dict = field(default_factory=dict)  # task -> {metric: Estimate}
     files: dict = field(default_factory=dict)  # name of a benchmark -> the file it was read from
     run: dict = field(default_factory=dict)  # its run.json
@@ -64,6 +66,8 @@ def read_results(source):
     source = Path(source)
     if source.suffix == ".toml":
         entries = read_toml(source).get("result", [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{source}: expected a list of [[result]], each with model, stage and file")
         if bad := [entry for entry in entries if {"model", "stage", "file"} - entry.keys()]:
             raise UserError(f"{source}: each [[result]] needs model, stage and file; {bad[0]} lacks some")
         files = [(entry["model"], str(entry["stage"]), source.parent / entry["file"]) for entry in entries]
@@ -73,21 +77,20 @@ def read_results(source):
     if not files:
         raise UserError(f"{source} holds no results: expected <model>/<stage>/**/results_*.json, or a .toml file that "
                         "names them")
-    names = {}  # stages that no number orders stand in the order of the file, or of their names
-    for model, name, _ in files if source.suffix == ".toml" else sorted(files, key=lambda entry: natural(entry[1])):
-        names.setdefault(model, {}).setdefault(name, len(names[model]))
+    names = list(dict.fromkeys(name for _, name, _ in files))
+    unnumbered = [name for name in names if not STAGE.fullmatch(name)]
+    if unnumbered and source.suffix != ".toml":
+        raise UserError(f"{source}: the folder {unnumbered[0]} does not say which stage it is: expected names such as "
+                        "m0 and m1-simp, or a .toml file that lists the files in the order of the stages")
     stages, found = {}, {}
     for model, name, file in files:
         match = STAGE.fullmatch(name)
-        number = int(match[1]) if match else names[model][name]
+        number = names.index(name) if unnumbered else int(match[1])  # or as they first come in the .toml file
         stage = stages.setdefault((model, name), Stage(model, 0, number, name, match and match[2]))
         found |= add_results(stage, file)
+    if not any(stage.benchmarks for stage in stages.values()):
+        raise UserError(f"{source} holds no results with one of {', '.join(METRICS)}")
     return list(stages.values()), found
-
-
-def natural(name):
-    """A key by which m10 comes after m9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def add_results(stage, file):
@@ -96,10 +99,17 @@ def add_results(stage, file):
     if not isinstance(found.get("results"), dict):
         raise UserError(f"{file} is no results file of lm-eval: it has no \"results\"")
     described = {entry["name"]: described_by(entry) for entry in found.get("run", {}).get("suite", [])}
+    known, groups = shipped() | described, found.get("group_subtasks", {})
+    inside = {child for children in groups.values() for child in children}
     for name, figures in found["results"].items():
-        benchmark = described.get(name) or shipped().get(name) or Benchmark(name, "other")
-        value, error = figure(figures, benchmark.metric)
+        # of a group and its parts those count that a suite names, the group where none is named
+        if any(child in known for child in groups.get(name, [])) or name in inside and name not in known:
+            continue
+        metrics = [known[name].metric] if name in known else METRICS
+        value, error = next((pair for metric in metrics if (pair := figure(figures, metric))[0] is not None),
+                            (None, None))
         if value is None:
+            stage.ignored.append(name)
             continue
         old = stage.benchmarks.get(name)
         if old is not None and old.value != value:
@@ -107,14 +117,16 @@ def add_results(stage, file):
                             f"{stage.files[name]}, {value} in {file}. Remove one of the files")
         stage.benchmarks[name], stage.files[name] = Estimate(value, error), file
         if "ece,none" in figures:
-            stage.calibration[name] = {key: figures[f"{key},none"] for key in ("ece", "nll", "brier")}
+            stage.calibration[name] = figures["ece,none"], figures.get("acc,none", value)
     return described
 
 
 def figure(figures, metric):
-    """(value, standard error) of a metric in a results entry, by lm-eval 0.4 ("acc,none") or before ("acc"); value None
-    where it is not there."""
-    for key, error in ((metric, f"{metric}_stderr"), (f"{metric},none", f"{metric}_stderr,none")):
+    """(value, standard error) of a metric in a results entry, by lm-eval 0.4 ("acc,none", with the name of a filter
+    behind the comma) or before ("acc"); value None where it is not there, error nan where it is not known."""
+    name, _, pipeline = metric.partition(",")
+    pipeline = pipeline or "none"
+    for key, error in ((f"{name},{pipeline}", f"{name}_stderr,{pipeline}"), (name, f"{name}_stderr")):
         if isinstance(figures.get(key), int | float):
             spread = figures.get(error)
             return float(figures[key]), float(spread) if isinstance(spread, int | float) else math.nan
@@ -128,9 +140,9 @@ def described_by(entry):
 
 @functools.cache
 def shipped():
-    """The benchmarks that the suites in configs/eval name."""
+    """The benchmarks that the suites in configs/eval name; what two name is as in `paper`, which has lm-eval's own."""
     found = {}
-    for name in known("eval"):
+    for name in sorted(known("eval"), key=lambda name: name != "paper"):
         for entry in open_suite(name)[1]:
             found.setdefault(entry["name"], described_by(entry))
     return found

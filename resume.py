@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from distributed import StopRequest
 from model.checkpoint import open_shard, write_tensors
-from model.files import UserError, digest, explain_os_errors, read_json, write_json
+from model.files import UserError, digest, explain_os_errors, read_json, sync, write_json
 from partitions import base_optimizer, fragments
 from runs import identity
 
@@ -29,20 +28,12 @@ MASTER = "master"  # the kind of the fp32 weights; the others have the optimizer
 
 
 class Saving:
-    """When to save: after so many minutes, and where a signal asks the run to end. A context around the loop."""
+    """When to save: after so many minutes, and where a signal asks the run to end (a StopRequest)."""
 
-    def __init__(self, minutes, world):
-        self.minutes, self.world, self.request = minutes, world, StopRequest()
+    def __init__(self, minutes, request, world):
+        self.minutes, self.request, self.world, self.saved = minutes, request, world, time.monotonic()
 
-    def __enter__(self):
-        self.saved = time.monotonic()
-        self.request.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.request.__exit__(*error)
-
-    def after_step(self, step, steps, save):
+    def check(self, step, steps, save):
         """Calls `save()` on all processes if it is time, and ends the run if that was asked of any of them."""
         due = self.world.rank == 0 and time.monotonic() - self.saved >= 60 * self.minutes
         stopping, due = self.world.sum(self.request.signal is not None, due)
@@ -71,7 +62,10 @@ def save_state(engine, directory, run, progress, world):
         write_json(partial / "state.json", {"progress": progress, "run": fingerprint(run),
                                             "optimizer_step": optimizer_step(engine), "files": dict(files)})
         with explain_os_errors(folder):
+            sync(partial)
             partial.rename(folder)
+            sync(folder.parent)
+            sync(directory / "metrics.jsonl")
             for old in folder.parent.iterdir():
                 if old != folder:
                     shutil.rmtree(old)
@@ -80,7 +74,7 @@ def save_state(engine, directory, run, progress, world):
     try:
         files = world.gather(world.on_all(lambda: write_fragments(engine, partial, world.rank)))
         world.on_main(complete)
-    except BaseException:
+    except UserError:  # known to all of them, so nobody writes there any more
         shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -3,8 +3,10 @@
 A stage is whole or absent. Training works in `<out>.partial/`, which takes the name `<out>` when the final weights are
 on disk; `run.json` in either says what the run is made of.
 """
+import fcntl
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -107,6 +109,7 @@ def start_run(out, run):
             shutil.rmtree(partial)
     with explain_os_errors(partial):
         partial.mkdir(parents=True)
+    lock(partial)
     write_json(partial / "run.json", run)
     return partial
 
@@ -124,8 +127,24 @@ def finish_run(out, partial, run):
     """Gives a run whose final weights are on disk its name, with the result in run.json and no saved state."""
     write_json(partial / "run.json", run)
     with explain_os_errors(out):
-        shutil.rmtree(partial / "resume", ignore_errors=True)
         partial.rename(out)
+    drop_state(out)
+
+
+def drop_state(out):
+    """Removes the saved state of a finished run, also where an earlier attempt was killed in between."""
+    shutil.rmtree(Path(out) / "resume", ignore_errors=True)
+
+
+def lock(directory):
+    """Keeps a directory for this process, for as long as it lives; a UserError where another one works in it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process works in {directory}: wait until it has ended, or stop it") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
 
 
 class StepLog:

@@ -18,8 +18,8 @@ def submit(s, steps, name_of):
     flags = {field.name: getattr(s, field.name) for field in dataclasses.fields(s) if field.name != "slurm_file"
              and getattr(s, field.name) != field.default}
     flags["launcher"] = f"bash {shlex.quote(str(ROOT / 'configs/slurm/launch.sh'))}"
-    same = [word for name, value in flags.items()
-            for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value))]
+    same = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+            for name, value in flags.items()]
     for step in steps:
         parent = jobs.get(str(step.inputs[0])) if step.inputs else None
         command = [sys.executable, str(ROOT / "experiment.py"), *same, "--only", str(step.out)]

@@ -35,7 +35,7 @@ from build import (
     samples_to_train,
     text_of,
 )
-from distributed import Processes
+from distributed import Processes, StopRequest
 from model.checkpoint import write_checkpoint
 from model.files import UserError, new_directory
 from model.generate import Decoding, generate
@@ -44,8 +44,10 @@ from runs import (
     StepLog,
     clock,
     continue_run,
+    drop_state,
     finish_run,
     history,
+    lock,
     partial_directory,
     print_result,
     show,
@@ -99,10 +101,11 @@ class Progress:
 
 def main(s):
     """One run, from settings to a finished checkpoint."""
-    with Processes(datetime.timedelta(minutes=s.timeout_minutes)) as world:
+    with StopRequest() as request, Processes(datetime.timedelta(minutes=s.timeout_minutes)) as world:
         run, finished = world.on_main(lambda: prepare(s, world))
         if finished:
             world.say(f"{s.out} is finished already, nothing to do")
+            world.on_main(lambda: drop_state(s.out))
             return world.on_main(lambda: print_result(s.out))
         check_same_data(s, world)
         source = world.first_on_node(lambda: find_weights(s))
@@ -111,6 +114,7 @@ def main(s):
         data = load_data(s, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
         directory, progress = partial_directory(s.out), Progress(flops=past.get("flops", 0))
+        world.on_main(lambda: directory.exists() and lock(directory))
         if state := world.on_main(lambda: find_state(directory, run)):
             progress = Progress(**load_state(engine, state, world))
             world.say(f"going on after step {progress.step}, from {state}")
@@ -119,7 +123,8 @@ def main(s):
             world.on_main(lambda: start_run(s.out, run))
         log = StepLog(directory, progress.step, watchers(s, directory, run)) if world.rank == 0 else StepLog(None)
 
-        run["result"] = train(s, engine, data, tokenizer, world, log, run, progress, past)
+        saving = Saving(s.save_minutes, request, world)
+        run["result"] = train(s, engine, data, tokenizer, world, log, run, progress, past, saving)
         run["history"] = past | {"flops": run["result"]["flops"]} | \
             ({} if s.task else {"text": text_of(s) | {"samples": run["result"]["last_sample"]}})
         run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
@@ -129,7 +134,7 @@ def main(s):
         world.on_main(lambda: print_result(s.out))
 
 
-def train(s, engine, data, tokenizer, world, log, run, progress, past):
+def train(s, engine, data, tokenizer, world, log, run, progress, past, saving):
     """The loop, from where `progress` says on. Returns what run.json says of the result: eval losses, FLOPs, speed, ….
 
     run: what run.json says so far; past: the `history` of the checkpoint that the run started from.
@@ -142,43 +147,44 @@ def train(s, engine, data, tokenizer, world, log, run, progress, past):
         progress.eval_loss_before = progress.eval_loss_after = evaluate(s, engine, data["eval"], world)
         log.write(step=0, eval_loss=progress.eval_loss_before, flops=progress.flops)
         world.say(f"eval loss before: {show(progress.eval_loss_before)}")
-    with Saving(s.save_minutes, world) as saving:
-        for step in range(progress.step, steps):
-            began = time.perf_counter()
-            start = first + step * s.global_batch_size
-            stop = min(start + s.global_batch_size, end)
-            indices = global_batch(s.seed, size, start, stop)
-            batch = [data["train"][index] for index in indices]
-            rate = learning_rate(s, step, steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            limit = progress.limit(s.skip_loss_above)
-            loss, norm, filled = take_step(s, engine, batch, world, limit)
-            spike = limit < loss < math.inf
-            if not spike and not (math.isfinite(loss) and math.isfinite(norm)):
-                world.fail(UserError(stop_message(step + 1, loss, norm, indices, directory)))
+    saving.check(progress.step, steps, lambda: None)
+    for step in range(progress.step, steps):
+        began = time.perf_counter()
+        start = first + step * s.global_batch_size
+        stop = min(start + s.global_batch_size, end)
+        indices = global_batch(s.seed, size, start, stop)
+        batch = [data["train"][index] for index in indices]
+        rate = learning_rate(s, step, steps)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        limit = progress.limit(s.skip_loss_above)
+        loss, norm, filled = take_step(s, engine, batch, world, limit)
+        spike = limit < loss < math.inf
+        if not spike and not (math.isfinite(loss) and math.isfinite(norm)):
+            world.fail(UserError(stop_message(step + 1, loss, norm, indices, directory)))
 
-            took, (read, _) = time.perf_counter() - began, count_tokens(batch)
-            progress.add(read, filled, took, config.flops(read))
-            log.write(step=step + 1, loss=loss, lr=rate, grad_norm=None if spike else norm, tokens=progress.tokens,
-                      flops=progress.flops, tokens_per_s=read / took, elapsed=progress.seconds,
-                      padding=1 - read / filled, **({"skipped_samples": indices} if spike else {}))
-            if spike:
-                world.say(f"step {step + 1} passed over: its loss {loss:.4f} is above {limit:.4f}; samples {indices}")
-            else:
-                progress.losses = [*progress.losses, loss][-SPIKE_WINDOW:]
-            last = step + 1 == steps
-            if (step + 1) % s.logging_steps == 0 or step == 0 or last:
-                world.say(progress.line(steps, loss, rate, norm))
-            if (step + 1) % s.eval_steps == 0 or last:
-                progress.eval_loss_after = evaluate(s, engine, data["eval"], world)
-                log.write(step=step + 1, eval_loss=progress.eval_loss_after, flops=progress.flops)
-                world.say(f"step {step + 1}/{steps}  eval loss {show(progress.eval_loss_after)}")
-            if stop // size > start // size and not last and s.save_total_limit:
+        took, (read, _) = time.perf_counter() - began, count_tokens(batch)
+        progress.add(read, filled, took, config.flops(read))
+        log.write(step=step + 1, loss=loss, lr=rate, grad_norm=None if spike else norm, tokens=progress.tokens,
+                  flops=progress.flops, tokens_per_s=read / took, elapsed=progress.seconds,
+                  padding=1 - read / filled, **({"skipped_samples": indices} if spike else {}))
+        if spike:
+            world.say(f"step {step + 1} passed over: its loss {loss:.4f} is above {limit:.4f}; samples {indices}")
+        else:
+            progress.losses = [*progress.losses, loss][-SPIKE_WINDOW:]
+        last = step + 1 == steps
+        if (step + 1) % s.logging_steps == 0 or step == 0 or last:
+            world.say(progress.line(steps, loss, rate, norm))
+        if (step + 1) % s.eval_steps == 0 or last:
+            progress.eval_loss_after = evaluate(s, engine, data["eval"], world)
+            log.write(step=step + 1, eval_loss=progress.eval_loss_after, flops=progress.flops)
+            world.say(f"step {step + 1}/{steps}  eval loss {show(progress.eval_loss_after)}")
+        if stop // size > start // size and not last and s.save_total_limit:
+            if not world.on_main((directory / f"checkpoint-{step + 1}").exists):  # it is after a step done again
                 save(engine, directory / f"checkpoint-{step + 1}", tokenizer, world)
-                world.on_main(lambda: prune(directory, s.save_total_limit))
-            if not last:
-                saving.after_step(step + 1, steps, lambda: save_state(engine, directory, run, asdict(progress), world))
+            world.on_main(lambda: prune(directory, s.save_total_limit))
+        if not last:
+            saving.check(step + 1, steps, lambda: save_state(engine, directory, run, asdict(progress), world))
     return {"eval_loss_before": progress.eval_loss_before, "eval_loss_after": progress.eval_loss_after, "steps": steps,
             "first_sample": first, "last_sample": end, "tokens": progress.tokens, "flops": progress.flops,
             "seconds": progress.seconds, "tokens_per_s": progress.tokens / progress.seconds,
@@ -214,6 +220,8 @@ def take_step(s, engine, samples, world, limit=math.inf):
         engine.backward(part * scale, scale_wrt_gas=False)
     if engine.zero_optimization():
         engine.step()  # passes over the optimizer where the norm is not finite
+        if s.offload and not math.isfinite(scale):  # DeepSpeed's ZeRO-2 keeps what it has passed over there
+            engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
         return loss, float(engine.get_global_grad_norm()) if math.isfinite(scale) else math.nan, slots
     norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), s.max_grad_norm or math.inf))
     if math.isfinite(norm):

@@ -8,7 +8,6 @@ the model's own size and writing one tensor's.
 """
 import itertools
 import json
-import os
 import re
 import struct
 import sys
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import ModelConfig
-from .files import UserError, digest, explain_os_errors, new_directory, read_json, write_json
+from .files import UserError, digest, explain_os_errors, new_directory, read_json, sync, write_json
 from .tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
 from .transformer import Transformer, parameter_shapes
 
@@ -206,8 +205,7 @@ def write_tensors(path, specs, tensors):
             assert given == name, (given, name)
             assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
             out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        out.flush()
-        os.fsync(out.fileno())  # what is renamed into place after this outlives a loss of power
+    sync(path)
 
 
 def check_vocabulary(directory, config):
@@ -262,6 +260,9 @@ def checkpoint_digest(directory):
 
 def main(source, out):
     """Fetches a checkpoint and writes it as a checked safetensors directory, one tensor at a time."""
+    if (Path(out) / "config.json").exists():
+        Weights(out).check(ModelConfig.read(Path(out) / "config.json"))
+        return print(f"{out} is there already")
     source = locate(source)
     config, weights = ModelConfig.read(source / "config.json"), Weights(source)
     specs = weights.check(config)

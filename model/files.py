@@ -51,10 +51,21 @@ def write_text(path, text):
     with explain_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates have no UTF-8
+            with open(partial, "w", encoding="utf-8", errors="replace") as file:  # lone surrogates have no UTF-8
+                file.write(text)
+            sync(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Waits until a file, or a directory's list of files, is on the disk: a loss of power leaves it as it is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path, value):

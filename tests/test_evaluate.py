@@ -106,6 +106,15 @@ def test_what_is_there_is_not_done_again(done, words, checkpoint, suite_file):
     assert not same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
 
 
+def test_newer_results_take_the_place_of_older_ones(done, words, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "eval")
+    (out / "results_mine.json").write_text('{"results": {"continuation": {"acc": 1.0}}}')  # not this program's
+    run_script(*words, "--out", out, "--limit", "3")
+    ours = [path for path in out.glob("results_*.json") if path.name != "results_mine.json"]
+    assert [read_json(path)["run"]["limit"] for path in ours] == [3]
+    assert (out / "results_mine.json").exists()
+
+
 def test_two_processes_give_the_same(done, words, tmp_path):
     out, _ = done
     run_script(*words, "--out", tmp_path, launcher=[*TORCHRUN])

@@ -63,7 +63,28 @@ def test_a_step_is_done_again_where_its_command_or_its_inputs_changed(checkpoint
     data.write_text("{}")
     (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
     assert not ledger.unchanged(step)
-    assert inputs_digest(Step(out, [], inputs=(tmp_path / "gone",))) is None
+    gone = Step(out, ["train.py"], script="train.py", inputs=(tmp_path / "gone",))
+    assert inputs_digest(gone) == {str(tmp_path / "gone"): None}
+    ledger.add(gone)
+    assert not ledger.unchanged(gone)  # what is not known may have changed
+
+
+def test_flags_that_a_cost_depends_on():
+    assert experiment.flag("--limit 5 --dtype fp32", "limit", None) == 5
+    assert experiment.flag("--dtype fp32 --limit=7", "limit", None) == 7
+    assert experiment.flag("--max_train_samples none", "max_train_samples", 100) is None
+    assert experiment.flag("", "limit", 3) == 3
+    for args in ("--limit", "--limit few"):
+        with pytest.raises(UserError, match="--limit is '(few)?' in .*, expected a number"):
+            experiment.flag(args, "limit", None)
+
+
+def test_a_recipe_that_changed_makes_a_step_anew(checkpoint, tasks, tmp_path):
+    steps = plan(ExperimentSettings(size="tiny", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",),
+                                    init_llm=str(checkpoint)))
+    names = [[str(path).rpartition("configs/")[2] for path in step.inputs if "configs/" in str(path)] for step in steps]
+    assert names == [["task/simp.toml", "eval/sample.toml"], ["train/finetune.toml", "size/tiny.toml"],
+                     ["task/simp.toml", "eval/sample.toml"]]
 
 
 def test_time_left_follows_what_each_script_took():
@@ -78,8 +99,13 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
              tmp_path / "runs", "--report", tmp_path / "report", "--suite", suite_file, "--train_args",
              "--max_steps 2 --max_train_samples 8 --max_eval_samples 2 --dtype fp32", "--evaluate_args",
              "--limit 2 --dtype fp32"]
-    stopped = run_script(*words[:-1], "--limit 2 --dtype fp16", check=False)  # which evaluate.py refuses
-    assert "3 steps, 3 of them to do; about 0:00:0" in stopped.stdout
+    refused = run_script(*words[:-1], "--limit 2 --dtype fp16", check=False)  # which evaluate.py does not know
+    assert "3 steps, 3 of them to do; about 0:00:0" in refused.stdout
+    assert refused.returncode == 2
+    assert not (tmp_path / "runs/llm").exists()
+    more = suite_file.with_name("more.toml")  # with a benchmark whose dataset cannot be had without a network
+    more.write_text(suite_file.read_text() + '[[benchmark]]\nname = "piqa"\ncategory = "Rs"\n')
+    stopped = run_script(*[more if word == suite_file else word for word in words], check=False)
     assert stopped.returncode == 2
     assert "2 evaluations are incomplete" in stopped.stderr.splitlines()[-1]
     assert "3 steps, 2 of them to do" in run_script(*words).stdout

@@ -50,10 +50,20 @@ def test_pretraining_and_the_study_call_their_scripts():
     text = make("growth-study", "SIZE=small", "SEEDS=1,2", "ARGS=--dry_run").stdout.replace("\\\n", " ")
     assert "growth_study.py --size small --data data/text/small --out runs/small/growth-study" in text
     assert re.search("--seeds 1,2 +--dry_run", text)
-    text = make("plan", "SIZE=7b", "TOKENS=300e9").stdout.replace("\\\n", " ")
+    text = make("growth-plan", "SIZE=7b", "TOKENS=300e9").stdout.replace("\\\n", " ")
     assert re.search("stack.py plan +--size 7b +--tokens 300e9", text)
-    text = make("plan", "PARAMS=7e9", "TOKENS=300e9").stdout.replace("\\\n", " ")
+    text = make("growth-plan", "PARAMS=7e9", "TOKENS=300e9").stdout.replace("\\\n", " ")
     assert re.search("stack.py plan --params 7e9 +--tokens 300e9", text)
+
+
+def test_a_plan_before_a_node_is_booked():
+    text = " ".join(make("plan", "SIZE=7b", "NPROC=8", "ZERO=3", "GPU_MEMORY=80").stdout.replace("\\\n", " ").split())
+    assert "planner.py --size 7b --processes 8 --zero 3 --gpu_memory 80" in text
+    assert "planner.py --init some/dir --processes 1" in make("plan", "INIT=some/dir").stdout
+
+
+def test_an_order_of_ones_own_needs_no_task():
+    assert "--order empd,inqqg" in make("experiment", "ORDER=empd inqqg").stdout
 
 
 def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ import report
 from metrics import Estimate
 from model.files import UserError, read_json
 from report import Record, ReportSettings, to_html, verdict
-from results import read_results, read_runs
+from results import figure, read_results, read_runs, shipped
 from tests.conftest import run_script
 
 SUITE = [("terms", "DK", "acc", None, None), ("continuation", "Rs", "acc", None, None),
@@ -83,6 +83,95 @@ def test_a_stage_and_a_benchmark_that_are_missing_are_named(runs):
                               "stack: m2-empd lacks the test sets simp"]
     assert record.category_fg("llm", "DK").value == pytest.approx(40)  # of the stage that is there
     assert record.category_fg("stack", "DK").value == pytest.approx(0)
+
+
+def test_models_with_other_stages_are_not_compared(runs, tmp_path):
+    for name in ("m1-simp", "m2-empd"):
+        (runs / f"stack/{name}").rename(runs / name.replace("m", "gone-"))
+    report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out")))
+    text = (tmp_path / "out/report.md").read_text()
+    assert "FG, DK: not compared, the models do not have the same stages and benchmarks" in text
+    assert "stack: the stage m1-simp is missing" in text
+    assert "| average performance | 40.00 [38.61, 41.39] | – | – |" in text  # after m2: simp 30, empd 50
+
+
+def test_a_seed_moves_all_benchmarks_of_a_category(runs):
+    """The seeds' spread is that of the category's FG, 31.25 and 15 here, and does not shrink with its benchmarks."""
+    for number in (1, 2):
+        write_stage(runs / "llm/seed-43", number, VALUES["stack"][number], TASKS["llm"][number], seed=43)
+    found = Record(*read_runs(runs)).category_fg("llm", "Rs")
+    assert found.value == pytest.approx((31.25 + 15) / 2)
+    assert found.error == pytest.approx(12.706 / 1.96 * (31.25 - 15) / 2, rel=0.01)
+
+
+def test_tasks_in_another_order_are_not_compared(runs):
+    (runs / "stack/m1-simp").rename(runs / "stack/m1-empd")
+    with pytest.raises(UserError, match="stage 1 is m1-simp of llm, but m1-empd of stack"):
+        Record(*read_runs(runs))
+
+
+def test_commands_stand_in_the_order_in_which_they_make_the_runs(runs, tmp_path):
+    for name in ("llm-m1-simp-eval", "llm-m1-simp", "llm-m0-eval", "llm-m0", "llm-m9-left-over"):
+        path = runs / f"experiment/{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"command": ["train.py", "--made", name]}))
+    report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out")))
+    text = (tmp_path / "out/report.md").read_text()
+    assert re.findall(r"--made (\S+)", text) == ["llm-m0", "llm-m0-eval", "llm-m1-simp", "llm-m1-simp-eval"]
+    assert "python train.py --task empd" in text  # of a stage that nothing is written down about
+
+
+def test_of_a_group_and_its_parts_those_count_that_a_suite_names(tmp_path):
+    value = {"acc,none": 0.5, "acc_stderr,none": 0.1}
+    for number, factor in enumerate((1.0, 0.8)):
+        figures = {name: value | {"acc,none": 0.5 * factor} for name in
+                   ("mmlu", "mmlu_stem", "mmlu_astronomy", "mmlu_other", "boolq", "mine", "mine_a")}
+        folder = tmp_path / f"stack/m{number}"
+        folder.mkdir(parents=True)
+        (folder / "results_1.json").write_text(json.dumps({"results": figures | {"odd": {"f1,none": 1.0}},
+            "group_subtasks": {"mmlu": ["mmlu_stem", "mmlu_other"], "mmlu_stem": ["mmlu_astronomy"],
+                               "mine": ["mine_a"], "boolq": []}}))
+    record = Record(*read_results(tmp_path))
+    assert [(b.name, b.category) for b in record.benchmarks] == [
+        ("mmlu_stem", "DK"), ("mmlu_other", "DK"), ("boolq", "Rs"), ("mine", "other")]
+    assert record.category_fg("stack", "DK").value == pytest.approx(20)
+    assert "stack: m0 has results without one of acc, r@1, pct_stereotype, exact_match: odd" in record.missing
+    assert shipped()["boolq"].category == "Rs"
+    with pytest.raises(UserError, match="unknown model llm2, expected some of stack"):
+        report.main(ReportSettings(results=str(tmp_path), out=str(tmp_path / "out"), grown="stack", reference="llm2"))
+    report.main(ReportSettings(results=str(tmp_path), out=str(tmp_path / "out")))
+    assert "- The models are stack." in (tmp_path / "out/report.md").read_text()
+
+
+def test_figures_of_old_and_new_results():
+    found = {"acc": 0.1, "acc_stderr": 0.2, "r@1,none": 0.3, "r@1_stderr,none": "N/A", "exact_match,strict": 0.4,
+             "exact_match_stderr,strict": 0.5}
+    assert figure(found, "acc") == (0.1, 0.2)
+    assert figure(found, "exact_match,strict") == (0.4, 0.5)
+    assert figure(found, "r@1")[0] == 0.3
+    assert str(figure(found, "r@1")[1]) == "nan"
+    assert figure(found, "pct_stereotype") == (None, None)
+
+
+def test_stages_that_only_a_list_orders(tmp_path):
+    for model, stages in (("llm", ("original", "first", "second")), ("stack", ("original", "second"))):
+        for value, stage in enumerate(stages, 4):
+            (tmp_path / model / stage).mkdir(parents=True)
+            (tmp_path / model / stage / "results_1.json").write_text(json.dumps(
+                {"results": {"piqa": {"acc,none": value / 10, "acc_stderr,none": 0.1}}}))
+    with pytest.raises(UserError, match="the folder first does not say which stage it is"):
+        read_results(tmp_path)
+    (tmp_path / "map.toml").write_text("".join(
+        f'[[result]]\nmodel = "{model}"\nstage = "{stage}"\nfile = "{model}/{stage}/results_1.json"\n'
+        for model in ("llm", "stack") for stage in ("original", "first", "second")
+        if (tmp_path / model / stage).exists()))
+    record = Record(*read_results(tmp_path / "map.toml"))
+    assert record.stages == ["original", "first", "second"]
+    assert record.missing == ["stack: the stage first is missing"]
+    assert record.value("stack", 2, "piqa").value == 0.5
+    (tmp_path / "map.toml").write_text('[result]\nmodel = "llm"\n')
+    with pytest.raises(UserError, match=r"expected a list of \[\[result\]\]"):
+        read_results(tmp_path / "map.toml")
 
 
 def test_seeds_are_chains_from_one_start(runs):
@@ -162,7 +251,7 @@ def test_results_of_lm_evals_own_command_line(tmp_path):
 def test_verdicts():
     assert verdict("FG", "a", "b", Estimate(-5, 1)).startswith("FG: a forgets less than b (-5.0 points, 95% interval")
     assert "a forgets more than b" in verdict("FG", "a", "b", Estimate(5, 1))
-    assert "a forgets less than b" in verdict("Backward transfer", "a", "b", Estimate(5, 1), more_is_forgetting=False)
+    assert "a forgets less than b" in verdict("Backward transfer", "a", "b", Estimate(5, 1), sign=-1)
     assert "cannot be told apart from noise" in verdict("FG", "a", "b", Estimate(5, 3))
     assert "without standard errors" in verdict("FG", "a", "b", Estimate(5))
 

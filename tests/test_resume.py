@@ -1,5 +1,7 @@
 """Runs that are stopped, killed or hang, and what goes on from them: beside runs that nothing happened to."""
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -107,7 +109,7 @@ def test_a_signal_lets_the_step_end_and_saves(train, uninterrupted, tmp_path):
 def test_a_second_signal_ends_a_process_at_once():
     code = ("import os, signal, time; from distributed import StopRequest\n"
             "with StopRequest() as request:\n"
-            "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5)\n"
             "    print(request.signal, flush=True)  # a launcher's copy of the first does not count\n"
             "    request.since -= 3\n"
             "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still here')")
@@ -208,11 +210,27 @@ def test_a_spike_is_passed_over_alike_under_every_stage(train, tmp_path):
     for line in skipped:
         earlier = [one["loss"] for one in lines if "loss" in one and one["step"] < line["step"] and one not in skipped]
         assert line["loss"] > 0.98 * sum(earlier) / len(earlier)
-    for name, extra in (("1", ["--zero", "1", "--dtype", "fp32"]), ("2", ["--zero", "2", "--dtype", "fp32"]),
-                        ("3", ["--zero", "3", "--dtype", "fp32"])):
+    for name, extra, rel in (("1", ["--zero", "1", "--dtype", "fp32"], 2e-6),
+                             ("2", ["--zero", "2", "--dtype", "bf16", "--offload"], 2e-3),
+                             ("3", ["--zero", "3", "--dtype", "fp32"], 2e-6)):
         train(tmp_path / name, *flags, *extra, launcher=TORCHRUN)
         assert [value for (_, kind), value in losses(tmp_path / name).items() if kind == "loss"] == \
-            pytest.approx(taken, rel=2e-6)
+            pytest.approx(taken, rel=rel)
+
+
+def test_two_processes_do_not_work_in_one_directory(train, killed, tmp_path):
+    out = copy_of(killed, tmp_path)
+    descriptor = os.open(out.with_name("m1.partial"), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a run that goes on there does
+    assert f"another process works in {out}.partial" in error_line(train(out, "--dtype", "fp32", check=False))
+    os.close(descriptor)
+    assert "going on after step 4" in train(out, "--dtype", "fp32").stdout
+
+
+def test_a_finished_run_drops_a_state_that_was_left(train, uninterrupted):
+    (uninterrupted / "resume").mkdir()
+    assert "is finished already" in train(uninterrupted, "--dtype", "fp32").stdout
+    assert not (uninterrupted / "resume").exists()
 
 
 @pytest.mark.parametrize(("content", "said"), [

@@ -22,7 +22,7 @@ def cluster(tmp_path, monkeypatch):
     asked = tmp_path / "asked"
     for name, value in {"PATH": f"{ROOT}/tests/slurm:{os.environ['PATH']}", "ASKED": asked, "SLURM_JOB_ID": 7,
                         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2,
-                        "PYTHON": sys.executable, "LOGS": tmp_path / "logs"}.items():
+                        "PYTHON": sys.executable, "LOGS": tmp_path / "logs", "WAIT": 2}.items():
         monkeypatch.setenv(name, str(value))
     return asked
 
@@ -59,9 +59,11 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on(cluster, checkp
 
 
 def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_path):
-    """The other gives up after its timeout and says so in one line, and srun ends what is left."""
+    """The other gives up after its timeout, in DeepSpeed's collectives too, and says so in one line; srun ends the
+    rest."""
     result = batch("configs/slurm/launch.sh", "tests/interrupted.py", "3", "SIGSTOP", "1", "train.py", "--init",
-                   checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.1")
+                   checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.1",
+                   "--zero", "2", "--micro_batch_tokens", "200")
     assert result.returncode > 0
     lines = (tmp_path / "logs/job-7-rank0.log").read_text().splitlines()
     errors = [line for line in lines if "rror" in line]

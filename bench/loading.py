@@ -1,0 +1,73 @@
+"""Host memory of loading a checkpoint under ZeRO-3: the peak of each process beside its share of the weights.
+
+    torchrun --standalone --nproc_per_node 2 bench/loading.py --folder /tmp/loading       2 GB of random weights
+    torchrun --standalone --nproc_per_node 2 bench/loading.py --folder /tmp/loading --zero 2  each the whole
+
+The model is built as train.py builds it. The peak is what Linux says of the process (VmHWM), less what it held before.
+"""
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from build import build_model, import_deepspeed
+from data_prep import train_tokenizer
+from distributed import Processes
+from model.checkpoint import write_checkpoint
+from model.config import ModelConfig
+from model.files import new_directory
+from model.transformer import initial_weights
+from settings import run, setting
+from train_settings import TrainSettings
+
+SHAPE = ModelConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=18,
+                    num_attention_heads=16, bos_token_id=1, eos_token_id=2)
+
+
+@dataclass(frozen=True)
+class LoadingBenchSettings:
+    """Settings of the measurement."""
+    folder: str | None = setting(None, "folder for the checkpoint, which is made if it is not there")
+    zero: Literal[2, 3] = setting(3, "ZeRO stage")
+
+    def problems(self):
+        return [] if self.folder else ["--folder is missing"]
+
+
+def peak():
+    """The most memory that this process has held, in bytes."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def make(path):
+    """A checkpoint in bf16 with random weights."""
+    if not path.exists():
+        with new_directory(path) as folder:
+            (folder / "tokenizer").mkdir()
+            train_tokenizer(["a text to make a vocabulary from"], 300, folder / "tokenizer")
+            write_checkpoint(folder, SHAPE, ((name, tensor.bfloat16()) for name, tensor in initial_weights(SHAPE, 0)),
+                             folder / "tokenizer")
+
+
+def main(s):
+    """Prints a line for each process."""
+    checkpoint = Path(s.folder) / "checkpoint"
+    settings = TrainSettings(init=str(checkpoint), zero=s.zero, dtype="bf16")
+    with Processes() as world:
+        world.on_main(lambda: make(checkpoint))
+        import_deepspeed(world)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = peak()
+        _, model = build_model(settings, checkpoint, world)
+        held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters()) * 2
+        lines = world.gather(f"rank {world.rank}: peak {(peak() - before) / 1e9:.2f} GB above "
+                             f"{before / 1e9:.2f} GB before; its share of the weights {held / 1e9:.2f} GB of "
+                             f"{SHAPE.num_parameters * 2 / 1e9:.2f}, the largest tensor "
+                             f"{SHAPE.vocab_size * SHAPE.hidden_size * 2 / 1e9:.2f}")
+        world.say("\n".join(lines or []))
+
+
+if __name__ == "__main__":
+    run((LoadingBenchSettings, main), __doc__)
