@@ -63,8 +63,9 @@ def benchmarks_over_stages(path, curves, stages):
                     panel.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=2, lw=1.4, elinewidth=0.6,
                                    ls=STYLES[style % 4], marker=MARKERS[style % 8], ms=4, color=PALETTE[colour % 8])
         handles = [Line2D([], [], color=PALETTE[index % 8], label=name) for index, name in enumerate(names)]
-        panel.legend(handles=handles, frameon=False, fontsize=7, loc="best")
-        panel.set(title=category, xticks=range(len(stages)), ylabel="figure (%)")
+        panel.legend(handles=handles, frameon=False, fontsize=7, title=category, loc="lower center",
+                     bbox_to_anchor=(0.5, 1), ncols=min(3, len(handles)), title_fontsize=10)  # beside no curve
+        panel.set(xticks=range(len(stages)), ylabel="figure (%)")
         panel.set_xticklabels(stages, rotation=30, ha="right")
         panel.grid(alpha=0.3)
     handles = [Line2D([], [], color="#444444", ls=STYLES[index % 4], marker=MARKERS[index % 8], ms=4, label=model)
@@ -92,7 +93,7 @@ def forgetting_by_category(path, bars):
                       edgecolor="white", yerr=None if math.isnan(spread) else spread,
                       error_kw={"lw": 0.8, "capsize": 3})
             top = estimate.value + (0 if math.isnan(spread) else math.copysign(spread, estimate.value))
-            panel.annotate(f"{estimate.value:.1f}", (x, top), (0, math.copysign(3, estimate.value)),
+            panel.annotate(f"{estimate.value:z.1f}", (x, top), (0, math.copysign(3, estimate.value)),
                            textcoords="offset points", ha="center", va="bottom" if estimate.value >= 0 else "top")
     panel.axhline(0, color="#000000", lw=0.8)
     panel.margins(y=0.15)

@@ -72,7 +72,7 @@ class Record:
         names = {number: name for number, (_, name) in names.items()}
         self.stages = [names.get(number, f"m{number}") for number in range(self.last + 1)]
         measured = dict.fromkeys(name for stage in stages for name in stage.benchmarks)
-        known = shipped() | described
+        known = described | {name: b for name, b in shipped().items() if name not in described}
         ordered = [known[name] for name in known if name in measured]
         self.benchmarks = ordered + [Benchmark(name, "other") for name in measured if name not in known]
         if unknown := sorted(set(categories) - set(self.categories)):
@@ -161,7 +161,7 @@ def measure(task):
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
-def show(estimate, form="{:.1f}"):
+def show(estimate, form="{:z.1f}"):
     """An estimate with its 95% interval, as text."""
     if estimate is None:
         return "–"
@@ -184,9 +184,9 @@ def verdict(what, grown, reference, difference, claim="{grown} forgets {less} th
     if difference is None:
         return f"{what}: nothing to compare."
     if math.isnan(difference.error):
-        return f"{what}: the difference is {difference.value:+.1f}, without standard errors to judge it by."
+        return f"{what}: the difference is {difference.value:+z.1f}, without standard errors to judge it by."
     low, high = difference.interval
-    interval = f"{difference.value:+.1f} points, 95% interval [{low:+.1f}, {high:+.1f}]"
+    interval = f"{difference.value:+z.1f} points, 95% interval [{low:+z.1f}, {high:+z.1f}]"
     if low <= 0 <= high:
         return f"{what}: {grown} and {reference} cannot be told apart from noise ({interval})."
     less = "less" if sign * difference.value < 0 else "more"
@@ -227,7 +227,7 @@ def tables(record, s):
     pair, sentences = compared(record, s)
     gap = [" − ".join(pair)] if pair else []
 
-    def row(name, estimates, form="{:.1f}"):
+    def row(name, estimates, form="{:z.1f}"):
         found = [estimates[model] for model in models]
         extra = [difference(*(estimates[model] for model in pair))] if pair else []
         return [name, *(show(estimate, form) for estimate in found + extra)]
@@ -253,7 +253,7 @@ def tables(record, s):
         for name, function in measures:
             found = {model: record.over(model, lambda chain, function=function: function(
                 record.matrix(chain), record.last, record.learned)) for model in models}
-            rows.append(row(name, found, "{:.2f}"))
+            rows.append(row(name, found, "{:z.2f}"))
             if pair and function is backward_transfer:
                 sentences.append(verdict("Backward transfer", *pair, difference(*(found[model] for model in pair)),
                                          sign=-1))
@@ -366,7 +366,7 @@ def draw(record, folder):
                           for task in record.tasks] for number in range(record.last + 1)] for model in models}
         add("tasks", "Each task's measure at every stage; colours by column.", figures.heat_maps, cells, labels,
             [f"{task} ({measure(task)})" for task in record.tasks], "cividis", "colours: lowest to highest of a column",
-            form="{:.1f}")
+            form="{:z.1f}")
     runs = {}
     for number, name in enumerate(record.stages):
         for model, seeds in record.chains.items():

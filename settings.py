@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 import tomllib
 import traceback
@@ -181,6 +182,8 @@ def run(commands, description):
         dispatch(commands, description)
     except SystemExit as leaving:
         status = leaving.code or 0
+    except BrokenPipeError:  # whoever read what is printed has seen enough, such as `head`
+        os._exit(128 + signal.SIGPIPE)
     except Exception as error:  # a mistake of ours
         traceback.print_exc()
         print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)

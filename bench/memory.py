@@ -5,21 +5,19 @@
 Fine-tunes for a few steps under each ZeRO stage and number of processes, and compares the most memory that rank 0 held
 (ru_maxrss, in run.json) with what planner.py says. For `small` a checkpoint with random weights is made.
 """
+import dataclasses
 import itertools
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data_prep import train_tokenizer
-from model.checkpoint import write_checkpoint
+from bench.common import random_checkpoint, train
 from model.config import ModelConfig
 from model.files import read_json
-from model.transformer import initial_weights
 from planner import GIB, Plan
-from settings import ROOT, run, setting
+from settings import run, setting
 from stages import shape
 
 
@@ -37,34 +35,21 @@ class MemoryBenchSettings:
         return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
 
 
-def small(folder):
-    """A checkpoint of the size small with random weights, whose tokenizer is made from the text at hand."""
-    if not folder.exists():
-        (folder / "tokenizer").mkdir(parents=True)
-        texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("data/sample/*/*.json"))]
-        config = ModelConfig(**shape("small").__dict__ | {"bos_token_id": 1, "eos_token_id": 2})
-        train_tokenizer(texts, config.vocab_size, folder / "tokenizer")
-        write_checkpoint(folder, config, initial_weights(config, 0), folder / "tokenizer")
-    return folder
-
-
 def measure(s, checkpoint, zero, processes, dtype):
     """The most memory that rank 0 of a run of three steps held, in bytes."""
     out = Path(s.folder) / "run"
-    for path in (out, out.with_name("run.partial")):
-        shutil.rmtree(path, ignore_errors=True)
-    launcher = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", processes]
-    command = [*launcher, "train.py", "--task", "simp", "--init", checkpoint, "--data", s.data, "--out", out, "--zero",
-               zero, "--dtype", dtype, "--max_steps", 3, "--max_train_samples", 96, "--max_eval_samples", 8,
-               "--micro_batch_tokens", s.micro_batch_tokens]
-    subprocess.run([str(word) for word in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    shutil.rmtree(out, ignore_errors=True)
+    train(processes, "--init", checkpoint, "--data", s.data, "--out", out, "--zero", zero, "--dtype", dtype,
+          "--max_steps", 3, "--max_train_samples", 96, "--max_eval_samples", 8, "--micro_batch_tokens",
+          s.micro_batch_tokens)
     return read_json(out / "run.json")["result"]["peak_memory_bytes"]
 
 
 def main(s):
     """Prints a line for each run: planned, measured, and by how much they differ."""
-    checkpoints = {"small": small(Path(s.folder) / "small")} | ({"checkpoint": s.checkpoint} if s.checkpoint else {})
+    config = dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2)
+    checkpoints = {"small": random_checkpoint(Path(s.folder) / "small", config)}
+    checkpoints |= {"checkpoint": s.checkpoint} if s.checkpoint else {}
     print(f"{'model':<12} {'dtype':<5} {'ZeRO':>4} {'processes':>9} {'planned':>9} {'measured':>9} {'error':>7}")
     worst = 0.0
     for name, checkpoint in checkpoints.items():

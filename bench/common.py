@@ -1,0 +1,28 @@
+"""What several benchmarks need: a checkpoint with random weights, and train.py as a command."""
+import subprocess
+import sys
+from pathlib import Path
+
+from data_prep import train_tokenizer
+from model.checkpoint import write_checkpoint
+from model.transformer import initial_weights
+from settings import ROOT
+
+
+def random_checkpoint(folder, config):
+    """A checkpoint with random weights in `folder`, made if it is not there; its tokenizer is of the sample's texts."""
+    if not (folder / "config.json").exists():
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("data/sample/*/*.json"))]
+        train_tokenizer(texts, config.vocab_size, folder / "tokenizer")
+        write_checkpoint(folder, config, initial_weights(config, 0), folder / "tokenizer")
+    return folder
+
+
+def train(processes, *flags):
+    """Runs train.py under torchrun to its end; its output is shown only where it fails."""
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", processes, "train.py",
+               "--task", "simp", *flags]
+    result = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stdout + result.stderr)
