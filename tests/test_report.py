@@ -86,12 +86,11 @@ def test_a_stage_and_a_benchmark_that_are_missing_are_named(runs):
 
 
 def test_models_with_other_stages_are_not_compared(runs, tmp_path):
-    for name in ("m1-simp", "m2-empd"):
-        (runs / f"stack/{name}").rename(runs / name.replace("m", "gone-"))
+    (runs / "stack/m2-empd").rename(runs / "gone")
     report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out")))
     text = (tmp_path / "out/report.md").read_text()
     assert "FG, DK: not compared, the models do not have the same stages and benchmarks" in text
-    assert "stack: the stage m1-simp is missing" in text
+    assert "stack: the stage m2-empd is missing" in text
     assert "| average performance | 40.00 [38.61, 41.39] | – | – |" in text  # after m2: simp 30, empd 50
 
 
