@@ -1,7 +1,6 @@
 """Host memory of loading a checkpoint under ZeRO-3: the peak of each process beside its share of the weights.
 
     torchrun --standalone --nproc_per_node 2 bench/loading.py --folder /tmp/loading       2 GB of random weights
-    torchrun --standalone --nproc_per_node 2 bench/loading.py --folder /tmp/loading --zero 2  each the whole
 
 The model is built as train.py builds it. The peak is what Linux says of the process (VmHWM), less what it held before.
 """
@@ -9,7 +8,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from build import build_model, import_deepspeed
@@ -30,7 +28,6 @@ SHAPE = ModelConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632,
 class LoadingBenchSettings:
     """Settings of the measurement."""
     folder: str | None = setting(None, "folder for the checkpoint, which is made if it is not there")
-    zero: Literal[2, 3] = setting(3, "ZeRO stage")
 
     def problems(self):
         return [] if self.folder else ["--folder is missing"]
@@ -54,7 +51,7 @@ def make(path):
 def main(s):
     """Prints a line for each process."""
     checkpoint = Path(s.folder) / "checkpoint"
-    settings = TrainSettings(init=str(checkpoint), zero=s.zero, dtype="bf16")
+    settings = TrainSettings(init=str(checkpoint), zero=3, dtype="bf16")
     with Processes() as world:
         world.on_main(lambda: make(checkpoint))
         import_deepspeed(world)
