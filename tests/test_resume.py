@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from build import compare_digests
 from model.files import UserError
 from runs import StepLog
-from tests.conftest import ROOT, error_line, run_script
+from tests.conftest import ROOT, error_line, free_port, run_script
 from train import TrainSettings, main
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
@@ -268,7 +268,7 @@ def test_services_that_are_not_installed_are_named(refusal, checkpoint, simp_fil
 def test_two_launchers_meet(train, uninterrupted, checkpoint, simp_file, tmp_path):
     """Two nodes, each with a torchrun of its own: here both on this machine."""
     launcher = [TORCHRUN[0], "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "1",
-                "--rdzv_endpoint", "127.0.0.1:29517"]
+                "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     command = [*launcher, "train.py", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "m1", *FLAGS,
                "--dtype", "fp32"]
     nodes = [subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

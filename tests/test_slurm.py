@@ -22,7 +22,7 @@ def cluster(tmp_path, monkeypatch):
     asked = tmp_path / "asked"
     for name, value in {"PATH": f"{ROOT}/tests/slurm:{os.environ['PATH']}", "ASKED": asked, "SLURM_JOB_ID": 7,
                         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2,
-                        "PYTHON": sys.executable, "LOGS": tmp_path / "logs", "WAIT": 2}.items():
+                        "PYTHON": sys.executable, "LOGS": tmp_path / "logs", "WAIT": 5}.items():
         monkeypatch.setenv(name, str(value))
     return asked
 

@@ -3,7 +3,6 @@ import dataclasses
 import json
 import math
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batches import PROMPT, TokenShards, global_batch
 from runs import start_run
-from tests.conftest import ROOT, error_line, run_script
+from tests.conftest import ROOT, error_line, free_port, run_script
 from train import TrainSettings, learning_rate, prune
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
@@ -26,12 +25,6 @@ FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max
 def run_train(checkpoint, simp_file, out, *flags, launcher=(), check=True, **environment):
     return run_script("train.py", "--init", checkpoint, "--data", simp_file, "--out", out, *FLAGS, *flags,
                       launcher=launcher, check=check, **environment)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def steps(out):
