@@ -220,7 +220,8 @@ def take_step(s, engine, samples, world, limit=math.inf):
         engine.backward(part * scale, scale_wrt_gas=False)
     if engine.zero_optimization():
         engine.step()  # passes over the optimizer where the norm is not finite
-        if s.offload and not math.isfinite(scale):  # DeepSpeed's ZeRO-2 keeps what it has passed over there
+        if getattr(engine.optimizer, "cpu_offload", False) and not math.isfinite(scale):
+            # DeepSpeed's ZeRO-2 keeps the gradients that it has passed over if the optimizer is offloaded
             engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
         return loss, float(engine.get_global_grad_norm()) if math.isfinite(scale) else math.nan, slots
     norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), s.max_grad_norm or math.inf))

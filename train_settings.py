@@ -98,7 +98,9 @@ class TrainSettings:
                   for name in ("min_lr_ratio", "decay_ratio") if not 0 <= getattr(self, name) <= 1]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to below 1"
                   for name in ("adam_beta1", "adam_beta2") if not 0 <= getattr(self, name) < 1]
-        if self.offload and not (self.zero or 0) >= 2:
+        if self.offload and self.deepspeed:
+            found.append("--offload is about the files in configs/deepspeed: say it in the file of --deepspeed instead")
+        elif self.offload and not (self.zero or 0) >= 2:
             found.append("--offload needs --zero 2 or 3")
         if self.zero == 0 and self.dtype in ("bf16", "auto") and weights_dtype(self) == "bf16":
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or more")

@@ -10,7 +10,8 @@ import pytest
 import report
 from metrics import Estimate
 from model.files import UserError, read_json
-from report import Record, ReportSettings, to_html, verdict
+from record import Record
+from report import ReportSettings, to_html, verdict
 from results import figure, read_results, read_runs, shipped
 from tests.conftest import run_script
 
