@@ -294,8 +294,8 @@ def name_of(out, step):
 
 def lacks_benchmarks(step, began):
     """Whether an evaluation that failed has written, since it began, the results of all benchmarks that can be had."""
-    return any(path.stat().st_mtime >= began and read_json(path).get("missing")
-               for path in step.out.glob("results_*.json")) if step.script == "evaluate.py" else False
+    return step.script == "evaluate.py" and any(
+        path.stat().st_mtime >= began and read_json(path).get("missing") for path in step.out.glob("results_*.json"))
 
 
 def main(s):
