@@ -19,8 +19,9 @@ from stages import shape
 from train_settings import TrainSettings
 
 GIB = 1 << 30
-RUNTIME = {"cpu": 0.33 * GIB, "cuda": 0.6 * GIB}  # of the process itself: Python and libraries, or CUDA's context
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
+RUNTIME = {"cpu": 0.4 * GIB, "cuda": 0.6 * GIB}  # of the process itself: Python and libraries, or CUDA's context
+# Elements: DeepSpeed's reduce_bucket_size, and its stage3_max_live_parameters and sub_group_size, which are the same.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Plan:
         if self.zero == 0:
             rows["fp32 weights and moments"] = 8 * parameters  # AdamW's moments; the weights are fp32 themselves
         if self.zero == 3:
-            rows["weights"] = self.width * parameters / shards
-            rows["gathered weights"] = self.width * min(parameters, LIVE) if shards > 1 else 0
+            rows["weights"] = self.width * parameters / shards if self.width == 2 else 0  # fp32 weights are there once
+            rows["gathered weights"] = self.width * min(parameters, LIVE)
         rows |= {"gradients": self.gradients(), "activations": self.activations(), "logits": self.logits(),
                  "buffers": self.buffers(), "the process itself": RUNTIME[self.device]}
         if away:
@@ -91,14 +92,21 @@ class Plan:
                 rows["weights"] = rows["gradients"] = 0
         return rows
 
+    def total(self):
+        """Bytes of a process's device at the worst moment. Logits are gone when the buffers are filled; on a CPU, where
+        memory counts that was written to, so are the activations."""
+        rows = self.memory()
+        gone = rows["logits"] + (rows["activations"] if self.device == "cpu" else 0)
+        return sum(rows.values()) - min(gone, rows["buffers"])
+
     def gradients(self):
-        """Accumulated gradients, and those of one backward pass before they are reduced."""
+        """Accumulated gradients; of ZeRO-1 also those of a backward pass, of ZeRO-3 those of a sub-group's step."""
         parameters, shards = self.config.num_parameters, self.processes
         if self.zero == 0:
             return 4 * parameters
         if self.zero == 1:
             return (4 + self.width) * parameters
-        return 4 * parameters / shards
+        return 4 * parameters / shards + (4 * min(parameters / shards, LIVE) if self.zero == 3 else 0)
 
     def buffers(self):
         """Where ZeRO collects gradients to reduce them (ZeRO 2 and 3), in the weights' dtype and as fp32."""
@@ -208,8 +216,8 @@ def main(s):
     beside = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on(other)}"
     for name, size in rows.items():
         row(name, f"{size / GIB:.2f}", "GiB", beside if name == "activations" else "")
-    total = sum(rows.values())
-    row("together", f"{total / GIB:.2f}", "GiB", f"of {s.gpu_memory:.0f}")
+    total = plan.total()
+    row("at the worst moment", f"{total / GIB:.2f}", "GiB", f"of {s.gpu_memory:.0f}")
     print("beside it")
     row("host memory, all processes", f"{plan.host() / GIB:.2f}", "GiB")
     row("disk", f"{plan.disk(recipe.get('save_total_limit', defaults.save_total_limit)) / GIB:.2f}", "GiB")
@@ -223,8 +231,8 @@ def main(s):
     if total <= have:
         print(f"it fits, with {(have - total) / GIB:.1f} GiB to spare")
         return
-    found = next((one for one in alternatives(plan) if sum(one.memory().values()) <= have), None)
-    print("it does not fit: " + (f"with {flags(found, plan)} it does, in {sum(found.memory().values()) / GIB:.1f} GiB"
+    found = next((one for one in alternatives(plan) if one.total() <= have), None)
+    print("it does not fit: " + (f"with {flags(found, plan)} it does, in {found.total() / GIB:.1f} GiB"
                                  if found else "take more processes, or GPUs with more memory"))
 
 

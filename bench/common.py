@@ -8,6 +8,9 @@ from model.checkpoint import write_checkpoint
 from model.transformer import initial_weights
 from settings import ROOT
 
+# For a process's memory to be what its tensors hold: freed memory is given back, few compiled kernels are kept.
+FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+
 
 def random_checkpoint(folder, config):
     """A checkpoint with random weights in `folder`, made if it is not there; its tokenizer is of the sample's texts."""
@@ -25,4 +28,5 @@ def train(processes, *flags):
                "--task", "simp", *flags]
     result = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
-        sys.exit(result.stdout + result.stderr)
+        print(result.stdout + result.stderr, file=sys.stderr)
+        sys.exit(result.returncode)

@@ -3,20 +3,24 @@
     python bench/memory.py --checkpoint DIR --data DIR/simp.json --folder /tmp/memory       and the size `small` with it
 
 Fine-tunes for a few steps under each ZeRO stage and number of processes, and compares the most memory that rank 0 held
-(ru_maxrss, in run.json) with what planner.py says. For `small` a checkpoint with random weights is made.
+(ru_maxrss, in run.json) with what planner.py says. For `small` a checkpoint with random weights is made. The plan is of
+what tensors hold, as torch.cuda.max_memory_allocated counts it; for the process's memory to be that, freed memory is
+given back at once and oneDNN keeps few of the kernels that it compiles for each shape (--plain: as they come).
 """
 import dataclasses
 import itertools
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import random_checkpoint, train
+from bench.common import FRUGAL, random_checkpoint, train
 from model.config import ModelConfig
 from model.files import read_json
 from planner import GIB, Plan
+from runs import partial_directory
 from settings import run, setting
 from stages import shape
 
@@ -29,24 +33,27 @@ class MemoryBenchSettings:
     folder: str | None = setting(None, "folder to work in")
     stages: tuple[int, ...] = setting((0, 2, 3), "ZeRO stages, in fp32; those above 0 in bf16 as well")
     processes: tuple[int, ...] = setting((1, 2), "numbers of processes")
-    micro_batch_tokens: int = setting(2048, "most padded tokens in a micro-batch")
+    micro_batch_tokens: int = setting(1024, "most padded tokens in a micro-batch")
+    plain: bool = setting(False, "leave the settings of the allocator and of oneDNN as they are")
 
     def problems(self):
         return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
 
 
 def measure(s, checkpoint, zero, processes, dtype):
-    """The most memory that rank 0 of a run of three steps held, in bytes."""
+    """The most memory that rank 0 of a run of two steps held, in bytes; with full micro-batches of targets alone."""
     out = Path(s.folder) / "run"
-    shutil.rmtree(out, ignore_errors=True)
+    for left in (out, partial_directory(out)):
+        shutil.rmtree(left, ignore_errors=True)
     train(processes, "--init", checkpoint, "--data", s.data, "--out", out, "--zero", zero, "--dtype", dtype,
-          "--max_steps", 3, "--max_train_samples", 96, "--max_eval_samples", 8, "--micro_batch_tokens",
-          s.micro_batch_tokens)
+          "--max_steps", 2, "--global_batch_size", 64, "--max_train_samples", 128, "--max_eval_samples", 8,
+          "--micro_batch_tokens", s.micro_batch_tokens, "--train_on_source")
     return read_json(out / "run.json")["result"]["peak_memory_bytes"]
 
 
 def main(s):
     """Prints a line for each run: planned, measured, and by how much they differ."""
+    os.environ.update({} if s.plain else FRUGAL)
     config = dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2)
     checkpoints = {"small": random_checkpoint(Path(s.folder) / "small", config)}
     checkpoints |= {"checkpoint": s.checkpoint} if s.checkpoint else {}
@@ -58,7 +65,7 @@ def main(s):
             if zero == 0 and dtype == "bf16":
                 continue
             plan = Plan(config, processes, zero, False, dtype, s.micro_batch_tokens, False, "cpu")
-            planned, measured = sum(plan.memory().values()), measure(s, checkpoint, zero, processes, dtype)
+            planned, measured = plan.total(), measure(s, checkpoint, zero, processes, dtype)
             worst = max(worst, abs(planned / measured - 1), key=abs)
             print(f"{name:<12} {dtype:<5} {zero:>4} {processes:>9} {planned / GIB:8.2f}G {measured / GIB:8.2f}G "
                   f"{planned / measured - 1:+7.1%}", flush=True)
