@@ -101,7 +101,7 @@ def test_a_signal_lets_the_step_end_and_saves(train, uninterrupted, tmp_path):
     assert result.returncode == 75
     assert "stopped by a signal after step 4 of 9: the same command goes on from there" in result.stdout
     assert "Traceback" not in result.stderr
-    train(out, "--dtype", "fp32")
+    assert "going on after step 4" in train(out, "--dtype", "fp32").stdout
     assert losses(out) == losses(uninterrupted)
     assert same_weights(out, uninterrupted)
 
