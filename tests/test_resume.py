@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from build import compare_digests
 from model.files import UserError
+from resume import Saved
 from runs import StepLog
 from tests.conftest import ROOT, error_line, free_port, run_script
 from train import TrainSettings, main
@@ -127,6 +128,16 @@ def test_an_unexpected_error_names_its_rank_in_one_line(checkpoint, simp_file, t
                         *FLAGS, launcher=TORCHRUN, check=False)
     assert result.returncode == 1
     assert "error on rank 1: ZeroDivisionError: division by zero" in result.stderr.splitlines()
+
+
+def test_a_state_without_some_values_is_refused(tmp_path):
+    save_file({"master/w@0": torch.arange(4.0), "master/w@6": torch.arange(6.0, 8.0)}, tmp_path / "rank-0.safetensors")
+    saved = Saved([tmp_path / "rank-0.safetensors"])
+    into = torch.empty(2)
+    saved.read("master", "w", 2, into)
+    assert into.tolist() == [2, 3]
+    with pytest.raises(UserError, match="the saved state has 4 of the 6 values of master of w"):
+        saved.read("master", "w", 2, torch.empty(6))
 
 
 def test_a_damaged_state_is_refused(train, killed, tmp_path):
