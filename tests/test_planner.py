@@ -80,6 +80,8 @@ def test_alternatives_need_no_more():
     plan = Plan(shape("7b"), 8, 1, False, "bf16", 16_384, False)
     assert all(one.total() <= plan.total() for one in alternatives(plan))
     assert plan.total() / GIB > 80
+    small = Plan(shape("7b"), 8, 1, False, "bf16", 1024, False)
+    assert {one.micro_batch_tokens for one in alternatives(small)} == {1024}
 
 
 @pytest.mark.parametrize(("flags", "said"), [
