@@ -5,17 +5,19 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from batches import TaskData, TokenShards, data_digest, read_task
 from distributed import weights_dtype
+from methods import check_method, make_optimizer
 from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, read_json
 from model.tokenizer import Tokenizer, same_tokenizer
 from model.transformer import Transformer, initial_weights, parameter_shapes
-from runs import describe, history, is_finished, optional
+from runs import describe, history, is_finished, optional, stage_of
 from settings import CONFIGS, model_shape
 
 
@@ -53,6 +55,9 @@ def prepare(s, world):
     if not s.task and not same_tokenizer(source, data):
         raise UserError(f"{s.data} was made with another tokenizer than that of {s.init}: make it anew with "
                         f"data_prep.py text --tokenizer {s.init}")
+    if s.rehearsal:
+        earlier_tasks(source, digests=True)
+    check_method(s, source, config)
     longest = s.max_source_length + s.max_target_length if s.task else s.seq_length
     if longest > config.max_position_embeddings:
         names = "max_source_length + max_target_length" if s.task else "seq_length"
@@ -70,10 +75,45 @@ def prepare(s, world):
     return run, is_finished(s.out, run, defaults)
 
 
-def check_same_data(s, world):
+def check_same_data(s, source, world):
     """Fails where a process sees other data than rank 0, such as an old copy on its own disk."""
-    digests = world.gather(data_digest(s.data))
-    world.on_main(lambda: compare_digests(s.data, digests))
+    paths = [s.data, *(path for path, _ in earlier_tasks(source))] if s.rehearsal else [s.data]
+    for path in paths:
+        digests = world.gather(world.on_all(lambda path=path: data_digest(path)))
+        world.on_main(lambda path=path, digests=digests: compare_digests(path, digests))
+
+
+def earlier_tasks(source, digests=False):
+    """What a checkpoint was fine-tuned on, stage by stage: pairs (task file, how many of its training samples, None for
+    all), as the run.json of each stage says. Raises UserError where it is no stage, or where a file is gone; with
+    `digests` also where it has changed since."""
+    found, directory = [], source
+    while stage := stage_of(directory):
+        path = stage["data"]
+        if not Path(path).is_file():
+            raise UserError(f"rehearsal needs {path}, which {directory} was trained on, but which does not exist: "
+                            "make it again")
+        if digests and data_digest(path) != stage["data_digest"]:
+            raise UserError(f"rehearsal needs {path} as {directory} was trained on it, but it has changed since: make "
+                            "it as it was")
+        found.insert(0, (path, stage["max_train_samples"]))
+        directory = stage["init"]
+    if not found:
+        raise UserError(f"rehearsal is set, but {source} was fine-tuned on no task before: leave it out for the first "
+                        "task (--rehearsal 0)")
+    return list(dict(found).items())  # a task that came twice counts from its last time
+
+
+def rehearsed(s, source):
+    """The training items of the earlier tasks that are trained on again: of each the share that was asked for."""
+    items = []
+    for number, (path, limit) in enumerate(earlier_tasks(source) if s.rehearsal else ()):
+        if Path(path) == Path(s.data):
+            continue
+        there = read_task(path)[0]["train"][:limit]
+        count = max(1, round(s.rehearsal * len(there)))
+        items += [there[index] for index in np.random.default_rng([s.seed, number]).permutation(len(there))[:count]]
+    return items
 
 
 def compare_digests(path, digests):
@@ -178,12 +218,14 @@ def zero_stage(s, world):
     return 0 if world.size == 1 and weights_dtype(s) == "fp32" else 1
 
 
-def load_data(s, tokenizer, config, world):
+def load_data(s, source, tokenizer, config, world):
     """The samples: {"train", "eval"} to index, and for a task {"test"}, its raw items."""
     if s.task:
         splits, _ = read_task(s.data)
         lengths = s.max_source_length, s.max_target_length
-        data = {"train": TaskData(splits["train"][:s.max_train_samples], tokenizer, *lengths, s.train_on_source),
+        again = rehearsed(s, source)
+        data = {"train": TaskData(splits["train"][:s.max_train_samples] + again, tokenizer, *lengths,
+                                  s.train_on_source),
                 "eval": TaskData(splits["eval"][:s.max_eval_samples], tokenizer, *lengths),
                 "test": splits["test"]}
     else:
@@ -191,12 +233,14 @@ def load_data(s, tokenizer, config, world):
                 "eval": TokenShards(s.data, "val", s.seq_length, s.max_eval_samples), "test": []}
     world.say(f"model: {config.num_parameters:,} parameters, {config.num_hidden_layers} layers, "
               f"{weights_dtype(s)} on {world.size} × {world.device.type}; "
-              f"{len(data['train']):,} training samples, {len(data['eval']):,} to evaluate on")
+              f"{len(data['train']):,} training samples"
+              + (f", {len(again):,} of them of earlier tasks" if s.task and again else "")
+              + f", {len(data['eval']):,} to evaluate on")
     return data
 
 
 def build_engine(s, model, world):
-    """The DeepSpeed engine: AdamW on two groups, since only matrices decay, under the ZeRO stage of the run.
+    """The DeepSpeed engine: the optimizer on two groups, since only matrices decay, under the ZeRO stage of the run.
 
     Master weights, moments and accumulated gradients are fp32. DeepSpeed's own schedule and loss scaling by
     accumulation steps are not used: the loop below sets the rate and the weight of each micro-batch.
@@ -206,7 +250,7 @@ def build_engine(s, model, world):
     matrices = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) == 2]
     vectors = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) != 2]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
+    optimizer = make_optimizer(s, groups)
     with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(s, world))[0]
     _set_pg_timeout(world.timeout, engine.seq_data_parallel_group)  # its own group has torch's half an hour

@@ -4,9 +4,15 @@ Without ZeRO a process keeps all of every parameter. ZeRO-1 and 2 lay the parame
 process a slice of the whole; ZeRO-3 gives it a slice of every parameter. What the optimizer sees is the flat tensor of
 the slices, so whoever wants to know a parameter's state has to know where in it the parameter lies.
 """
+import contextlib
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from model.checkpoint import open_shard, write_tensors
+from model.files import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,19 @@ class Fragment:
     offset: int
     start: int
     count: int
+    size: int  # of the whole parameter
+
+    @property
+    def shared(self):
+        """Whether the model computes with `flat` itself, as it does without ZeRO."""
+        return self.flat is self.parameter
+
+    @property
+    def weights(self):
+        """The fragment's elements of what the model computes with, in the model's dtype: a view [count]."""
+        if hasattr(self.parameter, "ds_tensor"):
+            return self.parameter.ds_tensor.detach().view(-1)[:self.count]
+        return self.parameter.detach().view(-1)[self.start:self.start + self.count]
 
     def of(self, tensor):
         """The fragment's elements of a tensor that is laid out as `flat` is: a view [count]."""
@@ -37,19 +56,110 @@ def find_fragment(engine, name, parameter):
     """The fragment of one parameter; one without elements if this process keeps nothing of it."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
-        return Fragment(name, parameter, parameter, 0, 0, parameter.numel())
+        return Fragment(name, parameter, parameter, 0, 0, parameter.numel(), parameter.numel())
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3; the last processes' slices are padded
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = engine.global_rank * size
         count = max(0, min(size, parameter.ds_numel - start))
-        return Fragment(name, parameter, optimizer.fp32_partitioned_groups_flat[group], offset, start, count)
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        return Fragment(name, parameter, flat, offset, start, count, parameter.ds_numel)
     if (mapping := parameter._hp_mapping) is None:
-        return Fragment(name, parameter, parameter, 0, 0, 0)
+        return Fragment(name, parameter, parameter, 0, 0, 0, parameter.numel())
     flat = base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
     return Fragment(name, parameter, flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start,
-                    mapping.lp_fragment_address.numel)
+                    mapping.lp_fragment_address.numel, parameter.numel())
 
 
 def base_optimizer(engine):
     """The torch optimizer that the engine steps, with its state by flat tensors."""
     return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+
+
+@contextlib.contextmanager
+def changing_weights(engine):
+    """The fragments of this process, whose `weights` the block may change; then every process gets all changes.
+
+    What the optimizer has by `flat` is not changed by that, but for fragments whose weights are `flat` itself.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # forgets the whole parameters that a process has beside its slices
+    yield fragments(engine)
+    if stage == 3:
+        optimizer.checkpoint_event_epilogue()  # gathers the small ones, which every process keeps whole, again
+    if stage in (0, 3):
+        return
+    from deepspeed.runtime.utils import all_gather_dp_groups
+    names = ("bf16_groups_flat", "bf16_partitioned_groups") if hasattr(optimizer, "bf16_groups_flat") else \
+        ("bit16_groups_flat", "parallel_partitioned_bit16_groups")  # of ZeRO-1 in bf16, and of ZeRO-1 and 2
+    all_gather_dp_groups(*(getattr(optimizer, name) for name in names), optimizer.real_dp_process_group,
+                         optimizer.nccl_start_alignment_factor, optimizer.allgather_bucket_size)
+
+
+# ---------------------------------------------------------------------------------------------------- fragments on disk
+
+def write_parts(path, mine, kinds):
+    """Writes what the parameters of some fragments have of each kind. kinds: name -> function(fragment), which gives a
+    tensor [count] in fp32; one is held at a time.
+
+    A fragment is stored under `<kind>/<parameter>@<first element>`, so that any number of processes under any ZeRO
+    stage can read what any other has written.
+    """
+    values = [(f"{kind}/{fragment.name}@{fragment.start}", fragment, value)
+              for fragment in mine for kind, value in kinds.items()]
+    write_tensors(path, {key: (torch.float32, (fragment.count,)) for key, fragment, _ in values},
+                  ((key, value(fragment)) for key, fragment, value in values))
+
+
+class Parts:
+    """The values in files that write_parts wrote, those of all processes. what: what they are called in messages."""
+
+    def __init__(self, paths, what):
+        self.files, self.places, self.what = [open_shard(path) for path in paths], {}, what
+        for path, file in zip(paths, self.files):
+            for key in file.keys():  # noqa: SIM118, the file is no mapping
+                if (match := re.fullmatch(r"(\w+)/(.+)@(\d+)", key)) is None:
+                    raise UserError(f"{path} is no file of this program: it holds {key!r}")
+                self.places.setdefault((match[1], match[2]), []).append((int(match[3]), file, key))
+        self.kinds = {kind for kind, _ in self.places}
+
+    def check(self, kinds, sizes):
+        """Raises UserError where there are other parameters than those of a model, or not all values of one.
+
+        sizes: name -> number of elements.
+        """
+        found = {key: sum(file.get_slice(name).get_shape()[0] for _, file, name in places)
+                 for key, places in self.places.items()}
+        wanted = {(kind, name): size for kind in kinds for name, size in sizes.items()}
+        if wrong := sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)):
+            (kind, name), more = wrong[0], f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise UserError(f"{self.what} is that of another model: {found.get(wrong[0], 0):,} values of {kind} of "
+                            f"{name}, expected {wanted.get(wrong[0], 0):,}{more}")
+
+    def read(self, kind, name, start, into):
+        """Fills a tensor [count] with elements [start, start + count) of what a flattened parameter has of a kind."""
+        filled, stop = 0, start + len(into)
+        for first, file, key in self.places.get((kind, name), []):
+            part = file.get_slice(key)
+            low, high = max(start, first), min(stop, first + part.get_shape()[0])
+            if low < high:
+                into[low - start:high - start].copy_(part[low - first:high - first])
+                filled += high - low
+        if filled != len(into):
+            raise UserError(f"{self.what} has {filled:,} of the {len(into):,} values of {kind} of {name} that are "
+                            "needed: it is that of another model")
+
+
+def part_files(directory, name):
+    """The files `<name>-<rank>-of-<processes>.safetensors` in a directory, in order; a UserError where some of them are
+    missing."""
+    found = sorted(Path(directory).glob(f"{name}-*-of-*.safetensors"))
+    if found and len(found) != int(found[0].stem.rpartition("-")[2]):
+        raise UserError(f"{directory} holds {len(found)} of the {int(found[0].stem.rpartition('-')[2])} files "
+                        f"{name}-*.safetensors: copy it again")
+    return found
+
+
+def part_name(name, rank, processes):
+    """The name of a process's file; those that differ only in the rank belong together."""
+    return f"{name}-{rank + 1:05}-of-{processes:05}.safetensors"

@@ -5,12 +5,11 @@ In the run's directory stands at most one `resume/step-<n>/`, whole or absent:
     rank-<r>.safetensors    fp32 master weights and the optimizer's state, the fragments that process r kept
     state.json              steps done, the loop's counters, the digests of the files, and which run they belong to
 
-A fragment is stored under `<kind>/<parameter>@<first element>`, so any number of processes under any ZeRO stage can
-read what any other has written. There is no random state: the order of the samples is a function of (seed, step).
+Any number of processes under any ZeRO stage can read what any other has written. There is no random state: the order of
+the samples is a function of (seed, step).
 """
 import hashlib
 import json
-import re
 import shutil
 import sys
 import time
@@ -18,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import open_shard, write_tensors
 from model.files import UserError, digest, explain_os_errors, read_json, sync, write_json
-from partitions import base_optimizer, fragments
+from partitions import Parts, base_optimizer, changing_weights, fragments, write_parts
 from runs import identity
 
 STOPPED = 75  # exit status of a run that was stopped and goes on when started again (EX_TEMPFAIL of sysexits.h)
@@ -83,13 +81,11 @@ def write_fragments(engine, folder, rank):
     """Writes this process's file; returns its name and digest."""
     path, state = folder / f"rank-{rank}.safetensors", base_optimizer(engine).state
     mine = fragments(engine) if engine.zero_optimization() or rank == 0 else []  # without ZeRO all keep the same
-    tensors = {}
-    for fragment in mine:
-        held = {MASTER: fragment.flat} | {kind: value for kind, value in state.get(fragment.flat, {}).items()
-                                          if value.shape == fragment.flat.shape}
-        tensors |= {f"{kind}/{fragment.name}@{fragment.start}": fragment.of(value) for kind, value in held.items()}
-    write_tensors(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
-                  tensors.items())
+    kinds = {MASTER: lambda fragment: fragment.of(fragment.flat)}
+    for kind in {kind: None for fragment in mine for kind, value in state.get(fragment.flat, {}).items()
+                 if value.shape == fragment.flat.shape}:
+        kinds[kind] = lambda fragment, kind=kind: fragment.of(state[fragment.flat][kind])
+    write_parts(path, mine, kinds)
     return path.name, digest([path])
 
 
@@ -143,50 +139,26 @@ def load_state(engine, folder, world):
                                 f"{folder} to train anew")
 
     world.on_all(check)
-    world.on_all(lambda: restore(engine, Saved([folder / name for name in names]), state["optimizer_step"]))
+    saved = world.on_all(lambda: Parts([folder / name for name in names], "the saved state"))
+    world.on_all(lambda: restore(engine, saved, state["optimizer_step"]))
+    with changing_weights(engine) as mine:
+        for fragment in mine:
+            fragment.weights.copy_(fragment.of(fragment.flat))
     return state["progress"]
-
-
-class Saved:
-    """The fragments in the files of a saved state."""
-
-    def __init__(self, paths):
-        self.files, self.places = [open_shard(path) for path in paths], {}
-        for file in self.files:
-            for key in file.keys():  # noqa: SIM118, the file is no mapping
-                kind, name, start = re.fullmatch(r"(\w+)/(.+)@(\d+)", key).groups()
-                self.places.setdefault((kind, name), []).append((int(start), file, key))
-        self.kinds = {kind for kind, _ in self.places} - {MASTER}
-
-    def read(self, kind, name, start, into):
-        """Fills a tensor [count] with elements [start, start + count) of a flattened parameter or its state."""
-        filled, stop = 0, start + len(into)
-        for first, file, key in self.places.get((kind, name), []):
-            part = file.get_slice(key)
-            low, high = max(start, first), min(stop, first + part.get_shape()[0])
-            if low < high:
-                into[low - start:high - start].copy_(part[low - first:high - first])
-                filled += high - low
-        if filled != len(into):
-            raise UserError(f"the saved state has {filled:,} of the {len(into):,} values of {kind} of {name} that are "
-                            "needed: it is that of another model")
 
 
 @torch.no_grad()
 def restore(engine, saved, step):
-    """Fills master weights, optimizer state and weights of this process."""
+    """Fills master weights and optimizer state of this process, and its share of the weights."""
     optimizer, mine = base_optimizer(engine), fragments(engine)
     for fragment in mine:
         if step and fragment.flat not in optimizer.state:
-            optimizer.state[fragment.flat] = {
-                "step": torch.tensor(float(step), device=fragment.flat.device),
-                **{kind: torch.zeros_like(fragment.flat) for kind in sorted(saved.kinds)}}
+            optimizer.state[fragment.flat] = {"step": torch.tensor(0.0, device=fragment.flat.device),
+                                              **{kind: torch.zeros_like(fragment.flat)
+                                                 for kind in sorted(saved.kinds - {MASTER})}}
+        state = optimizer.state.get(fragment.flat, {})
+        if "step" in state:
+            state["step"].fill_(step)
         saved.read(MASTER, fragment.name, fragment.start, fragment.of(fragment.flat))
-        for kind in saved.kinds:
-            saved.read(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.flat][kind]))
-    for fragment in mine:
-        if hasattr(fragment.parameter, "ds_tensor"):
-            fragment.parameter.ds_tensor.view(-1)[:fragment.count].copy_(fragment.of(fragment.flat))
-    for name, parameter in engine.module.named_parameters():
-        if parameter.numel():  # under ZeRO-3 only the small ones, of which each process keeps the whole beside its part
-            saved.read(MASTER, name, 0, parameter.view(-1))
+        for kind in saved.kinds - {MASTER}:
+            saved.read(kind, fragment.name, fragment.start, fragment.of(state[kind]))

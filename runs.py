@@ -19,7 +19,7 @@ from model.files import UserError, explain_os_errors, read_json, write_json, wri
 # Settings that change how a run is carried out but none of its numbers, or (init and data) that a digest stands for.
 OPERATIONAL = {"out", "init", "data", "micro_batch_tokens", "micro_step_slots", "gradient_checkpointing",
                "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes", "tensorboard", "wandb",
-               "local_rank", "zero", "offload", "deepspeed"}
+               "local_rank", "zero", "offload", "deepspeed", "method"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
 
 
@@ -47,6 +47,15 @@ def history(checkpoint):
     """
     found = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
     return read_json(found[0]).get("history", {}) if found else {}
+
+
+def stage_of(checkpoint):
+    """What run.json says of a checkpoint that was fine-tuned: {task, data, init, max_train_samples, …, data_digest}; an
+    empty dict for any other."""
+    path = Path(checkpoint) / "run.json"
+    run = read_json(path) if path.exists() else {}
+    settings = run.get("settings", {})
+    return settings | {"data_digest": run.get("data_digest")} if settings.get("task") else {}
 
 
 def changed(old, new, ignored=()):

@@ -129,7 +129,7 @@ def load(cls, argv, description, prog=None):
 
     `--config FILE` may be given several times; later files win, and flags win over files. Where the class has a field
     `size`, the table [phase] of configs/size/<size>.toml lies between the files and the flags; `phase` is a field, too,
-    or an attribute of the class.
+    or an attribute of the class. So does, after it, configs/method/<method>.toml where there is a field `method`.
     The class may have a method `problems()` that returns what contradicts what, as sentences. Raises UserError.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -162,6 +162,8 @@ def load(cls, argv, description, prog=None):
                 overlay(values, tables[phase], f"configs/size/{size}.toml [{phase}]", fields, problems)
             else:
                 problems.append(f"the size {size} has no recipe [{phase}] in configs/size/{size}.toml")
+    if (method := {**values, **given}.get("method")) and not unknown_name("method", method):
+        overlay(values, read_config("method", method), f"configs/method/{method}.toml", fields, problems)
     values |= given
     if not problems and hasattr(cls, "problems"):
         problems = cls(**values).problems()

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 train.py …        deepspeed --num_gpus 8 train.py …        (the same flags)
 
 What the two uses differ in is passed in: the samples (a task's, or slices of a text), the weights (read, or new), the
-schedule. A step is a function of (seed, step) alone: neither the number of processes nor the size of the micro-batches
-changes which samples it sees or what it minimises, the mean negative log-likelihood over all target tokens of the
-global batch.
+schedule. What is done against forgetting is a method (methods.py). A step is a function of (seed, step) alone: neither
+the number of processes nor the size of the micro-batches changes which samples it sees or what it minimises, the mean
+negative log-likelihood over all target tokens of the global batch.
 """
 import contextlib
 import dataclasses
@@ -36,6 +36,7 @@ from build import (
     text_of,
 )
 from distributed import Processes, StopRequest
+from methods import make_method
 from model.checkpoint import write_checkpoint
 from model.files import UserError, new_directory
 from model.generate import Decoding, generate
@@ -107,12 +108,13 @@ def main(s):
             world.say(f"{s.out} is finished already, nothing to do")
             world.on_main(lambda: drop_state(s.out))
             return world.on_main(lambda: print_result(s.out))
-        check_same_data(s, world)
         source = world.first_on_node(lambda: find_weights(s))
+        check_same_data(s, source, world)
         past = history(source) if s.init else {}
         tokenizer, model = build_model(s, source, world)
-        data = load_data(s, tokenizer, model.config, world)
+        data = load_data(s, source, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
+        method = make_method(s, engine, source, world)
         directory, progress = partial_directory(s.out), Progress(flops=past.get("flops", 0))
         world.on_main(lambda: directory.exists() and lock(directory))
         if state := world.on_main(lambda: find_state(directory, run)):
@@ -124,17 +126,20 @@ def main(s):
         log = StepLog(directory, progress.step, watchers(s, directory, run)) if world.rank == 0 else StepLog(None)
 
         saving = Saving(s.save_minutes, request, world)
-        run["result"] = train(s, engine, data, tokenizer, world, log, run, progress, past, saving)
+        run["result"] = train(s, engine, method, data, tokenizer, world, log, run, progress, past, saving)
         run["history"] = past | {"flops": run["result"]["flops"]} | \
             ({} if s.task else {"text": text_of(s) | {"samples": run["result"]["last_sample"]}})
         run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
         save(engine, directory, tokenizer, world)
+        picked = global_batch(s.seed, len(data["train"]), 0, min(s.fisher_samples, len(data["train"])))
+        method.write(directory, [data["train"][index] for index in picked],
+                     lambda settings, samples: take_step(settings, engine, samples, world))
         log.close()
         world.on_main(lambda: finish_run(s.out, directory, run))
         world.on_main(lambda: print_result(s.out))
 
 
-def train(s, engine, data, tokenizer, world, log, run, progress, past, saving):
+def train(s, engine, method, data, tokenizer, world, log, run, progress, past, saving):
     """The loop, from where `progress` says on. Returns what run.json says of the result: eval losses, FLOPs, speed, ….
 
     run: what run.json says so far; past: the `history` of the checkpoint that the run started from.
@@ -158,7 +163,9 @@ def train(s, engine, data, tokenizer, world, log, run, progress, past, saving):
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         limit = progress.limit(s.skip_loss_above)
+        method.before_step(step)
         loss, norm, filled = take_step(s, engine, batch, world, limit)
+        method.after_step(math.isfinite(norm))
         spike = limit < loss < math.inf
         if not spike and not (math.isfinite(loss) and math.isfinite(norm)):
             world.fail(UserError(stop_message(step + 1, loss, norm, indices, directory)))
@@ -173,6 +180,8 @@ def train(s, engine, data, tokenizer, world, log, run, progress, past, saving):
         else:
             progress.losses = [*progress.losses, loss][-SPIKE_WINDOW:]
         last = step + 1 == steps
+        if last:
+            method.finish()
         if (step + 1) % s.logging_steps == 0 or step == 0 or last:
             world.say(progress.line(steps, loss, rate, norm))
         if (step + 1) % s.eval_steps == 0 or last:

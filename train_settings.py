@@ -49,6 +49,26 @@ class TrainSettings:
     max_grad_norm: float = setting(0.3, "clip the gradient to this norm; 0: do not")
     skip_loss_above: float | None = setting(None, "pass over a batch whose loss is above this many times the mean of "
                                                   "the last 50 steps'")
+    # against forgetting
+    method: str | None = setting(None, "a file in configs/method: what is set there, over the size's recipe")
+    mode: Literal["deterministic", "probabilistic"] = setting("deterministic", "AdamW, or IVON: a distribution over "
+                                                                               "the weights")
+    rehearsal: float = setting(0.0, "share of the samples of each task learned before --init that is trained on again")
+    average_rate: float = setting(0.0, "share of the way back to the weights of --init that every step ends with")
+    average_after: float = setting(1.0, "share of the trained weights in the result, the rest are those of --init")
+    ewc_strength: float = setting(0.0, "weight of the penalty on leaving --init by the Fisher information of the tasks "
+                                       "before (EWC); with it the run measures its own task's")
+    fisher_samples: int = setting(128, "training samples that the Fisher information is measured on")
+    prior: Literal["auto", "weights", "posterior"] = setting("auto", "prior of probabilistic mode: around the weights "
+                                                             "of --init, or its posterior; auto: that if it has one")
+    prior_precision: float = setting(1e6, "precision of the prior around the weights, 1 / variance")
+    tau: float = setting(1.0, "how much an earlier posterior counts as the prior: its precision times this")
+    effective_samples: float = setting(1e7, "samples that the mean loss stands for: more make the noise smaller and "
+                                            "the prior weaker")
+    curvature: float = setting(1e-3, "curvature that IVON starts at")
+    curvature_beta: float = setting(0.999, "decay rate of the curvature")
+    clip_radius: float = setting(1.0, "most that a weight's gradient over its curvature counts, before the rate")
+    weight_noise: bool = setting(True, "draw the weights of each step; false: gradients at the mean, to compare with")
     # how it is computed
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
@@ -88,20 +108,42 @@ class TrainSettings:
                    ("max_target_length", 2), ("max_steps", 1), ("max_tokens", 1), ("max_train_samples", 1),
                    ("max_eval_samples", 1), ("eval_steps", 1), ("logging_steps", 1), ("warmup_steps", 0),
                    ("skip_samples", 0), ("save_total_limit", 0), ("weight_decay", 0), ("max_grad_norm", 0), ("seed", 0),
-                   ("micro_step_slots", 0), ("num_hidden_layers", 1), ("save_minutes", 0))
+                   ("micro_step_slots", 0), ("num_hidden_layers", 1), ("save_minutes", 0), ("ewc_strength", 0),
+                   ("fisher_samples", 1))
                   if getattr(self, name) is not None and not getattr(self, name) >= least]
         found += [f"{name} is {getattr(self, name)}, expected a number above 0"
                   for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "max_flops", "timeout_minutes",
-                               "skip_loss_above")
+                               "skip_loss_above", "prior_precision", "effective_samples", "curvature", "clip_radius")
                   if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to 1"
-                  for name in ("min_lr_ratio", "decay_ratio") if not 0 <= getattr(self, name) <= 1]
+                  for name in ("min_lr_ratio", "decay_ratio", "rehearsal", "average_rate", "average_after")
+                  if not 0 <= getattr(self, name) <= 1]
         found += [f"{name} is {getattr(self, name)}, expected a number from 0 to below 1"
-                  for name in ("adam_beta1", "adam_beta2") if not 0 <= getattr(self, name) < 1]
+                  for name in ("adam_beta1", "adam_beta2", "curvature_beta") if not 0 <= getattr(self, name) < 1]
+        found += self.method_problems()
         if self.offload and self.deepspeed:
             found.append("--offload is about the files in configs/deepspeed: say it in the file of --deepspeed instead")
         elif self.offload and not (self.zero or 0) >= 2:
             found.append("--offload needs --zero 2 or 3")
         if self.zero == 0 and self.dtype in ("bf16", "auto") and weights_dtype(self) == "bf16":
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or more")
+        return found
+
+    def method_problems(self):
+        """What contradicts what among the settings against forgetting."""
+        found = settings.unknown_name("method", self.method) if self.method is not None else []
+        if not 0 < self.tau <= 1:
+            found.append(f"tau is {self.tau}, expected a number above 0 and at most 1")
+        pulls = [name for name, off in (("average_rate", 0), ("average_after", 1), ("ewc_strength", 0))
+                 if getattr(self, name) != off]
+        used = pulls + ["rehearsal"] * (self.rehearsal > 0) + ["mode"] * (self.mode == "probabilistic")
+        if used and self.task is None:
+            found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
+        if self.mode == "probabilistic":
+            if pulls:
+                found.append(f"{' and '.join(pulls)} pull towards the weights of --init, as the prior of probabilistic "
+                             "mode does: leave them out there")
+            if self.weight_decay:
+                found.append(f"weight_decay is {self.weight_decay}, but in probabilistic mode the prior takes its "
+                             "place: set it to 0, or give --method probabilistic")
         return found

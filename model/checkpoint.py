@@ -26,6 +26,7 @@ from .transformer import Transformer, parameter_shapes
 MAX_SHARD_BYTES = 5_000_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+POSTERIOR, FISHER = "posterior", "fisher"  # what fine-tuning may leave beside the weights, see partitions.part_files
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # buffers that old checkpoints saved
@@ -253,9 +254,10 @@ def write_checkpoint(directory, config, tensors, tokenizer_source):
 
 
 def checkpoint_digest(directory):
-    """SHA-256 over a checkpoint's config.json and weights."""
+    """SHA-256 over a checkpoint's config.json and weights, and what the next task takes from beside them."""
     directory = Path(directory)
-    return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards)])
+    beside = [path for name in (POSTERIOR, FISHER) for path in directory.glob(f"{name}-*.safetensors")]
+    return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards), *beside])
 
 
 def main(source, out):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from build import compare_digests
 from model.files import UserError
-from resume import Saved
+from partitions import Parts
 from runs import StepLog
 from tests.conftest import ROOT, error_line, free_port, run_script
 from train import TrainSettings, main
@@ -132,7 +132,7 @@ def test_an_unexpected_error_names_its_rank_in_one_line(checkpoint, simp_file, t
 
 def test_a_state_without_some_values_is_refused(tmp_path):
     save_file({"master/w@0": torch.arange(4.0), "master/w@6": torch.arange(6.0, 8.0)}, tmp_path / "rank-0.safetensors")
-    saved = Saved([tmp_path / "rank-0.safetensors"])
+    saved = Parts([tmp_path / "rank-0.safetensors"], "the saved state")
     into = torch.empty(2)
     saved.read("master", "w", 2, into)
     assert into.tolist() == [2, 3]
