@@ -11,6 +11,9 @@ SIZE   ?= $(if $(INIT),$(notdir $(patsubst %/,%,$(INIT))),tiny)
 SOURCE := $(or $(SOURCE),$(if $(RAW),raw,$(if $(filter 410m 3b 7b,$(SIZE)),hub,sample)))
 RAW    := $(or $(RAW),data/raw)
 OUT    ?= runs/$(SIZE)/$(MODEL)
+# The stages with a method lie in a folder of its name, beside the m0 that all methods start from.
+METHOD ?=
+CHAIN  := $(OUT)$(if $(METHOD),/$(METHOD))
 RUNS   ?= runs/$(SIZE)
 TASKS  ?= $(ORDER)
 SUITE  ?= sample
@@ -30,6 +33,7 @@ ifneq (,$(filter train pretrain data evaluate experiment growth-study,$(or $(MAK
   expect = $(if $(filter $2,$3),,$(error unknown $1 '$2', expected one of: $3))
   $(if $(filter train data evaluate,$(MAKECMDGOALS)),$(foreach task,$(TASK) $(TASKS),$(call expect,TASK,$(task),$(ORDER))))
   $(call expect,MODEL,$(MODEL),stack llm)
+  $(if $(METHOD),$(if $(filter train evaluate,$(MAKECMDGOALS)),$(call expect,METHOD,$(METHOD),$(basename $(notdir $(wildcard configs/method/*.toml))))))
   $(call expect,SOURCE,$(SOURCE),sample raw hub)
   $(if $(INIT)$(and $(INIT_LLM),$(INIT_STACK))$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
 endif
@@ -55,6 +59,8 @@ help:
 	@echo 'SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)'
 	@echo 'RAW     folder of raw task folders    INIT   checkpoint to start from in place of m0: directory or Hub id'
 	@echo 'OUT     folder of the stages          NPROC  processes'
+	@echo 'METHOD  against forgetting: $(basename $(notdir $(wildcard configs/method/*.toml)));'
+	@echo '        with experiment several with commas between them, and settings of theirs: ewc:ewc_strength=10'
 	@echo 'SUITE   benchmarks of make evaluate: sample, paper, local, a .toml file, or none; FILES their folder'
 	@echo 'TASKS   test sets of make evaluate (now $(TASKS))'
 	@echo 'ARGS    more flags for train.py, such as ARGS="--learning_rate 1e-5" (train.py --help lists them);'
@@ -67,16 +73,17 @@ help:
 PARENT := $(or $(INIT),$(OUT)/m0)
 define stage
 PARENT_$1 := $(PARENT)
-STAGE_$1  := $(OUT)/m$(words m0 $(DONE))-$1
-PARENT    := $(OUT)/m$(words m0 $(DONE))-$1
+STAGE_$1  := $(CHAIN)/m$(words m0 $(DONE))-$1
+PARENT    := $(CHAIN)/m$(words m0 $(DONE))-$1
 DONE      += $1
-$(OUT)/m$(words m0 $(DONE))-$1: | $(filter-out $(INIT),$(PARENT)) data/prepared/$(SOURCE)/$1.json
+$(CHAIN)/m$(words m0 $(DONE))-$1: | $(filter-out $(INIT),$(PARENT)) data/prepared/$(SOURCE)/$1.json
 	$$(call finetune,$1)
 endef
 $(foreach task,$(ORDER),$(eval $(call stage,$(task))))
 
 finetune = $(LAUNCH) train.py --config configs/train/finetune.toml $(if $(PRESET),--size $(SIZE)) --task $1 \
-    --init $(PARENT_$1) --data data/prepared/$(SOURCE)/$1.json --out $(STAGE_$1) $(ARGS)
+    --init $(PARENT_$1) --data data/prepared/$(SOURCE)/$1.json --out $(STAGE_$1) \
+    $(if $(METHOD),--method $(METHOD) $(if $(filter $1,$(firstword $(ORDER))),--rehearsal 0)) $(ARGS)
 
 # The stage that is asked for is always handed to train.py, which sees whether it is finished and with these settings.
 train: data | $(if $(wildcard $(STAGE_$(TASK))),,$(filter-out $(INIT),$(PARENT_$(TASK))))
@@ -133,7 +140,7 @@ experiment: $(VENV)/user $(patsubst %,data/prepared/$(SOURCE)/%.json,$(or $(CHOS
 	@$(PY) experiment.py $(if $(PRESET),--size $(SIZE)) --data data/prepared/$(SOURCE) --out $(RUNS) --suite $(SUITE) \
 	    $(if $(HUB)$(and $(INIT_LLM),$(INIT_STACK)),,--text $(TEXT)) $(if $(CHOSEN),--order $(subst $(space),$(comma),$(strip $(CHOSEN)))) \
 	    $(if $(INIT_LLM),--init_llm $(INIT_LLM)) $(if $(INIT_STACK),--init_stack $(INIT_STACK)) \
-	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FILES),--suite_files $(FILES)) \
+	    $(if $(SEEDS),--seeds $(SEEDS)) $(if $(METHOD),--methods $(METHOD)) $(if $(FILES),--suite_files $(FILES)) \
 	    $(if $(LAUNCHER),--launcher $(LAUNCHER),$(FLAG)) $(ARGS)
 
 report: $(VENV)/user

@@ -21,7 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 
-from metrics import calibration
+from metrics import averaged, calibration
 from model.checkpoint import first_line
 from model.files import UserError, read_json_lines, write_text
 from model.generate import Decoding
@@ -256,8 +256,12 @@ def harness_decoding(options):
 
 # ------------------------------------------------------------------------------------------------------------- running
 
-def run_suite(suite, scorer, limit=None):
+def run_suite(suite, scorer, limit=None, draws=()):
     """Runs the benchmarks of a suite in one call of lm-eval's `simple_evaluate`.
+
+    draws: (directory, key) of draws of the weights from the posterior there. For each of them the multiple-choice
+    benchmarks are run again, and accuracy and calibration by the probabilities averaged over the draws stand beside
+    the other figures, as `acc,sampled` and so on. The model keeps the last draw.
 
     Returns its results, in its own layout with calibration added, and {name: reason} of benchmarks whose dataset could
     not be had. limit: items of each task. None in place of results where no benchmark could be run.
@@ -282,14 +286,28 @@ def run_suite(suite, scorer, limit=None):
         check_tasks(suite, loaded)
         given = [built if isinstance(built, ConfigurableTask) else
                  next(iter((built["groups"] or built["tasks"]).values())) for built in loaded.values()]
-        results = lm_eval.simple_evaluate(HarnessModel(scorer), tasks=given, limit=limit, task_manager=task_manager())
-    samples = results.pop("samples")
+        ask = functools.partial(lm_eval.simple_evaluate, HarnessModel(scorer), limit=limit, task_manager=task_manager())
+        results = ask(tasks=given)
+        samples = results.pop("samples")
+        given = [task for task, built in zip(given, loaded.values())
+                 if all(leaf.OUTPUT_TYPE == "multiple_choice" for leaf in leaves(built))]
+        drawn = []
+        for directory, key in draws if given else ():
+            scorer.draw_weights(directory, key)
+            drawn.append(ask(tasks=given)["samples"])
     for name, built in loaded.items():
         for title, tasks in ({task.task_name: [task] for task in leaves(built)} | {name: leaves(built)}).items():
-            scores = [score for task in tasks for score in option_scores(task, samples[task.task_name])]
-            if scores:
-                values = calibration(*zip(*scores))
-                results["results"][title] |= {f"{key},none": value for key, value in values.items()}
+            def scored(found, tasks=tasks):
+                return [score for task in tasks for score in option_scores(task, found.get(task.task_name, ()))]
+            if not (scores := scored(samples)):
+                continue
+            figures = {f"{key},none": value for key, value in calibration(*zip(*scores)).items()}
+            if each := [answers for found in drawn if (answers := scored(found))]:
+                right = [gold for _, gold in scores]
+                mixed = [averaged([options for options, _ in answers]) for answers in zip(*each)]
+                figures["acc,sampled"] = float(np.mean([log_p.argmax() == gold for log_p, gold in zip(mixed, right)]))
+                figures |= {f"{key},sampled": value for key, value in calibration(mixed, right).items()}
+            results["results"][title] |= figures
     return results, missing
 
 
@@ -359,7 +377,8 @@ def write_results(directory, results):
 
 
 def figures(suite, results):
-    """A dict for each benchmark that was run: its fields, `value`, `stderr`, `items` and calibration."""
+    """A dict for each benchmark that was run: its fields, `value`, `stderr`, `items`, calibration, and `sampled`:
+    accuracy and calibration over draws of the weights, None where there were none."""
     def items(name):
         parts = results.get("group_subtasks", {}).get(name)
         return sum(map(items, parts)) if parts else results["n-samples"][name]["effective"]
@@ -374,5 +393,7 @@ def figures(suite, results):
         rows.append({"name": benchmark.name, "label": benchmark.label or benchmark.name, "category": benchmark.category,
                      "part_of": benchmark.part_of, "metric": benchmark.metric, "num_fewshot": benchmark.num_fewshot,
                      "value": value, "stderr": None if math.isnan(error) else error,
-                     "items": items(benchmark.name)} | {name: found.get(f"{name},none") for name in CALIBRATION})
+                     "items": items(benchmark.name)} | {name: found.get(f"{name},none") for name in CALIBRATION}
+                    | {"sampled": {name: found[f"{name},sampled"] for name in ("acc", *CALIBRATION)}
+                       if "acc,sampled" in found else None})
     return rows

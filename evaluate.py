@@ -19,6 +19,7 @@ import torch
 import settings
 from batches import clean, encode_prompts, read_task
 from distributed import Processes, weights_dtype
+from methods import open_posterior
 from metrics import bertscore, bleu, health, interval, rouge, sari
 from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_model, locate
 from model.config import ModelConfig
@@ -41,7 +42,9 @@ class EvaluateSettings:
     suite_files: str | None = setting(None, "folder of the suite's local files; none: beside the suite's .toml file")
     limit: int | None = setting(None, "only the first N test items of each task and benchmark")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
-    seed: int = setting(42, "seed of sampling, where a task's decoding samples")
+    seed: int = setting(42, "seed of sampling, where a task's decoding samples, and of weight samples")
+    weight_samples: int = setting(0, "draws of the weights from the checkpoint's posterior, over which the options' "
+                                     "probabilities are averaged beside those of its mean")
     bertscore_model: str | None = setting(None, "directory of an encoder for BERTScore (needs the package bert-score)")
     bertscore_layer: int | None = setting(None, "the layer whose vectors BERTScore compares")
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
@@ -57,7 +60,7 @@ class EvaluateSettings:
         if (self.bertscore_model is None) != (self.bertscore_layer is None):
             found.append("bertscore_model and bertscore_layer go together")
         found += [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
-                  (("limit", 1), ("seed", 0), ("max_source_length", 16), ("bertscore_layer", 1))
+                  (("limit", 1), ("seed", 0), ("weight_samples", 0), ("max_source_length", 16), ("bertscore_layer", 1))
                   if getattr(self, name) is not None and getattr(self, name) < least]
         return found
 
@@ -104,6 +107,9 @@ def prepare(s):
     check_vocabulary(source, config)
     if Tokenizer(source).eos_id is None:
         raise UserError(f"{source} names no end-of-text token: add eos_token_id to its config.json")
+    if s.weight_samples and not open_posterior(source, config):
+        raise UserError(f"{source} has no posterior to draw weights from: it was not fine-tuned in probabilistic mode; "
+                        "leave out --weight_samples")
     tasks, problems = {}, []
     for task in s.tasks:
         path = Path(s.data) / f"{task}.json"
@@ -180,12 +186,15 @@ def evaluate_suite(s, suite, scorer, out, run):
     from benchmarks import run_suite, write_results
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
+    if s.weight_samples:
+        run |= {"weight_samples": s.weight_samples, "seed": s.seed}
     for path in sorted(out.glob("results_*.json"), reverse=True):
         results = read_json(path)
         if same_run(results.get("run", {}), run) and not results["missing"]:
             print(f"{path} is there already, of the same model, data and settings", flush=True)
             return results
-    results, missing = run_suite(suite, scorer, s.limit)
+    draws = [(locate(s.checkpoint), ("weights", s.seed, number)) for number in range(s.weight_samples)]
+    results, missing = run_suite(suite, scorer, s.limit, draws)
     results = (results or {"results": {}}) | {"run": run | {"commit": git_commit()}, "tokens": scorer.counts,
                                               "missing": missing}
     if results["results"]:
@@ -229,6 +238,10 @@ def print_suite(suite, results):
             error = f"{100 * row['stderr']:4.1f}" if row["stderr"] is not None else f"{'–':>4}"
             print(f"{category:<9} {name:<36} {row['items']:>6} {row['num_fewshot']:>5}  {row['metric']:<15} "
                   f"{100 * row['value']:6.1f} {error}  {calibrated}")
+            if sampled := row["sampled"]:
+                label = f"  over {results['run']['weight_samples']} weight samples"
+                print(f"{'':<9} {label:<36} {'':>6} {'':>5}  {'acc':<15} {100 * sampled['acc']:6.1f} {'':>4}  "
+                      + "  ".join(f"{sampled[key]:6.3f}" for key in CALIBRATION))
         whole = [row["value"] for row in inside if not row["part_of"]]
         if len(whole) > 1:
             print(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(whole) / len(whole):6.1f}")

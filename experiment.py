@@ -3,11 +3,13 @@
     python experiment.py --size tiny --text data/text/tiny --data data/prepared/sample --out runs/tiny
     python experiment.py … --init_llm DIR --init_stack DIR        checkpoints of one's own in place of pretrained ones
     python experiment.py … --order simp,empd,simp --seeds 42,43   a task may come again; each seed is a chain from m0
+    python experiment.py … --methods constant,ewc,probabilistic:tau=0.5    a chain for each way to forget less
 
 Each step is a command of its own, which is printed. A step is done again only where its command, the weights that it
 starts from or its data have changed since, as the digests in experiment/*.json say; so an experiment that was stopped
 goes on where it stopped, and one that is complete ends at once.
 """
+import dataclasses
 import functools
 import shlex
 import sys
@@ -22,10 +24,11 @@ from model.checkpoint import checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, digest, read_json, write_json
 from runs import clock
-from settings import CONFIGS, ROOT, read_config, run, setting, unknown_name
+from settings import CONFIGS, ROOT, read_config, read_toml, run, setting, unknown_name
 from slurm import submit
 from stages import Stage, run_command, shape, words
 from suites import open_suite
+from train_settings import TrainSettings
 
 UTILISATION = 0.3  # of the speed of a matrix product that training and evaluation reach, for the first estimate
 CHARACTERS = 4  # a token, about
@@ -38,6 +41,9 @@ class ExperimentSettings:
     models: tuple[str, ...] = setting(("llm", "stack"), "models: stack was grown, llm was not")
     order: tuple[str, ...] = setting(("simp", "empd", "inqqg"), "tasks in the order of the stages; one may come again")
     seeds: tuple[int, ...] = setting((42,), "seeds of fine-tuning; the stages of all but the first lie in seed-<n>")
+    methods: tuple[str, ...] = setting((), "files in configs/method, each a chain of its own from m0; settings of "
+                                           "train.py may follow: ewc:ewc_strength=10; none: one chain, by "
+                                           "configs/train/finetune.toml")
     text: str | None = setting(None, "directory of token shards that m0 is pretrained on")
     data: str | None = setting(None, "folder of the preprocessed task files, <task>.json")
     out: str | None = setting(None, "folder of the models, such as runs/tiny")
@@ -53,6 +59,7 @@ class ExperimentSettings:
     only: str | None = setting(None, "run only the step that makes this directory, and no report")
     train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
     evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
+    weight_samples: int = setting(4, "draws of the weights over which stages of probabilistic mode are evaluated, too")
     dry_run: bool = setting(False, "print the plan and run nothing")
 
     def problems(self):
@@ -63,10 +70,31 @@ class ExperimentSettings:
                   if name not in ("llm", "stack")]
         found += [f"{name} is empty or names one twice" for name in ("models", "seeds")
                   if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name))]
+        found += ["methods names one twice"] if len(set(self.methods)) < len(self.methods) else []
+        for method in self.methods:
+            try:
+                read_method(method)
+            except UserError as error:
+                found.append(str(error))
         found += [] if self.order else ["order is empty"]
         found += [f"{name} has no --init_{name}, and --size is missing" for name in self.models
                   if name in ("llm", "stack") and not self.size and not getattr(self, f"init_{name}")]
         return found
+
+
+def read_method(text):
+    """(file in configs/method, {setting of train.py: value}) of a method such as "ewc:ewc_strength=10:seed=1"; raises
+    UserError."""
+    file, *given = text.split(":")
+    found, problems = {}, unknown_name("method", file)
+    for part in given:
+        name, _, value = part.partition("=")
+        if not value or name not in {field.name for field in dataclasses.fields(TrainSettings)}:
+            problems.append(f"{part!r} of the method {text!r} is no name=value of a setting of train.py")
+        found[name] = value
+    if problems:
+        raise UserError("; ".join(problems))
+    return file, found
 
 
 @dataclass(frozen=True)
@@ -90,26 +118,40 @@ def plan(s):
 
 
 def model_steps(s, model):
-    """The steps of one model: m0, then for each seed the stages; each is evaluated before the next."""
+    """The steps of one model: m0, then for each method and seed the stages; each is evaluated before the next."""
     folder, steps = Path(s.out) / model, []
     start = getattr(s, f"init_{model}")
     if start is None:
         start = folder / "m0"
         steps.append(start_step(s, model, start))
     steps.append(evaluation(s, model, start, folder / "m0"))
+    for method in s.methods or [None]:
+        place = folder / method.replace(":", "-") if method else folder
+        for seed in s.seeds:
+            steps += chain_steps(s, model, start, place if seed == s.seeds[0] else place / f"seed-{seed}", method, seed)
+    return steps
+
+
+def chain_steps(s, model, start, place, method, seed):
+    """The steps of one chain from m0: the stages with one method and one seed."""
+    parent, steps, flags, sampled = start, [], [], []
     recipe = [CONFIGS / "train/finetune.toml", *size_files(s)]
-    for seed in s.seeds:
-        parent, place = start, folder if seed == s.seeds[0] else folder / f"seed-{seed}"
-        for number, task in enumerate(s.order, 1):
-            out, data = place / f"m{number}-{task}", Path(s.data) / f"{task}.json"
-            size = ["--size", s.size] if s.size else []
-            command = [*launch(s), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
-                       "--task", task, "--init", parent, "--data", data, "--out", out, "--seed", seed,
-                       *words(s.train_args)]
-            steps.append(Step(out, command, training_flops(s, model, data), "train.py",
-                              (parent, data, *recipe)))
-            steps.append(evaluation(s, model, out, out))
-            parent = out
+    if method:
+        file, given = read_method(method)
+        recipe.append(CONFIGS / f"method/{file}.toml")
+        settings = read_toml(recipe[-1]) | given
+        flags = ["--method", file, *(word for name, value in given.items() for word in (f"--{name}", value))]
+        sampled = ["--weight_samples", s.weight_samples] if settings.get("mode") == "probabilistic" else []
+    for number, task in enumerate(s.order, 1):
+        out, data = place / f"m{number}-{task}", Path(s.data) / f"{task}.json"
+        size = ["--size", s.size] if s.size else []
+        first = ["--rehearsal", "0"] if number == 1 and method and "rehearsal" in settings else []
+        command = [*launch(s), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
+                   "--task", task, "--init", parent, "--data", data, "--out", out, "--seed", seed,
+                   *words(s.train_args), *flags, *first]
+        steps.append(Step(out, command, training_flops(s, model, data), "train.py", (parent, data, *recipe)))
+        steps.append(evaluation(s, model, out, out, sampled))
+        parent = out
     return steps
 
 
@@ -126,12 +168,12 @@ def start_step(s, model, out):
                 (Path(s.text), CONFIGS / "train/pretrain.toml", *size_files(s)))
 
 
-def evaluation(s, model, checkpoint, directory):
+def evaluation(s, model, checkpoint, directory, sampled=()):
     """The evaluation of a checkpoint on all tasks of the order and the suite."""
     tasks = list(dict.fromkeys(s.order))
     command = [*launch(s), ROOT / "evaluate.py", "--checkpoint", checkpoint, "--out", directory / "eval",
                "--data", s.data, "--tasks", ",".join(tasks), "--suite", s.suite,
-               *(["--suite_files", s.suite_files] if s.suite_files else []), *words(s.evaluate_args)]
+               *(["--suite_files", s.suite_files] if s.suite_files else []), *sampled, *words(s.evaluate_args)]
     files = [place for task in tasks for place in (Path(s.data) / f"{task}.json", CONFIGS / f"task/{task}.toml")]
     files += suite_files(s)
     return Step(directory / "eval", command, evaluation_flops(s, model), "evaluate.py", (checkpoint, *files))

@@ -30,11 +30,16 @@ def check_method(s, source, config):
 
 def open_prior(s, source, config):
     """The posterior beside a checkpoint that is to be the prior, as Parts; None for a prior around the weights."""
-    files = part_files(source, POSTERIOR) if s.prior != "weights" else []
-    if not files and s.prior == "posterior":
+    parts = open_posterior(source, config) if s.prior != "weights" else None
+    if parts is None and s.prior == "posterior":
         raise UserError(f"{source} has no posterior to be the prior: fine-tune it in probabilistic mode first, or give "
                         "--prior weights")
-    return open_parts(files, f"the posterior in {source}", ("mean", "precision"), config)
+    return parts
+
+
+def open_posterior(source, config):
+    """The posterior beside a checkpoint, as Parts; None where there is none."""
+    return open_parts(part_files(source, POSTERIOR), f"the posterior in {source}", ("mean", "precision"), config)
 
 
 def open_fisher(source, config):

@@ -151,6 +151,16 @@ def calibration(log_likelihoods, targets):
     return {"ece": float(sum(gaps) / len(right)), "nll": float(np.mean(nll)), "brier": float(np.mean(brier))}
 
 
+def averaged(draws):
+    """The log-probabilities of a question's options, averaged as probabilities over draws of the weights.
+
+    draws: for each draw the log-likelihoods of the options, in nats, whose softmax is taken.
+    """
+    scores = np.asarray(draws, dtype=np.float64)
+    log_p = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    return np.logaddexp.reduce(log_p, axis=0) - np.log(len(scores))
+
+
 # ---------------------------------------------------------------------------------------------------------- forgetting
 
 # Two-sided 95% quantiles of Student's t for 1, 2, …, 30 degrees of freedom; 1.96 beyond.

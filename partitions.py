@@ -92,8 +92,9 @@ def changing_weights(engine):
     from deepspeed.runtime.utils import all_gather_dp_groups
     names = ("bf16_groups_flat", "bf16_partitioned_groups") if hasattr(optimizer, "bf16_groups_flat") else \
         ("bit16_groups_flat", "parallel_partitioned_bit16_groups")  # of ZeRO-1 in bf16, and of ZeRO-1 and 2
-    all_gather_dp_groups(*(getattr(optimizer, name) for name in names), optimizer.real_dp_process_group,
-                         optimizer.nccl_start_alignment_factor, optimizer.allgather_bucket_size)
+    with torch.no_grad():
+        all_gather_dp_groups(*(getattr(optimizer, name) for name in names), optimizer.real_dp_process_group,
+                             optimizer.nccl_start_alignment_factor, optimizer.allgather_bucket_size)
 
 
 # ---------------------------------------------------------------------------------------------------- fragments on disk

@@ -1,5 +1,5 @@
 """The stages of an experiment in order: which there are, what they lack, and the measures of forgetting over them."""
-from metrics import fg, mean, over_seeds
+from metrics import Estimate, fg, mean, over_seeds
 from model.files import UserError
 from results import METRICS, shipped
 from settings import read_config
@@ -84,20 +84,22 @@ class Record:
         """A benchmark at a stage."""
         return self.over(model, lambda chain: chain[number].benchmarks.get(name) if number in chain else None)
 
-    def fg_of(self, chain, name):
-        """FG of a benchmark in one chain."""
+    def fg_of(self, chain, name, exact_start=False):
+        """FG of a benchmark in one chain; with `exact_start` the start adds nothing to its error, as where two chains
+        from the same start are compared."""
         values = [chain[number].benchmarks.get(name) if number in chain else None for number in range(self.last + 1)]
-        return fg(values[0], values[1:])
+        start = Estimate(values[0].value, 0.0) if exact_start and values[0] else values[0]
+        return fg(start, values[1:])
 
     def fg(self, model, name):
         """FG of a benchmark."""
         return self.over(model, lambda chain: self.fg_of(chain, name))
 
-    def category_fg(self, model, category):
+    def category_fg(self, model, category, exact_start=False):
         """FG of a category: in each chain the mean over its benchmarks that have one, since a seed moves them all."""
         def of_chain(chain):
             found = [estimate for benchmark in self.of_category(category)
-                     if (estimate := self.fg_of(chain, benchmark.name)) is not None]
+                     if (estimate := self.fg_of(chain, benchmark.name, exact_start)) is not None]
             return mean(found) if found else None
         return self.over(model, of_chain)
 

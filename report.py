@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import figures
-from metrics import average_performance, backward_transfer, forgetting_from_best
+from comparison import compare
 from model.files import UserError, explain_os_errors, read_json, write_text
 from record import Record, measure
 from results import read_results, read_runs
 from settings import ROOT, run, setting
-
-BIAS = "Bias"  # the category whose parts are drawn as a heat map
+from tables import BIAS, table, tables
 
 
 @dataclass(frozen=True)
@@ -32,53 +31,38 @@ class ReportSettings:
     out: str = setting("report", "folder to write the report into")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model that it is compared with")
+    method: str | None = setting(None, "the method whose stages are shown, and its models compared; none: baseline")
+    baseline: str = setting("constant", "the method that the others are compared with")
     categories: tuple[str, ...] = setting((), "only these categories; none: all that are found")
 
     def problems(self):
         return [] if (self.runs is None) != (self.results is None) else ["give either --runs or --results"]
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
-
-def show(estimate, form="{:z.1f}"):
-    """An estimate with its 95% interval, as text."""
-    if estimate is None:
-        return "–"
-    text = form.format(estimate.value)
-    if math.isnan(estimate.error):
-        return text
-    low, high = estimate.interval
-    return f"{text} [{form.format(low)}, {form.format(high)}]"
+def by_method(stages, described, s):
+    """{method: Record} of stages, the baseline first; every method starts from the stages that no method made."""
+    names = sorted(dict.fromkeys(stage.method for stage in stages if stage.method), key=lambda name: name != s.baseline)
+    if not names:
+        return {None: Record(stages, described, s.categories)}
+    starts = [stage for stage in stages if not stage.method and stage.number == 0]
+    return {name: Record(starts + [stage for stage in stages if stage.method == name], described, s.categories)
+            for name in names}
 
 
-def table(head, rows):
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+def baseline(records, s):
+    """The method that the others are compared with: the one asked for, or the first where it is not there."""
+    return s.baseline if s.baseline in records else next(iter(records))
 
 
-def verdict(what, grown, reference, difference, claim="{grown} forgets {less} than {reference}", sign=1):
-    """A plain sentence on a difference grown - reference. claim: what it says where there is one, with "less" for
-    differences of the sign -1 (or 1, where `sign` is -1) and "more" for others."""
-    if difference is None:
-        return f"{what}: nothing to compare."
-    if math.isnan(difference.error):
-        return f"{what}: the difference is {difference.value:+z.1f}, without standard errors to judge it by."
-    low, high = difference.interval
-    interval = f"{difference.value:+z.1f} points, 95% interval [{low:+z.1f}, {high:+z.1f}]"
-    if low <= 0 <= high:
-        return f"{what}: {grown} and {reference} cannot be told apart from noise ({interval})."
-    less = "less" if sign * difference.value < 0 else "more"
-    return f"{what}: {claim.format(grown=grown, reference=reference, less=less)} ({interval})."
-
-
-def difference(one, two):
-    """one - two, None where either is."""
-    return None if one is None or two is None else one - two
+def chosen(records, s):
+    """The method whose stages are shown. Raises UserError for one that was asked for and is not there."""
+    if s.method is not None and s.method not in records:
+        raise UserError(f"unknown method {s.method!r}, expected one of {', '.join(map(str, records))}")
+    return baseline(records, s) if s.method is None else s.method
 
 
 def compared(record, s):
-    """The two models to compare, [grown, reference], and a sentence where there is nothing to compare: ([], sentence).
+    """The two models to compare, [grown, reference], or a sentence where there is nothing to compare: ([], sentences).
 
     Raises UserError for a model that was asked for and is not there.
     """
@@ -89,76 +73,6 @@ def compared(record, s):
         more = ": give --grown and --reference to compare two" if len(models) > 1 else ""
         return [], [f"The models are {', '.join(models)}{more}."]
     return pair, []
-
-
-def category_verdict(record, category, pair, found):
-    """The sentence on a category's FG, which takes the same stages and benchmarks of both models."""
-    title, (grown, reference) = f"FG, {category}", pair
-    if record.measured(grown, category) != record.measured(reference, category):
-        return f"{title}: not compared, the models do not have the same stages and benchmarks (see What is missing)."
-    claim = {"claim": "the share of stereotypes fell {less} in {grown} than in {reference}"} if category == BIAS else {}
-    return verdict(title, grown, reference, difference(found[grown], found[reference]), **claim)
-
-
-def tables(record, s):
-    """The sentences of the summary, and the sections of tables, as (title, text in Markdown)."""
-    models = list(record.chains)
-    pair, sentences = compared(record, s)
-    gap = [" − ".join(pair)] if pair else []
-
-    def row(name, estimates, form="{:z.1f}"):
-        found = [estimates[model] for model in models]
-        extra = [difference(*(estimates[model] for model in pair))] if pair else []
-        return [name, *(show(estimate, form) for estimate in found + extra)]
-
-    sections, rows = [], []
-    for category in record.categories:
-        found = {model: record.category_fg(model, category) for model in models}
-        rows.append(row(category, found))
-        if pair:
-            sentences.append(category_verdict(record, category, pair, found))
-    if rows:
-        sections.append(("Forgetting by category", "FG in percent of the start, the mean over the stages; positive is "
-                         "forgetting. In brackets the 95% interval from the benchmarks' standard errors"
-                         + (" and the seeds" if max(map(len, record.chains.values())) > 1 else "") + ".\n\n"
-                         + table(["category", *models, *gap], rows)))
-        rows = [row(b.label or b.name, {model: record.fg(model, b.name) for model in models})
-                for b in record.benchmarks]
-        sections.append(("Forgetting by benchmark", table(["benchmark", *models, *gap], rows)))
-    if record.tasks and any(record.learned):
-        measures = [("average performance", average_performance), ("backward transfer", backward_transfer),
-                    ("forgetting from the best stage", forgetting_from_best)]
-        rows = []
-        for name, function in measures:
-            found = {model: record.over(model, lambda chain, function=function: function(
-                record.matrix(chain), record.last, record.learned)) for model in models}
-            rows.append(row(name, found, "{:z.2f}"))
-            if pair and function is backward_transfer:
-                sentences.append(verdict("Backward transfer", *pair, difference(*(found[model] for model in pair)),
-                                         sign=-1))
-        sections.append(("Over the tasks", "After the last stage, in points of each task's measure: "
-                         + ", ".join(f"{task} {measure(task)}" for task in record.tasks) + ".\n\n"
-                         + table(["", *models, *gap], rows)))
-        for model in models:
-            rows = [[name, *(show(record.over(model, lambda chain, task=task, number=number:
-                                              record.matrix(chain).get((number, task)))) for task in record.tasks)]
-                    for number, name in enumerate(record.stages)]
-            sections.append((f"Tasks by stage: {model}", table(["stage", *record.tasks], rows)))
-    for model in models:
-        rows = [[b.category, b.label or b.name, b.metric,
-                 *(show(percent(record.value(model, number, b.name))) for number in range(record.last + 1))]
-                for b in record.benchmarks]
-        if rows:
-            sections.append((f"Benchmarks by stage: {model}",
-                             table(["category", "benchmark", "figure (%)", *record.stages], rows)))
-    if record.missing:
-        sections.append(("What is missing", "".join(f"- {line}\n" for line in record.missing)))
-    return sentences, sections
-
-
-def percent(estimate):
-    """A share as a percentage."""
-    return None if estimate is None else type(estimate)(100 * estimate.value, 100 * estimate.error)
 
 
 def provenance(record, folder):
@@ -258,7 +172,7 @@ def draw(record, folder):
     for benchmark in (b for b in record.benchmarks if not b.part_of):
         for model, seeds in record.chains.items():
             chain = next(iter(seeds.values()))
-            found = [(stage.calibration[benchmark.name][0], 100 * stage.calibration[benchmark.name][1])
+            found = [(stage.calibration[benchmark.name].ece, 100 * stage.calibration[benchmark.name].accuracy)
                      for _, stage in sorted(chain.items()) if benchmark.name in stage.calibration]
             if found:
                 points.setdefault(benchmark.label or benchmark.name, {})[model] = found
@@ -314,13 +228,20 @@ def inline(text):
 
 def main(s):
     """Reads, draws and writes."""
-    record, out = Record(*(read_runs(s.runs) if s.runs else read_results(s.results)), s.categories), Path(s.out)
+    records, out = by_method(*(read_runs(s.runs) if s.runs else read_results(s.results)), s), Path(s.out)
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    sentences, sections = tables(record, s)
+    record = records[chosen(records, s)]
+    pair, sentences = compared(record, s)
+    found, sections = tables(record, pair)
+    sentences += found
+    if len(records) > 1:
+        found, more = compare(records, baseline(records, s))
+        sentences, sections = sentences + found, more + sections
     captions = draw(record, out)
     sections += provenance(record, s.runs) if s.runs else []
     title = f"Forgetting of {' and '.join(record.chains)} over {len(record.stages)} stages"
+    title += f" with the method {chosen(records, s)}" if len(records) > 1 else ""
     summary = "".join(f"- {sentence}\n" for sentence in sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in captions.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)

@@ -15,6 +15,14 @@ STAGE = re.compile(r"m(\d+)(?:-(\w+))?")
 METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # by which benchmarks are judged that no suite describes
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Of a multiple-choice benchmark: expected calibration error, negative log-likelihood in nats, accuracy."""
+    ece: float
+    nll: float
+    accuracy: float
+
+
 @dataclass
 class Stage:
     """One checkpoint of one model: what was measured on it, and how it was trained."""
@@ -25,7 +33,9 @@ class Stage:
     task: str | None = None
     directory: Path | None = None
     benchmarks: dict = field(default_factory=dict)  # name -> Estimate
-    calibration: dict = field(default_factory=dict)  # name -> (expected calibration error, accuracy)
+    method: str | None = None  # the folder of its method, where the run has one
+    calibration: dict = field(default_factory=dict)  # name of a benchmark -> Calibration
+    sampled: dict = field(default_factory=dict)  # the same over draws of the weights
     ignored: list = field(default_factory=list)  # names of results that none of METRICS stands in
     tasks: dict = field(default_factory=dict)  # task -> {metric: Estimate}
     files: dict = field(default_factory=dict)  # name of a benchmark -> the file it was read from
@@ -34,7 +44,8 @@ class Stage:
 
 
 def read_runs(folder):
-    """The stages under a folder of runs, <…>/<model>/[seed-<n>/]m<k>[-<task>]/, and the benchmarks that they name."""
+    """The stages under a folder of runs, <…>/<model>/[<method>/][seed-<n>/]m<k>[-<task>]/, and the benchmarks that they
+    name. A stage lies in the folder of its method where its run.json names one."""
     stages, found = [], {}
     for path in sorted(Path(folder).rglob("m[0-9]*")):
         match = STAGE.fullmatch(path.name)
@@ -44,8 +55,10 @@ def read_runs(folder):
         seeded = re.fullmatch(r"seed-(\d+)", owner.name)
         run = read_json(path / "run.json") if (path / "run.json").exists() else {}
         seed = int(seeded[1]) if seeded else run.get("settings", {}).get("seed", 0)
-        stage = Stage((owner.parent if seeded else owner).name, seed, int(match[1]), path.name, match[2], path, run=run,
-                      log=read_log(path / "metrics.jsonl"))
+        owner = owner.parent if seeded else owner
+        method = owner.name if run.get("settings", {}).get("method") else None
+        stage = Stage((owner.parent if method else owner).name, seed, int(match[1]), path.name, match[2], path, run=run,
+                      log=read_log(path / "metrics.jsonl"), method=method)
         for file in sorted((path / "eval").glob("results_*.json")):
             found |= add_results(stage, file)
         for file in sorted((path / "eval").glob("metrics-*.json")):
@@ -116,8 +129,10 @@ def add_results(stage, file):
             raise UserError(f"{stage.model} {stage.name} has two results for {name} that disagree: {old.value} in "
                             f"{stage.files[name]}, {value} in {file}. Remove one of the files")
         stage.benchmarks[name], stage.files[name] = Estimate(value, error), file
-        if "ece,none" in figures:
-            stage.calibration[name] = figures["ece,none"], figures.get("acc,none", value)
+        for pipeline, into in (("none", stage.calibration), ("sampled", stage.sampled)):
+            if f"ece,{pipeline}" in figures:
+                into[name] = Calibration(*(figures[f"{key},{pipeline}"] for key in ("ece", "nll")),
+                                         figures.get(f"acc,{pipeline}", value))
     return described
 
 

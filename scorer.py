@@ -4,11 +4,15 @@ Only rank 0 knows of tasks and benchmarks. The others `serve`: they wait for the
 out and hand the result back.
 """
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from model.checkpoint import POSTERIOR
 from model.generate import generate
 from model.packing import common_prefix, sort_sequences
 from model.scoring import log_likelihoods
+from partitions import Parts, part_files
+from variational import draw
 
 SCORE_TOKENS, DECODE_COLUMNS = 4096, 32768  # of a pass, and of a batch's key-value cache: less where memory runs out
 
@@ -37,6 +41,10 @@ class Scorer:
         return restore(shares, self._ask("decode", [(decoding, stops, share, [prompts[i] for i in share])
                                                     for share in shares]))
 
+    def draw_weights(self, directory, key):
+        """Gives the model one draw from the posterior beside a checkpoint, the same on all processes."""
+        self._ask("draw", [(directory, key)] * self.world.size)
+
     def serve(self):
         """Carries out shares of rank 0's requests until it dismisses the other processes."""
         while (request := self.world.scatter()) is not None:
@@ -54,6 +62,16 @@ class Scorer:
     def _score(self, pairs):
         with self._progress("scoring", len(pairs), "request") as bar:
             return log_likelihoods(self.model, pairs, SCORE_TOKENS, bar.update)
+
+    @torch.no_grad()
+    def _draw(self, request):
+        directory, key = request
+        parts = Parts(part_files(directory, POSTERIOR), f"the posterior in {directory}")
+        for name, parameter in self.model.named_parameters():
+            mean, precision = torch.empty(2, parameter.numel())
+            parts.read("mean", name, 0, mean)
+            parts.read("precision", name, 0, precision)
+            parameter.view(-1).copy_(draw(mean, precision, key, name))
 
     def _decode(self, share):
         decoding, stops, samples, prompts = share

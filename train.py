@@ -132,8 +132,10 @@ def main(s):
         run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
         save(engine, directory, tokenizer, world)
         picked = global_batch(s.seed, len(data["train"]), 0, min(s.fisher_samples, len(data["train"])))
+        began = time.perf_counter()
         method.write(directory, [data["train"][index] for index in picked],
                      lambda settings, samples: take_step(settings, engine, samples, world))
+        run["result"]["seconds_after"] = time.perf_counter() - began  # for the next task's sake
         log.close()
         world.on_main(lambda: finish_run(s.out, directory, run))
         world.on_main(lambda: print_result(s.out))

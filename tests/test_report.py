@@ -11,7 +11,8 @@ import report
 from metrics import Estimate
 from model.files import UserError, read_json
 from record import Record
-from report import ReportSettings, to_html, verdict
+from report import ReportSettings, to_html
+from tables import verdict
 from results import figure, read_results, read_runs, shipped
 from tests.conftest import run_script
 
