@@ -263,8 +263,9 @@ def run_suite(suite, scorer, limit=None, draws=()):
     benchmarks are run again, and accuracy and calibration by the probabilities averaged over the draws stand beside
     the other figures, as `acc,sampled` and so on. The model keeps the last draw.
 
-    Returns its results, in its own layout with calibration added, and {name: reason} of benchmarks whose dataset could
-    not be had. limit: items of each task. None in place of results where no benchmark could be run.
+    Returns its results, in its own layout with calibration added; {task: its items as lm-eval answered them}; and
+    {name: reason} of benchmarks whose dataset could not be had. limit: items of each task. None in place of results
+    where no benchmark could be run.
     """
     loaded, missing = {}, {}
     with quiet():
@@ -282,7 +283,7 @@ def run_suite(suite, scorer, limit=None, draws=()):
             for task in leaves(loaded[benchmark.name]):
                 task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         if not loaded:
-            return None, missing
+            return None, {}, missing
         check_tasks(suite, loaded)
         given = [built if isinstance(built, ConfigurableTask) else
                  next(iter((built["groups"] or built["tasks"]).values())) for built in loaded.values()]
@@ -308,7 +309,7 @@ def run_suite(suite, scorer, limit=None, draws=()):
                 figures["acc,sampled"] = float(np.mean([log_p.argmax() == gold for log_p, gold in zip(mixed, right)]))
                 figures |= {f"{key},sampled": value for key, value in calibration(mixed, right).items()}
             results["results"][title] |= figures
-    return results, missing
+    return results, samples, missing
 
 
 def check_tasks(suite, loaded):
@@ -370,10 +371,16 @@ def quiet():
             lm_eval.api.task.tqdm = bar
 
 
-def write_results(directory, results):
-    """Writes results as lm-eval does: results_<date>.json."""
-    path = Path(directory) / f"results_{datetime.datetime.now().isoformat().replace(':', '-')}.json"
-    write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+def write_results(directory, results, samples):
+    """Writes results as lm-eval does: results_<date>.json, and samples_<task>_<date>.jsonl with a line an item, of
+    which the prompts are left out."""
+    date = datetime.datetime.now().isoformat().replace(":", "-")
+    dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
+    for task, found in samples.items():
+        lines = [dump({key: value for key, value in sample.items() if key not in ("doc", "arguments", "resps")})
+                 for sample in found]
+        write_text(Path(directory) / f"samples_{task}_{date}.jsonl", "\n".join(lines) + "\n")
+    write_text(Path(directory) / f"results_{date}.json", dump(results, indent=2) + "\n")
 
 
 def figures(suite, results):

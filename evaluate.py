@@ -167,7 +167,9 @@ def evaluate_task(s, task, items, scorer, out, run):
         values["bertscore"] = bertscore(predictions, references, s.bertscore_model, s.bertscore_layer)
     values |= health(predictions, sources)
     metrics = {"bleu": bleu(predictions, references)} | {name: interval(scores) for name, scores in values.items()}
-    lines = [json.dumps(item | {"prediction": text}, ensure_ascii=False) for item, text in zip(items, predictions)]
+    scores = [{name: round(found[index], 4) for name, found in values.items()} for index in range(len(items))]
+    lines = [json.dumps(item | {"prediction": text, "scores": found}, ensure_ascii=False)
+             for item, text, found in zip(items, predictions, scores)]
     write_text(predictions_file, "\n".join(lines) + "\n")
     write_json(metrics_file, {"task": task, "samples": len(items), "metrics": metrics,
                               "run": run | {"commit": git_commit()}})
@@ -184,6 +186,7 @@ def evaluate_suite(s, suite, scorer, out, run):
     """Runs the benchmarks, if results of the same run are not there already. Returns lm-eval's results, with `suite`,
     `run`, `tokens` and `missing` added."""
     from benchmarks import run_suite, write_results
+    from results import sample_files
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
     if s.weight_samples:
@@ -194,14 +197,16 @@ def evaluate_suite(s, suite, scorer, out, run):
             print(f"{path} is there already, of the same model, data and settings", flush=True)
             return results
     draws = [(locate(s.checkpoint), ("weights", s.seed, number)) for number in range(s.weight_samples)]
-    results, missing = run_suite(suite, scorer, s.limit, draws)
+    results, samples, missing = run_suite(suite, scorer, s.limit, draws)
     results = (results or {"results": {}}) | {"run": run | {"commit": git_commit()}, "tokens": scorer.counts,
                                               "missing": missing}
     if results["results"]:
         older = [path for path in out.glob("results_*.json") if superseded(read_json(path), results)]
-        write_results(out, results)
+        write_results(out, results, samples)
         for path in older:
             path.unlink()
+            for items in sample_files(path):
+                items.unlink()
     return results
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -171,24 +171,55 @@ NORMAL = 1.96
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its standard error, which is nan where it is not known."""
+    """A measured value with its standard error, which is nan where it is not known.
+
+    parts: where the value comes from items that are known one by one, {items: their shares of the deviation [N]}, such
+    as (x - mean) / N. So what is estimated from several values of the same items, such as the difference of two models,
+    has the error of a paired comparison.
+    """
     value: float
     error: float = math.nan
+    parts: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def interval(self):
         """The 95% interval (low, high)."""
         return self.value - NORMAL * self.error, self.value + NORMAL * self.error
 
+    @property
+    def rest(self):
+        """The standard error apart from that of the parts."""
+        return math.sqrt(max(0.0, self.error ** 2 - spread(self.parts) ** 2)) if self.parts else self.error
+
     def __sub__(self, other):
-        """The difference of two independent estimates."""
-        return Estimate(self.value - other.value, math.hypot(self.error, other.error))
+        """The difference of two estimates, independent but for the items that both were measured on."""
+        return combine(self.value - other.value, [(1, self), (-1, other)])
+
+
+def of_items(items, key):
+    """The mean of N items, of which `key` says which they are."""
+    items = np.asarray(items, dtype=np.float64)
+    parts = {key: (items - items.mean()) / len(items)}
+    return Estimate(float(items.mean()), spread(parts), parts)
+
+
+def spread(parts):
+    """The standard error that the choice of items adds: those of one key come together, keys are independent."""
+    return math.sqrt(sum(len(part) / max(1, len(part) - 1) * float(part @ part) for part in parts.values()))
+
+
+def combine(value, weighted):
+    """An estimate that is, to first order, the sum of others with weights: pairs (weight, Estimate)."""
+    parts = {}
+    for weight, estimate in weighted:
+        for key, part in estimate.parts.items():
+            parts[key] = parts.get(key, 0.0) + weight * part
+    return Estimate(value, math.hypot(spread(parts), *(weight * estimate.rest for weight, estimate in weighted)), parts)
 
 
 def mean(estimates):
-    """The mean of independent estimates."""
-    return Estimate(statistics.fmean(e.value for e in estimates),
-                    math.hypot(*(e.error for e in estimates)) / len(estimates))
+    """The mean of estimates."""
+    return combine(statistics.fmean(e.value for e in estimates), [(1 / len(estimates), e) for e in estimates])
 
 
 def over_seeds(estimates):
@@ -198,11 +229,12 @@ def over_seeds(estimates):
     seeds add is their standard error, widened by Student's t.
     """
     values, count = [e.value for e in estimates], len(estimates)
-    items = statistics.fmean(e.error for e in estimates)
     if count == 1:
         return estimates[0]
+    parts = mean(estimates).parts
+    items = math.hypot(spread(parts), statistics.fmean(e.rest for e in estimates))
     wide = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) / NORMAL
-    return Estimate(statistics.fmean(values), math.hypot(items, wide * statistics.stdev(values) / count ** 0.5))
+    return Estimate(statistics.fmean(values), math.hypot(items, wide * statistics.stdev(values) / count ** 0.5), parts)
 
 
 def fg(start, later):
@@ -210,15 +242,14 @@ def fg(start, later):
     2308.08747, section 3.4). Positive is forgetting.
 
     start: Estimate of R_o, or None; later: those of the stages, None where one was not measured. None where there is
-    nothing to compare: no start, a start of zero, or no later stage. The error is that of independent measurements, to
-    first order.
+    nothing to compare: no start, a start of zero, or no later stage. The error is that to first order.
     """
     known = [estimate for estimate in later if estimate is not None]
     if start is None or not start.value or not known:
         return None
     after = mean(known)
-    ratio = after.value / start.value
-    return Estimate(100 * (1 - ratio), 100 * math.hypot(after.error, ratio * start.error) / abs(start.value))
+    ratio, percent = after.value / start.value, 100 / start.value
+    return combine(100 * (1 - ratio), [(-percent, after), (ratio * percent, start)])
 
 
 def average_performance(matrix, stage, tasks):

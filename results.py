@@ -3,11 +3,12 @@ import functools
 import json
 import math
 import re
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from metrics import NORMAL, Estimate
-from model.files import UserError, read_json
+from metrics import NORMAL, Estimate, of_items
+from model.files import UserError, read_json, read_json_lines
 from settings import known, read_toml
 from suites import Benchmark, open_suite
 
@@ -63,8 +64,10 @@ def read_runs(folder):
             found |= add_results(stage, file)
         for file in sorted((path / "eval").glob("metrics-*.json")):
             report = read_json(file)
+            scores = task_scores(file.with_name(f"predictions-{report['task']}.jsonl"))
+            key = report["task"], report.get("run", {}).get("data_digest")
             stage.tasks[report["task"]] = {
-                name: Estimate(value["mean"], (value["high"] - value["low"]) / (2 * NORMAL))
+                name: estimate(value["mean"], (value["high"] - value["low"]) / (2 * NORMAL), scores.get(name), key)
                 for name, value in report["metrics"].items()}
         stages.append(stage)
     if not any(stage.benchmarks or stage.tasks for stage in stages):
@@ -113,14 +116,17 @@ def add_results(stage, file):
         raise UserError(f"{file} is no results file of lm-eval: it has no \"results\"")
     described = {entry["name"]: described_by(entry) for entry in found.get("run", {}).get("suite", [])}
     known, groups = shipped() | described, found.get("group_subtasks", {})
+    samples = {path.name.removeprefix("samples_").removesuffix(f"_{date_of(file)}.jsonl"): read_json_lines(path)
+               for path in sample_files(file)}
+    digests = {entry["name"]: entry.get("file") for entry in found.get("run", {}).get("suite", [])}
     inside = {child for children in groups.values() for child in children}
     for name, figures in found["results"].items():
         # of a group and its parts those count that a suite names, the group where none is named
         if any(child in known for child in groups.get(name, [])) or name in inside and name not in known:
             continue
         metrics = [known[name].metric] if name in known else METRICS
-        value, error = next((pair for metric in metrics if (pair := figure(figures, metric))[0] is not None),
-                            (None, None))
+        metric, (value, error) = next(((metric, pair) for metric in metrics
+                                       if (pair := figure(figures, metric))[0] is not None), (None, (None, None)))
         if value is None:
             stage.ignored.append(name)
             continue
@@ -128,12 +134,43 @@ def add_results(stage, file):
         if old is not None and old.value != value:
             raise UserError(f"{stage.model} {stage.name} has two results for {name} that disagree: {old.value} in "
                             f"{stage.files[name]}, {value} in {file}. Remove one of the files")
-        stage.benchmarks[name], stage.files[name] = Estimate(value, error), file
+        items = [sample.get(metric) for task in leaves(name, groups) for sample in samples.get(task, ())]
+        key = name, digests.get(name)
+        stage.benchmarks[name], stage.files[name] = estimate(value, error, items, key), file
         for pipeline, into in (("none", stage.calibration), ("sampled", stage.sampled)):
             if f"ece,{pipeline}" in figures:
                 into[name] = Calibration(*(figures[f"{key},{pipeline}"] for key in ("ece", "nll")),
                                          figures.get(f"acc,{pipeline}", value))
     return described
+
+
+def date_of(file):
+    """The date in the name of a results file."""
+    return Path(file).stem.removeprefix("results_")
+
+
+def sample_files(file):
+    """The files with the items of a results file, as lm-eval names them."""
+    return sorted(Path(file).parent.glob(f"samples_*_{date_of(file)}.jsonl"))
+
+
+def leaves(name, groups):
+    """The tasks of a group, or a task itself. groups: lm-eval's "group_subtasks"."""
+    return [leaf for child in groups[name] for leaf in leaves(child, groups)] if groups.get(name) else [name]
+
+
+def task_scores(path):
+    """{metric: the value of each item} of the predictions on a task; an empty dict where they are not there."""
+    lines = [line.get("scores", {}) for line in read_json_lines(path)] if path.exists() else []
+    return {name: [line.get(name) for line in lines] for name in (lines[0] if lines else ())}
+
+
+def estimate(value, error, items, key):
+    """An Estimate, with its items where they are known and make up the value."""
+    if not items or not all(isinstance(item, int | float) for item in items) or len(items) < 2 or \
+            abs(statistics.fmean(items) - value) > 1e-4 * max(1, abs(value)):
+        return Estimate(value, error)
+    return of_items(items, (*key, len(items)))
 
 
 def figure(figures, metric):

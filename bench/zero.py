@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.common import random_checkpoint, train
 from model.files import read_json, read_json_lines
 from settings import run, setting
-from stages import shape
+from stages import shape, words
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ZeroBenchSettings:
     folder: str | None = setting(None, "folder to work in")
     checkpoint: str | None = setting(None, "checkpoint to fine-tune; none: random weights of the size small")
     steps: int = setting(20, "steps")
+    flags: str = setting("", "more flags for train.py, such as '--method probabilistic --learning_rate 0.1'")
 
     def problems(self):
         return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
@@ -45,7 +46,7 @@ def main(s):
         for processes in (1, 2):
             shutil.rmtree(out, ignore_errors=True)
             train(processes, "--init", checkpoint, "--data", s.data, "--out", out, *stage, "--dtype", "fp32",
-                  "--max_steps", s.steps, "--learning_rate", 3e-4, "--max_eval_samples", 8)
+                  "--max_steps", s.steps, "--learning_rate", 3e-4, "--max_eval_samples", 8, *words(s.flags))
             losses = [line["loss"] for line in read_json_lines(out / "metrics.jsonl") if "loss" in line]
             weights, result = load_file(out / "model.safetensors"), read_json(out / "run.json")["result"]
             first = first or (losses, weights)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Fast
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +23,7 @@ from scorer import Scorer
 from settings import known
 from suites import Benchmark, open_suite
 from tests.conftest import ROOT, random_model, sample_texts
+from variational import standard_normal
 
 CONTEXT = 96  # tokens
 
@@ -147,7 +149,7 @@ def suite_file(tmp_path):
 def test_figures_equal_those_of_the_backend(models, suite_file):
     suite = read_suite(str(suite_file))
     assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
-    found, missing = run_suite(suite, models[0].scorer)
+    found, _, missing = run_suite(suite, models[0].scorer)
     with benchmarks.quiet():
         expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite],
                                            task_manager=benchmarks.task_manager())
@@ -172,6 +174,43 @@ def test_figures_equal_those_of_the_backend(models, suite_file):
     assert "ece,none" not in found["results"]["pairs"]
 
 
+def test_probabilities_over_draws_of_the_weights(checkpoint, suite_file, world, tmp_path):
+    """Accuracy and calibration of the options' mean probabilities, each draw scored by transformers."""
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    mean = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
+    precision = {name: torch.full((tensor.numel(),), 400.0) for name, tensor in mean.items()}
+    save_file({key: value for name, tensor in mean.items() for key, value in
+               ((f"mean/{name}@0", tensor.view(-1)), (f"precision/{name}@0", precision[name]))},
+              tmp_path / "posterior-00001-of-00001.safetensors")
+    suite = [benchmark for benchmark in read_suite(str(suite_file)) if benchmark.name in ("continuation", "pairs")]
+    keys = [("weights", 42, number) for number in range(2)]
+    scorer = Scorer(world, load_model(checkpoint), Tokenizer(checkpoint))
+    found, samples, _ = run_suite(suite, scorer, draws=[(tmp_path, key) for key in keys])
+    plain = found["results"]["continuation"]
+    assert plain["ece,none"] == run_suite(suite, Scorer(world, load_model(checkpoint), Tokenizer(checkpoint)))[0][
+        "results"]["continuation"]["ece,none"]
+    labels, probabilities = [sample["doc"]["label"] for sample in samples["continuation"]], 0
+    for key in keys:
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                noise = torch.cat([part for *_, part in standard_normal(key, name, parameter.numel(), 0,
+                                                                        parameter.numel(), "cpu")])
+                parameter.copy_(mean[name] + noise.view_as(parameter) / 20)
+        backend = HFLM(theirs, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=5)
+        with benchmarks.quiet():
+            answers = lm_eval.simple_evaluate(backend, tasks=[local_task(suite[0])],
+                                              task_manager=benchmarks.task_manager())["samples"]["continuation"]
+        p = np.exp([[score for score, _ in sample["filtered_resps"][:3]] for sample in answers])
+        probabilities = probabilities + p / p.sum(1, keepdims=True) / 2
+    right = [row[label] for row, label in zip(probabilities, labels)]
+    assert plain["nll,sampled"] == pytest.approx(-np.mean(np.log(right)), rel=1e-3)
+    assert plain["acc,sampled"] == np.mean(probabilities.argmax(1) == labels)
+    assert plain["nll,sampled"] != pytest.approx(plain["nll,none"], rel=1e-2)
+    assert "acc,sampled" not in found["results"]["pairs"]
+    row, = [row for row in figures(suite, found) if row["name"] == "continuation"]
+    assert row["sampled"]["nll"] == plain["nll,sampled"]
+
+
 def test_tokens_that_requests_have_in_common_are_computed_once_over_all_tasks(models, suite_file):
     suite = read_suite(str(suite_file))
     scorer = Scorer(models[0].scorer.world, models[0].scorer.model, models[0].scorer.tokenizer)
@@ -194,7 +233,7 @@ def test_a_group_and_a_dataset_that_cannot_be_had(models, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     suite = [Benchmark("mmlu_other", "DK", num_fewshot=1), Benchmark("piqa", "Rs"), Benchmark("boolq", "Rs")]
-    results, missing = run_suite(suite, models[0].scorer, limit=2)
+    results, _, missing = run_suite(suite, models[0].scorer, limit=2)
     assert missing == {"piqa": "Couldn't reach 'baber/piqa'", "boolq": "Couldn't reach 'aps/super_glue'"}
     row, = figures(suite, results)
     subjects = results["group_subtasks"]["mmlu_other"]

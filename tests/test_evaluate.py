@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -14,8 +15,9 @@ from evaluate import EvaluateSettings, main, prepare, same_run, task_decoding
 from metrics import sari
 from model.files import UserError, digest, read_json, read_json_lines
 from model.tokenizer import Tokenizer
+from results import Stage, add_results
 from settings import known, read_config
-from tests.conftest import ROOT, run_script, sample_texts
+from tests.conftest import ROOT, error_line, run_script, sample_texts
 
 SUITE = """
 [[benchmark]]
@@ -75,7 +77,28 @@ def test_predictions_and_metrics(done, checkpoint, simp_file):
         sacrebleu.corpus_bleu(texts, [[item["output"] for item in items]]).score)
     scores = [sari(item["src_info"]["normal_sentence"], text, [item["output"]]) for item, text in zip(items, texts)]
     assert metrics["metrics"]["sari"]["mean"] == pytest.approx(sum(scores) / 6)
+    assert [line["scores"]["sari"] for line in lines] == pytest.approx(scores, abs=1e-4)
     assert metrics["run"]["decoding"]["num_beams"] == 3
+
+
+def test_items_of_benchmarks_lie_beside_their_figures(done):
+    """As lm-eval names them; from both the report knows which items a figure is the mean of."""
+    out, _ = done
+    file, = out.glob("results_*.json")
+    items = read_json_lines(out / file.name.replace("results", "samples_continuation").replace(".json", ".jsonl"))
+    assert [item["doc_id"] for item in items] == list(range(len(items)))
+    assert np.mean([item["acc"] for item in items]) == results(out)["results"]["continuation"]["acc,none"]
+    stage = Stage("llm", 42, 0, "m0")
+    add_results(stage, file)
+    found = stage.benchmarks["continuation"]
+    assert found.error == pytest.approx(results(out)["results"]["continuation"]["acc_stderr,none"])
+    (name, _, count), part = *found.parts, *found.parts.values()
+    assert (name, count) == ("continuation", len(part)) == ("continuation", len(items))
+
+
+def test_weight_samples_need_a_posterior(words, tmp_path):
+    line = error_line(run_script(*words, "--out", tmp_path, "--weight_samples", "2", check=False))
+    assert "has no posterior to draw weights from: it was not fine-tuned in probabilistic mode" in line
 
 
 def test_the_table(done):

@@ -29,6 +29,23 @@ def test_the_steps_in_order(checkpoint, tasks, tmp_path):
     assert all(step.flops > 0 for step in steps)
 
 
+def test_a_chain_for_each_method(checkpoint, tasks, tmp_path):
+    methods = ("constant", "rehearsal:rehearsal=0.1", "probabilistic:tau=0.5:learning_rate=0.2")
+    steps = plan(settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp", "empd"), methods=methods,
+                          train_args="--learning_rate 1e-4"))
+    folders = ["constant", "rehearsal-rehearsal=0.1", "probabilistic-tau=0.5-learning_rate=0.2"]
+    assert [str(step.out.relative_to(tmp_path / "llm")) for step in steps] == ["m0/eval"] + [
+        f"{folder}/{name}{end}" for folder in folders for name in ("m1-simp", "m2-empd") for end in ("", "/eval")]
+    words = [" ".join(map(str, step.command)) for step in steps]
+    assert words[1].endswith("--learning_rate 1e-4 --method constant")
+    assert words[5].endswith("--method rehearsal --rehearsal 0.1 --rehearsal 0")  # there is no task before the first
+    assert words[7].endswith("--method rehearsal --rehearsal 0.1")
+    assert words[9].endswith("--learning_rate 1e-4 --method probabilistic --tau 0.5 --learning_rate 0.2")
+    assert [f"--init {checkpoint}" in text for text in words[1::2]] == [True, False] * 3
+    assert ["--weight_samples 4" in text for text in words[::2]] == [False] * 5 + [True] * 2
+    assert any("method/rehearsal.toml" in str(path) for path in steps[7].inputs)
+
+
 def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
     found = plan(ExperimentSettings(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp",)))
     assert [step.script for step in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
@@ -122,6 +139,9 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown model 'big'"),
+    (["--methods", "ewk"], "unknown method 'ewk', expected one of averaging"),
+    (["--methods", "ewc:strength=3"], "'strength=3' of the method 'ewc:strength=3' is no name=value of a setting"),
+    (["--methods", "ewc,ewc"], "methods names one twice"),
     (["--seeds", "1,1"], "seeds is empty or names one twice"), ([], "llm has no --init_llm, and --size is missing"),
     (["--size", "tiny", "--text", "x", "--suite", "smple"], "unknown suite 'smple', expected one of local, paper"),
     (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])

@@ -123,3 +123,17 @@ def test_every_command_of_the_readme_is_one_that_make_knows():
     assert len(commands) >= 5
     for command in commands:
         make(*shlex.split(command))
+
+
+def test_the_stages_of_a_method_lie_in_its_folder(tmp_path):
+    lines = make("train", "TASK=empd", "METHOD=rehearsal", f"OUT={tmp_path}").stdout.replace("\\\n", " ")
+    lines = " ".join(lines.split())
+    first, second = (re.search(f"--out {tmp_path}/rehearsal/{name} (.*?) ?(\\.venv|$)", lines)[1]
+                     for name in ("m1-simp", "m2-empd"))
+    assert first == "--method rehearsal --rehearsal 0"  # there is no task before
+    assert second == "--method rehearsal"
+    assert f"--init {tmp_path}/m0 " in lines
+    assert f"--init {tmp_path}/rehearsal/m1-simp " in lines
+    text = make("experiment", "METHOD=constant,ewc:ewc_strength=3").stdout
+    assert "--methods constant,ewc:ewc_strength=3" in text
+    assert "unknown METHOD 'ewk', expected one of: averaging" in make("train", "METHOD=ewk", check=False).stderr

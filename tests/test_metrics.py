@@ -9,6 +9,7 @@ from sacrebleu import corpus_bleu
 from metrics import (
     Estimate,
     average_performance,
+    averaged,
     backward_transfer,
     bertscore,
     bleu,
@@ -18,6 +19,7 @@ from metrics import (
     health,
     interval,
     mean,
+    of_items,
     over_seeds,
     rouge,
     sari,
@@ -101,6 +103,12 @@ def test_calibration_by_hand():
     assert found["brier"] == pytest.approx(np.mean(squares))
 
 
+def test_probabilities_are_averaged_over_draws():
+    draws = [np.log([0.9, 0.1]) - 3, np.log([0.2, 0.8]) + 7]  # log-likelihoods up to a constant each
+    assert averaged(draws) == pytest.approx(np.log([0.55, 0.45]))
+    assert averaged(draws[:1]) == pytest.approx(np.log([0.9, 0.1]))
+
+
 def test_bertscore_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(UserError, match="pip install bert-score"):
@@ -136,6 +144,26 @@ def test_seeds_add_their_spread_to_the_error_of_the_items():
     found = over_seeds([Estimate(2, 3), Estimate(4, 5)])  # standard deviation √2; t of one degree of freedom 12.706
     assert found.value == 3
     assert found.error == pytest.approx((4 ** 2 + (12.706 / 1.96 * 2 ** 0.5 / 2 ** 0.5) ** 2) ** 0.5)
+
+
+def test_items_that_were_measured_several_times_are_compared_in_pairs():
+    """The error of a difference, or of any sum, is that of the same sum taken item by item."""
+    generator = np.random.default_rng(0)
+    start, one, two = (generator.normal(5, 1, 200) + np.arange(200) / 50 for _ in range(3))
+    a, b, other = of_items(one, "test set"), of_items(two, "test set"), of_items(two, "another test set")
+    assert (a - b).value == pytest.approx((one - two).mean())
+    assert (a - b).error == pytest.approx((one - two).std(ddof=1) / 200 ** 0.5)
+    assert (a - other).error == pytest.approx(np.hypot(one.std(ddof=1), two.std(ddof=1)) / 200 ** 0.5)
+    assert (a - b).error < 0.9 * (a - other).error
+    assert (a - Estimate(0.0, 0.3)).error == pytest.approx(np.hypot(a.error, 0.3))
+    change = [100 * (start.mean() ** -2 * (one + two).mean() / 2 * start - (one + two) / 2 / start.mean())]
+    assert fg(of_items(start, "test set"), [a, b]).error == pytest.approx(np.std(change, ddof=1) / 200 ** 0.5)
+    assert mean([a, a]).error == pytest.approx(a.error)
+    seeds = over_seeds([a, b])
+    spread = 12.706 / 1.96 * np.std([a.value, b.value], ddof=1) / 2 ** 0.5
+    assert seeds.error == pytest.approx(np.hypot(((one + two) / 2).std(ddof=1) / 200 ** 0.5, spread))
+    assert (seeds - of_items(one, "test set")).error == pytest.approx(
+        np.hypot(((two - one) / 2).std(ddof=1) / 200 ** 0.5, spread))
 
 
 R = {(stage, task): Estimate(value) for stage, row in enumerate(

@@ -1,10 +1,12 @@
 """The report from files of runs, and from results that lm-eval's own command line wrote."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import report
@@ -261,3 +263,73 @@ def test_html():
     text = "A `code` & more\n\n| a | b |\n|---|---|\n| 1 | <2> |\n\n- one\n- two\n\n```\nx | y\n```\n"
     assert to_html(text) == ("<p>A <code>code</code> &amp; more</p>\n<table><tr><th>a</th><th>b</th></tr><tr><td>1</td>"
                              "<td>&lt;2&gt;</td></tr></table>\n<ul><li>one</li><li>two</li></ul>\n<pre>x | y</pre>")
+
+
+@pytest.fixture
+def methods(runs):
+    """The chain of llm with three methods: as it is, without forgetting, and over draws of the weights."""
+    for method, values, tasks in (("constant", VALUES["llm"], TASKS["llm"]), ("ewc", VALUES["stack"], TASKS["stack"]),
+                                  ("probabilistic-tau=0.5", VALUES["llm"], TASKS["llm"])):
+        for number in (1, 2):
+            stage = write_stage(runs / "llm" / method, number, values[number], tasks[number])
+            run = read_json(stage / "run.json")
+            run["settings"]["method"] = method.partition("-")[0]
+            run["result"] = {"seconds": 60.0, "seconds_after": 30.0 * (method == "ewc")}
+            (stage / "run.json").write_text(json.dumps(run))
+            if method.startswith("probabilistic"):
+                path = stage / "eval/results_1.json"
+                found = read_json(path)
+                found["results"]["terms"] |= {"acc,sampled": 0.5, "ece,sampled": 0.04, "nll,sampled": 0.9}
+                path.write_text(json.dumps(found))
+    for name in ("m1-simp", "m2-empd"):
+        shutil.rmtree(runs / "llm" / name)
+    shutil.rmtree(runs / "stack")
+    return runs
+
+
+def test_methods_beside_the_constant_rate(methods, tmp_path):
+    report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out")))
+    text = (tmp_path / "out/report.md").read_text()
+    assert text.startswith("# Forgetting of llm over 3 stages with the method constant\n")
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines()
+            if line.startswith("| ")}
+    assert rows["method"] == ["method", "FG DK", "FG Rs", "FG Bias", "average", "backward transfer",
+                              "forgetting from the best"]  # of the differences, the last table with that head
+    assert rows["the same, over draws of the weights"][-3:] == ["0.040", "0.900", "–"]
+    table = text.split("## Methods less")[0].split("## Methods: llm")[1].splitlines()
+    constant, ewc = ([cell.strip() for cell in line.strip("|").split("|")] for line in table
+                     if line.startswith(("| constant |", "| ewc |")))
+    assert constant[1].startswith("30.00 [")
+    assert ewc[1].startswith("0.00 [")
+    assert (constant[5].split()[0], ewc[5].split()[0]) == ("-10.00", "-2.00")  # simp 40 to 30, 40 to 38
+    assert constant[-3:] == ["0.300", "1.000", "2.0"]  # both stages took a minute
+    assert ewc[-1] == "3.0"
+    # DK: both from 0.5, which adds nothing; each mean of two stages has 0.02/√2: 100 · √2 · 0.02/√2 / 0.5 = 4
+    assert rows["ewc"][1] == f"-30.00 [{-30 - 1.96 * 4:.2f}, {-30 + 1.96 * 4:.2f}]"
+    assert "- llm, ewc beside constant: better by FG DK (-30.00 [-37.84, -22.16]), FG Rs" in text
+    assert "- llm, probabilistic-tau=0.5 beside constant: nothing can be told apart from noise." in text
+    report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "ewc"), method="ewc", baseline="ewc"))
+    text = (tmp_path / "ewc/report.md").read_text()
+    assert "with the method ewc" in text
+    assert "llm, constant beside ewc: worse by FG DK (+30.00" in text
+    with pytest.raises(UserError, match="unknown method 'best', expected one of constant, ewc, probabilistic-tau=0.5"):
+        report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out"), method="best"))
+
+
+def test_methods_are_compared_item_by_item(methods):
+    """Where the items of a test set are known, what two methods make of them is compared in pairs."""
+    scores = np.random.default_rng(0).normal(30, 10, 50)
+    for method, shift in (("constant", 0.0), ("ewc", 1.0)):
+        folder = methods / "llm" / method / "m2-empd/eval"
+        values = scores + shift + np.arange(50) % 2 / 10
+        (folder / "predictions-simp.jsonl").write_text(
+            "\n".join(json.dumps({"scores": {"sari": value}}) for value in values))
+        metrics = read_json(folder / "metrics-simp.json")
+        metrics["metrics"]["sari"] = {"mean": float(values.mean()), "low": 20.0, "high": 40.0}
+        (folder / "metrics-simp.json").write_text(json.dumps(metrics))
+    stages, _ = read_runs(methods)
+    one, two = (next(stage.tasks["simp"]["sari"] for stage in stages if (stage.method, stage.number) == (method, 2))
+                for method in ("constant", "ewc"))
+    assert (two - one).value == pytest.approx(1.0)
+    assert (two - one).error < 1e-6
+    assert one.error == pytest.approx((scores + np.arange(50) % 2 / 10).std(ddof=1) / 50 ** 0.5)

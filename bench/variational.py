@@ -1,0 +1,74 @@
+"""What probabilistic mode costs beside AdamW: the time of a step, and memory.
+
+    python bench/variational.py --data data/prepared/sample/simp.json --folder /tmp/variational     the size small
+    python bench/variational.py --data … --folder … --checkpoint DIR                                one of one's own
+
+Fine-tunes for some steps with AdamW, then in probabilistic mode as a first task and as a later one, whose prior is the
+first one's posterior, under each ZeRO stage and number of processes. `step` is the median time of the steps after the
+first two; `bytes` is what rank 0 held at most beyond AdamW's run, for each weight that it keeps (a share of them under
+ZeRO), with freed memory given back at once.
+"""
+import dataclasses
+import os
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.common import FRUGAL, random_checkpoint, train
+from model.config import ModelConfig
+from model.files import read_json, read_json_lines
+from settings import run, setting
+from stages import shape
+
+
+@dataclass(frozen=True)
+class VariationalBenchSettings:
+    """Settings of the comparison."""
+    data: str | None = setting(None, "preprocessed file of the task simp")
+    folder: str | None = setting(None, "folder to work in")
+    checkpoint: str | None = setting(None, "checkpoint to fine-tune; none: random weights of the size small")
+    stages: tuple[int, ...] = setting((0, 1, 2, 3), "ZeRO stages")
+    processes: tuple[int, ...] = setting((1, 2), "numbers of processes")
+    steps: int = setting(8, "steps")
+    dtype: str = setting("fp32", "dtype of the weights: fp32, or bf16 with ZeRO stages above 0")
+
+    def problems(self):
+        return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
+
+
+def measure(s, out, init, zero, processes, *flags):
+    """(seconds of a step, bytes that rank 0 held at most) of a run that leaves its checkpoint in `out`."""
+    shutil.rmtree(out, ignore_errors=True)
+    train(processes, "--init", init, "--data", s.data, "--out", out, "--zero", zero, "--dtype", s.dtype,
+          "--max_steps", s.steps, "--max_eval_samples", 2, *flags)
+    lines = [line for line in read_json_lines(out / "metrics.jsonl") if "loss" in line]
+    times = [b["elapsed"] - a["elapsed"] for a, b in zip(lines[1:], lines[2:])]
+    return statistics.median(times), read_json(out / "run.json")["result"]["peak_memory_bytes"]
+
+
+def main(s):
+    """Prints a line for each kind of run."""
+    os.environ.update(FRUGAL)
+    folder = Path(s.folder)
+    config = dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2)
+    checkpoint = Path(s.checkpoint or random_checkpoint(folder / "small", config))
+    parameters = ModelConfig.read(checkpoint / "config.json").num_parameters
+    print(f"{'ZeRO':>4} {'processes':>9}  {'run':<14} {'step':>8} {'ratio':>6} {'memory':>8} {'bytes':>6}")
+    for zero in s.stages:
+        for processes in s.processes:
+            kept = parameters / (processes if zero else 1)
+            base = None
+            for name, init, flags in (("AdamW", checkpoint, ("--method", "constant")),
+                                      ("first task", checkpoint, ("--method", "probabilistic")),
+                                      ("later task", folder / "first task", ("--method", "probabilistic"))):
+                seconds, memory = measure(s, folder / name, init, zero, processes, *flags)
+                base = base or (seconds, memory)
+                print(f"{zero:>4} {processes:>9}  {name:<14} {seconds:7.2f}s {seconds / base[0]:6.2f} "
+                      f"{memory / 2**30:7.2f}G {(memory - base[1]) / kept:6.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    run((VariationalBenchSettings, main), __doc__)
