@@ -13,7 +13,7 @@ RAW    := $(or $(RAW),data/raw)
 OUT    ?= runs/$(SIZE)/$(MODEL)
 # The stages with a method lie in a folder of its name, beside the m0 that all methods start from.
 METHOD ?=
-CHAIN  := $(OUT)$(if $(METHOD),/$(METHOD))
+CHAIN  := $(OUT)$(if $(METHOD),$(if $(filter train evaluate,$(MAKECMDGOALS)),/$(METHOD)))
 RUNS   ?= runs/$(SIZE)
 TASKS  ?= $(ORDER)
 SUITE  ?= sample

@@ -11,13 +11,13 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from batches import TaskData, TokenShards, data_digest, read_task
 from distributed import weights_dtype
-from methods import check_method, make_optimizer
+from methods import check_method, make_optimizer, taken
 from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, read_json
 from model.tokenizer import Tokenizer, same_tokenizer
 from model.transformer import Transformer, initial_weights, parameter_shapes
-from runs import describe, history, is_finished, optional, stage_of
+from runs import describe, history, is_finished, optional
 from settings import CONFIGS, model_shape
 
 
@@ -39,8 +39,9 @@ def prepare(s, world):
     resolved = dataclasses.asdict(s) | {"dtype": weights_dtype(s), "zero": zero_stage(s, world)}
     facts = {"processes": world.size, "device": world.device.type}
     if Path(s.out).exists() and s.init and not Path(s.init).is_dir():  # a finished stage outlives what it came from
-        parent = read_json(Path(s.out) / "run.json").get("parent_digest")
-        return None, is_finished(s.out, describe(resolved, parent, digest), defaults)
+        recorded = read_json(Path(s.out) / "run.json")
+        run = describe(resolved, recorded.get("parent_digest"), digest, rehearsed=recorded.get("rehearsed"))
+        return None, is_finished(s.out, run, defaults)
     if s.task and (dropped := read_task(s.data)[1]):
         more = f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
         print(f"{s.data}: {len(dropped)} samples have no target and are left out: {', '.join(dropped[:20])}{more}")
@@ -55,9 +56,6 @@ def prepare(s, world):
     if not s.task and not same_tokenizer(source, data):
         raise UserError(f"{s.data} was made with another tokenizer than that of {s.init}: make it anew with "
                         f"data_prep.py text --tokenizer {s.init}")
-    if s.rehearsal:
-        earlier_tasks(source, digests=True)
-    check_method(s, source, config)
     longest = s.max_source_length + s.max_target_length if s.task else s.seq_length
     if longest > config.max_position_embeddings:
         names = "max_source_length + max_target_length" if s.task else "seq_length"
@@ -71,46 +69,49 @@ def prepare(s, world):
     if not s.task and s.skip_samples is None and "text" in past and not first_sample(s, past):
         print(f"{s.init} was trained on another text, or on this one in other samples (seed, seq_length): starting at "
               "the first sample")
-    run = describe(resolved, checkpoint_digest(source) if s.init else None, digest, **facts)
-    return run, is_finished(s.out, run, defaults)
+    if s.rehearsal:
+        facts["rehearsed"] = [task["data_digest"] for task in earlier_tasks(s, past)]
+    run = describe(resolved, checkpoint_digest(source, taken(s)) if s.init else None, digest, **facts)
+    finished = is_finished(s.out, run, defaults)
+    if not finished:
+        check_earlier_tasks(s, past)
+        check_method(s, source, config, past)
+    return run, finished
 
 
-def check_same_data(s, source, world):
+def check_same_data(s, past, world):
     """Fails where a process sees other data than rank 0, such as an old copy on its own disk."""
-    paths = [s.data, *(path for path, _ in earlier_tasks(source))] if s.rehearsal else [s.data]
-    for path in paths:
+    earlier = earlier_tasks(s, past) if s.rehearsal else []
+    for path in (s.data, *(task["data"] for task in earlier)):
         digests = world.gather(world.on_all(lambda path=path: data_digest(path)))
         world.on_main(lambda path=path, digests=digests: compare_digests(path, digests))
 
 
-def earlier_tasks(source, digests=False):
-    """What a checkpoint was fine-tuned on, stage by stage: pairs (task file, how many of its training samples, None for
-    all), as the run.json of each stage says. Raises UserError where it is no stage, or where a file is gone; with
-    `digests` also where it has changed since."""
-    found, directory = [], source
-    while stage := stage_of(directory):
-        path = stage["data"]
-        if not Path(path).is_file():
-            raise UserError(f"rehearsal needs {path}, which {directory} was trained on, but which does not exist: "
-                            "make it again")
-        if digests and data_digest(path) != stage["data_digest"]:
-            raise UserError(f"rehearsal needs {path} as {directory} was trained on it, but it has changed since: make "
-                            "it as it was")
-        found.insert(0, (path, stage["max_train_samples"]))
-        directory = stage["init"]
-    if not found:
-        raise UserError(f"rehearsal is set, but {source} was fine-tuned on no task before: leave it out for the first "
+def earlier_tasks(s, past):
+    """The tasks that rehearsal takes samples of, as the checkpoint's history has them: all but the run's own, each as
+    it was learned last. Raises UserError where there is none."""
+    if not past.get("tasks"):
+        raise UserError(f"rehearsal is set, but {s.init} was fine-tuned on no task before: leave it out for the first "
                         "task (--rehearsal 0)")
-    return list(dict(found).items())  # a task that came twice counts from its last time
+    found = {task["data_digest"]: task for task in past["tasks"]}
+    return [task for key, task in found.items() if key != data_digest(s.data)]
 
 
-def rehearsed(s, source):
+def check_earlier_tasks(s, past):
+    """Raises UserError where the data of a task that is to be rehearsed is gone, or has changed."""
+    for task in earlier_tasks(s, past) if s.rehearsal else ():
+        path = task["data"]
+        if not Path(path).is_file() or data_digest(path) != task["data_digest"]:
+            what = "has changed since" if Path(path).is_file() else "does not exist any more"
+            raise UserError(f"rehearsal needs {path}, which {task['task']} was learned from, but it {what}: make it as "
+                            "it was")
+
+
+def rehearsed(s, past):
     """The training items of the earlier tasks that are trained on again: of each the share that was asked for."""
     items = []
-    for number, (path, limit) in enumerate(earlier_tasks(source) if s.rehearsal else ()):
-        if Path(path) == Path(s.data):
-            continue
-        there = read_task(path)[0]["train"][:limit]
+    for number, task in enumerate(earlier_tasks(s, past) if s.rehearsal else ()):
+        there = read_task(task["data"])[0]["train"][:task["max_train_samples"]]
         count = max(1, round(s.rehearsal * len(there)))
         items += [there[index] for index in np.random.default_rng([s.seed, number]).permutation(len(there))[:count]]
     return items
@@ -136,6 +137,12 @@ def find_weights(s):
 def text_of(s):
     """What tells the stream of pretraining samples: places in it mean the same only where all of this is equal."""
     return {"data_digest": data_digest(s.data), "seed": s.seed, "seq_length": s.seq_length,
+            "max_train_samples": s.max_train_samples}
+
+
+def task_of(s):
+    """What the next tasks have to know of a run's own, to train on its samples again."""
+    return {"task": s.task, "data": str(s.data), "data_digest": data_digest(s.data),
             "max_train_samples": s.max_train_samples}
 
 
@@ -218,12 +225,12 @@ def zero_stage(s, world):
     return 0 if world.size == 1 and weights_dtype(s) == "fp32" else 1
 
 
-def load_data(s, source, tokenizer, config, world):
+def load_data(s, past, tokenizer, config, world):
     """The samples: {"train", "eval"} to index, and for a task {"test"}, its raw items."""
     if s.task:
         splits, _ = read_task(s.data)
         lengths = s.max_source_length, s.max_target_length
-        again = rehearsed(s, source)
+        again = rehearsed(s, past)
         data = {"train": TaskData(splits["train"][:s.max_train_samples] + again, tokenizer, *lengths,
                                   s.train_on_source),
                 "eval": TaskData(splits["eval"][:s.max_eval_samples], tokenizer, *lengths),

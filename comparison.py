@@ -1,8 +1,9 @@
 """Methods against forgetting beside one another: the same model and the same tasks, with each method."""
+import math
 import statistics
 
 from metrics import average_performance, backward_transfer, forgetting_from_best
-from tables import difference, show, table
+from tables import BIAS, difference, show, table
 
 OVER_TASKS = {"average": average_performance, "backward transfer": backward_transfer,
               "forgetting from the best": forgetting_from_best}
@@ -23,36 +24,49 @@ def compare(records, baseline):
                          "forgetting from the best in points of the tasks' measures; ECE and NLL (nats) are means over "
                          "the benchmarks after the last stage. In brackets 95% intervals.\n\n"
                          + table(["method", *measures, "ECE", "NLL", "minutes of training"], rows)))
-        rows, reference = [], values(records[baseline], model, exact_start=True)
+        rows = []
         for method in (method for method in there if method != baseline):
-            measured = values(there[method], model, exact_start=True)
-            gaps = {name: difference(measured.get(name), reference.get(name)) for name in measures}
-            rows.append([method, *(show(gaps[name], "{:+z.2f}") for name in measures)])
+            gaps = {name: difference(found[method].get(name), found[baseline].get(name)) for name in measures
+                    if comparable(there[method], records[baseline], model, name)}
+            rows.append([method, *(show(gaps.get(name), "{:+z.2f}") for name in measures)])
             sentences.append(sentence(model, method, baseline, gaps))
-        sections.append((f"Methods less {baseline}: {model}", table(["method", *measures], rows)))
+        if rows:
+            sections.append((f"Methods less {baseline}: {model}", table(["method", *measures], rows)))
     return sentences, sections
 
 
-def values(record, model, exact_start=False):
-    """{measure: Estimate} of a model with one method; those that cannot be had are left out. exact_start: for
-    differences between methods, which start from the same weights."""
-    found = {f"FG {category}": record.category_fg(model, category, exact_start) for category in record.categories}
+def values(record, model):
+    """{measure: Estimate} of a model with one method; those that cannot be had are left out."""
+    found = {f"FG {category}": record.category_fg(model, category) for category in record.categories}
     if record.tasks and any(record.learned):
         found |= {name: record.over(model, lambda chain, function=function: function(
             record.matrix(chain), record.last, record.learned)) for name, function in OVER_TASKS.items()}
     return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
+def comparable(one, two, model, name):
+    """Whether a measure rests on the same stages, benchmarks, tasks and seeds in both records."""
+    if (one.stages, one.chains[model].keys()) != (two.stages, two.chains[model].keys()):
+        return False
+    if name in OVER_TASKS:
+        return one.measured_tasks(model) == two.measured_tasks(model)
+    category = name.removeprefix("FG ")
+    return one.measured(model, category) == two.measured(model, category)
+
+
 def sentence(model, method, baseline, gaps):
-    """What can be said of a method beside the baseline: by which measures it is better or worse beyond noise."""
-    sides = {"better": [], "worse": []}
-    for name, gap in gaps.items():
-        if gap is None or not (gap.interval[0] > 0 or gap.interval[1] < 0):  # also where there is no standard error
-            continue
-        better = gap.value * BETTER.get(name, -1) > 0
-        sides["better" if better else "worse"].append(f"{name} ({show(gap, '{:+z.2f}')})")
-    said = [f"{side} by {', '.join(names)}" for side, names in sides.items() if names]
-    return f"{model}, {method} beside {baseline}: " + ("; ".join(said) or "nothing can be told apart from noise") + "."
+    """What can be said of a method beside the baseline: by which measures it is better or worse beyond noise. Of the
+    bias neither direction is better."""
+    known = {name: gap for name, gap in gaps.items() if gap is not None and not math.isnan(gap.error)}
+    if not known:
+        return f"{model}, {method} beside {baseline}: not compared, they do not have the same stages or measures."
+    said = {"better": [], "worse": [], "different": []}
+    for name, gap in known.items():
+        if gap.interval[0] > 0 or gap.interval[1] < 0:
+            kind = "better" if gap.value * BETTER.get(name, -1) > 0 else "worse"
+            said["different" if name == f"FG {BIAS}" else kind].append(f"{name} ({show(gap, '{:+z.2f}')})")
+    parts = [f"{kind} by {', '.join(names)}" for kind, names in said.items() if names]
+    return f"{model}, {method} beside {baseline}: " + ("; ".join(parts) or "nothing can be told apart from noise") + "."
 
 
 def prices(record, model, kind="calibration"):

@@ -19,13 +19,14 @@ import torch
 import settings
 from batches import clean, encode_prompts, read_task
 from distributed import Processes, weights_dtype
-from methods import open_posterior
+from methods import open_prior
 from metrics import bertscore, bleu, health, interval, rouge, sari
-from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, load_model, locate
+from model.checkpoint import POSTERIOR, Weights, check_vocabulary, checkpoint_digest, load_model, locate
 from model.config import ModelConfig
 from model.files import UserError, digest, read_json, write_json, write_text
 from model.generate import Decoding
 from model.tokenizer import TOKENIZER_FILES, Tokenizer
+from partitions import part_files
 from runs import git_commit
 from scorer import Scorer
 from settings import read_config, setting, unknown_name
@@ -107,7 +108,7 @@ def prepare(s):
     check_vocabulary(source, config)
     if Tokenizer(source).eos_id is None:
         raise UserError(f"{source} names no end-of-text token: add eos_token_id to its config.json")
-    if s.weight_samples and not open_posterior(source, config):
+    if s.weight_samples and not open_prior(part_files(source, POSTERIOR), source, config):
         raise UserError(f"{source} has no posterior to draw weights from: it was not fine-tuned in probabilistic mode; "
                         "leave out --weight_samples")
     tasks, problems = {}, []
@@ -190,7 +191,8 @@ def evaluate_suite(s, suite, scorer, out, run):
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
     if s.weight_samples:
-        run |= {"weight_samples": s.weight_samples, "seed": s.seed}
+        run |= {"weight_samples": s.weight_samples, "seed": s.seed,
+                "checkpoint_digest": checkpoint_digest(locate(s.checkpoint), (POSTERIOR,))}
     for path in sorted(out.glob("results_*.json"), reverse=True):
         results = read_json(path)
         if same_run(results.get("run", {}), run) and not results["missing"]:

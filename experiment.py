@@ -24,7 +24,7 @@ from model.checkpoint import checkpoint_digest, locate
 from model.config import ModelConfig
 from model.files import UserError, digest, read_json, write_json
 from runs import clock
-from settings import CONFIGS, ROOT, read_config, read_toml, run, setting, unknown_name
+from settings import CONFIGS, ROOT, load, read_config, run, setting, unknown_name
 from slurm import submit
 from stages import Stage, run_command, shape, words
 from suites import open_suite
@@ -32,6 +32,9 @@ from train_settings import TrainSettings
 
 UTILISATION = 0.3  # of the speed of a matrix product that training and evaluation reach, for the first estimate
 CHARACTERS = 4  # a token, about
+# What a method of an experiment may set: anything but what makes a stage the one that it is.
+METHOD_SETTINGS = {field.name for field in dataclasses.fields(TrainSettings)} - {
+    "task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
 
 
 @dataclass(frozen=True)
@@ -77,24 +80,25 @@ class ExperimentSettings:
             except UserError as error:
                 found.append(str(error))
         found += [] if self.order else ["order is empty"]
+        found += [f"weight_samples is {self.weight_samples}, expected at least 0"] if self.weight_samples < 0 else []
         found += [f"{name} has no --init_{name}, and --size is missing" for name in self.models
                   if name in ("llm", "stack") and not self.size and not getattr(self, f"init_{name}")]
         return found
 
 
 def read_method(text):
-    """(file in configs/method, {setting of train.py: value}) of a method such as "ewc:ewc_strength=10:seed=1"; raises
-    UserError."""
+    """(flags for train.py, its settings by them) of a method such as "ewc:ewc_strength=10"; raises UserError."""
     file, *given = text.split(":")
-    found, problems = {}, unknown_name("method", file)
+    flags, others = ["--method", file], ["--task", "simp", "--init", "x", "--data", "x", "--out", "x"]
     for part in given:
         name, _, value = part.partition("=")
-        if not value or name not in {field.name for field in dataclasses.fields(TrainSettings)}:
-            problems.append(f"{part!r} of the method {text!r} is no name=value of a setting of train.py")
-        found[name] = value
-    if problems:
-        raise UserError("; ".join(problems))
-    return file, found
+        if not value or name not in METHOD_SETTINGS:
+            raise UserError(f"{part!r} of the method {text!r} is no name=value of a setting that a method may have")
+        flags += [f"--{name}", value]
+    try:
+        return flags, load(TrainSettings, [*flags, *others], "")
+    except UserError as error:
+        raise UserError(f"the method {text!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -137,15 +141,13 @@ def chain_steps(s, model, start, place, method, seed):
     parent, steps, flags, sampled = start, [], [], []
     recipe = [CONFIGS / "train/finetune.toml", *size_files(s)]
     if method:
-        file, given = read_method(method)
-        recipe.append(CONFIGS / f"method/{file}.toml")
-        settings = read_toml(recipe[-1]) | given
-        flags = ["--method", file, *(word for name, value in given.items() for word in (f"--{name}", value))]
-        sampled = ["--weight_samples", s.weight_samples] if settings.get("mode") == "probabilistic" else []
+        flags, settings = read_method(method)
+        recipe.append(CONFIGS / f"method/{settings.method}.toml")
+        sampled = ["--weight_samples", s.weight_samples] if settings.mode == "probabilistic" else []
     for number, task in enumerate(s.order, 1):
         out, data = place / f"m{number}-{task}", Path(s.data) / f"{task}.json"
         size = ["--size", s.size] if s.size else []
-        first = ["--rehearsal", "0"] if number == 1 and method and "rehearsal" in settings else []
+        first = ["--rehearsal", "0"] if number == 1 and method and settings.rehearsal else []
         command = [*launch(s), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
                    "--task", task, "--init", parent, "--data", data, "--out", out, "--seed", seed,
                    *words(s.train_args), *flags, *first]

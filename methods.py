@@ -15,39 +15,46 @@ from batches import count_tokens
 from model.checkpoint import FISHER, POSTERIOR
 from model.files import UserError
 from model.transformer import parameter_shapes
-from partitions import Parts, base_optimizer, changing_weights, fragments, part_files, part_name, write_parts
-from runs import stage_of
+from partitions import Parts, base_optimizer, changing_weights, flats, fragments, part_files, part_name, write_parts
 from variational import IVON
 
 
-def check_method(s, source, config):
+def taken(s):
+    """Which files beside the checkpoint that it starts from a run reads."""
+    return [POSTERIOR] * (s.mode == "probabilistic" and s.prior != "weights") + [FISHER] * (s.ewc_strength > 0)
+
+
+def check_method(s, source, config, past):
     """Raises UserError where a method needs what is not beside the checkpoint that a run starts from."""
-    if s.mode == "probabilistic":
-        open_prior(s, source, config)
-    if s.ewc_strength:
-        open_fisher(source, config)
+    open_prior(prior_files(s, source), source, config)
+    open_fisher(fisher_files(s, source, past), source, config)
 
 
-def open_prior(s, source, config):
-    """The posterior beside a checkpoint that is to be the prior, as Parts; None for a prior around the weights."""
-    parts = open_posterior(source, config) if s.prior != "weights" else None
-    if parts is None and s.prior == "posterior":
+def prior_files(s, source):
+    """The files of the posterior that is to be the prior; none for a prior around the weights."""
+    files = part_files(source, POSTERIOR) if POSTERIOR in taken(s) else []
+    if not files and s.mode == "probabilistic" and s.prior == "posterior":
         raise UserError(f"{source} has no posterior to be the prior: fine-tune it in probabilistic mode first, or give "
                         "--prior weights")
-    return parts
+    return files
 
 
-def open_posterior(source, config):
-    """The posterior beside a checkpoint, as Parts; None where there is none."""
-    return open_parts(part_files(source, POSTERIOR), f"the posterior in {source}", ("mean", "precision"), config)
+def fisher_files(s, source, past):
+    """The files of the earlier tasks' Fisher information; none for the first task."""
+    files = part_files(source, FISHER) if FISHER in taken(s) else []
+    if not files and FISHER in taken(s) and past.get("tasks"):
+        raise UserError(f"{source} has no Fisher information of {past['tasks'][-1]['task']}, which it was trained on: "
+                        "train it with --ewc_strength as well")
+    return files
 
 
-def open_fisher(source, config):
-    """The Fisher information beside a checkpoint, as Parts; None where no task was learned before."""
-    files = part_files(source, FISHER)
-    if not files and (stage := stage_of(source)):
-        raise UserError(f"{source} has no Fisher information of {stage['task']}, which it was trained on: train it "
-                        "with --ewc_strength as well")
+def open_prior(files, source, config):
+    """A posterior, as Parts; None where there are no files."""
+    return open_parts(files, f"the posterior in {source}", ("mean", "precision"), config)
+
+
+def open_fisher(files, source, config):
+    """Fisher information, as Parts; None where there are no files."""
     return open_parts(files, f"the Fisher information in {source}", ("fisher",), config)
 
 
@@ -69,9 +76,19 @@ def make_optimizer(s, groups):
     return kind(groups, s.learning_rate, (s.adam_beta1, s.adam_beta2), s.adam_epsilon, fused=True)
 
 
-def make_method(s, engine, source, world):
-    """The method of a run, for a fresh engine whose weights are those of the checkpoint `source`."""
-    return (Probabilistic if s.mode == "probabilistic" else Deterministic)(s, engine, source, world)
+def make_method(s, engine, source, past, world):
+    """The method of a run, for a fresh engine whose weights are those of the checkpoint `source` with that history.
+
+    Which files there are rank 0 says, so that all processes read the same or fail together.
+    """
+    config = engine.module.config
+    if s.mode == "probabilistic":
+        names = world.on_main(lambda: [path.name for path in prior_files(s, source)])
+        parts = world.on_all(lambda: open_prior([source / name for name in names], source, config))
+        return Probabilistic(s, engine, parts, world)
+    names = world.on_main(lambda: [path.name for path in fisher_files(s, source, past)])
+    parts = world.on_all(lambda: open_fisher([source / name for name in names], source, config))
+    return Deterministic(s, engine, parts, world)
 
 
 class PulledAdamW(torch.optim.AdamW):
@@ -83,15 +100,16 @@ class PulledAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        flats = [flat for group in self.param_groups for flat in group["params"] if flat.grad is not None]
+        mine = [flat for group in self.param_groups for flat in group["params"]
+                if flat.grad is not None and flat in self.anchors]  # not those of padding alone
         if self.squares is not None:
-            for flat in flats:
+            for flat in mine:
                 self.squares[flat].addcmul_(flat.grad, flat.grad, value=self.square_weight)
             return
-        for flat in flats if self.fisher else ():
+        for flat in mine if self.fisher else ():
             flat.grad.addcmul_(self.fisher[flat], flat - self.anchors[flat], value=self.strength)
         super().step()
-        for flat in flats if self.rate else ():
+        for flat in mine if self.rate else ():
             flat.lerp_(self.anchors[flat], self.rate)
 
 
@@ -100,16 +118,15 @@ class Deterministic:
     (Kirkpatrick et al., arXiv 1612.00796) with one Fisher information for all tasks (Schwarz et al., arXiv 1805.06370).
     """
 
-    def __init__(self, s, engine, source, world):
+    def __init__(self, s, engine, parts, world):
         self.s, self.engine, self.world, self.anchors = s, engine, world, {}
         optimizer, mine = base_optimizer(engine), fragments(engine)
         if s.average_rate or s.ewc_strength or s.average_after < 1:
-            self.anchors = {fragment.flat: fragment.flat.detach().clone() for fragment in mine}
+            self.anchors = {flat: flat.detach().clone() for flat in flats(mine)}
         if isinstance(optimizer, PulledAdamW):
             optimizer.anchors, optimizer.rate, optimizer.strength = self.anchors, s.average_rate, s.ewc_strength
-        parts = world.on_all(lambda: open_fisher(source, engine.module.config)) if s.ewc_strength else None
         if parts:
-            optimizer.fisher = {fragment.flat: torch.zeros_like(fragment.flat) for fragment in mine}
+            optimizer.fisher = {flat: torch.zeros_like(flat) for flat in flats(mine)}
             world.on_all(lambda: [parts.read("fisher", fragment.name, fragment.start,
                                              fragment.of(optimizer.fisher[fragment.flat])) for fragment in mine])
 
@@ -138,8 +155,7 @@ class Deterministic:
         if not self.s.ewc_strength:
             return
         optimizer, settings = base_optimizer(self.engine), dataclasses.replace(self.s, max_grad_norm=0.0)
-        squares = optimizer.fisher or {fragment.flat: torch.zeros_like(fragment.flat)
-                                       for fragment in fragments(self.engine)}
+        squares = optimizer.fisher or {flat: torch.zeros_like(flat) for flat in flats(fragments(self.engine))}
         with adding_squares(self.engine, optimizer, squares):
             hidden = None if self.world.rank == 0 else True
             for sample in tqdm(samples, "Fisher information", leave=False, disable=hidden):
@@ -170,11 +186,11 @@ class Probabilistic:
     posterior before with its precision times tau, or for the first task one precision around the pretrained weights.
     """
 
-    def __init__(self, s, engine, source, world):
+    def __init__(self, s, engine, parts, world):
         self.s, self.engine, self.world = s, engine, world
         self.optimizer, mine = base_optimizer(engine), fragments(engine)
-        prior = {fragment.flat: (fragment.flat.detach().clone(), s.prior_precision) for fragment in mine}
-        if parts := world.on_all(lambda: open_prior(s, source, engine.module.config)):
+        prior = {flat: (flat.detach().clone(), s.prior_precision) for flat in flats(mine)}
+        if parts:
             prior = {flat: (mean, torch.zeros_like(mean)) for flat, (mean, _) in prior.items()}
             world.on_all(lambda: [parts.read(kind, fragment.name, fragment.start, fragment.of(into))
                                   for fragment in mine
@@ -209,6 +225,7 @@ class Probabilistic:
 
 def write(engine, world, directory, name, kinds):
     """Writes what all processes have of some kinds beside a checkpoint; without ZeRO rank 0 has all of it."""
+    world.on_main(lambda: [old.unlink() for old in directory.glob(f"{name}-*-of-*.safetensors")])  # of a killed attempt
     shared = not engine.zero_optimization()
     if world.rank == 0 or not shared:
         path = directory / part_name(name, world.rank, 1 if shared else world.size)

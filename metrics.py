@@ -189,7 +189,9 @@ class Estimate:
     @property
     def rest(self):
         """The standard error apart from that of the parts."""
-        return math.sqrt(max(0.0, self.error ** 2 - spread(self.parts) ** 2)) if self.parts else self.error
+        if not self.parts or math.isnan(self.error):
+            return self.error
+        return math.sqrt(max(0.0, self.error ** 2 - spread(self.parts) ** 2))
 
     def __sub__(self, other):
         """The difference of two estimates, independent but for the items that both were measured on."""

@@ -52,6 +52,11 @@ def fragments(engine):
             if (fragment := find_fragment(engine, name, parameter)).count]
 
 
+def flats(mine):
+    """The flat tensors that fragments lie in, each once."""
+    return list(dict.fromkeys(fragment.flat for fragment in mine))
+
+
 def find_fragment(engine, name, parameter):
     """The fragment of one parameter; one without elements if this process keeps nothing of it."""
     optimizer = engine.optimizer

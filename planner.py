@@ -36,7 +36,7 @@ class PlanSettings:
     dtype: Literal["bf16", "fp32"] = setting("bf16", "weights")
     micro_batch_tokens: int | None = setting(None, "most padded tokens in a micro-batch")
     gradient_checkpointing: bool | None = setting(None, "recompute blocks in the backward pass")
-    mode: Literal["deterministic", "probabilistic"] = setting("deterministic", "AdamW, or IVON after an earlier task")
+    method: str | None = setting(None, "what is done against forgetting (a file in configs/method)")
     tokens: float | None = setting(None, "tokens to train on in all; none: the recipe's, where it says them")
     sample_tokens: int = setting(128, "tokens of a fine-tuning sample, about")
     gpu_memory: float = setting(80.0, "GiB of a GPU")
@@ -46,6 +46,7 @@ class PlanSettings:
 
     def problems(self):
         found = unknown_name("size", self.size) if self.size else []
+        found += unknown_name("method", self.method) if self.method else []
         if (self.size is None) == (self.init is None):
             found.append("give either --size or --init")
         found += [f"{name} is {getattr(self, name)}, expected a number above 0" for name in
@@ -69,13 +70,15 @@ class Plan:
     micro_batch_tokens: int
     gradient_checkpointing: bool
     device: str = "cuda"
-    mode: str = "deterministic"
+    method: str | None = None
 
     @property
-    def prior(self):
-        """Bytes a weight of the earlier posterior, which is the prior of probabilistic mode; without ZeRO the mean is
-        kept beside the draw as well."""
-        return {"deterministic": 0, "probabilistic": 12 if self.zero == 0 else 8}[self.mode]
+    def beside(self):
+        """Bytes a weight that a method keeps in a later task: the weights before, with EWC their Fisher information; or
+        mean and precision of the prior, and without ZeRO the mean while a draw is in its place."""
+        if self.method == "probabilistic":
+            return 12 if self.zero == 0 else 8
+        return {"averaging": 4, "pulling": 4, "ewc": 8}.get(self.method, 0)
 
     @property
     def width(self):
@@ -86,9 +89,10 @@ class Plan:
         """Bytes of a process's device by what holds them; on a CPU, of the process."""
         parameters, shards = self.config.num_parameters, self.processes
         away = self.offload and self.device == "cuda"  # on a CPU the memory of the host is the device's
-        rows = {"weights": self.width * parameters, "fp32 weights and moments": (12 + self.prior) * parameters / shards}
-        if self.zero == 0:  # AdamW's moments, or IVON's; the weights are fp32 themselves
-            rows["fp32 weights and moments"] = (8 + self.prior) * parameters
+        rows = {"weights": self.width * parameters, "fp32 weights and moments": 12 * parameters / shards}
+        if self.zero == 0:
+            rows["fp32 weights and moments"] = 8 * parameters  # moments; the weights are fp32 themselves
+        rows["fp32 weights and moments"] += self.beside * parameters / (shards if self.zero else 1)
         if self.zero == 3:
             rows["weights"] = self.width * parameters / shards if self.width == 2 else 0  # fp32 weights are there once
             rows["gathered weights"] = self.width * min(parameters, LIVE)
@@ -150,13 +154,13 @@ class Plan:
         # offloaded: weights, moments and gradients in fp32; of ZeRO-2 gradients in the weights' dtype, of ZeRO-3 the
         # weights and a second copy of the gradients
         more = self.width if self.zero == 2 else self.width + 4
-        away = (16 + more + self.prior) * self.config.num_parameters if self.offload else 0
+        away = (16 + more + self.beside) * self.config.num_parameters if self.offload else 0
         return self.processes * (RUNTIME["cpu"] + largest) + away
 
     def disk(self, checkpoints):
-        """Bytes of disk: final weights, epochs' checkpoints, posterior, and the saved state, for a while twice."""
-        posterior = 8 if self.prior else 0
-        return ((1 + checkpoints) * self.width + posterior + 2 * 12) * self.config.num_parameters
+        """Bytes of disk: final weights, epochs' checkpoints, and the saved state, for a while twice."""
+        left = {"ewc": 4, "probabilistic": 8}.get(self.method, 0)  # for the next task: Fisher information, or posterior
+        return ((1 + checkpoints) * self.width + left + 2 * 12) * self.config.num_parameters
 
     def flops(self, tokens):
         """FLOPs of training on so many tokens, the second forward pass of gradient checkpointing included."""
@@ -179,7 +183,7 @@ def read_plan(s):
     if s.offload and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
     return Plan(config, s.processes, zero, s.offload, s.dtype, value("micro_batch_tokens"),
-                value("gradient_checkpointing"), s.device, s.mode), recipe
+                value("gradient_checkpointing"), s.device, s.method), recipe
 
 
 def total_tokens(s, recipe):

@@ -1,5 +1,5 @@
 """The stages of an experiment in order: which there are, what they lack, and the measures of forgetting over them."""
-from metrics import Estimate, fg, mean, over_seeds
+from metrics import fg, mean, over_seeds
 from model.files import UserError
 from results import METRICS, shipped
 from settings import read_config
@@ -84,22 +84,20 @@ class Record:
         """A benchmark at a stage."""
         return self.over(model, lambda chain: chain[number].benchmarks.get(name) if number in chain else None)
 
-    def fg_of(self, chain, name, exact_start=False):
-        """FG of a benchmark in one chain; with `exact_start` the start adds nothing to its error, as where two chains
-        from the same start are compared."""
+    def fg_of(self, chain, name):
+        """FG of a benchmark in one chain."""
         values = [chain[number].benchmarks.get(name) if number in chain else None for number in range(self.last + 1)]
-        start = Estimate(values[0].value, 0.0) if exact_start and values[0] else values[0]
-        return fg(start, values[1:])
+        return fg(values[0], values[1:])
 
     def fg(self, model, name):
         """FG of a benchmark."""
         return self.over(model, lambda chain: self.fg_of(chain, name))
 
-    def category_fg(self, model, category, exact_start=False):
+    def category_fg(self, model, category):
         """FG of a category: in each chain the mean over its benchmarks that have one, since a seed moves them all."""
         def of_chain(chain):
             found = [estimate for benchmark in self.of_category(category)
-                     if (estimate := self.fg_of(chain, benchmark.name, exact_start)) is not None]
+                     if (estimate := self.fg_of(chain, benchmark.name)) is not None]
             return mean(found) if found else None
         return self.over(model, of_chain)
 
@@ -108,6 +106,10 @@ class Record:
         names = {benchmark.name for benchmark in self.of_category(category)}
         return set.intersection(*({(number, name) for number, stage in chain.items() for name in names
                                    if name in stage.benchmarks} for chain in self.chains[model].values()))
+
+    def measured_tasks(self, model):
+        """The same for the tasks: what each seed's chain has, {seed: pairs (stage, task)}."""
+        return {seed: set(self.matrix(chain)) for seed, chain in self.chains[model].items()}
 
     def of_category(self, category, parts=False):
         """The benchmarks of a category that count in it, or those that are parts of others."""

@@ -40,13 +40,13 @@ class ReportSettings:
 
 
 def by_method(stages, described, s):
-    """{method: Record} of stages, the baseline first; every method starts from the stages that no method made."""
-    names = sorted(dict.fromkeys(stage.method for stage in stages if stage.method), key=lambda name: name != s.baseline)
-    if not names:
-        return {None: Record(stages, described, s.categories)}
-    starts = [stage for stage in stages if not stage.method and stage.number == 0]
-    return {name: Record(starts + [stage for stage in stages if stage.method == name], described, s.categories)
-            for name in names}
+    """{method: Record} of stages, the baseline first; every method starts from the same m0. What was made without one
+    is by the method "none"."""
+    names = dict.fromkeys(stage.method or "none" for stage in stages if stage.number)
+    starts = [stage for stage in stages if not stage.number]
+    return {name: Record(starts + [stage for stage in stages if stage.number and (stage.method or "none") == name],
+                         described, s.categories)
+            for name in sorted(names or ["none"], key=lambda name: (name != s.baseline, name))}
 
 
 def baseline(records, s):

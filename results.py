@@ -46,7 +46,7 @@ class Stage:
 
 def read_runs(folder):
     """The stages under a folder of runs, <…>/<model>/[<method>/][seed-<n>/]m<k>[-<task>]/, and the benchmarks that they
-    name. A stage lies in the folder of its method where its run.json names one."""
+    name. A folder that begins with the method of a stage's run.json is that of a method."""
     stages, found = [], {}
     for path in sorted(Path(folder).rglob("m[0-9]*")):
         match = STAGE.fullmatch(path.name)
@@ -57,8 +57,10 @@ def read_runs(folder):
         run = read_json(path / "run.json") if (path / "run.json").exists() else {}
         seed = int(seeded[1]) if seeded else run.get("settings", {}).get("seed", 0)
         owner = owner.parent if seeded else owner
-        method = owner.name if run.get("settings", {}).get("method") else None
-        stage = Stage((owner.parent if method else owner).name, seed, int(match[1]), path.name, match[2], path, run=run,
+        method = run.get("settings", {}).get("method")
+        apart = method is not None and (owner.name == method or owner.name.startswith(f"{method}-"))
+        method = owner.name if apart else method
+        stage = Stage((owner.parent if apart else owner).name, seed, int(match[1]), path.name, match[2], path, run=run,
                       log=read_log(path / "metrics.jsonl"), method=method)
         for file in sorted((path / "eval").glob("results_*.json")):
             found |= add_results(stage, file)

@@ -43,19 +43,11 @@ def history(checkpoint):
     """What was spent on a checkpoint, as its run.json or growth.json says; an empty dict where neither does.
 
     "flops": floating-point operations of training, those on the checkpoints before it included; "text": the text that
-    was pretrained on and the place reached in its stream of samples, {data_digest, seed, seq_length, …, samples}.
+    was pretrained on and the place reached in its stream of samples, {data_digest, seed, seq_length, …, samples};
+    "tasks": those it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}].
     """
     found = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
     return read_json(found[0]).get("history", {}) if found else {}
-
-
-def stage_of(checkpoint):
-    """What run.json says of a checkpoint that was fine-tuned: {task, data, init, max_train_samples, …, data_digest}; an
-    empty dict for any other."""
-    path = Path(checkpoint) / "run.json"
-    run = read_json(path) if path.exists() else {}
-    settings = run.get("settings", {})
-    return settings | {"data_digest": run.get("data_digest")} if settings.get("task") else {}
 
 
 def changed(old, new, ignored=()):
@@ -71,15 +63,17 @@ def differences(run, path, defaults):
     """
     recorded = read_json(path)
     found = changed(defaults | recorded.get("settings", {}), run["settings"], OPERATIONAL)
-    return found + [f"{what} ({recorded.get(key)!s:.12} there, {run[key]!s:.12} here)"
+    return found + [f"{what} ({recorded.get(key)!s:.12} there, {run.get(key)!s:.12} here)"
                     for key, what in (("parent_digest", "it started from other weights"),
-                                      ("data_digest", "it was trained on other data")) if recorded.get(key) != run[key]]
+                                      ("data_digest", "it was trained on other data"),
+                                      ("rehearsed", "it trained on other data of earlier tasks again"))
+                    if recorded.get(key) != run.get(key)]
 
 
 def identity(run):
     """What two runs have to agree on to give the same weights."""
     settings = {name: value for name, value in run["settings"].items() if name not in OPERATIONAL}
-    return {"settings": settings, "parent_digest": run["parent_digest"], "data_digest": run["data_digest"]}
+    return {"settings": settings} | {key: run.get(key) for key in ("parent_digest", "data_digest", "rehearsed")}
 
 
 def is_finished(out, run, defaults):

@@ -20,9 +20,12 @@ ROOT = Path(__file__).parent
 CONFIGS = ROOT / "configs"
 
 
-def setting(default, help):
-    """A field of a settings dataclass: its default and what `--help` says about it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default, help, table=None):
+    """A field of a settings dataclass: its default and what `--help` says about it.
+
+    table: its value names a file in configs/<table> whose settings lie between the files and the flags.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "table": table})
 
 
 def known(kind):
@@ -129,7 +132,7 @@ def load(cls, argv, description, prog=None):
 
     `--config FILE` may be given several times; later files win, and flags win over files. Where the class has a field
     `size`, the table [phase] of configs/size/<size>.toml lies between the files and the flags; `phase` is a field, too,
-    or an attribute of the class. So does, after it, configs/method/<method>.toml where there is a field `method`.
+    or an attribute of the class. After it come the files that fields with a `table` name.
     The class may have a method `problems()` that returns what contradicts what, as sentences. Raises UserError.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -162,8 +165,10 @@ def load(cls, argv, description, prog=None):
                 overlay(values, tables[phase], f"configs/size/{size}.toml [{phase}]", fields, problems)
             else:
                 problems.append(f"the size {size} has no recipe [{phase}] in configs/size/{size}.toml")
-    if (method := {**values, **given}.get("method")) and not unknown_name("method", method):
-        overlay(values, read_config("method", method), f"configs/method/{method}.toml", fields, problems)
+    for field in (field for field in fields.values() if field.metadata["table"]):
+        table, name = field.metadata["table"], {**values, **given}.get(field.name)
+        if name is not None and not unknown_name(table, name):  # what is unknown is for the class to say
+            overlay(values, read_config(table, name), f"configs/{table}/{name}.toml", fields, problems)
     values |= given
     if not problems and hasattr(cls, "problems"):
         problems = cls(**values).problems()

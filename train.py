@@ -33,6 +33,7 @@ from build import (
     load_data,
     prepare,
     samples_to_train,
+    task_of,
     text_of,
 )
 from distributed import Processes, StopRequest
@@ -109,12 +110,12 @@ def main(s):
             world.on_main(lambda: drop_state(s.out))
             return world.on_main(lambda: print_result(s.out))
         source = world.first_on_node(lambda: find_weights(s))
-        check_same_data(s, source, world)
-        past = history(source) if s.init else {}
+        past = world.on_main(lambda: history(source)) if s.init else {}
+        check_same_data(s, past, world)
         tokenizer, model = build_model(s, source, world)
-        data = load_data(s, source, tokenizer, model.config, world)
+        data = load_data(s, past, tokenizer, model.config, world)
         engine = build_engine(s, model, world)
-        method = make_method(s, engine, source, world)
+        method = make_method(s, engine, source, past, world)
         directory, progress = partial_directory(s.out), Progress(flops=past.get("flops", 0))
         world.on_main(lambda: directory.exists() and lock(directory))
         if state := world.on_main(lambda: find_state(directory, run)):
@@ -128,7 +129,8 @@ def main(s):
         saving = Saving(s.save_minutes, request, world)
         run["result"] = train(s, engine, method, data, tokenizer, world, log, run, progress, past, saving)
         run["history"] = past | {"flops": run["result"]["flops"]} | \
-            ({} if s.task else {"text": text_of(s) | {"samples": run["result"]["last_sample"]}})
+            ({"tasks": [*past.get("tasks", []), task_of(s)]} if s.task else
+             {"text": text_of(s) | {"samples": run["result"]["last_sample"]}})
         run["result"]["examples"] = decode_examples(s, engine.module, data["test"], tokenizer)
         save(engine, directory, tokenizer, world)
         picked = global_batch(s.seed, len(data["train"]), 0, min(s.fisher_samples, len(data["train"])))

@@ -50,7 +50,8 @@ class TrainSettings:
     skip_loss_above: float | None = setting(None, "pass over a batch whose loss is above this many times the mean of "
                                                   "the last 50 steps'")
     # against forgetting
-    method: str | None = setting(None, "a file in configs/method: what is set there, over the size's recipe")
+    method: str | None = setting(None, "a file in configs/method: what is set there, over the size's recipe",
+                                 table="method")
     mode: Literal["deterministic", "probabilistic"] = setting("deterministic", "AdamW, or IVON: a distribution over "
                                                                                "the weights")
     rehearsal: float = setting(0.0, "share of the samples of each task learned before --init that is trained on again")
@@ -67,7 +68,7 @@ class TrainSettings:
                                             "the prior weaker")
     curvature: float = setting(1e-3, "curvature that IVON starts at")
     curvature_beta: float = setting(0.999, "decay rate of the curvature")
-    clip_radius: float = setting(1.0, "most that a weight's gradient over its curvature counts, before the rate")
+    clip_radius: float = setting(1e-3, "most that a weight's gradient over its curvature counts, before the rate")
     weight_noise: bool = setting(True, "draw the weights of each step; false: gradients at the mean, to compare with")
     # how it is computed
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")

@@ -64,11 +64,11 @@ class IVON(torch.optim.Optimizer):
         """
         self.prior, self.places = prior, {}
         for fragment in fragments:
-            flat = fragment.flat
-            self.places.setdefault(flat, []).append(fragment)
+            self.places.setdefault(fragment.flat, []).append(fragment)
+        for flat, pieces in self.places.items():
             self.state[flat] = {"momentum": torch.zeros_like(flat), "step": torch.tensor(0.0),
                                 "curvature": torch.full_like(flat, self.start)}
-            if fragment.shared:  # the model computes with the flat tensor itself: a draw overwrites the mean
+            if pieces[0].shared:  # the model computes with the flat tensor itself: a draw overwrites the mean
                 self.means[flat] = torch.empty_like(flat)
 
     def blocks(self, fragment):
@@ -114,12 +114,12 @@ class IVON(torch.optim.Optimizer):
         """Moves mean and curvature by the gradients at the last draw."""
         for group in self.param_groups:
             for flat in group["params"]:
-                if flat.grad is None:
+                if flat.grad is None or flat not in self.places:  # a piece of padding alone
                     continue
                 if flat in self.means:
                     flat.copy_(self.means[flat])
                 self.state[flat]["step"] += 1
-                for fragment in self.places.get(flat, ()):
+                for fragment in self.places[flat]:
                     for at, noise in self.blocks(fragment):
                         self.update(flat, at, noise, group["lr"])
 

@@ -253,11 +253,12 @@ def write_checkpoint(directory, config, tensors, tokenizer_source):
     write_weights(directory, specs, itertools.chain([first], tensors))
 
 
-def checkpoint_digest(directory):
-    """SHA-256 over a checkpoint's config.json and weights, and what the next task takes from beside them."""
+def checkpoint_digest(directory, beside=()):
+    """SHA-256 over a checkpoint's config.json and weights, and over what fine-tuning has left `beside` them: POSTERIOR,
+    FISHER."""
     directory = Path(directory)
-    beside = [path for name in (POSTERIOR, FISHER) for path in directory.glob(f"{name}-*.safetensors")]
-    return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards), *beside])
+    more = [path for name in beside for path in directory.glob(f"{name}-*.safetensors")]
+    return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards), *more])
 
 
 def main(source, out):

@@ -140,6 +140,9 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
 @pytest.mark.parametrize(("flags", "said"), [
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown model 'big'"),
     (["--methods", "ewk"], "unknown method 'ewk', expected one of averaging"),
+    (["--methods", "ewc:seed=3"], "'seed=3' of the method 'ewc:seed=3' is no name=value of a setting"),
+    (["--methods", "probabilistic:tau=2"], "the method 'probabilistic:tau=2': tau is 2.0, expected a number above 0"),
+    (["--weight_samples", "-1"], "weight_samples is -1, expected at least 0"),
     (["--methods", "ewc:strength=3"], "'strength=3' of the method 'ewc:strength=3' is no name=value of a setting"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
     (["--seeds", "1,1"], "seeds is empty or names one twice"), ([], "llm has no --init_llm, and --size is missing"),

@@ -1,6 +1,7 @@
 """Methods against forgetting: under every ZeRO stage, against plain PyTorch, and what they refuse."""
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import settings
-from batches import TaskData, data_digest, global_batch, read_task
-from build import earlier_tasks, rehearsed
-from methods import PulledAdamW, check_method, open_prior
+from batches import TaskData, global_batch, read_task
+from build import check_earlier_tasks, earlier_tasks, rehearsed, task_of
+from methods import PulledAdamW, check_method, prior_files, taken
 from model.checkpoint import checkpoint_digest, load_model
 from model.config import ModelConfig
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from partitions import Parts, part_files
+from runs import history
 from tests.conftest import ROOT, run_script
 from train import TrainSettings
 from variational import standard_normal
@@ -26,7 +28,7 @@ TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--np
 FLAGS = ["--task", "simp", "--global_batch_size", "8", "--learning_rate", "5e-3", "--max_eval_samples", "6",
          "--max_source_length", "128", "--max_target_length", "64", "--max_train_samples", "60", "--dtype", "fp32"]
 PROBABILISTIC = ["--mode", "probabilistic", "--learning_rate", "0.02", "--max_grad_norm", "1", "--prior_precision",
-                 "1e4"]
+                 "1e4", "--clip_radius", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,15 @@ def test_the_noise_is_taken_back_bit_for_bit(train, checkpoint, tmp_path, zero, 
     assert len(set(found[1:-1])) == 3
 
 
+def test_what_a_killed_attempt_has_left_is_not_read(train, tmp_path):
+    """Such as the parts that two processes wrote, where one goes on."""
+    flags = *PROBABILISTIC, "--save_minutes", "0"
+    train(tmp_path / "m1", *flags, steps=3, interrupted=(3, "SIGKILL", 0))
+    (tmp_path / "m1.partial/posterior-00002-of-00002.safetensors").write_bytes(b"half")
+    out = train(tmp_path / "m1", *flags, steps=3)
+    assert [path.name for path in part_files(out, "posterior")] == ["posterior-00001-of-00001.safetensors"]
+
+
 @pytest.mark.parametrize("zero", ["0", "1"])
 def test_a_batch_that_is_passed_over_leaves_the_mean(train, tmp_path, zero):
     """From the eleventh step on every loss is above the limit: the weights stay those of ten steps."""
@@ -156,13 +167,30 @@ def test_a_killed_run_goes_on_bit_for_bit(train, first, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_the_prior_is_the_posterior_before_in_full_precision_and_tempered(train, tmp_path):
+    """The first task in bf16, whose checkpoint is rounded; the second one moves nothing and keeps the curvature."""
+    first = train(tmp_path / "m1", *PROBABILISTIC, "--dtype", "bf16", "--zero", "1", steps=2)
+    second = train(tmp_path / "m2", *PROBABILISTIC, "--learning_rate", "1e-30", "--weight_noise", "false", "--tau",
+                   "0.3", init=first, steps=1)
+    shapes, weights = shapes_of(first), load_file(first / "model.safetensors")
+    for name, mean in values(first, "posterior", "mean", shapes).items():
+        assert torch.equal(values(second, "posterior", "mean", shapes)[name], mean)
+        assert not torch.equal(weights[name].float().view(-1), mean)
+    before, after = (values(stage, "posterior", "precision", shapes) for stage in (first, second))
+    for name, precision in after.items():
+        torch.testing.assert_close(precision, 1e7 * 1e-3 + 0.3 * before[name])
+
+
 def test_the_posterior_is_part_of_what_a_checkpoint_is(first, tmp_path):
-    path, = part_files(first, "posterior")
-    before, content = checkpoint_digest(first), path.read_bytes()
+    """Of one that a run reads it from: another run's parent is the same without it."""
+    copy = shutil.copytree(first, tmp_path / "copy")
+    path, = part_files(copy, "posterior")
+    content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    changed = checkpoint_digest(first)
-    path.write_bytes(content)
-    assert changed != before == checkpoint_digest(first)
+    probabilistic, ewc = TrainSettings(mode="probabilistic"), TrainSettings(ewc_strength=1.0)
+    assert checkpoint_digest(copy, taken(probabilistic)) != checkpoint_digest(first, taken(probabilistic))
+    for s in (ewc, TrainSettings(), dataclasses.replace(probabilistic, prior="weights")):
+        assert checkpoint_digest(copy, taken(s)) == checkpoint_digest(first, taken(s))
 
 
 # ------------------------------------------------------------------------------------------------------- deterministic
@@ -188,6 +216,23 @@ def test_fisher_information_averaging_and_pulls_under_other_stages(train, checkp
     more = values(second, "fisher", "fisher", shapes_of(second))
     assert all((more[name] >= found[0][name]).all() for name in more)
     assert any((more[name] > found[0][name]).any() for name in more)
+
+
+@pytest.mark.parametrize(("zero", "dtype"), [("2", "fp32"), ("1", "bf16")])
+def test_a_killed_run_with_pulls_goes_on_bit_for_bit(train, tmp_path, zero, dtype):
+    flags = ["--ewc_strength", "10", "--average_rate", "0.1", "--average_after", "0.7", "--fisher_samples", "3",
+             "--zero", zero, "--dtype", dtype, "--save_minutes", "0"]
+    first = train(tmp_path / "first", *flags, launcher=TORCHRUN, steps=2)
+    whole = train(tmp_path / "whole", *flags, init=first, launcher=TORCHRUN)
+    train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN, interrupted=(3, "SIGKILL", "all"))
+    cut = train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN)
+    assert losses(cut) == losses(whole)
+    a, b = (values(out, "fisher", "fisher", shapes_of(whole)) for out in (cut, whole))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    if dtype == "fp32":
+        alone = train(tmp_path / "alone", *flags, "--zero", "0", init=first)
+        assert losses(alone) == pytest.approx(losses(whole), rel=2e-6)
+        assert close(values(alone, "fisher", "fisher", shapes_of(alone)), b, 1e-3)
 
 
 def test_averaging_after_training(train, checkpoint, tmp_path):
@@ -221,53 +266,57 @@ def test_pulls_by_hand():
 
 @pytest.fixture
 def chain(checkpoint, simp_file, tmp_path):
-    """Two stages that were trained on files of their own, by their run.json; returns the second one's directory."""
-    items = read_task(simp_file)[0]
-    init = checkpoint
-    for number, (task, limit) in enumerate((("simp", 40), ("empd", None)), 1):
-        data, stage = tmp_path / f"{task}.json", tmp_path / f"m{number}-{task}"
+    """A stage that was trained on two files of their own, as its run.json has it."""
+    items, tasks = read_task(simp_file)[0], []
+    for task, limit in (("simp", 40), ("empd", None)):
+        data, stage = tmp_path / f"{task}.json", tmp_path / "m2-empd"
         split = [item | {"output": f"{task} {index}"} for index, item in enumerate(items["train"])]
         data.write_text(json.dumps(items | {"train": split}))
-        stage.mkdir()
-        (stage / "run.json").write_text(json.dumps({"data_digest": data_digest(data), "settings": {
-            "task": task, "data": str(data), "init": str(init), "max_train_samples": limit}}))
-        init = stage
-    return init
+        tasks.append(task_of(TrainSettings(task=task, data=str(data), max_train_samples=limit)))
+    shutil.copytree(checkpoint, stage)
+    (stage / "run.json").write_text(json.dumps({"history": {"tasks": tasks}}))
+    return stage
 
 
 def test_a_share_of_every_earlier_task_is_trained_on_again(chain, simp_file):
-    s = TrainSettings(data=str(simp_file), rehearsal=0.05)
-    picked = [item["output"].split() for item in rehearsed(s, chain)]
+    s, past = TrainSettings(data=str(simp_file), rehearsal=0.05), history(chain)
+    picked = [item["output"].split() for item in rehearsed(s, past)]
     assert [task for task, _ in picked] == ["simp"] * 2 + ["empd"] * round(0.05 * 112)
     assert all(int(index) < 40 for task, index in picked if task == "simp")
     assert len({tuple(pair) for pair in picked}) == len(picked)
-    assert rehearsed(s, chain) == rehearsed(s, chain)
-    assert rehearsed(dataclasses.replace(s, seed=1), chain) != rehearsed(s, chain)
-    assert rehearsed(dataclasses.replace(s, rehearsal=0.0), chain) == []
-    own = dataclasses.replace(s, data=earlier_tasks(chain)[1][0])  # a task that comes again rehearses the others
-    assert {item["output"].split()[0] for item in rehearsed(own, chain)} == {"simp"}
+    assert rehearsed(s, past) == rehearsed(s, past)
+    assert rehearsed(dataclasses.replace(s, seed=1), past) != rehearsed(s, past)
+    assert rehearsed(dataclasses.replace(s, rehearsal=0.0), past) == []
+    own = dataclasses.replace(s, data=past["tasks"][1]["data"])  # a task that comes again rehearses the others
+    assert {item["output"].split()[0] for item in rehearsed(own, past)} == {"simp"}
+    again = {"tasks": [*past["tasks"], past["tasks"][0] | {"max_train_samples": 20}]}  # and counts from its last time
+    assert [task["max_train_samples"] for task in earlier_tasks(s, again)] == [20, None]
 
 
-def test_rehearsal_that_cannot_be(chain, checkpoint, tmp_path):
+def test_rehearsal_that_cannot_be(chain, checkpoint, simp_file, tmp_path):
+    s = TrainSettings(init=str(checkpoint), data=str(simp_file), rehearsal=0.05)
     with pytest.raises(UserError, match="was fine-tuned on no task before: leave it out for the first task"):
-        earlier_tasks(checkpoint)
-    path = tmp_path / "simp.json"
-    content = path.read_text()
-    path.write_text(content + " ")
-    with pytest.raises(UserError, match="m1-simp was trained on it, but it has changed since"):
-        earlier_tasks(chain, digests=True)
+        earlier_tasks(s, history(checkpoint))
+    path, past = tmp_path / "simp.json", history(chain)
+    check_earlier_tasks(s, past)
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match=r"simp.json, which simp was learned from, but it has changed since"):
+        check_earlier_tasks(s, past)
     path.unlink()
-    with pytest.raises(UserError, match=r"simp.json, which .*m1-simp was trained on, but which does not exist"):
-        earlier_tasks(chain)
+    with pytest.raises(UserError, match="but it does not exist any more"):
+        check_earlier_tasks(s, past)
 
 
 def test_rehearsal_in_a_run(train, chain, checkpoint, tmp_path):
-    for path in checkpoint.iterdir():
-        (chain / path.name).write_bytes(path.read_bytes())
-    train(tmp_path / "m3", "--rehearsal", "0.1", init=chain, steps=2, launcher=TORCHRUN)
-    result = run_script("train.py", "--init", chain, "--data", tmp_path / "simp.json", "--out", tmp_path / "m4", *FLAGS,
-                        "--max_steps", "1", "--rehearsal", "0.1")
+    out = train(tmp_path / "m3", "--rehearsal", "0.1", init=chain, steps=2, launcher=TORCHRUN)
+    run, before = (json.loads((path / "run.json").read_text()) for path in (out, chain))
+    assert run["rehearsed"] == [task["data_digest"] for task in before["history"]["tasks"]]
+    assert [task["task"] for task in run["history"]["tasks"]] == ["simp", "empd", "simp"]
+    words = ["train.py", "--init", chain, "--out", tmp_path / "m4", *FLAGS, "--max_steps", "1", "--rehearsal", "0.1"]
+    result = run_script(*words, "--data", tmp_path / "simp.json")
     assert "71 training samples, 11 of them of earlier tasks" in result.stdout  # not of its own
+    (tmp_path / "empd.json").unlink()  # of no use to a stage that is finished
+    assert "is finished already" in run_script(*words, "--data", tmp_path / "simp.json").stdout
 
 
 # -------------------------------------------------------------------------------------------------------- what it says
@@ -302,21 +351,22 @@ def test_priors_that_cannot_be(checkpoint, first, tmp_path):
     config = ModelConfig.read(checkpoint / "config.json")
     s = TrainSettings(mode="probabilistic", prior="posterior")
     with pytest.raises(UserError, match="has no posterior to be the prior: fine-tune it in probabilistic mode first"):
-        check_method(s, checkpoint, config)
-    assert open_prior(dataclasses.replace(s, prior="auto"), checkpoint, config) is None
-    assert open_prior(dataclasses.replace(s, prior="weights"), first, config) is None
-    assert open_prior(dataclasses.replace(s, prior="auto"), first, config)
+        check_method(s, checkpoint, config, {})
+    assert prior_files(dataclasses.replace(s, prior="auto"), checkpoint) == []
+    assert prior_files(dataclasses.replace(s, prior="weights"), first) == []
+    assert prior_files(dataclasses.replace(s, prior="auto"), first) == part_files(first, "posterior") != []
+    check_method(s, first, config, {})
     with pytest.raises(UserError, match="is that of another model: 1,536 values of mean of model.layers.0.mlp.down_pro"
                                         "j.weight, expected 2,048"):
-        check_method(s, first, dataclasses.replace(config, intermediate_size=64))
+        check_method(s, first, dataclasses.replace(config, intermediate_size=64), {})
     tensors = load_file(part_files(first, "posterior")[0])
     name = tmp_path / "posterior-00001-of-00001.safetensors"
     save_file({key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}, name)
     with pytest.raises(UserError, match="0 values of mean of model.layers.1.input_layernorm.weight, expected 32"):
-        check_method(s, tmp_path, config)
+        check_method(s, tmp_path, config, {})
     name.rename(tmp_path / "posterior-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="holds 1 of the 2 files posterior-"):
-        check_method(s, tmp_path, config)
+        check_method(s, tmp_path, config, {})
     save_file({"mean": torch.zeros(3)}, name)
     with pytest.raises(UserError, match="is no file of this program: it holds 'mean'"):
         Parts([name], "it")
@@ -324,9 +374,9 @@ def test_priors_that_cannot_be(checkpoint, first, tmp_path):
 
 def test_ewc_needs_what_the_stage_before_measured(chain, checkpoint):
     config, s = ModelConfig.read(checkpoint / "config.json"), TrainSettings(ewc_strength=1.0)
-    check_method(s, checkpoint, config)  # the first task
+    check_method(s, checkpoint, config, history(checkpoint))  # the first task
     with pytest.raises(UserError, match="has no Fisher information of empd, which it was trained on: train it "):
-        check_method(s, chain, config)
+        check_method(s, chain, config, history(chain))
 
 
 def test_parts_are_read_across_files(tmp_path):

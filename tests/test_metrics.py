@@ -159,6 +159,8 @@ def test_items_that_were_measured_several_times_are_compared_in_pairs():
     change = [100 * (start.mean() ** -2 * (one + two).mean() / 2 * start - (one + two) / 2 / start.mean())]
     assert fg(of_items(start, "test set"), [a, b]).error == pytest.approx(np.std(change, ddof=1) / 200 ** 0.5)
     assert mean([a, a]).error == pytest.approx(a.error)
+    unknown = mean([a, Estimate(0.5)])  # without a standard error there is none of a difference either
+    assert np.isnan((unknown - b).error)
     seeds = over_seeds([a, b])
     spread = 12.706 / 1.96 * np.std([a.value, b.value], ddof=1) / 2 ** 0.5
     assert seeds.error == pytest.approx(np.hypot(((one + two) / 2).std(ddof=1) / 200 ** 0.5, spread))

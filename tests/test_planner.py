@@ -47,7 +47,7 @@ def test_the_published_7b_by_hand():
     assert rows["gathered weights"] == 2e9
     assert plan.flops(1) == 6 * parameters * 4 / 3
     assert plan.disk(1) == parameters * (2 + 2 + 24)
-    later = dataclasses.replace(plan, mode="probabilistic")  # with the prior's mean and precision
+    later = dataclasses.replace(plan, method="probabilistic")  # with the prior's mean and precision
     assert later.memory()["fp32 weights and moments"] == parameters * 20 / 8
     assert later.disk(1) == plan.disk(1) + 8 * parameters
     plain = dataclasses.replace(plan, zero=0, dtype="fp32", processes=1)

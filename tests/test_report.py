@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import comparison
 import report
+import settings
 from metrics import Estimate
 from model.files import UserError, read_json
 from record import Record
@@ -304,16 +306,50 @@ def test_methods_beside_the_constant_rate(methods, tmp_path):
     assert (constant[5].split()[0], ewc[5].split()[0]) == ("-10.00", "-2.00")  # simp 40 to 30, 40 to 38
     assert constant[-3:] == ["0.300", "1.000", "2.0"]  # both stages took a minute
     assert ewc[-1] == "3.0"
-    # DK: both from 0.5, which adds nothing; each mean of two stages has 0.02/√2: 100 · √2 · 0.02/√2 / 0.5 = 4
-    assert rows["ewc"][1] == f"-30.00 [{-30 - 1.96 * 4:.2f}, {-30 + 1.96 * 4:.2f}]"
-    assert "- llm, ewc beside constant: better by FG DK (-30.00 [-37.84, -22.16]), FG Rs" in text
+    # DK: each FG has the start's 0.02, times what is left of it, and the mean's over two stages, over 0.5
+    error = 100 / 0.5 * 0.02 * (2 * 0.5 + 0.7 ** 2 + 1) ** 0.5
+    assert rows["ewc"][1] == f"-30.00 [{-30 - 1.96 * error:.2f}, {-30 + 1.96 * error:.2f}]"
+    assert "- llm, ewc beside constant: better by FG DK (-30.00 [" in text
     assert "- llm, probabilistic-tau=0.5 beside constant: nothing can be told apart from noise." in text
     report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "ewc"), method="ewc", baseline="ewc"))
     text = (tmp_path / "ewc/report.md").read_text()
     assert "with the method ewc" in text
     assert "llm, constant beside ewc: worse by FG DK (+30.00" in text
+    s = settings.load(ReportSettings, ["--runs", str(methods), "--method", "ewc"], "")  # whose file says other things
+    assert s.method == "ewc"
     with pytest.raises(UserError, match="unknown method 'best', expected one of constant, ewc, probabilistic-tau=0.5"):
         report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out"), method="best"))
+
+
+def test_methods_are_compared_only_where_they_have_the_same(methods, tmp_path):
+    shutil.rmtree(methods / "llm/ewc/m2-empd")
+    (methods / "llm/probabilistic-tau=0.5/m2-empd/eval/metrics-simp.json").unlink()
+    report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out")))
+    text = (tmp_path / "out/report.md").read_text()
+    assert "- llm, ewc beside constant: not compared, they do not have the same stages or measures." in text
+    rows = [line for line in text.split("## Methods less")[1].splitlines() if line.startswith("| probabilistic")]
+    cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    assert cells[1].startswith("+0.00 [")
+    assert cells[4:] == ["–"] * 3
+
+
+def test_of_the_bias_neither_direction_is_better():
+    assert comparison.sentence("llm", "ewc", "constant", {"FG Bias": Estimate(-20, 1), "FG DK": Estimate(5, 1)}) == (
+        "llm, ewc beside constant: worse by FG DK (+5.00 [+3.04, +6.96]); "
+        "different by FG Bias (-20.00 [-21.96, -18.04]).")
+
+
+def test_stages_without_a_method_are_one_too(methods, tmp_path):
+    for number in (1, 2):
+        write_stage(methods / "llm", number, VALUES["stack"][number], TASKS["stack"][number])
+    run = read_json(methods / "llm/m1-simp/run.json")  # whose folder is not the method's
+    run["settings"]["method"] = "cosine"
+    (methods / "llm/m1-simp/run.json").write_text(json.dumps(run))
+    stage, = (stage for stage in read_runs(methods)[0] if stage.directory == methods / "llm/m1-simp")
+    assert (stage.model, stage.method) == ("llm", "cosine")
+    write_stage(methods / "llm/other", 1, VALUES["stack"][1], TASKS["stack"][1])
+    with pytest.raises(UserError, match="unknown method 'x', expected one of constant, cosine, ewc, none, pro"):
+        report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out"), method="x"))
 
 
 def test_methods_are_compared_item_by_item(methods):
