@@ -15,7 +15,17 @@ from batches import count_tokens
 from model.checkpoint import FISHER, POSTERIOR
 from model.files import UserError
 from model.transformer import parameter_shapes
-from partitions import Parts, base_optimizer, changing_weights, flats, fragments, part_files, part_name, write_parts
+from partitions import (
+    Parts,
+    base_optimizer,
+    changing_weights,
+    flats,
+    fragments,
+    part_files,
+    part_name,
+    update_weights,
+    write_parts,
+)
 from variational import IVON
 
 
@@ -142,9 +152,7 @@ class Deterministic:
         if self.s.average_after < 1:
             for flat, anchor in self.anchors.items():
                 flat.lerp_(anchor, 1 - self.s.average_after)
-            with changing_weights(self.engine) as mine:
-                for fragment in mine:
-                    fragment.weights.copy_(fragment.of(fragment.flat))
+            update_weights(self.engine)
 
     def write(self, directory, samples, take_step):
         """Measures the diagonal Fisher information on samples of the run and writes it, added to the earlier tasks'.
@@ -199,6 +207,7 @@ class Probabilistic:
                 for flat, (mean, precision) in prior.items():
                     flat.copy_(mean)  # in full precision, as the checkpoint need not be
                     precision.mul_(s.tau)
+            update_weights(engine)
         self.optimizer.begin(mine, prior)
 
     def before_step(self, step):

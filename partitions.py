@@ -102,6 +102,13 @@ def changing_weights(engine):
                              optimizer.nccl_start_alignment_factor, optimizer.allgather_bucket_size)
 
 
+def update_weights(engine):
+    """Gives the model what the optimizer has in `flat`."""
+    with changing_weights(engine) as mine:
+        for fragment in mine:
+            fragment.weights.copy_(fragment.of(fragment.flat))
+
+
 # ---------------------------------------------------------------------------------------------------- fragments on disk
 
 def write_parts(path, mine, kinds):

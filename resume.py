@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model.files import UserError, digest, explain_os_errors, read_json, sync, write_json
-from partitions import Parts, base_optimizer, changing_weights, fragments, write_parts
+from partitions import Parts, base_optimizer, fragments, update_weights, write_parts
 from runs import identity
 
 STOPPED = 75  # exit status of a run that was stopped and goes on when started again (EX_TEMPFAIL of sysexits.h)
@@ -141,9 +141,7 @@ def load_state(engine, folder, world):
     world.on_all(check)
     saved = world.on_all(lambda: Parts([folder / name for name in names], "the saved state"))
     world.on_all(lambda: restore(engine, saved, state["optimizer_step"]))
-    with changing_weights(engine) as mine:
-        for fragment in mine:
-            fragment.weights.copy_(fragment.of(fragment.flat))
+    update_weights(engine)
     return state["progress"]
 
 

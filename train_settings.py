@@ -37,7 +37,7 @@ class TrainSettings:
     skip_samples: int | None = setting(None, "start this many samples into the stream; none: in pretraining where the "
                                              "run that made --init stopped, otherwise 0")
     # the optimizer
-    learning_rate: float = setting(2e-5, "peak learning rate")
+    learning_rate: float = setting(2e-5, "peak learning rate; with IVON the most that a weight moves in a step")
     lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "rate after the warm-up")
     warmup_steps: int = setting(0, "steps of linear warm-up")
     min_lr_ratio: float = setting(0.0, "last learning rate, as a share of the peak")
@@ -68,7 +68,7 @@ class TrainSettings:
                                             "the prior weaker")
     curvature: float = setting(1e-3, "curvature that IVON starts at")
     curvature_beta: float = setting(0.999, "decay rate of the curvature")
-    clip_radius: float = setting(1e-3, "most that a weight's gradient over its curvature counts, before the rate")
+    clip_radius: float = setting(1e-3, "gradient over curvature at which a weight moves by the whole learning rate")
     weight_noise: bool = setting(True, "draw the weights of each step; false: gradients at the mean, to compare with")
     # how it is computed
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")

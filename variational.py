@@ -45,9 +45,9 @@ class IVON(torch.optim.Optimizer):
     weights, gradients at that draw, and step(), which may be called for one parameter group at a time. State by flat
     tensor: "momentum", "curvature" (h) and "step".
 
-    lr: α of the paper, without its rescaling by h + δ; samples: λ; curvature: h at the start; betas: decay rates of
-    momentum and curvature; clip_radius: the most that the preconditioned gradient of a weight counts; noise: False
-    takes the gradients at the mean, and leaves the curvature as it is.
+    lr: the most that a weight moves in a step, α · ξ of the paper, so that it compares with AdamW's; samples: λ;
+    curvature: h at the start; betas: decay rates of momentum and curvature; clip_radius: ξ, the most that a weight's
+    gradient over h + δ counts; noise: False takes the gradients at the mean, and leaves the curvature as it is.
     """
 
     def __init__(self, params, lr, samples, curvature, betas, clip_radius, noise=True):
@@ -137,4 +137,4 @@ class IVON(torch.optim.Optimizer):
             curvature.addcdiv_(gap.square_(), whole, value=(1 - beta2) ** 2 / 2)  # which keeps h + δ above 0
         momentum.lerp_(gradient, 1 - beta1)
         move = (mean - prior_mean).mul_(delta).add_(momentum, alpha=1 / (1 - beta1 ** float(state["step"])))
-        mean.sub_(move.div_(curvature + delta).clamp_(-self.clip_radius, self.clip_radius), alpha=lr)
+        mean.sub_(move.div_(curvature + delta).div_(self.clip_radius).clamp_(-1, 1), alpha=lr)

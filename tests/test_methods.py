@@ -84,8 +84,9 @@ def test_two_tasks_are_the_same_whatever_carries_them_out(train, first, tmp_path
         train(expected, *PROBABILISTIC, "--tau", "0.3", "--zero", "0", init=first)
     found = train(tmp_path / "m2-simp", *PROBABILISTIC, "--tau", "0.3", "--zero", zero, init=first, launcher=launcher)
     assert losses(found) == pytest.approx(losses(expected), rel=2e-6)
-    found = train(tmp_path / "m3-simp", *PROBABILISTIC, "--tau", "0.3", "--zero", "0", init=again)
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    if zero == "3":
+        found = train(tmp_path / "m3-simp", *PROBABILISTIC, "--tau", "0.3", "--zero", "0", init=again)
+        assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
 
 
 def test_the_first_step_by_hand(train, checkpoint, simp_file, tmp_path):
@@ -212,16 +213,18 @@ def test_fisher_information_averaging_and_pulls_under_other_stages(train, checkp
         for name, parameter in model.named_parameters():
             expected[name] += parameter.grad.view(-1) ** 2 / 5
     assert close(found[0], expected, 1e-3)
-    second = train(tmp_path / "second", *flags, init=runs[0], steps=1)  # whose information is added
-    more = values(second, "fisher", "fisher", shapes_of(second))
+    seconds = [train(tmp_path / "second", *flags, init=runs[0], steps=2),
+               train(tmp_path / "other", *flags, "--zero", "2", init=runs[0], steps=2, launcher=TORCHRUN)]
+    assert losses(seconds[1]) == pytest.approx(losses(seconds[0]), rel=2e-6)
+    more, other = (values(second, "fisher", "fisher", shapes_of(second)) for second in seconds)
+    assert close(other, more, 1e-3)  # to which the new task's is added
     assert all((more[name] >= found[0][name]).all() for name in more)
     assert any((more[name] > found[0][name]).any() for name in more)
 
 
-@pytest.mark.parametrize(("zero", "dtype"), [("2", "fp32"), ("1", "bf16")])
-def test_a_killed_run_with_pulls_goes_on_bit_for_bit(train, tmp_path, zero, dtype):
+def test_a_killed_run_with_pulls_goes_on_bit_for_bit(train, tmp_path):
     flags = ["--ewc_strength", "10", "--average_rate", "0.1", "--average_after", "0.7", "--fisher_samples", "3",
-             "--zero", zero, "--dtype", dtype, "--save_minutes", "0"]
+             "--zero", "1", "--dtype", "bf16", "--save_minutes", "0"]
     first = train(tmp_path / "first", *flags, launcher=TORCHRUN, steps=2)
     whole = train(tmp_path / "whole", *flags, init=first, launcher=TORCHRUN)
     train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN, interrupted=(3, "SIGKILL", "all"))
@@ -229,10 +232,6 @@ def test_a_killed_run_with_pulls_goes_on_bit_for_bit(train, tmp_path, zero, dtyp
     assert losses(cut) == losses(whole)
     a, b = (values(out, "fisher", "fisher", shapes_of(whole)) for out in (cut, whole))
     assert all(torch.equal(a[name], b[name]) for name in b)
-    if dtype == "fp32":
-        alone = train(tmp_path / "alone", *flags, "--zero", "0", init=first)
-        assert losses(alone) == pytest.approx(losses(whole), rel=2e-6)
-        assert close(values(alone, "fisher", "fisher", shapes_of(alone)), b, 1e-3)
 
 
 def test_averaging_after_training(train, checkpoint, tmp_path):
@@ -341,7 +340,7 @@ def test_a_method_lies_between_the_sizes_recipe_and_the_flags():
     words = ["--config", "configs/train/finetune.toml", "--size", "tiny", "--task", "simp", "--init", "x", "--data",
              "x", "--out", "x", "--method", "probabilistic"]
     s = settings.load(TrainSettings, words, "")
-    assert (s.mode, s.learning_rate, s.weight_decay, s.num_train_epochs) == ("probabilistic", 0.1, 0.0, 10.0)
+    assert (s.mode, s.learning_rate, s.weight_decay, s.num_train_epochs) == ("probabilistic", 1e-3, 0.0, 10.0)
     assert settings.load(TrainSettings, [*words, "--learning_rate", "0.5"], "").learning_rate == 0.5
     for path in (ROOT / "configs/method").glob("*.toml"):
         assert settings.load(TrainSettings, [*words[:-1], path.stem], "").method == path.stem

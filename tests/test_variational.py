@@ -38,7 +38,7 @@ def test_the_posterior_of_a_quadratic_of_two_weights():
     samples, hessian = 50.0, torch.tensor([[2.0, 0.6], [0.6, 0.5]])
     target, prior_mean, prior_precision = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5]), torch.tensor([20.0, 5.0])
     weights = torch.nn.Parameter(torch.zeros(COPIES, 2))
-    optimizer = IVON([weights], 0.1, samples, 1.0, (0.9, 0.99), 1e9)
+    optimizer = IVON([weights], 100.0, samples, 1.0, (0.9, 0.99), 1e3)  # α is 0.1
     optimizer.begin([fragment(weights)], {weights: (prior_mean.repeat(COPIES, 1), prior_precision.repeat(COPIES, 1))})
     mean, precision = run(optimizer, weights, lambda w: (w - target) @ hessian, 1500, 500)
     expected_mean, expected_precision = posterior(samples * hessian, target, prior_mean, prior_precision)
@@ -52,7 +52,7 @@ def test_the_posterior_of_a_regression():
     x = torch.randn(40, 3, generator=generator) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.0, 0.0, 1.0]])
     y = x @ torch.tensor([1.0, -0.5, 2.0]) + 0.5 * torch.randn(40, generator=generator)
     weights = torch.nn.Parameter(torch.zeros(COPIES, 3))
-    optimizer = IVON([weights], 0.1, 40.0, 1.0, (0.9, 0.99), 1e9)
+    optimizer = IVON([weights], 100.0, 40.0, 1.0, (0.9, 0.99), 1e3)
     optimizer.begin([fragment(weights)], {weights: (torch.zeros(COPIES, 3), 4.0)})
     mean, precision = run(optimizer, weights, lambda w: (w @ x.T - y) @ x / 0.25 / 40, 1500, 500)
     hessian = x.T @ x / 0.25
@@ -72,7 +72,7 @@ def test_the_trajectory_of_the_authors_package(monkeypatch):
         return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
 
     ours, theirs = network(), network()
-    optimizer = IVON(ours.parameters(), 0.05, 200.0, 0.3, (0.9, 0.98), 2.0)
+    optimizer = IVON(ours.parameters(), 0.05 * 2.0, 200.0, 0.3, (0.9, 0.98), 2.0)
     mine = [fragment(parameter, name) for name, parameter in ours.named_parameters()]
     optimizer.begin(mine, {parameter: (torch.zeros_like(parameter), 200 * 0.01) for parameter in ours.parameters()})
     other = ivon.IVON(theirs.parameters(), lr=0.05, ess=200.0, hess_init=0.3, beta1=0.9, beta2=0.98, weight_decay=0.01,
