@@ -87,11 +87,9 @@ def changing_weights(engine):
     What the optimizer has by `flat` is not changed by that, but for fragments whose weights are `flat` itself.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()  # forgets the whole parameters that a process has beside its slices
+    if stage == 3:  # forget the small parameters that are kept whole beside the slices: they are gathered when needed
+        optimizer.checkpoint_event_prologue()
     yield fragments(engine)
-    if stage == 3:
-        optimizer.checkpoint_event_epilogue()  # gathers the small ones, which every process keeps whole, again
     if stage in (0, 3):
         return
     from deepspeed.runtime.utils import all_gather_dp_groups

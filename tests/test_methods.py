@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from partitions import Parts, part_files
-from runs import history
+from runs import describe, history, identity
 from tests.conftest import ROOT, run_script
 from train import TrainSettings
 from variational import standard_normal
@@ -342,6 +342,8 @@ def test_a_method_lies_between_the_sizes_recipe_and_the_flags():
     s = settings.load(TrainSettings, words, "")
     assert (s.mode, s.learning_rate, s.weight_decay, s.num_train_epochs) == ("probabilistic", 1e-3, 0.0, 10.0)
     assert settings.load(TrainSettings, [*words, "--learning_rate", "0.5"], "").learning_rate == 0.5
+    run = describe(dataclasses.asdict(s), "parent", "data")  # a run is its settings, by whatever name they came
+    assert identity(run) == identity(describe(dataclasses.asdict(s) | {"method": None}, "parent", "data"))
     for path in (ROOT / "configs/method").glob("*.toml"):
         assert settings.load(TrainSettings, [*words[:-1], path.stem], "").method == path.stem
 
