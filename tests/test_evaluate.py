@@ -15,7 +15,7 @@ from evaluate import EvaluateSettings, main, prepare, same_run, task_decoding
 from metrics import sari
 from model.files import UserError, digest, read_json, read_json_lines
 from model.tokenizer import Tokenizer
-from results import Stage, add_results
+from results import Stage, add_results, sample_files
 from settings import known, read_config
 from tests.conftest import ROOT, error_line, run_script, sample_texts
 
@@ -136,6 +136,7 @@ def test_newer_results_take_the_place_of_older_ones(done, words, tmp_path):
     ours = [path for path in out.glob("results_*.json") if path.name != "results_mine.json"]
     assert [read_json(path)["run"]["limit"] for path in ours] == [3]
     assert (out / "results_mine.json").exists()
+    assert list(out.glob("samples_*")) == sample_files(ours[0]) != []
 
 
 def test_two_processes_give_the_same(done, words, tmp_path):

@@ -316,6 +316,7 @@ def test_methods_beside_the_constant_rate(methods, tmp_path):
     text = (tmp_path / "ewc/report.md").read_text()
     assert "with the method ewc" in text
     assert "llm, constant beside ewc: worse by FG DK (+30.00" in text
+    assert text.index("| ewc |") < text.index("| constant |")
     s = settings.load(ReportSettings, ["--runs", str(methods), "--method", "ewc"], "")  # whose file says other things
     assert s.method == "ewc"
     with pytest.raises(UserError, match="unknown method 'best', expected one of constant, ewc, probabilistic-tau=0.5"):
