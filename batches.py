@@ -153,16 +153,27 @@ def cut(lengths, budget, step_slots):
 
 
 def micro_batches(samples, budget, step_slots, rank=0, world_size=1):
-    """Cuts a global batch, and returns this rank's micro-batches as pairs of tensors (input_ids, targets) [B, T].
+    """Cuts a global batch, and returns this rank's micro-batches: (input_ids, targets) [B, T] and the prefix [P] that
+    stands before each row of all of them, the beginning that the prompts of the global batch have in common.
 
     The samples are sorted by length and dealt out in turn, so every rank has nearly the same lengths; all are cut at
     the same places, those that suit rank 0, and so run the same number of micro-steps. A rank with no sample left
     gets a row without a target.
     """
     samples = sorted(samples, key=lambda sample: -len(sample[0]))
-    cuts = cut([len(tokens) - 1 for tokens, _ in samples[::world_size]], budget, step_slots)
-    mine = samples[rank::world_size]
-    return [collate(mine[start:stop]) for start, stop in zip(cuts, cuts[1:])]
+    prefix = common_prefix(samples)
+    shared = len(prefix)
+    cuts = cut([len(tokens) - 1 - shared for tokens, _ in samples[::world_size]], budget - shared, step_slots + shared)
+    mine = [(tokens[shared:], first - shared) for tokens, first in samples[rank::world_size]]
+    return [(*collate(mine[start:stop]), torch.from_numpy(prefix)) for start, stop in zip(cuts, cuts[1:])]
+
+
+def common_prefix(samples):
+    """The tokens that all samples begin with before the last of their prompt, which is asked for the first target."""
+    shortest = min(samples, key=lambda sample: sample[1])
+    tokens = shortest[0][:shortest[1] - 1] if len(samples) > 1 else shortest[0][:0]
+    same = np.logical_and.reduce([other[:len(tokens)] == tokens for other, _ in samples])
+    return tokens[:len(tokens) if same.all() else int(same.argmin())]
 
 
 def collate(samples):

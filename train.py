@@ -78,7 +78,7 @@ class Progress:
     """How far a run has come: the counters of the loop, saved with its state."""
     step: int = 0
     tokens: int = 0  # read in training
-    slots: int = 0  # the same with padding
+    slots: int = 0  # token places that went through the model: with padding, a prefix once for all that share it
     seconds: float = 0.0
     flops: float = 0.0  # those on the checkpoint that the run started from included
     eval_loss_before: float | None = None
@@ -97,7 +97,7 @@ class Progress:
     def line(self, steps, loss, rate, norm):
         """What is printed of a step."""
         return (f"step {self.step:>{len(str(steps))}}/{steps}  loss {loss:7.4f}  lr {rate:.2e}  norm {norm:7.3f}  "
-                f"{self.tokens / self.seconds:9,.0f} tokens/s  padding {1 - self.tokens / self.slots:5.1%}  "
+                f"{self.tokens / self.seconds:9,.0f} tokens/s  computed {self.slots / self.tokens:4.0%}  "
                 f"left {clock(self.seconds / self.step * (steps - self.step))}")
 
 
@@ -178,7 +178,7 @@ def train(s, engine, method, data, tokenizer, world, log, run, progress, past, s
         progress.add(read, filled, took, config.flops(read))
         log.write(step=step + 1, loss=loss, lr=rate, grad_norm=None if spike else norm, tokens=progress.tokens,
                   flops=progress.flops, tokens_per_s=read / took, elapsed=progress.seconds,
-                  padding=1 - read / filled, **({"skipped_samples": indices} if spike else {}))
+                  computed=filled / read, **({"skipped_samples": indices} if spike else {}))
         if spike:
             world.say(f"step {step + 1} passed over: its loss {loss:.4f} is above {limit:.4f}; samples {indices}")
         else:
@@ -201,7 +201,7 @@ def train(s, engine, method, data, tokenizer, world, log, run, progress, past, s
     return {"eval_loss_before": progress.eval_loss_before, "eval_loss_after": progress.eval_loss_after, "steps": steps,
             "first_sample": first, "last_sample": end, "tokens": progress.tokens, "flops": progress.flops,
             "seconds": progress.seconds, "tokens_per_s": progress.tokens / progress.seconds,
-            "padding": 1 - progress.tokens / progress.slots, "peak_memory_bytes": peak_memory(world)}
+            "computed": progress.slots / progress.tokens, "peak_memory_bytes": peak_memory(world)}
 
 
 def peak_memory(world):
@@ -212,7 +212,7 @@ def peak_memory(world):
 
 
 def take_step(s, engine, samples, world, limit=math.inf):
-    """One optimizer step on a global batch. Returns (mean loss, gradient norm before clipping, padded token slots).
+    """One optimizer step on a global batch. Returns (mean loss, gradient norm before clipping, token places computed).
 
     Every micro-batch adds the gradient of its summed negative log-likelihood over the target tokens of the whole
     global batch. DeepSpeed averages gradients over the processes, which the factor `world.size` undoes. A loss or
@@ -221,13 +221,13 @@ def take_step(s, engine, samples, world, limit=math.inf):
     _, wanted = count_tokens(samples)
     batches = micro_batches(samples, s.micro_batch_tokens, s.micro_step_slots, world.rank, world.size)
     nll, scale = torch.zeros((), device=world.device), world.size / wanted
-    for index, (input_ids, targets) in enumerate(batches):
+    for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         engine.set_gradient_accumulation_boundary(last)
-        part = engine(input_ids.to(world.device), targets.to(world.device))
+        part = engine(*(tensor.to(world.device) for tensor in batch))
         nll += part.detach()
         if last:  # the loss is known before the gradient is whole: one that is not wanted makes it no number
-            loss, slots = world.sum(nll, sum(input_ids.numel() for input_ids, _ in batches))
+            loss, slots = world.sum(nll, sum(len(prefix) + input_ids.numel() for input_ids, _, prefix in batches))
             loss /= wanted
             scale = scale if loss <= limit and math.isfinite(loss) else math.nan
         engine.backward(part * scale, scale_wrt_gas=False)
@@ -254,8 +254,8 @@ def evaluate(s, engine, data, world):
     for start in tqdm(range(0, len(data), share), "evaluating", leave=False, disable=hidden):
         samples = [data[index] for index in range(start, min(start + share, len(data)))]
         wanted += count_tokens(samples)[1]
-        for input_ids, targets in micro_batches(samples, *cutting):
-            nll += engine.module(input_ids.to(world.device), targets.to(world.device))
+        for batch in micro_batches(samples, *cutting):
+            nll += engine.module(*(tensor.to(world.device) for tensor in batch))
     return world.sum(nll)[0] / wanted if wanted else None
 
 

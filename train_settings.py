@@ -21,7 +21,8 @@ class TrainSettings:
     seed: int = setting(42, "seed of new weights and of the order of the samples")
     # the batch
     global_batch_size: int = setting(32, "samples in a step, over all processes")
-    micro_batch_tokens: int = setting(4096, "most padded tokens in a micro-batch; changes speed and memory, no number")
+    micro_batch_tokens: int = setting(4096, "most token places in a micro-batch, with padding; changes speed and "
+                                           "memory, no number")
     micro_step_slots: int = setting(32, "the padding that one more micro-batch has to save; changes no number")
     seq_length: int = setting(1024, "tokens in a pretraining sample")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")

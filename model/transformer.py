@@ -1,7 +1,7 @@
 """A decoder-only transformer in the Llama layout, with Hugging Face's parameter names.
 
 Dimensions:  B batch, T tokens of this call, S keys that are attended to, C hidden size, F feed-forward size,
-             H query heads, K key-value heads, D head size, V vocabulary, N tokens with a target.
+             H query heads, K key-value heads, D head size, V vocabulary, N tokens with a target, P of a common prefix.
 
 Training pads on the right and needs no attention mask: under a causal mask a real token never sees the padding
 behind it, so scaled_dot_product_attention is free to take its causal flash kernel (on GPUs in bf16, on CPUs always).
@@ -84,6 +84,30 @@ def group_bias(seen, config, dtype):
     return bias.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
 
 
+class SharedPrefix:
+    """The attention of a prefix and B rows of T tokens that follow it, in the place of a cache.
+
+    The model reads all as one text of P + B·T tokens, so that everything but the attention, which is causal in each row
+    with the prefix before it, runs once on the prefix.
+    """
+
+    def __init__(self, prefix, rows, device):
+        self.prefix, self.rows = prefix, rows  # P, (B, T)
+        B, T = rows
+        self.positions = torch.cat((torch.arange(prefix), torch.arange(prefix, prefix + T).repeat(B)))[None].to(device)
+
+    def attend(self, layer, query, key, value):
+        """Attention of query [1, H, P + B·T, D] over key and value [1, K, P + B·T, D]."""
+        y = attention(self.unfold(query), self.unfold(key), self.unfold(value))  # B H P+T D
+        prefix, rows = y[:1, :, :self.prefix], y[:, :, self.prefix:]
+        return torch.cat((prefix, rows.transpose(0, 1).flatten(1, 2)[None]), 2)
+
+    def unfold(self, x):
+        """The rows [B, H, P + T, D] of x [1, H, P + B·T, D]."""
+        prefix, rows = x[:, :, :self.prefix], x[0, :, self.prefix:].unflatten(1, self.rows)  # 1 H P D, H B T D
+        return torch.cat((prefix.expand(self.rows[0], -1, -1, -1), rows.transpose(0, 1)), 2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with K key-value heads for H query heads (GQA: Ainslie et al., arXiv 2305.13245)."""
 
@@ -156,7 +180,7 @@ class Decoder(nn.Module):
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rotary, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotary, cache)
         return self.norm(x)
@@ -189,7 +213,8 @@ class Transformer(nn.Module):
 
     `forward(input_ids)` gives logits [B, T, V]. `forward(input_ids, targets)` gives the summed negative
     log-likelihood (a scalar in nats, fp32) of the targets [B, T] that are not IGNORE_INDEX: targets[b, t] is the
-    token expected after input_ids[b, t]. The head runs only there.
+    token expected after input_ids[b, t]. The head runs only there. A prefix [P] stands before each of the rows; it is
+    computed once.
     """
 
     def __init__(self, config):
@@ -204,8 +229,13 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, targets=None):
-        hidden = self.model(input_ids)  # B T C
+    def forward(self, input_ids, targets=None, prefix=None):
+        if prefix is None or not len(prefix):
+            hidden = self.model(input_ids)  # B T C
+        else:
+            text = torch.cat((prefix, input_ids.flatten()))[None]
+            hidden = self.model(text, SharedPrefix(len(prefix), input_ids.shape, text.device))
+            hidden = hidden[0, len(prefix):].unflatten(0, input_ids.shape)  # B T C
         if targets is None:
             return self.lm_head(hidden)  # B T V
         wanted = targets != IGNORE_INDEX

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from batches import (PROMPT, RESPONSE, TaskData, TokenShards, collate, count_tokens, cut, encode_prompts, global_batch,
-                     micro_batches, read_task)
+from batches import (PROMPT, RESPONSE, TaskData, TokenShards, collate, common_prefix, count_tokens, cut, encode_prompts,
+                     global_batch, micro_batches, read_task)
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from model.transformer import IGNORE_INDEX
@@ -34,22 +34,36 @@ def test_cuts_are_the_cheapest_of_all():
         assert cost(cut(lengths, budget, price)) == min(map(cost, every))
 
 
+@pytest.mark.parametrize("shared", [0, 20])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 7, 32])
-def test_ranks_share_a_global_batch_in_equal_numbers_of_steps(world_size, count):
-    samples = random_samples(count)
+def test_ranks_share_a_global_batch_in_equal_numbers_of_steps(world_size, count, shared):
+    beginning = np.arange(shared) + 600
+    samples = [(np.concatenate((beginning, tokens)), shared + first) for tokens, first in random_samples(count)]
     ranks = [micro_batches(samples, 256, 32, rank, world_size) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1
     seen = []
-    for input_ids, targets in itertools.chain.from_iterable(ranks):
+    for input_ids, targets, prefix in itertools.chain.from_iterable(ranks):
+        assert prefix.tolist() == (beginning.tolist() if count > 1 else [])  # one sample alone shares nothing
         assert input_ids.shape == targets.shape
-        assert input_ids.numel() <= max(256, input_ids.shape[1])
+        assert len(prefix) + input_ids.numel() <= max(256, len(prefix) + input_ids.shape[1])
         for ids, wanted in zip(input_ids.tolist(), targets.tolist()):
             places = [place for place, target in enumerate(wanted) if target != IGNORE_INDEX]
             if places:
-                seen.append((tuple(ids[:places[-1] + 1]), tuple(wanted[place] for place in places)))
+                seen.append((tuple(prefix.tolist() + ids[:places[-1] + 1]), tuple(wanted[place] for place in places)))
     expected = [(tuple(tokens[:-1].tolist()), tuple(tokens[first:].tolist())) for tokens, first in samples]
     assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize(("samples", "shared"), [
+    ([([1, 2, 3, 4, 9], 4), ([1, 2, 3, 5, 9], 4)], [1, 2, 3]),
+    ([([1, 2, 3, 4, 9], 4), ([1, 2, 3, 4, 8], 4)], [1, 2, 3]),  # the last of the prompt is asked for the target
+    ([([1, 2, 3, 4, 9], 4), ([1, 2, 9, 9, 9], 2)], [1]),
+    ([([1, 2, 3, 4, 9], 4), ([1, 2, 3, 4, 9], 1)], []),  # the loss falls on all
+    ([([1, 2, 3, 4, 9], 4), ([7, 2, 3, 4, 9], 4)], []),
+    ([([1, 2, 3, 4, 9], 4)], [])])
+def test_common_prefix(samples, shared):
+    assert common_prefix([(np.array(tokens), first) for tokens, first in samples]).tolist() == shared
 
 
 def test_order_is_a_function_of_seed_and_place():
@@ -82,13 +96,16 @@ def test_padding_of_simp_is_a_few_percent(tokenizer_dir, simp_file):
     splits = read_task(simp_file)[0]
     data = TaskData(splits["train"] + splits["test"], Tokenizer(tokenizer_dir), 1024, 256)
     for world_size in (1, 2):
-        read = slots = 0
+        read = once = slots = 0
         for start in range(0, len(data) - 31, 32):
             samples = [data[index] for index in global_batch(42, len(data), start, start + 32)]
+            batches = [batch for rank in range(world_size)
+                       for batch in micro_batches(samples, 4096, 32, rank, world_size)]
             read += count_tokens(samples)[0]
-            slots += sum(input_ids.numel() for rank in range(world_size)
-                         for input_ids, _ in micro_batches(samples, 4096, 32, rank, world_size))
-        assert 0 < 1 - read / slots < 0.05
+            once += (len(samples) - len(batches)) * len(batches[0][2])  # of the prefix
+            slots += sum(len(prefix) + input_ids.numel() for input_ids, _, prefix in batches)
+        assert 0 < 1 - (read - once) / slots < 0.07
+        assert slots / read < 0.8
 
 
 def test_token_shards_cover_the_text_once(tmp_path):

@@ -75,6 +75,28 @@ def test_loss_and_gradients_equal_transformers(shape):
         assert (parameter.grad - reference[name].grad).abs().max() / scale < 1e-4, name
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("shape", [VARIANTS[name] for name in ("grouped", "full")])
+def test_a_prefix_is_as_if_it_stood_in_every_row(shape, gradient_checkpointing):
+    ours, theirs = twins(**shape)
+    ours.model.gradient_checkpointing = gradient_checkpointing
+    input_ids, targets, ids, labels, mask = padded_batch()
+    prefix = torch.randint(3, SHAPE["vocab_size"], (9,), generator=torch.Generator().manual_seed(4))
+    places = []
+    ours.model.norm.register_forward_hook(lambda module, given, result: places.append(result.shape[:2].numel()))
+    loss = ours(input_ids, targets, prefix)
+    loss.backward()
+    assert places == [9 + input_ids.numel()]
+    before = torch.full((3, 9), IGNORE_INDEX)
+    expected = theirs(torch.cat((prefix.expand(3, -1), ids), 1), labels=torch.cat((before, labels), 1),
+                      attention_mask=torch.cat((torch.ones_like(before), mask), 1), num_items_in_batch=1).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - reference[name].grad).abs().max() / reference[name].grad.abs().max() < 1e-4, name
+
+
 @pytest.mark.parametrize("change", ["chunks", "gradient_checkpointing"])
 def test_memory_savers_change_nothing(change, monkeypatch):
     plain, saving = random_model(), random_model()
@@ -98,6 +120,7 @@ def test_training_takes_the_flash_kernel():
     input_ids, targets, *_ = padded_batch()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other is an error
         random_model()(input_ids, targets).backward()
+        random_model()(input_ids, targets, input_ids[0, :5]).backward()
 
 
 def test_no_target_has_zero_loss_and_gradient():
