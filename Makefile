@@ -38,7 +38,7 @@ ifneq (,$(filter train pretrain data evaluate experiment growth-study,$(or $(MAK
   $(if $(INIT)$(and $(INIT_LLM),$(INIT_STACK))$(PRESET),,$(call expect,SIZE,$(SIZE),$(basename $(notdir $(wildcard configs/size/*.toml)))))
 endif
 
-.PHONY: help train pretrain data evaluate experiment report growth-study plan growth-plan test lint clean FORCE
+.PHONY: help train pretrain data evaluate experiment report growth-study plan growth-plan test bench lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +51,7 @@ help:
 	@echo 'make growth-study SIZE=small       loss over FLOPs, from scratch and grown: figure and table (SEEDS=42,43,44)'
 	@echo 'make plan SIZE=7b NPROC=8           whether a run fits and how long it takes (ZERO=3 GPU_MEMORY=80 TOKENS=1e9)'
 	@echo 'make growth-plan SIZE=7b TOKENS=300e9  when to grow, and what it saves (PARAMS=7e9 in place of SIZE)'
+	@echo 'make bench                         speed beside what people use: bench/RESULTS.md (INIT, RAW, FILES of your own)'
 	@echo 'make test | lint | clean           run the tests; check the style; remove the environment and prepared data'
 	@echo
 	@echo 'TASK    $(ORDER), in the order of the stages (ORDER)'
@@ -177,6 +178,10 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/user
 
 test: $(VENV)/dev
 	SMOLLM2=$(abspath $(SMOLLM2)) $(PY) -m pytest -q $(ARGS)
+
+bench: $(VENV)/dev data/prepared/$(SOURCE)/simp.json | $(if $(FILES),,data/eval/sample)
+	@$(PY) bench/results.py --data data/prepared/$(SOURCE)/simp.json --folder runs/bench \
+	    $(if $(INIT),--checkpoint $(INIT)) $(if $(FILES),--files $(FILES)) $(ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,7 @@ from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_dig
 from model.config import ModelConfig
 from model.files import UserError, read_json
 from model.tokenizer import Tokenizer, same_tokenizer
-from model.transformer import Transformer, initial_weights, parameter_shapes
+from model.transformer import Transformer, initial_weights
 from runs import describe, history, is_finished, optional
 from settings import CONFIGS, model_shape
 
@@ -253,9 +253,9 @@ def build_engine(s, model, world):
     accumulation steps are not used: the loop below sets the rate and the weight of each micro-batch.
     """
     deepspeed = import_deepspeed(world)
-    shapes = parameter_shapes(model.config)  # a parameter that ZeRO-3 has spread over the processes has none
-    matrices = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) == 2]
-    vectors = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) != 2]
+    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # as it was before ZeRO-3 spread it
+    matrices = [parameter for parameter, shape in shapes.items() if len(shape) == 2]
+    vectors = [parameter for parameter, shape in shapes.items() if len(shape) != 2]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = make_optimizer(s, groups)
     with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.common import matrix_rate, synchronize
 from build import build_engine
 from distributed import Processes
 from model.checkpoint import assemble
@@ -44,26 +45,6 @@ class GpuBenchSettings:
 
     def problems(self):
         return unknown_name("size", self.size)
-
-
-def matrix_rate(device, dtype, repeats=20):
-    """FLOPs a second of a square matrix product: the median of several."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.rand(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return 2 * size ** 3 / statistics.median(times)
-
-
-def synchronize(device):
-    """Waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(s):

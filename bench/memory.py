@@ -7,7 +7,6 @@ Fine-tunes for a few steps under each ZeRO stage and number of processes, and co
 what tensors hold, as torch.cuda.max_memory_allocated counts it; for the process's memory to be that, freed memory is
 given back at once and oneDNN keeps few of the kernels that it compiles for each shape (--plain: as they come).
 """
-import dataclasses
 import itertools
 import os
 import shutil
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import FRUGAL, random_checkpoint, train
+from bench.common import FRUGAL, small_checkpoint, train
 from model.config import ModelConfig
 from model.files import read_json
 from planner import GIB, Plan
 from runs import partial_directory
 from settings import run, setting
-from stages import shape
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,7 @@ def measure(s, checkpoint, zero, processes, dtype):
 def main(s):
     """Prints a line for each run: planned, measured, and by how much they differ."""
     os.environ.update({} if s.plain else FRUGAL)
-    config = dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2)
-    checkpoints = {"small": random_checkpoint(Path(s.folder) / "small", config)}
+    checkpoints = {"small": small_checkpoint(Path(s.folder))}
     checkpoints |= {"checkpoint": s.checkpoint} if s.checkpoint else {}
     print(f"{'model':<12} {'dtype':<5} {'ZeRO':>4} {'processes':>9} {'planned':>9} {'measured':>9} {'error':>7}")
     worst = 0.0

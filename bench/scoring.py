@@ -2,12 +2,13 @@
 
     python bench/scoring.py --checkpoint DIR --files DIR                 both dtypes: differences in fp32, speed in bf16
     python bench/scoring.py --checkpoint DIR --files DIR --dtypes bfloat16 --repeats 2
+    python bench/scoring.py --checkpoint DIR                             the sample suite, in data/eval/sample
 
 Both score the same requests of lm-eval's tasks, those of configs/eval/local.toml and HellaSwag's endings without
-labels, in turns: the backend in batches of `batch_size`, ours with shared prefixes. `allowed` is what sharing allows by
-token count: the tokens that the backend computes, once for all continuations of one token, over those of the tree of
-all prefixes. Padding is not counted. `difference` is the largest between the two, `off` how far each lies on average
-from the backend in the first of the dtypes.
+labels, or those of the sample suite, in turns: the backend in batches of `batch_size`, ours with shared prefixes.
+`allowed` is what sharing allows by token count: the tokens that the backend computes, once for all continuations of
+one token, over those of the tree of all prefixes. Padding is not counted. `difference` is the largest between the two,
+`off` how far each lies on average from the backend in the first of the dtypes.
 """
 import logging
 import sys
@@ -36,25 +37,29 @@ NAMES = ("boolq", "piqa", "mmlu", "commonsense_qa", "hellaswag", "crows_pairs_en
 class ScoringBenchSettings:
     """Settings of the benchmark."""
     checkpoint: str | None = setting(None, "checkpoint directory")
-    files: str | None = setting(None, "folder of the JSONL files that configs/eval/local.toml names")
-    names: tuple[str, ...] = setting(NAMES, "benchmarks")
+    files: str | None = setting(None, "folder of the JSONL files that configs/eval/local.toml names; none: the sample "
+                                      "suite's")
+    names: tuple[str, ...] = setting(NAMES, "benchmarks of those files")
     items: int = setting(200, "items of each")
     batch_size: int = setting(16, "requests at once in the backend")
     dtypes: tuple[str, ...] = setting(("float32", "bfloat16"), "dtypes of the weights, names of torch's")
     repeats: int = setting(1, "times that each is measured")
 
     def problems(self):
-        return [f"--{name} is missing" for name in ("checkpoint", "files") if not getattr(self, name)]
+        return [] if self.checkpoint else ["--checkpoint is missing"]
 
 
 def tasks(s):
     """The lm-eval tasks, with the requests of their first items."""
-    suite = {benchmark.name: benchmark for benchmark in read_suite("local", s.files)}
-    suite["hellaswag"] = Benchmark("hellaswag", "Rs", file=str(Path(s.files) / "hellaswag_unlabelled.jsonl"), options={
-        "doc_to_text": "ctx", "doc_to_choice": "endings", "doc_to_target": 0})
-    for name in s.names:
-        task = local_task(suite[name])
-        task.set_config(key="num_fewshot", value=suite[name].num_fewshot)
+    suite = {benchmark.name: benchmark for benchmark in read_suite("local" if s.files else "sample", s.files)
+             if not benchmark.part_of}
+    if s.files:
+        suite["hellaswag"] = Benchmark("hellaswag", "Rs", file=str(Path(s.files) / "hellaswag_unlabelled.jsonl"),
+                                       options={"doc_to_text": "ctx", "doc_to_choice": "endings", "doc_to_target": 0})
+        suite = {name: suite[name] for name in s.names}
+    for name, benchmark in suite.items():
+        task = local_task(benchmark)
+        task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         task.set_fewshot_seed(1234)
         task.build_all_requests(limit=s.items, rank=0, world_size=1)
         yield name, task

@@ -8,7 +8,6 @@ first one's posterior, under each ZeRO stage and number of processes. `step` is 
 first two; `bytes` is what rank 0 held at most beyond AdamW's run, for each weight that it keeps (a share of them under
 ZeRO), with freed memory given back at once.
 """
-import dataclasses
 import os
 import shutil
 import statistics
@@ -17,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import FRUGAL, random_checkpoint, train
+from bench.common import FRUGAL, small_checkpoint, train
 from model.config import ModelConfig
 from model.files import read_json, read_json_lines
 from settings import run, setting
-from stages import shape
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ def main(s):
     """Prints a line for each kind of run."""
     os.environ.update(FRUGAL)
     folder = Path(s.folder)
-    config = dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2)
-    checkpoint = Path(s.checkpoint or random_checkpoint(folder / "small", config))
+    checkpoint = Path(s.checkpoint or small_checkpoint(folder))
     parameters = ModelConfig.read(checkpoint / "config.json").num_parameters
     print(f"{'ZeRO':>4} {'processes':>9}  {'run':<14} {'step':>8} {'ratio':>6} {'memory':>8} {'bytes':>6}")
     for zero in s.stages:

@@ -7,7 +7,6 @@ Fine-tunes for 20 steps under ZeRO 0, 1, 2, 3 and 3 with offload, with one and t
 largest relative difference of a step's loss from the first run's, `weights` the largest norm of a saved tensor's
 difference over the tensor's own norm.
 """
-import dataclasses
 import shutil
 import sys
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import random_checkpoint, train
+from bench.common import small_checkpoint, train
 from model.files import read_json, read_json_lines
 from settings import run, setting
-from stages import shape, words
+from stages import words
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class ZeroBenchSettings:
 
 def main(s):
     """Prints a line for each run, and the largest differences."""
-    config = dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2)
-    checkpoint = s.checkpoint or random_checkpoint(Path(s.folder) / "small", config)
+    checkpoint = s.checkpoint or small_checkpoint(Path(s.folder))
     out, first, worst = Path(s.folder) / "run", None, (0.0, 0.0)
     print(f"{'ZeRO':<12} {'processes':>9} {'memory':>9} {'tokens/s':>9} {'losses':>9} {'weights':>9}")
     for stage in (["--zero", 0], ["--zero", 1], ["--zero", 2], ["--zero", 3], ["--zero", 3, "--offload"]):
