@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from model.files import UserError, digest, read_json
+from model.packing import common_prefix
 from model.transformer import IGNORE_INDEX
 
 # The Alpaca form (Taori et al., 2023). The marker also tells a source that is a whole prompt already.
@@ -161,19 +162,19 @@ def micro_batches(samples, budget, step_slots, rank=0, world_size=1):
     gets a row without a target.
     """
     samples = sorted(samples, key=lambda sample: -len(sample[0]))
-    prefix = common_prefix(samples)
+    prefix = shared_prefix(samples)
     shared = len(prefix)
     cuts = cut([len(tokens) - 1 - shared for tokens, _ in samples[::world_size]], budget - shared, step_slots + shared)
     mine = [(tokens[shared:], first - shared) for tokens, first in samples[rank::world_size]]
     return [(*collate(mine[start:stop]), torch.from_numpy(prefix)) for start, stop in zip(cuts, cuts[1:])]
 
 
-def common_prefix(samples):
-    """The tokens that all samples begin with before the last of their prompt, which is asked for the first target."""
-    shortest = min(samples, key=lambda sample: sample[1])
-    tokens = shortest[0][:shortest[1] - 1] if len(samples) > 1 else shortest[0][:0]
-    same = np.logical_and.reduce([other[:len(tokens)] == tokens for other, _ in samples])
-    return tokens[:len(tokens) if same.all() else int(same.argmin())]
+def shared_prefix(samples):
+    """The tokens that all samples begin with before the last of their prompt, which is asked for the first target; none
+    for a single sample."""
+    tokens, first = min(samples, key=lambda sample: sample[1])
+    prompt = tokens[:first - 1]
+    return prompt[:min(common_prefix(prompt, other) for other, _ in samples) if len(samples) > 1 else 0]
 
 
 def collate(samples):

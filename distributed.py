@@ -28,11 +28,8 @@ class Processes:
 
     def __enter__(self):
         if "RANK" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
@@ -120,6 +117,13 @@ class Processes:
         """Prints a line, once for all processes."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class StopRequest:

@@ -233,7 +233,7 @@ def print_result(out):
                            ("model", example["prediction"])):
             print(f"example {index} {name:>9}: {' '.join(text.split())}")
     print(f"{result['steps']} steps, {result['tokens']:,} tokens in {clock(result['seconds'])} "
-          f"({result['tokens_per_s']:,.0f} tokens/s), {result['computed']:.0%} of them computed, "
+          f"({result['tokens_per_s']:,.0f} tokens/s), "
           f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
     print(f"eval loss before {show(result['eval_loss_before'])}, after {show(result['eval_loss_after'])}")
     print(f"checkpoint: {out}", flush=True)

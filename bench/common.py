@@ -1,4 +1,4 @@
-"""What several benchmarks need: a checkpoint with random weights, and train.py as a command."""
+"""What several benchmarks need: random weights and samples, a step of a peer, train.py as a command, a clock."""
 import dataclasses
 import statistics
 import subprocess
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from batches import count_tokens
 from data_prep import train_tokenizer
-from model.checkpoint import write_checkpoint
-from model.transformer import initial_weights
+from distributed import weights_dtype
+from model.checkpoint import assemble, write_checkpoint
+from model.transformer import IGNORE_INDEX, initial_weights
 from settings import ROOT
 from stages import shape
 
@@ -31,6 +33,55 @@ def random_checkpoint(folder, config):
 def small_checkpoint(folder):
     """A checkpoint of the size small with random weights."""
     return random_checkpoint(folder / "small", dataclasses.replace(shape("small"), bos_token_id=1, eos_token_id=2))
+
+
+def dtype_of(settings):
+    """The dtype of a run's weights."""
+    return torch.bfloat16 if weights_dtype(settings) == "bf16" else torch.float32
+
+
+def random_weights(config, device, dtype):
+    """New weights, as pairs (name, tensor)."""
+    return ((name, tensor.to(device, dtype)) for name, tensor in initial_weights(config, 0))
+
+
+def random_model(config, device, dtype):
+    """A model with new weights, to be trained."""
+    return assemble(config, random_weights(config, device, dtype)).train()
+
+
+def random_samples(generator, config, count, length):
+    """Samples of random tokens, each of them a target."""
+    return [(generator.integers(0, config.vocab_size, length + 1), 1) for _ in range(count)]
+
+
+def in_batches(samples, size):
+    """Samples in the order in which they come, so many at once."""
+    return [samples[start:start + size] for start in range(0, len(samples), size)]
+
+
+def padded(samples, device):
+    """Input ids, attention mask and labels of samples as transformers takes them, padded on the right."""
+    width = max(len(tokens) for tokens, _ in samples)
+    ids = torch.zeros((len(samples), width), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
+    for row, (tokens, first) in enumerate(samples):
+        ids[row, :len(tokens)] = torch.from_numpy(tokens)
+        mask[row, :len(tokens)] = 1
+        labels[row, first:len(tokens)] = ids[row, first:len(tokens)]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def their_step(engine, samples, batch_size):
+    """One step of transformers' model on a global batch; returns the mean loss over its target tokens."""
+    wanted, total, batches = count_tokens(samples)[1], 0.0, in_batches(samples, batch_size)
+    for index, batch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        loss = engine(**padded(batch, engine.device), num_items_in_batch=wanted, use_cache=False).loss
+        engine.backward(loss, scale_wrt_gas=False)
+        total += loss.detach()
+    engine.step()
+    return float(total)
 
 
 def matrix_rate(device, dtype, repeats=20):

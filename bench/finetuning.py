@@ -16,15 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from batches import TaskData, count_tokens, global_batch, read_task
-from bench.common import matrix_rate, small_checkpoint
+from bench.common import dtype_of, in_batches, matrix_rate, small_checkpoint, their_step
 from build import build_engine, build_model
-from distributed import Processes, weights_dtype
-from model.transformer import IGNORE_INDEX
+from distributed import Processes
 from settings import run, setting
 from train import take_step
 from train_settings import TrainSettings
@@ -48,43 +46,12 @@ class FinetuningBenchSettings:
         return found + ([] if self.checkpoint or self.folder else ["give --checkpoint or --folder"])
 
 
-def padded(samples, device):
-    """Input ids, attention mask and labels of samples as transformers takes them, padded on the right."""
-    width = max(len(tokens) for tokens, _ in samples)
-    ids = torch.zeros((len(samples), width), dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-    for row, (tokens, first) in enumerate(samples):
-        ids[row, :len(tokens)] = torch.from_numpy(tokens)
-        mask[row, :len(tokens)] = 1
-        labels[row, first:len(tokens)] = ids[row, first:len(tokens)]
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
-
-
-def padded_slots(samples, batch_size):
-    """Token places of samples in batches padded to the longest."""
-    batches = [samples[start:start + batch_size] for start in range(0, len(samples), batch_size)]
-    return sum(len(batch) * (max(len(tokens) for tokens, _ in batch) - 1) for batch in batches)
-
-
-def their_step(engine, samples, batch_size):
-    """One step of transformers' model on a global batch; returns its mean loss."""
-    wanted = count_tokens(samples)[1]
-    batches = [samples[start:start + batch_size] for start in range(0, len(samples), batch_size)]
-    total = 0.0
-    for index, batch in enumerate(batches):
-        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-        loss = engine(**padded(batch, engine.device), num_items_in_batch=wanted, use_cache=False).loss
-        engine.backward(loss, scale_wrt_gas=False)
-        total += loss.detach()
-    engine.step()
-    return float(total)
-
-
 def main(s):
     """Prints the rates, their ratio, and how far apart the losses are."""
     checkpoint = Path(s.checkpoint) if s.checkpoint else small_checkpoint(Path(s.folder))
-    settings = TrainSettings(task="simp", init=str(checkpoint), dtype=s.dtype, learning_rate=s.learning_rate)
-    dtype = torch.bfloat16 if weights_dtype(settings) == "bf16" else torch.float32
+    settings = TrainSettings(task="simp", init=str(checkpoint), dtype=s.dtype, learning_rate=s.learning_rate,
+                             zero=1)  # under which DeepSpeed clips the gradients of both
+    dtype = dtype_of(settings)
     with Processes() as world:
         tokenizer, model = build_model(settings, checkpoint, world)
         data = TaskData(read_task(s.data)[0]["train"][:s.samples], tokenizer, settings.max_source_length,
@@ -106,7 +73,8 @@ def main(s):
                 speeds[way].append(count_tokens(samples)[0] / (time.perf_counter() - began))
             print(f"step {number}: loss {losses['transformers'][-1]:.4f} and {losses['ours'][-1]:.4f}, tokens/s "
                   f"{speeds['transformers'][-1]:,.0f} and {speeds['ours'][-1]:,.0f}", flush=True)
-    read, slots = count_tokens(data.samples)[0], padded_slots(data.samples, s.batch_size)
+    read, slots = count_tokens(data.samples)[0], sum(len(batch) * max(count_tokens([sample])[0] for sample in batch)
+                                                     for batch in in_batches(data.samples, s.batch_size))
     product = statistics.median(products)
     print(f"{model.config.num_parameters:,} parameters, {dtype}; {len(data)} samples of {read / len(data):.0f} tokens, "
           f"in transformers' batches {1 - read / slots:.0%} padding; a matrix product: {product / 1e9:,.0f} GFLOP/s")

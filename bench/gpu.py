@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import matrix_rate, synchronize
+from bench.common import dtype_of, matrix_rate, random_model, random_samples, synchronize
 from build import build_engine
 from distributed import Processes
-from model.checkpoint import assemble
-from model.transformer import initial_weights
 from planner import GIB, Plan
 from settings import run, setting, unknown_name
 from stages import shape
@@ -49,18 +46,17 @@ class GpuBenchSettings:
 
 def main(s):
     """Prints speed, MFU and memory."""
-    config, dtype = shape(s.size), torch.bfloat16 if s.dtype == "bf16" else torch.float32
+    config = shape(s.size)
     settings = TrainSettings(zero=s.zero, offload=s.offload, dtype=s.dtype, micro_batch_tokens=s.micro_batch_tokens)
+    dtype = dtype_of(settings)
     with Processes() as world:
         rate = matrix_rate(world.device, dtype)
-        weights = ((name, tensor.to(world.device, dtype)) for name, tensor in initial_weights(config, 0))
-        model = assemble(config, weights).train()
+        model = random_model(config, world.device, dtype)
         model.model.gradient_checkpointing = s.gradient_checkpointing
         engine = build_engine(settings, model, world)
         generator, times = np.random.default_rng(0), []
         for step in range(s.steps + 1):
-            batch = [(generator.integers(0, config.vocab_size, s.seq_length + 1), 1)
-                     for _ in range(s.global_batch_size)]
+            batch = random_samples(generator, config, s.global_batch_size, s.seq_length)
             began = time.perf_counter()
             take_step(settings, engine, batch, world)
             synchronize(world.device)

@@ -10,14 +10,13 @@ compiled. `of a matrix product` is 6·N FLOPs a token over the rate of a large m
 in between. The profile is of our steps, on a CPU: the time of operators by what they are for, and what is left between
 them.
 """
-import math
 import statistics
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,11 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from batches import collate
-from bench.common import matrix_rate
+from bench.common import dtype_of, in_batches, matrix_rate, random_model, random_samples, random_weights, their_step
 from build import build_engine
-from distributed import Processes, weights_dtype
-from model.checkpoint import assemble
-from model.transformer import initial_weights, rotary_table
+from distributed import Processes
+from model.transformer import rotary_table
 from settings import run, setting, unknown_name
 from stages import shape
 from train import take_step
@@ -116,11 +114,11 @@ def plain_loop(s, model, settings, dtype, device):
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (settings.adam_beta1, settings.adam_beta2), fused=True)
 
     def step(samples):
-        total, count = 0.0, math.ceil(len(samples) / s.batch_size)
-        for start in range(0, len(samples), s.batch_size):
-            ids, targets = (tensor.to(device) for tensor in collate(samples[start:start + s.batch_size]))
+        total, batches = 0.0, in_batches(samples, s.batch_size)
+        for batch in batches:
+            ids, targets = (tensor.to(device) for tensor in collate(batch))
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = model(ids, targets) / count
+                loss = model(ids, targets) / len(batches)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -130,29 +128,16 @@ def plain_loop(s, model, settings, dtype, device):
     return step
 
 
-def their_step(s, engine, samples):
-    """A step of transformers' model; returns its mean loss."""
-    total, count = 0.0, math.ceil(len(samples) / s.batch_size)
-    for start in range(0, len(samples), s.batch_size):
-        batch = samples[start:start + s.batch_size]
-        ids = torch.from_numpy(np.stack([tokens for tokens, _ in batch])).to(engine.device)
-        engine.set_gradient_accumulation_boundary(start + s.batch_size >= len(samples))
-        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss / count
-        engine.backward(loss, scale_wrt_gas=False)
-        total += loss.detach()
-    engine.step()
-    return float(total)
-
-
 def kind(event, vocabulary):
     """What the time that an operator spends itself is for."""
-    name, shapes, above = event.name, [shape for shape in event.input_shapes or [] if shape], event
+    name, shapes, above = event.name, [shape for shape in event.input_shapes or [] if shape], event.cpu_parent
     product = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_linear", "aten::_mkldnn_linear")
-    while above := above.cpu_parent:
+    while above:
         if "AccumulateGrad" in above.name:
             return "DeepSpeed: gradients"
         if above.name == "engine.step":
             return "optimizer" if "adamw" in name else "DeepSpeed: step"
+        above = above.cpu_parent
     if any(vocabulary in shape if product else shape[-1] == vocabulary for shape in shapes):
         return "head and loss"
     if product:
@@ -169,7 +154,7 @@ def print_profile(settings, engine, batches, world, vocabulary):
             step()
 
     engine.step = named_step
-    spent, began = Counter(), time.perf_counter()
+    spent = Counter()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         began = time.perf_counter()
         for samples in batches:
@@ -187,19 +172,17 @@ def print_profile(settings, engine, batches, world, vocabulary):
 
 def main(s):
     """Prints rates, ratios, how far apart the losses are, and the profile."""
-    config, settings = shape(s.size), TrainSettings(dtype=s.dtype, learning_rate=s.learning_rate, weight_decay=0.1,
-                                                    adam_beta2=0.95, max_grad_norm=1.0)
-    dtype = torch.bfloat16 if weights_dtype(settings) == "bf16" else torch.float32
+    config = shape(s.size)
+    settings = TrainSettings(dtype=s.dtype, learning_rate=s.learning_rate, weight_decay=0.1, adam_beta2=0.95,
+                             max_grad_norm=1.0, zero=1)  # under which DeepSpeed clips the gradients
+    dtype = dtype_of(settings)
     with Processes() as world:
-        def weights(dtype):
-            return ((name, tensor.to(world.device, dtype)) for name, tensor in initial_weights(config, 0))
-
-        engine = build_engine(settings, assemble(config, weights(dtype)).train(), world)
+        engine = build_engine(settings, random_model(config, world.device, dtype), world)
         peer = LlamaForCausalLM(LlamaConfig(**vars(config))).to(world.device, dtype).train()
-        peer.load_state_dict(dict(weights(dtype)), strict=not config.tie_word_embeddings)
+        peer.load_state_dict(dict(random_weights(config, world.device, dtype)), strict=not config.tie_word_embeddings)
         theirs = build_engine(settings, peer, world)
-        plain = [Plain(config, weights(torch.float32)) for _ in range(1 + s.compile)]
-        ways = {"transformers": lambda samples: their_step(s, theirs, samples),
+        plain = [Plain(config, random_weights(config, world.device, torch.float32)) for _ in range(1 + s.compile)]
+        ways = {"transformers": lambda samples: their_step(theirs, samples, s.batch_size),
                 "plain": plain_loop(s, plain[0], settings, dtype, world.device)}
         if s.compile:
             ways["plain, compiled"] = plain_loop(s, torch.compile(plain[1]), settings, dtype, world.device)
@@ -207,8 +190,7 @@ def main(s):
         generator, products = np.random.default_rng(0), []
         speeds, losses = {way: [] for way in ways}, {way: [] for way in ways}
         for number in range(2 + s.repeats):
-            samples = [(generator.integers(0, config.vocab_size, s.seq_length + 1), 1)
-                       for _ in range(s.global_batch_size)]
+            samples = random_samples(generator, config, s.global_batch_size, s.seq_length)
             products.append(matrix_rate(world.device, dtype, repeats=5))
             for way, step in ways.items():
                 began = time.perf_counter()

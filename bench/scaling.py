@@ -20,11 +20,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import FRUGAL, synchronize
+from bench.common import FRUGAL, dtype_of, random_model, random_samples, synchronize
 from build import build_engine
-from distributed import Processes, weights_dtype
-from model.checkpoint import assemble
-from model.transformer import initial_weights
+from distributed import Processes, free_port
 from settings import run, setting, unknown_name
 from stages import shape
 from train import peak_memory, take_step
@@ -64,13 +62,10 @@ def measure(rank, s, point, port, queue):
     settings = TrainSettings(zero=s.zero, dtype=s.dtype, micro_batch_tokens=1 << 30, micro_step_slots=1 << 30)
     with Processes() as world:
         before = peak_memory(world)
-        dtype = torch.bfloat16 if weights_dtype(settings) == "bf16" else torch.float32
-        weights = ((name, tensor.to(world.device, dtype)) for name, tensor in initial_weights(config, 0))
-        engine = build_engine(settings, assemble(config, weights).train(), world)
+        engine = build_engine(settings, random_model(config, world.device, dtype_of(settings)), world)
         generator, times = np.random.default_rng(0), []
         for _ in range(1 + s.steps):
-            samples = [(generator.integers(0, config.vocab_size, point.seq_length + 1), 1)
-                       for _ in range(point.samples)]
+            samples = random_samples(generator, config, point.samples, point.seq_length)
             began = time.perf_counter()
             take_step(settings, engine, samples, world)
             synchronize(world.device)
@@ -89,11 +84,11 @@ def main(s):
         values = s.processes if name == "processes" else [round(getattr(base, name) * factor) for factor in s.factors]
         found = []
         print(f"{name:>10} {'seconds':>9} {'memory':>10}")
-        for port, value in enumerate(values, 29700):
+        for value in values:
             point = dataclasses.replace(base, **{name: value})
             context = torch.multiprocessing.get_context("spawn")
             queue = context.SimpleQueue()
-            torch.multiprocessing.spawn(measure, (s, point, port, queue), nprocs=point.processes)
+            torch.multiprocessing.spawn(measure, (s, point, free_port(), queue), nprocs=point.processes)
             found.append(queue.get())
             print(f"{value:>10} {found[-1][0]:>8.3f}s {found[-1][1] / 2**20:>7.0f}MiB", flush=True)
         if len(values) > 1:

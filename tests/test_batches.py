@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from batches import (PROMPT, RESPONSE, TaskData, TokenShards, collate, common_prefix, count_tokens, cut, encode_prompts,
-                     global_batch, micro_batches, read_task)
+from batches import (PROMPT, RESPONSE, TaskData, TokenShards, collate, count_tokens, cut, encode_prompts, global_batch,
+                     micro_batches, read_task, shared_prefix)
 from model.files import UserError
 from model.tokenizer import Tokenizer
 from model.transformer import IGNORE_INDEX
@@ -62,8 +62,14 @@ def test_ranks_share_a_global_batch_in_equal_numbers_of_steps(world_size, count,
     ([([1, 2, 3, 4, 9], 4), ([1, 2, 3, 4, 9], 1)], []),  # the loss falls on all
     ([([1, 2, 3, 4, 9], 4), ([7, 2, 3, 4, 9], 4)], []),
     ([([1, 2, 3, 4, 9], 4)], [])])
-def test_common_prefix(samples, shared):
-    assert common_prefix([(np.array(tokens), first) for tokens, first in samples]).tolist() == shared
+def test_shared_prefix(samples, shared):
+    assert shared_prefix([(np.array(tokens), first) for tokens, first in samples]).tolist() == shared
+
+
+def test_a_prefix_is_part_of_the_price_of_a_micro_batch():
+    """A second micro-batch would save 36 places and compute the 99 before both rows again."""
+    samples = [(np.arange(length + 1), 100) for length in (140, 104)]
+    assert [tuple(ids.shape) for ids, *_ in micro_batches(samples, 4096, 0)] == [(2, 41)]
 
 
 def test_order_is_a_function_of_seed_and_place():

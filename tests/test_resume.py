@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from build import compare_digests
+from distributed import free_port
 from model.files import UserError
 from partitions import Parts
 from runs import StepLog
-from tests.conftest import ROOT, error_line, free_port, run_script
+from tests.conftest import ROOT, error_line, run_script
 from train import TrainSettings, main
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batches import PROMPT, TokenShards, global_batch
+from batches import PROMPT, TaskData, TokenShards, count_tokens, global_batch, micro_batches, read_task
+from distributed import free_port
+from model.tokenizer import Tokenizer
 from runs import start_run
-from tests.conftest import ROOT, error_line, free_port, run_script
+from tests.conftest import ROOT, error_line, run_script
 from train import TrainSettings, learning_rate, prune
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
@@ -147,7 +149,7 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
 
 
-def test_what_a_finished_run_leaves(finished, checkpoint):
+def test_what_a_finished_run_leaves(finished, checkpoint, simp_file):
     out, result = finished
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoint-15", "config.json", "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json",
@@ -163,6 +165,10 @@ def test_what_a_finished_run_leaves(finished, checkpoint):
     assert run["result"]["eval_loss_after"] == evaluated[-1]["eval_loss"]
     assert [line["step"] for line in evaluated] == [0, 10, 20]
     assert all(0.5 < line["computed"] < 1 and line["tokens_per_s"] > 0 for line in logged)
+    data = TaskData(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
+    batch = [data[index] for index in global_batch(42, 60, 0, 8)]
+    places = sum(len(prefix) + ids.numel() for ids, _, prefix in micro_batches(batch, 4096, 32))
+    assert logged[0]["computed"] == pytest.approx(places / count_tokens(batch)[0])
     assert logged[-1]["tokens"] == run["result"]["tokens"] > 9000
     for text in ("example 3     model:", "example 3 reference:", "eval loss before", f"checkpoint: {out}"):
         assert text in result.stdout
