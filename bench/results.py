@@ -24,6 +24,7 @@ from model.files import UserError
 from settings import ROOT, run, setting
 
 PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
+RESULTS = str(ROOT / "bench/RESULTS.md")
 BY_HAND = "\n## Tried"
 TITLES = {"finetuning": "Fine-tuning", "pretraining": "Pretraining", "decoding": "Decoding", "scoring": "Benchmarks",
           "scaling": "Growth of cost", "startup": "Start-up"}
@@ -38,10 +39,12 @@ class ResultsSettings:
     files: str | None = setting(None, "folder of the JSONL files that configs/eval/local.toml names; none: the sample "
                                       "suite's")
     only: tuple[str, ...] = setting(tuple(TITLES), "benchmarks to run")
-    out: str = setting(str(ROOT / "bench/RESULTS.md"), "file of the results")
+    out: str = setting(RESULTS, "file of the results")
 
     def problems(self):
         found = [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
+        if self.only != tuple(TITLES) and self.out == RESULTS:
+            found.append("--only leaves benchmarks out, whose results would be lost: give --out")
         return found + [f"unknown benchmark {name!r}, expected one of {', '.join(TITLES)}" for name in self.only
                         if name not in TITLES]
 
