@@ -260,6 +260,8 @@ def build_engine(s, model, world):
     optimizer = make_optimizer(s, groups)
     with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(s, world))[0]
+    if world.size == 1 and not hasattr(engine.optimizer, "overlapping_partition_gradients_reduce_epilogue"):
+        engine.enable_backward_allreduce = False  # alone, DeepSpeed would copy all gradients into one tensor and back
     _set_pg_timeout(world.timeout, engine.seq_data_parallel_group)  # its own group has torch's half an hour
     return engine
 

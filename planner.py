@@ -144,9 +144,8 @@ class Plan:
         return self.micro_batch_tokens * (layers + 1) * block
 
     def logits(self):
-        """One slice of the loss: the logits in the weights' dtype and as fp32, their log-softmax, the gradients."""
-        elements = min(LOGITS_PER_CHUNK, self.micro_batch_tokens * self.config.vocab_size)
-        return elements * (12 + (4 if self.width == 2 else 0))
+        """One slice of the loss in fp32: the logits and their log-softmax, of which the gradient takes the place."""
+        return 8 * min(LOGITS_PER_CHUNK, self.micro_batch_tokens * self.config.vocab_size)
 
     def host(self):
         """Bytes of host memory, all processes of the run together."""

@@ -1,20 +1,27 @@
-"""What several benchmarks need: random weights and samples, a step of a peer, train.py as a command, a clock."""
+"""What several benchmarks need: random weights and samples, steps in turns, a profile, train.py as a command."""
+import ctypes
 import dataclasses
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
 
 from batches import count_tokens
 from data_prep import train_tokenizer
-from distributed import weights_dtype
+from distributed import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory, weights_dtype
 from model.checkpoint import assemble, write_checkpoint
 from model.transformer import IGNORE_INDEX, initial_weights
 from settings import ROOT
 from stages import shape
+from train import take_step
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 # For a process's memory to be what its tensors hold: freed memory is given back, few compiled kernels are kept.
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
@@ -82,6 +89,85 @@ def their_step(engine, samples, batch_size):
         total += loss.detach()
     engine.step()
     return float(total)
+
+
+def give_back_freed_memory():
+    """The opposite of keep_freed_memory: the C library as a program finds it that asks for nothing, with the thresholds
+    that glibc comes to by itself."""
+    library = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
+        library.mallopt(option, value)
+    library.malloc_trim(0)
+
+
+def compare(ways, batches, warm_up, device, dtype, config):
+    """Takes the same steps in several ways, in turns, and prints their rates beside those of the first.
+
+    ways: name -> (a function that takes a step on a global batch and returns its loss, whether freed memory is kept as
+    in train.py). The first `warm_up` global batches are not measured. `of a matrix product` is 6·N FLOPs a token over
+    the rate of a large square matrix product in the same dtype, measured in between.
+    """
+    speeds, losses, products = {way: [] for way in ways}, {way: [] for way in ways}, []
+    for number, samples in enumerate(tqdm(batches, "steps", leave=False)):
+        products.append(matrix_rate(device, dtype, repeats=5))
+        for way, (step, kept) in ways.items():
+            (keep_freed_memory if kept else give_back_freed_memory)()
+            began = time.perf_counter()
+            losses[way].append(step(samples))
+            if number >= warm_up:
+                speeds[way].append(count_tokens(samples)[0] / (time.perf_counter() - began))
+    keep_freed_memory()
+    product, first = statistics.median(products), next(iter(ways))
+    print(f"a matrix product: {product / 1e9:,.0f} GFLOP/s; medians of {len(batches) - warm_up} steps, losses of all")
+    print(f"{'':<30} {'tokens/s':>9} {'ratio':>6} {'of a matrix product':>20} {'losses apart: most':>18} {'mean':>8}")
+    for way, found in speeds.items():
+        speed = statistics.median(found)
+        apart = [abs(a / b - 1) for a, b in zip(losses[way], losses[first])]
+        print(f"{way:<30} {speed:>9,.1f} {speed / statistics.median(speeds[first]):>6.2f} "
+              f"{config.flops(speed) / product:>20.1%} {max(apart):>18.1e} {statistics.fmean(apart):>8.1e}")
+
+
+def kind(event, vocabulary):
+    """What the time that an operator spends itself is for."""
+    name, shapes, above = event.name, [shape for shape in event.input_shapes or [] if shape], event.cpu_parent
+    product = name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_mkldnn_linear")
+    while above:
+        if "AccumulateGrad" in above.name:
+            return "DeepSpeed: gradients"
+        if above.name == "engine.step":
+            return "optimizer" if "adamw" in name else "DeepSpeed: step"
+        above = above.cpu_parent
+    if any(vocabulary in shape if product else shape[-1] == vocabulary for shape in shapes):
+        return "head and loss"
+    if product:
+        return "matrix products"
+    attention = "scaled_dot_product" in name or name in ("aten::baddbmm", "aten::bmm", "aten::_softmax",
+                                                         "aten::_softmax_backward_data")
+    return "attention" if attention else "norms, rotation, elementwise"
+
+
+def print_profile(settings, engine, batches, world):
+    """Prints where the time of our steps goes on a CPU: operators by what they are for, and what is left between."""
+    step, vocabulary, spent = engine.step, engine.module.config.vocab_size, Counter()
+
+    def named_step():
+        with record_function("engine.step"):
+            step()
+
+    engine.step = named_step
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        began = time.perf_counter()
+        for samples in batches:
+            take_step(settings, engine, samples, world)
+        took = (time.perf_counter() - began) / len(batches)
+    engine.step = step
+    for event in profiled.events():
+        if event.name.startswith("aten::"):
+            spent[kind(event, vocabulary)] += event.self_cpu_time_total / 1e6 / len(batches)
+    spent["between operators: Python, DeepSpeed, autograd"] = took - sum(spent.values())
+    print(f"a step of ours, {took:.3f} s while it is profiled:")
+    for name, seconds in spent.most_common():
+        print(f"  {name:<48} {seconds:7.3f} s {seconds / took:6.1%}")
 
 
 def matrix_rate(device, dtype, repeats=20):

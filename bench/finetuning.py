@@ -3,16 +3,15 @@
     python bench/finetuning.py --checkpoint DIR --data data/prepared/raw/simp.json
     python bench/finetuning.py --data data/prepared/sample/simp.json --folder DIR       random weights of the size small
 
-Both take the same steps on the same samples under the same DeepSpeed configuration with the same optimizer, in turns.
+All take the same steps on the same samples under the same DeepSpeed configuration with the same optimizer, in turns.
 transformers' LlamaForCausalLM gets `batch_size` samples at once in the order in which they come, padded to the longest,
-and makes the logits of all tokens; its loss is the mean over the target tokens of the global batch, as ours is. A rate
-counts the tokens of the samples, without padding. `of a matrix product` is 6·N FLOPs for each of them over the rate of
-a large matrix product in the same dtype, measured in between.
+and makes the logits of all tokens; its loss is the mean over the target tokens of the global batch, as ours is. It runs
+twice: with the C library's memory as it comes, and kept as train.py has it kept. A rate counts the tokens of the
+samples, without padding. The profile is of our steps, on a CPU.
 """
-import statistics
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from batches import TaskData, count_tokens, global_batch, read_task
-from bench.common import dtype_of, in_batches, matrix_rate, small_checkpoint, their_step
+from bench.common import compare, dtype_of, in_batches, print_profile, small_checkpoint, their_step
 from build import build_engine, build_model
 from distributed import Processes
 from settings import run, setting
@@ -37,7 +36,7 @@ class FinetuningBenchSettings:
     samples: int = setting(256, "training samples, each seen once a repeat")
     global_batch_size: int = setting(32, "samples in a step")
     batch_size: int = setting(8, "samples at once in transformers")
-    repeats: int = setting(2, "times that each step is measured, after one that is not")
+    repeats: int = setting(1, "times that each step is measured, after one that is not")
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 where the hardware multiplies it")
     learning_rate: float = setting(2e-5, "learning rate")
 
@@ -47,45 +46,31 @@ class FinetuningBenchSettings:
 
 
 def main(s):
-    """Prints the rates, their ratio, and how far apart the losses are."""
+    """Prints the rates, their ratios, how far apart the losses are, and the profile."""
     checkpoint = Path(s.checkpoint) if s.checkpoint else small_checkpoint(Path(s.folder))
     settings = TrainSettings(task="simp", init=str(checkpoint), dtype=s.dtype, learning_rate=s.learning_rate,
-                             zero=1)  # under which DeepSpeed clips the gradients of both
+                             zero=1)  # under which DeepSpeed clips the gradients of all
     dtype = dtype_of(settings)
     with Processes() as world:
         tokenizer, model = build_model(settings, checkpoint, world)
         data = TaskData(read_task(s.data)[0]["train"][:s.samples], tokenizer, settings.max_source_length,
                         settings.max_target_length)
         ours = build_engine(settings, model, world)
-        peer = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(world.device).train()
-        theirs = build_engine(settings, peer, world)
-        ways = {"transformers": lambda samples: their_step(theirs, samples, s.batch_size),
-                "ours": lambda samples: take_step(settings, ours, samples, world)[0]}
-        steps = len(data) // s.global_batch_size
+        peers = [build_engine(settings, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(world.device)
+                              .train(), world) for _ in range(2)]
+        ways = {name: (partial(their_step, peer, batch_size=s.batch_size), kept)
+                for name, peer, kept in zip(("transformers", "transformers, memory kept"), peers, (False, True))}
+        ways["ours"] = lambda samples: take_step(settings, ours, samples, world)[0], True
+        steps = 1 + len(data) // s.global_batch_size * s.repeats
         batches = [[data[index] for index in global_batch(settings.seed, len(data), start, start + s.global_batch_size)]
-                   for start in range(0, (1 + steps * s.repeats) * s.global_batch_size, s.global_batch_size)]
-        speeds, losses, products = {way: [] for way in ways}, {way: [] for way in ways}, []
-        for number, samples in enumerate(batches):
-            products.append(matrix_rate(world.device, dtype, repeats=5))
-            for way, step in ways.items():
-                began = time.perf_counter()
-                losses[way].append(step(samples))
-                speeds[way].append(count_tokens(samples)[0] / (time.perf_counter() - began))
-            print(f"step {number}: loss {losses['transformers'][-1]:.4f} and {losses['ours'][-1]:.4f}, tokens/s "
-                  f"{speeds['transformers'][-1]:,.0f} and {speeds['ours'][-1]:,.0f}", flush=True)
-    read, slots = count_tokens(data.samples)[0], sum(len(batch) * max(count_tokens([sample])[0] for sample in batch)
-                                                     for batch in in_batches(data.samples, s.batch_size))
-    product = statistics.median(products)
-    print(f"{model.config.num_parameters:,} parameters, {dtype}; {len(data)} samples of {read / len(data):.0f} tokens, "
-          f"in transformers' batches {1 - read / slots:.0%} padding; a matrix product: {product / 1e9:,.0f} GFLOP/s")
-    print(f"{'':<14} {'tokens/s':>9} {'ratio':>6} {'of a matrix product':>20}")
-    base = statistics.median(speeds["transformers"][1:])
-    for way, found in speeds.items():
-        speed = statistics.median(found[1:])
-        print(f"{way:<14} {speed:>9,.1f} {speed / base:>6.2f} {model.config.flops(speed) / product:>20.1%}")
-    apart = [abs(a / b - 1) for a, b in zip(losses["ours"], losses["transformers"])]
-    print(f"losses of {len(apart)} steps: largest relative difference {max(apart):.1e}, mean "
-          f"{statistics.fmean(apart):.1e}")
+                   for start in range(0, steps * s.global_batch_size, s.global_batch_size)]
+        read, slots = count_tokens(data.samples)[0], sum(len(batch) * max(count_tokens([sample])[0] for sample in batch)
+                                                         for batch in in_batches(data.samples, s.batch_size))
+        print(f"{model.config.num_parameters:,} parameters, {dtype}; {len(data)} samples of {read / len(data):.0f} "
+              f"tokens, in transformers' batches {1 - read / slots:.0%} padding")
+        compare(ways, batches, 1, world.device, dtype, model.config)
+        if world.device.type == "cpu":
+            print_profile(settings, ours, batches[1:3], world)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,12 @@
 All take the same steps from the same weights on the same packed sequences, in turns: ours and transformers'
 LlamaForCausalLM under the same DeepSpeed configuration; and plain PyTorch as in nanoGPT, the same architecture with
 fused query, key and value, torch's own RMS norm and fused AdamW, under autocast where the dtype is bf16, as it is and
-compiled. `of a matrix product` is 6·N FLOPs a token over the rate of a large matrix product in the same dtype, measured
-in between. The profile is of our steps, on a CPU: the time of operators by what they are for, and what is left between
-them.
+compiled. The peers run twice: with the C library's memory as it comes, and kept as train.py has it kept. The profile is
+of our steps, on a CPU.
 """
-import statistics
 import sys
-import time
-from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +19,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from batches import collate
-from bench.common import dtype_of, in_batches, matrix_rate, random_model, random_samples, random_weights, their_step
+from bench.common import (
+    compare,
+    dtype_of,
+    in_batches,
+    print_profile,
+    random_model,
+    random_samples,
+    random_weights,
+    their_step,
+)
 from build import build_engine
 from distributed import Processes
 from model.transformer import rotary_table
@@ -128,48 +133,6 @@ def plain_loop(s, model, settings, dtype, device):
     return step
 
 
-def kind(event, vocabulary):
-    """What the time that an operator spends itself is for."""
-    name, shapes, above = event.name, [shape for shape in event.input_shapes or [] if shape], event.cpu_parent
-    product = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_linear", "aten::_mkldnn_linear")
-    while above:
-        if "AccumulateGrad" in above.name:
-            return "DeepSpeed: gradients"
-        if above.name == "engine.step":
-            return "optimizer" if "adamw" in name else "DeepSpeed: step"
-        above = above.cpu_parent
-    if any(vocabulary in shape if product else shape[-1] == vocabulary for shape in shapes):
-        return "head and loss"
-    if product:
-        return "matrix products"
-    return "attention" if "scaled_dot_product" in name else "norms, rotation, elementwise"
-
-
-def print_profile(settings, engine, batches, world, vocabulary):
-    """Prints where the time of our steps goes."""
-    step = engine.step
-
-    def named_step():
-        with record_function("engine.step"):
-            step()
-
-    engine.step = named_step
-    spent = Counter()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        began = time.perf_counter()
-        for samples in batches:
-            take_step(settings, engine, samples, world)
-        took = (time.perf_counter() - began) / len(batches)
-    engine.step = step
-    for event in profiled.events():
-        if event.name.startswith("aten::"):
-            spent[kind(event, vocabulary)] += event.self_cpu_time_total / 1e6 / len(batches)
-    spent["between operators: Python, DeepSpeed, autograd"] = took - sum(spent.values())
-    print(f"a step of ours, {took:.3f} s while it is profiled:")
-    for name, seconds in spent.most_common():
-        print(f"  {name:<48} {seconds:7.3f} s {seconds / took:6.1%}")
-
-
 def main(s):
     """Prints rates, ratios, how far apart the losses are, and the profile."""
     config = shape(s.size)
@@ -177,37 +140,26 @@ def main(s):
                              max_grad_norm=1.0, zero=1)  # under which DeepSpeed clips the gradients
     dtype = dtype_of(settings)
     with Processes() as world:
+        ways = {}
+        for kept in (False, True):
+            peer = LlamaForCausalLM(LlamaConfig(**vars(config))).to(world.device, dtype).train()
+            peer.load_state_dict(dict(random_weights(config, world.device, dtype)),
+                                 strict=not config.tie_word_embeddings)
+            steps = {"transformers": partial(their_step, build_engine(settings, peer, world), batch_size=s.batch_size)}
+            for name in ("plain", "plain, compiled")[:1 + s.compile]:
+                plain = Plain(config, random_weights(config, world.device, torch.float32))
+                steps[name] = plain_loop(s, torch.compile(plain) if "compiled" in name else plain, settings, dtype,
+                                         world.device)
+            ways |= {name + ", memory kept" * kept: (step, kept) for name, step in steps.items()}
         engine = build_engine(settings, random_model(config, world.device, dtype), world)
-        peer = LlamaForCausalLM(LlamaConfig(**vars(config))).to(world.device, dtype).train()
-        peer.load_state_dict(dict(random_weights(config, world.device, dtype)), strict=not config.tie_word_embeddings)
-        theirs = build_engine(settings, peer, world)
-        plain = [Plain(config, random_weights(config, world.device, torch.float32)) for _ in range(1 + s.compile)]
-        ways = {"transformers": lambda samples: their_step(theirs, samples, s.batch_size),
-                "plain": plain_loop(s, plain[0], settings, dtype, world.device)}
-        if s.compile:
-            ways["plain, compiled"] = plain_loop(s, torch.compile(plain[1]), settings, dtype, world.device)
-        ways["ours"] = lambda samples: take_step(settings, engine, samples, world)[0]
-        generator, products = np.random.default_rng(0), []
-        speeds, losses = {way: [] for way in ways}, {way: [] for way in ways}
-        for number in range(2 + s.repeats):
-            samples = random_samples(generator, config, s.global_batch_size, s.seq_length)
-            products.append(matrix_rate(world.device, dtype, repeats=5))
-            for way, step in ways.items():
-                began = time.perf_counter()
-                losses[way].append(step(samples))
-                if number > 1:
-                    speeds[way].append(s.global_batch_size * s.seq_length / (time.perf_counter() - began))
-        product, base = statistics.median(products), statistics.median(speeds["transformers"])
-        print(f"{config.num_parameters:,} parameters, {dtype}, {s.global_batch_size} × {s.seq_length} tokens a step; "
-              f"a matrix product: {product / 1e9:,.0f} GFLOP/s")
-        print(f"{'':<16} {'tokens/s':>9} {'ratio':>6} {'of a matrix product':>20} {'losses apart':>13}")
-        for way, found in speeds.items():
-            speed = statistics.median(found)
-            apart = max(abs(a / b - 1) for a, b in zip(losses[way], losses["transformers"]))
-            print(f"{way:<16} {speed:>9,.0f} {speed / base:>6.2f} {config.flops(speed) / product:>20.1%} "
-                  f"{apart:>13.1e}")
+        ways["ours"] = lambda samples: take_step(settings, engine, samples, world)[0], True
+        generator = np.random.default_rng(0)
+        batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
+        print(f"{config.num_parameters:,} parameters, {dtype}, {s.global_batch_size} × {s.seq_length} tokens a step")
+        compare(ways, batches, 2, world.device, dtype, config)
         if world.device.type == "cpu":
-            print_profile(settings, engine, [samples] * 4, world, config.vocab_size)
+            # a sample fewer, for the number of tokens not to be that of the vocabulary, which tells the head's products
+            print_profile(settings, engine, [samples[1:] for samples in batches[2:6]], world)
 
 
 if __name__ == "__main__":

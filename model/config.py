@@ -82,6 +82,11 @@ class ModelConfig:
             raise UserError("model shape: " + "; ".join(problems))
 
     @property
+    def group_size(self):
+        """Query heads of each key-value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
     def num_parameters(self):
         """Number of weights, a tied head counted once."""
         C, D, F = self.hidden_size, self.head_dim, self.intermediate_size

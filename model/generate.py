@@ -59,7 +59,7 @@ class KVCache:
 
     def see(self, positions, seen):
         """The next tokens stand at positions [B, T] and see columns, a boolean [B, T, S]; the last T are their own."""
-        self.positions, self.bias = positions, group_bias(seen, self.config, self.dtype)
+        self.positions, self.bias = positions, group_bias(seen, self.config.group_size, self.dtype)
         self.length = seen.shape[2]
 
     def attend(self, layer, query, key, value):

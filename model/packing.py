@@ -58,7 +58,7 @@ class Group:
                     seen[rows, part.offset + shift:part.offset + shift + stop - part.start] = True
             own = slice(segment.offset + shift, segment.offset + shift + segment.stop - segment.start)
             seen[rows, own] = torch.ones(segment.stop - segment.start, segment.stop - segment.start).tril_().bool()
-        self.bias = group_bias(seen[None].to(device), config, dtype)
+        self.bias = group_bias(seen[None].to(device), config.group_size, dtype)
 
 
 class Pass:

@@ -4,13 +4,14 @@ Dimensions:  B batch, T tokens of this call, S keys that are attended to, C hidd
              H query heads, K key-value heads, D head size, V vocabulary, N tokens with a target, P of a common prefix.
 
 Training pads on the right and needs no attention mask: under a causal mask a real token never sees the padding
-behind it, so scaled_dot_product_attention is free to take its causal flash kernel (on GPUs in bf16, on CPUs always).
+behind it, so scaled_dot_product_attention is free to take its causal flash kernel (on GPUs in bf16, on CPUs in fp32).
 """
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # no target here: cross_entropy's own default
@@ -64,31 +65,38 @@ def rotate(x, cos, sin):
 
 
 def attention(query, key, value, bias=None):
-    """Softmax attention of query [B, H, T, D] over key and value [B, K, S, D]: causal, where S is T, or with a bias.
+    """Softmax attention of query [B, H, T, D] over key and value [B, K, S, D]: causal, the queries being the last T of
+    S tokens, or with a bias.
 
-    The bias [B, 1, T, S] is added to the scores: 0 where a query sees a key, -inf where it does not. With fewer
+    The bias [1|B, 1, H/K·T, S] is added to the scores: 0 where a query sees a key, -inf where it does not. With fewer
     key-value heads than query heads, the H/K query heads of a group then stand as further queries of their key-value
     head, which no kernel has to know of; `group_bias` repeats a bias for them.
     """
+    (B, H, T, D), (K, S) = query.shape, key.shape[1:3]
+    written_out = query.device.type == "cpu" and query.dtype is torch.bfloat16  # SDPA takes 2 to 5 times as long there
+    if bias is None and not written_out:
+        return F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S), enable_gqa=H != K)
+    query = query.reshape(B, K, -1, D)
+    if not written_out:
+        return F.scaled_dot_product_attention(query, key, value, bias).reshape(B, H, T, D)
     if bias is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True,
-                                              enable_gqa=query.shape[1] != key.shape[1])
-    B, H, T, D = query.shape
-    y = F.scaled_dot_product_attention(query.reshape(B, key.shape[1], -1, D), key, value, attn_mask=bias)  # B K H/K·T D
-    return y.reshape(B, H, T, D)
+        bias = group_bias(torch.ones(1, T, S, dtype=torch.bool).tril_(S - T), H // K, query.dtype)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # B·K H/K·T|S D
+    scores = torch.baddbmm(bias.expand(B, K, -1, -1).flatten(0, 1), query, key.mT, alpha=D ** -0.5)
+    return (scores.softmax(-1) @ value).view(B, H, T, D)
 
 
-def group_bias(seen, config, dtype):
-    """The bias [B, 1, H/K·T, S] for what each query sees, a boolean [B, T, S]."""
+def group_bias(seen, group, dtype):
+    """The bias [B, 1, H/K·T, S] for what each query sees, a boolean [B, T, S], with H/K = `group` queries a key."""
     bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
-    return bias.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
+    return bias.repeat(1, group, 1)[:, None]
 
 
 class SharedPrefix:
     """The attention of a prefix and B rows of T tokens that follow it, in the place of a cache.
 
-    The model reads all as one text of P + B·T tokens, so that everything but the attention, which is causal in each row
-    with the prefix before it, runs once on the prefix.
+    The model reads all as one text of P + B·T tokens, so that everything runs once on the prefix; attention is causal
+    in each row, with the prefix before it.
     """
 
     def __init__(self, prefix, rows, device):
@@ -98,14 +106,15 @@ class SharedPrefix:
 
     def attend(self, layer, query, key, value):
         """Attention of query [1, H, P + B·T, D] over key and value [1, K, P + B·T, D]."""
-        y = attention(self.unfold(query), self.unfold(key), self.unfold(value))  # B H P+T D
-        prefix, rows = y[:1, :, :self.prefix], y[:, :, self.prefix:]
-        return torch.cat((prefix, rows.transpose(0, 1).flatten(1, 2)[None]), 2)
+        prefix, rows = zip(*map(self.split, (query, key, value)))
+        seen = (torch.cat((x.expand(len(y), -1, -1, -1), y), 2) for x, y in zip(prefix[1:], rows[1:]))  # B K P+T D
+        y = attention(rows[0], *seen)  # B H T D
+        return torch.cat((attention(*prefix), y.transpose(0, 1).flatten(1, 2)[None]), 2)
 
-    def unfold(self, x):
-        """The rows [B, H, P + T, D] of x [1, H, P + B·T, D]."""
-        prefix, rows = x[:, :, :self.prefix], x[0, :, self.prefix:].unflatten(1, self.rows)  # 1 H P D, H B T D
-        return torch.cat((prefix.expand(self.rows[0], -1, -1, -1), rows.transpose(0, 1)), 2)
+    def split(self, x):
+        """The prefix [1, H, P, D] and the rows [B, H, T, D] of x [1, H, P + B·T, D]."""
+        prefix, rows = x.split((self.prefix, x.shape[2] - self.prefix), 2)
+        return prefix, rows[0].unflatten(1, self.rows).transpose(0, 1)
 
 
 class Attention(nn.Module):
@@ -186,26 +195,46 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Head(nn.Linear):
-    """The output head: logits of hidden states, or the loss on targets, in one call of the module.
+class CrossEntropy(torch.autograd.Function):
+    """Negative log-likelihood of targets [N] given hidden states [N, C] and the head's weight [V, C], summed, in fp32.
 
-    The loss runs in slices, each recomputed in the backward pass, so that the logits of a long batch never exist at
-    once. It is one call however many slices there are, since ZeRO-3 gathers the weight once a call and every process
-    has to make the same calls.
+    It runs in slices, so that the logits of a long batch never exist at once. What the gradients need of a slice is at
+    hand as soon as its loss is, so they are computed with it, and the backward pass has only to scale them (as in Liger
+    Kernel: Hsu et al., arXiv 2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, with_gradients):
+        rows = max(1, LOGITS_PER_CHUNK // len(weight))
+        nll, gradients, of_weight = 0.0, [], None
+        for states, wanted in zip(hidden.split(rows), targets[:, None].split(rows)):
+            log_p = F.linear(states, weight).float().log_softmax(-1)  # n V
+            nll -= log_p.gather(1, wanted).sum()
+            if with_gradients:
+                error = log_p.exp_().scatter_add_(1, wanted, torch.full_like(log_p[:, :1], -1.0)).to(states.dtype)
+                gradients.append(error @ weight)
+                of_weight = error.T @ states if of_weight is None else of_weight.addmm_(error.T, states)
+        if with_gradients:
+            ctx.gradients = torch.cat(gradients), of_weight
+        return nll
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_hidden, of_weight = ctx.gradients
+        return of_hidden.mul_(gradient), of_weight.mul_(gradient), None, None
+
+
+class Head(nn.Linear):
+    """The output head: logits of hidden states, or the loss on targets [N], in one call of the module.
+
+    It is one call however many slices of the loss there are, since ZeRO-3 gathers the weight once a call and every
+    process has to make the same calls.
     """
 
     def forward(self, hidden, targets=None):
         if targets is None:
             return super().forward(hidden)
-        rows = max(1, LOGITS_PER_CHUNK // self.out_features)
-        if len(targets) <= rows:
-            return self.negative_log_likelihood(hidden, targets)
-        return sum(checkpoint(self.negative_log_likelihood, *chunk, use_reentrant=False, preserve_rng_state=False)
-                   for chunk in zip(hidden.split(rows), targets.split(rows)))
-
-    def negative_log_likelihood(self, hidden, targets):
-        """Summed over the rows of hidden [N, C] for targets [N], in fp32."""
-        return F.cross_entropy(F.linear(hidden, self.weight).float(), targets, reduction="sum")
+        return CrossEntropy.apply(hidden, self.weight, targets, torch.is_grad_enabled())
 
 
 class Transformer(nn.Module):

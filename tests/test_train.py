@@ -149,6 +149,17 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
 
 
+def test_freed_memory_is_kept():
+    """A tensor of half the size in the place of a freed one touches no new page, of which it would need 16,384."""
+    code = ("import resource, torch; from distributed import Processes\n"
+            "with Processes():\n"
+            "    for size in (1 << 25, 1 << 24):\n"
+            "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "        torch.ones(size)\n"
+            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
+    assert int(run_script("-c", code).stdout) < 100
+
+
 def test_what_a_finished_run_leaves(finished, checkpoint, simp_file):
     out, result = finished
     assert sorted(path.name for path in out.iterdir()) == [

@@ -1,12 +1,13 @@
 """The decoder against transformers' Llama, in fp32."""
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model.transformer
 from model.generate import KVCache
-from model.transformer import IGNORE_INDEX
+from model.transformer import IGNORE_INDEX, attention, group_bias
 from tests.conftest import SHAPE, random_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -106,9 +107,9 @@ def test_memory_savers_change_nothing(change, monkeypatch):
         monkeypatch.setattr(model.transformer, "LOGITS_PER_CHUNK", 5 * SHAPE["vocab_size"])
     else:
         saving.model.gradient_checkpointing = True
-    heads, whole = [], saving.lm_head.negative_log_likelihood
-    monkeypatch.setattr(saving.lm_head, "negative_log_likelihood",
-                        lambda hidden, targets: heads.append(len(targets)) or whole(hidden, targets))
+    heads, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None:
+                        (heads.append(len(x)) if len(weight) == SHAPE["vocab_size"] else 0) or linear(x, weight, bias))
     saving(input_ids, targets).backward()
     wanted = int((targets != IGNORE_INDEX).sum())
     assert max(heads) == (5 if change == "chunks" else wanted)
@@ -121,6 +122,25 @@ def test_training_takes_the_flash_kernel():
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other is an error
         random_model()(input_ids, targets).backward()
         random_model()(input_ids, targets, input_ids[0, :5]).backward()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("queries", "biased"), [(20, False), (7, False), (1, False), (7, True)])
+def test_attention_is_a_softmax_over_what_is_seen(dtype, tolerance, queries, biased):
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+                         for shape in ((2, 4, queries, 16), (2, 2, 20, 16), (2, 2, 20, 16)))
+    seen = torch.ones(2, queries, 20, dtype=torch.bool).tril(20 - queries)
+    if biased:
+        seen &= torch.rand(seen.shape, generator=generator) < 0.5
+        seen[:, :, 0] = True
+    scores = query.double() @ key.double().repeat_interleave(2, 1).mT / 4
+    expected = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value.double().repeat_interleave(2, 1)
+    result = attention(query, key, value, group_bias(seen, 2, dtype) if biased else None)
+    weight = torch.randn(expected.shape, generator=generator).double()
+    for ours, reference in zip((result, *torch.autograd.grad(result, (query, key, value), weight.to(dtype))),
+                               (expected, *torch.autograd.grad(expected, (query, key, value), weight))):
+        assert (ours.double() - reference.double()).norm() < tolerance * reference.norm()
 
 
 def test_no_target_has_zero_loss_and_gradient():
