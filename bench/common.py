@@ -1,6 +1,7 @@
 """What several benchmarks need: random weights and samples, steps in turns, a profile, train.py as a command."""
-import ctypes
+import contextlib
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
@@ -14,14 +15,13 @@ from tqdm import tqdm
 
 from batches import count_tokens
 from data_prep import train_tokenizer
-from distributed import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory, weights_dtype
+from distributed import Processes, weights_dtype
 from model.checkpoint import assemble, write_checkpoint
+from model.files import UserError
 from model.transformer import IGNORE_INDEX, initial_weights
 from settings import ROOT
 from stages import shape
 from train import take_step
-
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 # For a process's memory to be what its tensors hold: freed memory is given back, few compiled kernels are kept.
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
@@ -91,33 +91,48 @@ def their_step(engine, samples, batch_size):
     return float(total)
 
 
-def give_back_freed_memory():
-    """The opposite of keep_freed_memory: the C library as a program finds it that asks for nothing, with the thresholds
-    that glibc comes to by itself."""
-    library = ctypes.CDLL(None)
-    for option, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
-        library.mallopt(option, value)
-    library.malloc_trim(0)
+def serve(connection, make, kept):
+    """A process of `compare`: takes steps on the global batches that it is sent, and answers (loss, seconds)."""
+    if not kept:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc's own, for train.py's setting to be left out
+    with Processes() as world, contextlib.suppress(EOFError):
+        step = make(world)
+        while True:
+            samples, began = connection.recv(), time.perf_counter()
+            connection.send((step(samples), time.perf_counter() - began))
 
 
-def compare(ways, batches, warm_up, device, dtype, config):
-    """Takes the same steps in several ways, in turns, and prints their rates beside those of the first.
+def compare(ways, batches, warm_up, dtype, config):
+    """Takes the same steps in several ways, in turns, each in a process of its own, and prints their rates beside those
+    of the first.
 
-    ways: name -> (a function that takes a step on a global batch and returns its loss, whether freed memory is kept as
-    in train.py). The first `warm_up` global batches are not measured. `of a matrix product` is 6·N FLOPs a token over
-    the rate of a large square matrix product in the same dtype, measured in between.
+    ways: name -> (what makes of the process's `world` a function from a global batch to the loss of a step on it,
+    whether freed memory is kept as in train.py). The first `warm_up` global batches are not measured. `of a matrix
+    product` is 6·N FLOPs a token over the rate of a large square matrix product in the same dtype, measured in between.
     """
+    context, connections, processes = torch.multiprocessing.get_context("spawn"), {}, []
+    for way, (make, kept) in ways.items():
+        connections[way], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, make, kept)))
+        processes[-1].start()
+        theirs.close()  # for its end to be noticed here
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speeds, losses, products = {way: [] for way in ways}, {way: [] for way in ways}, []
     for number, samples in enumerate(tqdm(batches, "steps", leave=False)):
-        products.append(matrix_rate(device, dtype, repeats=5))
-        for way, (step, kept) in ways.items():
-            (keep_freed_memory if kept else give_back_freed_memory)()
-            began = time.perf_counter()
-            losses[way].append(step(samples))
+        for way, connection in connections.items():
+            try:
+                connection.send(samples)
+                loss, seconds = connection.recv()
+            except (EOFError, BrokenPipeError):
+                raise UserError(f"{way} ended before its step {number}; what it said is above") from None
+            losses[way].append(loss)
             if number >= warm_up:
-                speeds[way].append(count_tokens(samples)[0] / (time.perf_counter() - began))
-    keep_freed_memory()
-    product, first = statistics.median(products), next(iter(ways))
+                speeds[way].append(count_tokens(samples)[0] / seconds)
+        products.append(matrix_rate(device, dtype, repeats=5))
+    for connection, process in zip(connections.values(), processes):
+        connection.close()
+        process.join()
+    product, first = statistics.median(products[warm_up:]), next(iter(ways))
     print(f"a matrix product: {product / 1e9:,.0f} GFLOP/s; medians of {len(batches) - warm_up} steps, losses of all")
     print(f"{'':<30} {'tokens/s':>9} {'ratio':>6} {'of a matrix product':>20} {'losses apart: most':>18} {'mean':>8}")
     for way, found in speeds.items():
@@ -147,23 +162,25 @@ def kind(event, vocabulary):
 
 
 def print_profile(settings, engine, batches, world):
-    """Prints where the time of our steps goes on a CPU: operators by what they are for, and what is left between."""
+    """Prints where the time of our steps goes on a CPU, after a first one: operators by what they are for, and what is
+    left between them."""
     step, vocabulary, spent = engine.step, engine.module.config.vocab_size, Counter()
 
     def named_step():
         with record_function("engine.step"):
             step()
 
+    take_step(settings, engine, batches[0], world)
     engine.step = named_step
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         began = time.perf_counter()
-        for samples in batches:
+        for samples in batches[1:]:
             take_step(settings, engine, samples, world)
-        took = (time.perf_counter() - began) / len(batches)
+        took = (time.perf_counter() - began) / (len(batches) - 1)
     engine.step = step
     for event in profiled.events():
         if event.name.startswith("aten::"):
-            spent[kind(event, vocabulary)] += event.self_cpu_time_total / 1e6 / len(batches)
+            spent[kind(event, vocabulary)] += event.self_cpu_time_total / 1e6 / (len(batches) - 1)
     spent["between operators: Python, DeepSpeed, autograd"] = took - sum(spent.values())
     print(f"a step of ours, {took:.3f} s while it is profiled:")
     for name, seconds in spent.most_common():

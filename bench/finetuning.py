@@ -22,6 +22,8 @@ from batches import TaskData, count_tokens, global_batch, read_task
 from bench.common import compare, dtype_of, in_batches, print_profile, small_checkpoint, their_step
 from build import build_engine, build_model
 from distributed import Processes
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
 from settings import run, setting
 from train import take_step
 from train_settings import TrainSettings
@@ -45,32 +47,48 @@ class FinetuningBenchSettings:
         return found + ([] if self.checkpoint or self.folder else ["give --checkpoint or --folder"])
 
 
+def run_settings(s):
+    """Those of train.py for the steps: ZeRO-1, under which DeepSpeed clips the gradients of all."""
+    checkpoint = s.checkpoint or str(small_checkpoint(Path(s.folder)))
+    return TrainSettings(task="simp", init=checkpoint, dtype=s.dtype, learning_rate=s.learning_rate, zero=1)
+
+
+def our_engine(settings, world):
+    """The engine on our model."""
+    return build_engine(settings, build_model(settings, Path(settings.init), world)[1], world)
+
+
+def ours(settings, world):
+    """Our step."""
+    engine = our_engine(settings, world)
+    return lambda samples: take_step(settings, engine, samples, world)[0]
+
+
+def theirs(settings, batch_size, world):
+    """The step of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(settings.init, dtype=dtype_of(settings)).to(world.device).train()
+    return partial(their_step, build_engine(settings, model, world), batch_size=batch_size)
+
+
 def main(s):
     """Prints the rates, their ratios, how far apart the losses are, and the profile."""
-    checkpoint = Path(s.checkpoint) if s.checkpoint else small_checkpoint(Path(s.folder))
-    settings = TrainSettings(task="simp", init=str(checkpoint), dtype=s.dtype, learning_rate=s.learning_rate,
-                             zero=1)  # under which DeepSpeed clips the gradients of all
-    dtype = dtype_of(settings)
+    settings = run_settings(s)
+    dtype, config = dtype_of(settings), ModelConfig.read(Path(settings.init) / "config.json")
+    data = TaskData(read_task(s.data)[0]["train"][:s.samples], Tokenizer(settings.init), settings.max_source_length,
+                    settings.max_target_length)
+    steps = 1 + len(data) // s.global_batch_size * s.repeats
+    batches = [[data[index] for index in global_batch(settings.seed, len(data), start, start + s.global_batch_size)]
+               for start in range(0, steps * s.global_batch_size, s.global_batch_size)]
+    read, slots = count_tokens(data.samples)[0], sum(len(batch) * max(count_tokens([sample])[0] for sample in batch)
+                                                     for batch in in_batches(data.samples, s.batch_size))
+    print(f"{config.num_parameters:,} parameters, {dtype}; {len(data)} samples of {read / len(data):.0f} tokens, in "
+          f"transformers' batches {1 - read / slots:.0%} padding")
+    peer = partial(theirs, settings, s.batch_size)
+    compare({"transformers": (peer, False), "transformers, memory kept": (peer, True),
+             "ours": (partial(ours, settings), True)}, batches, 1, dtype, config)
     with Processes() as world:
-        tokenizer, model = build_model(settings, checkpoint, world)
-        data = TaskData(read_task(s.data)[0]["train"][:s.samples], tokenizer, settings.max_source_length,
-                        settings.max_target_length)
-        ours = build_engine(settings, model, world)
-        peers = [build_engine(settings, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(world.device)
-                              .train(), world) for _ in range(2)]
-        ways = {name: (partial(their_step, peer, batch_size=s.batch_size), kept)
-                for name, peer, kept in zip(("transformers", "transformers, memory kept"), peers, (False, True))}
-        ways["ours"] = lambda samples: take_step(settings, ours, samples, world)[0], True
-        steps = 1 + len(data) // s.global_batch_size * s.repeats
-        batches = [[data[index] for index in global_batch(settings.seed, len(data), start, start + s.global_batch_size)]
-                   for start in range(0, steps * s.global_batch_size, s.global_batch_size)]
-        read, slots = count_tokens(data.samples)[0], sum(len(batch) * max(count_tokens([sample])[0] for sample in batch)
-                                                         for batch in in_batches(data.samples, s.batch_size))
-        print(f"{model.config.num_parameters:,} parameters, {dtype}; {len(data)} samples of {read / len(data):.0f} "
-              f"tokens, in transformers' batches {1 - read / slots:.0%} padding")
-        compare(ways, batches, 1, world.device, dtype, model.config)
         if world.device.type == "cpu":
-            print_profile(settings, ours, batches[1:3], world)
+            print_profile(settings, our_engine(settings, world), batches[:3], world)
 
 
 if __name__ == "__main__":

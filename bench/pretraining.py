@@ -112,18 +112,20 @@ class Plain(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def plain_loop(s, model, settings, dtype, device):
-    """A function that takes a step of a plain module; it returns the mean loss."""
+def plain(s, settings, compiled, world):
+    """The step of the plain loop."""
+    dtype, model = dtype_of(settings), Plain(shape(s.size), random_weights(shape(s.size), world.device, torch.float32))
     groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": settings.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, s.learning_rate, (settings.adam_beta1, settings.adam_beta2), fused=True)
+    forward = torch.compile(model) if compiled else model
 
     def step(samples):
         total, batches = 0.0, in_batches(samples, s.batch_size)
         for batch in batches:
-            ids, targets = (tensor.to(device) for tensor in collate(batch))
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = model(ids, targets) / len(batches)
+            ids, targets = (tensor.to(world.device) for tensor in collate(batch))
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+                loss = forward(ids, targets) / len(batches)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -133,33 +135,41 @@ def plain_loop(s, model, settings, dtype, device):
     return step
 
 
+def theirs(s, settings, world):
+    """The step of transformers."""
+    config, dtype = shape(s.size), dtype_of(settings)
+    model = LlamaForCausalLM(LlamaConfig(**vars(config))).to(world.device, dtype).train()
+    model.load_state_dict(dict(random_weights(config, world.device, dtype)), strict=not config.tie_word_embeddings)
+    return partial(their_step, build_engine(settings, model, world), batch_size=s.batch_size)
+
+
+def our_engine(s, settings, world):
+    """The engine on our model."""
+    return build_engine(settings, random_model(shape(s.size), world.device, dtype_of(settings)), world)
+
+
+def ours(s, settings, world):
+    """Our step."""
+    engine = our_engine(s, settings, world)
+    return lambda samples: take_step(settings, engine, samples, world)[0]
+
+
 def main(s):
     """Prints rates, ratios, how far apart the losses are, and the profile."""
     config = shape(s.size)
     settings = TrainSettings(dtype=s.dtype, learning_rate=s.learning_rate, weight_decay=0.1, adam_beta2=0.95,
                              max_grad_norm=1.0, zero=1)  # under which DeepSpeed clips the gradients
-    dtype = dtype_of(settings)
+    peers = {"transformers": partial(theirs, s, settings), "plain": partial(plain, s, settings, False)}
+    peers |= {"plain, compiled": partial(plain, s, settings, True)} if s.compile else {}
+    ways = {name + ", memory kept" * kept: (peer, kept) for kept in (False, True) for name, peer in peers.items()}
+    generator = np.random.default_rng(0)
+    batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
+    print(f"{config.num_parameters:,} parameters, {s.global_batch_size} × {s.seq_length} tokens a step")
+    compare(ways | {"ours": (partial(ours, s, settings), True)}, batches, 2, dtype_of(settings), config)
     with Processes() as world:
-        ways = {}
-        for kept in (False, True):
-            peer = LlamaForCausalLM(LlamaConfig(**vars(config))).to(world.device, dtype).train()
-            peer.load_state_dict(dict(random_weights(config, world.device, dtype)),
-                                 strict=not config.tie_word_embeddings)
-            steps = {"transformers": partial(their_step, build_engine(settings, peer, world), batch_size=s.batch_size)}
-            for name in ("plain", "plain, compiled")[:1 + s.compile]:
-                plain = Plain(config, random_weights(config, world.device, torch.float32))
-                steps[name] = plain_loop(s, torch.compile(plain) if "compiled" in name else plain, settings, dtype,
-                                         world.device)
-            ways |= {name + ", memory kept" * kept: (step, kept) for name, step in steps.items()}
-        engine = build_engine(settings, random_model(config, world.device, dtype), world)
-        ways["ours"] = lambda samples: take_step(settings, engine, samples, world)[0], True
-        generator = np.random.default_rng(0)
-        batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
-        print(f"{config.num_parameters:,} parameters, {dtype}, {s.global_batch_size} × {s.seq_length} tokens a step")
-        compare(ways, batches, 2, world.device, dtype, config)
         if world.device.type == "cpu":
             # a sample fewer, for the number of tokens not to be that of the vocabulary, which tells the head's products
-            print_profile(settings, engine, [samples[1:] for samples in batches[2:6]], world)
+            print_profile(settings, our_engine(s, settings, world), [samples[1:] for samples in batches[:5]], world)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # no target here: cross_entropy's own default
@@ -74,13 +73,17 @@ def attention(query, key, value, bias=None):
     """
     (B, H, T, D), (K, S) = query.shape, key.shape[1:3]
     written_out = query.device.type == "cpu" and query.dtype is torch.bfloat16  # SDPA takes 2 to 5 times as long there
-    if bias is None and not written_out:
+    if bias is None and T == S and not written_out:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=H != K)
+    if bias is None and query.device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # keeps the flash kernel; takes a second to import
         return F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S), enable_gqa=H != K)
+    if bias is None:
+        seen = torch.ones(1, T, S, dtype=torch.bool, device=query.device).tril_(S - T)
+        bias = group_bias(seen, H // K, query.dtype)
     query = query.reshape(B, K, -1, D)
     if not written_out:
         return F.scaled_dot_product_attention(query, key, value, bias).reshape(B, H, T, D)
-    if bias is None:
-        bias = group_bias(torch.ones(1, T, S, dtype=torch.bool).tril_(S - T), H // K, query.dtype)
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # B·K H/K·T|S D
     scores = torch.baddbmm(bias.expand(B, K, -1, -1).flatten(0, 1), query, key.mT, alpha=D ** -0.5)
     return (scores.softmax(-1) @ value).view(B, H, T, D)
