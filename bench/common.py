@@ -91,6 +91,12 @@ def their_step(engine, samples, batch_size):
     return float(total)
 
 
+def our_step(settings, make_engine, world):
+    """A step of train.py on the engine that `make_engine(world)` builds, as a function of the global batch."""
+    engine = make_engine(world)
+    return lambda samples: take_step(settings, engine, samples, world)[0]
+
+
 def serve(connection, make, kept):
     """A process of `compare`: takes steps on the global batches that it is sent, and answers (loss, seconds)."""
     if not kept:

@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from batches import TaskData, count_tokens, global_batch, read_task
-from bench.common import compare, dtype_of, in_batches, print_profile, small_checkpoint, their_step
+from bench.common import compare, dtype_of, in_batches, our_step, print_profile, small_checkpoint, their_step
 from build import build_engine, build_model
 from distributed import Processes
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from settings import run, setting
-from train import take_step
 from train_settings import TrainSettings
 
 
@@ -58,12 +57,6 @@ def our_engine(settings, world):
     return build_engine(settings, build_model(settings, Path(settings.init), world)[1], world)
 
 
-def ours(settings, world):
-    """Our step."""
-    engine = our_engine(settings, world)
-    return lambda samples: take_step(settings, engine, samples, world)[0]
-
-
 def theirs(settings, batch_size, world):
     """The step of transformers."""
     model = AutoModelForCausalLM.from_pretrained(settings.init, dtype=dtype_of(settings)).to(world.device).train()
@@ -85,7 +78,7 @@ def main(s):
           f"transformers' batches {1 - read / slots:.0%} padding")
     peer = partial(theirs, settings, s.batch_size)
     compare({"transformers": (peer, False), "transformers, memory kept": (peer, True),
-             "ours": (partial(ours, settings), True)}, batches, 1, dtype, config)
+             "ours": (partial(our_step, settings, partial(our_engine, settings)), True)}, batches, 1, dtype, config)
     with Processes() as world:
         if world.device.type == "cpu":
             print_profile(settings, our_engine(settings, world), batches[:3], world)

@@ -27,6 +27,7 @@ from bench.common import (
     compare,
     dtype_of,
     in_batches,
+    our_step,
     print_profile,
     random_model,
     random_samples,
@@ -38,7 +39,6 @@ from distributed import Processes
 from model.transformer import rotary_table
 from settings import run, setting, unknown_name
 from stages import shape
-from train import take_step
 from train_settings import TrainSettings
 
 
@@ -148,12 +148,6 @@ def our_engine(s, settings, world):
     return build_engine(settings, random_model(shape(s.size), world.device, dtype_of(settings)), world)
 
 
-def ours(s, settings, world):
-    """Our step."""
-    engine = our_engine(s, settings, world)
-    return lambda samples: take_step(settings, engine, samples, world)[0]
-
-
 def main(s):
     """Prints rates, ratios, how far apart the losses are, and the profile."""
     config = shape(s.size)
@@ -165,7 +159,8 @@ def main(s):
     generator = np.random.default_rng(0)
     batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
     print(f"{config.num_parameters:,} parameters, {s.global_batch_size} × {s.seq_length} tokens a step")
-    compare(ways | {"ours": (partial(ours, s, settings), True)}, batches, 2, dtype_of(settings), config)
+    ways["ours"] = partial(our_step, settings, partial(our_engine, s, settings)), True
+    compare(ways, batches, 2, dtype_of(settings), config)
     with Processes() as world:
         if world.device.type == "cpu":
             # a sample fewer, for the number of tokens not to be that of the vocabulary, which tells the head's products
