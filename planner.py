@@ -71,6 +71,7 @@ class Plan:
     gradient_checkpointing: bool
     device: str = "cuda"
     method: str | None = None
+    sample_tokens: int = 128
 
     @property
     def beside(self):
@@ -129,11 +130,13 @@ class Plan:
 
     def block_activations(self):
         """Bytes that one block keeps for the backward pass, a token: of each norm its input in fp32, the normalised
-        input, its output and a root; query, key, value and output of the attention with the logarithm of its sums;
-        gate, up, their activation and their product."""
+        input, its output and a root; query, key, value and output of the attention with the logarithm of its sums, or
+        in bf16 on CPUs, where it is written out, its probabilities; gate, up, their activation and their product."""
         c, width = self.config, self.width
         norms = 2 * ((4 + 2 * width) * c.hidden_size + 4)
-        attention = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 4 * c.num_attention_heads
+        attention = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        written_out = self.device == "cpu" and width == 2
+        attention += c.num_attention_heads * (width * self.sample_tokens if written_out else 4)
         return norms + attention + width * 4 * c.intermediate_size
 
     def activations(self):
@@ -182,7 +185,7 @@ def read_plan(s):
     if s.offload and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
     return Plan(config, s.processes, zero, s.offload, s.dtype, value("micro_batch_tokens"),
-                value("gradient_checkpointing"), s.device, s.method), recipe
+                value("gradient_checkpointing"), s.device, s.method, recipe.get("seq_length", s.sample_tokens)), recipe
 
 
 def total_tokens(s, recipe):
@@ -233,7 +236,7 @@ def main(s):
     print("beside it")
     row("host memory, all processes", f"{plan.host() / GIB:.2f}", "GiB")
     row("disk", f"{plan.disk(recipe.get('save_total_limit', defaults.save_total_limit)) / GIB:.2f}", "GiB")
-    batch = recipe.get("global_batch_size", defaults.global_batch_size) * recipe.get("seq_length", s.sample_tokens)
+    batch = recipe.get("global_batch_size", defaults.global_batch_size) * plan.sample_tokens
     rate = s.processes * s.gpu_tflops * 1e12 * s.utilisation / plan.flops(1)
     print(f"time, at {s.utilisation:.0%} of {s.processes} × {s.gpu_tflops:,.0f} TFLOP/s")
     row("speed", f"{rate:,.0f}", "tokens/s")

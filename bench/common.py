@@ -105,7 +105,9 @@ def serve(connection, make, kept):
         step = make(world)
         while True:
             samples, began = connection.recv(), time.perf_counter()
-            connection.send((step(samples), time.perf_counter() - began))
+            loss = step(samples)
+            synchronize(world.device)
+            connection.send((loss, time.perf_counter() - began))
 
 
 def compare(ways, batches, warm_up, dtype, config):

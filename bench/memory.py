@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from batches import TaskData, count_tokens, read_task
 from bench.common import FRUGAL, small_checkpoint, train
 from model.config import ModelConfig
 from model.files import read_json
+from model.tokenizer import Tokenizer
 from planner import GIB, Plan
 from runs import partial_directory
 from settings import run, setting
+from train_settings import TrainSettings
+
+SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,16 @@ def measure(s, checkpoint, zero, processes, dtype):
     for left in (out, partial_directory(out)):
         shutil.rmtree(left, ignore_errors=True)
     train(processes, "--init", checkpoint, "--data", s.data, "--out", out, "--zero", zero, "--dtype", dtype,
-          "--max_steps", 2, "--global_batch_size", 64, "--max_train_samples", 128, "--max_eval_samples", 8,
+          "--max_steps", 2, "--global_batch_size", 64, "--max_train_samples", SAMPLES, "--max_eval_samples", 8,
           "--micro_batch_tokens", s.micro_batch_tokens, "--train_on_source")
     return read_json(out / "run.json")["result"]["peak_memory_bytes"]
+
+
+def longest(s, checkpoint):
+    """The most tokens that the model reads of a sample of those runs."""
+    items = read_task(s.data)[0]["train"][:SAMPLES]
+    samples = TaskData(items, Tokenizer(checkpoint), TrainSettings.max_source_length, TrainSettings.max_target_length)
+    return max(count_tokens([sample])[0] for sample in samples)
 
 
 def main(s):
@@ -57,11 +69,12 @@ def main(s):
     print(f"{'model':<12} {'dtype':<5} {'ZeRO':>4} {'processes':>9} {'planned':>9} {'measured':>9} {'error':>7}")
     worst = 0.0
     for name, checkpoint in checkpoints.items():
-        config = ModelConfig.read(Path(checkpoint) / "config.json")
+        config, tokens = ModelConfig.read(Path(checkpoint) / "config.json"), longest(s, checkpoint)
         for zero, processes, dtype in itertools.product(s.stages, s.processes, ("fp32", "bf16")):
             if zero == 0 and dtype == "bf16":
                 continue
-            plan = Plan(config, processes, zero, False, dtype, s.micro_batch_tokens, False, "cpu")
+            plan = Plan(config, processes, zero, False, dtype, s.micro_batch_tokens, False, "cpu",
+                        sample_tokens=tokens)
             planned, measured = plan.total(), measure(s, checkpoint, zero, processes, dtype)
             worst = max(worst, abs(planned / measured - 1), key=abs)
             print(f"{name:<12} {dtype:<5} {zero:>4} {processes:>9} {planned / GIB:8.2f}G {measured / GIB:8.2f}G "

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from batches import collate
@@ -135,11 +135,17 @@ def plain(s, settings, compiled, world):
     return step
 
 
+def their_model(config, device, dtype):
+    """transformers' model with the weights of `random_model`."""
+    with device:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**vars(config)), dtype=dtype).train()
+    model.load_state_dict(dict(random_weights(config, device, dtype)), strict=not config.tie_word_embeddings)
+    return model
+
+
 def theirs(s, settings, world):
     """The step of transformers."""
-    config, dtype = shape(s.size), dtype_of(settings)
-    model = LlamaForCausalLM(LlamaConfig(**vars(config))).to(world.device, dtype).train()
-    model.load_state_dict(dict(random_weights(config, world.device, dtype)), strict=not config.tie_word_embeddings)
+    model = their_model(shape(s.size), world.device, dtype_of(settings))
     return partial(their_step, build_engine(settings, model, world), batch_size=s.batch_size)
 
 
