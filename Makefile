@@ -176,8 +176,9 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/user
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# In as many processes as the machine has cores, up to four, of one thread each.
 test: $(VENV)/dev
-	SMOLLM2=$(abspath $(SMOLLM2)) $(PY) -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 SMOLLM2=$(abspath $(SMOLLM2)) $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(VENV)/dev data/prepared/$(SOURCE)/simp.json | $(if $(FILES),,data/eval/sample)
 	@$(PY) bench/results.py --data data/prepared/$(SOURCE)/simp.json --folder runs/bench \
