@@ -1,5 +1,4 @@
 """The processes of a run: one alone, or many under torchrun or the deepspeed launcher."""
-import ctypes
 import datetime
 import os
 import re
@@ -15,8 +14,6 @@ import torch.distributed as dist
 from model.files import UserError
 
 LOST = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 class Processes:
@@ -43,10 +40,10 @@ class Processes:
             self.device = torch.device("cuda", self.local_rank)
         else:
             self.device = torch.device("cpu")
-            # torchrun sets one thread a process, which leaves most of a CPU idle
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(max(1, cores // beside))
-            keep_freed_memory()
+            if beside > 1 or "OMP_NUM_THREADS" not in os.environ:
+                # torchrun sets one thread a process, which leaves most of a CPU idle
+                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+                torch.set_num_threads(max(1, cores // beside))
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                 timeout=self.timeout)
         return self
@@ -121,18 +118,6 @@ class Processes:
         """Prints a line, once for all processes."""
         if self.rank == 0:
             print(text, flush=True)
-
-
-def keep_freed_memory():
-    """Makes the C library keep what is freed for the next tensors, where the environment does not set MALLOC_….
-
-    By default glibc gives large blocks back, and each page of the next one costs a page fault. A training step on a CPU
-    writes gigabytes of tensors that live for milliseconds.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def free_port():

@@ -148,7 +148,7 @@ class Plan:
 
     def logits(self):
         """One slice of the loss in fp32: the logits and their log-softmax, of which the gradient takes the place."""
-        return 8 * min(LOGITS_PER_CHUNK, self.micro_batch_tokens * self.config.vocab_size)
+        return 8 * min(LOGITS_PER_CHUNK[self.device], self.micro_batch_tokens * self.config.vocab_size)
 
     def host(self):
         """Bytes of host memory, all processes of the run together."""

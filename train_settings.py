@@ -23,7 +23,7 @@ class TrainSettings:
     global_batch_size: int = setting(32, "samples in a step, over all processes")
     micro_batch_tokens: int = setting(4096, "most token places in a micro-batch, with padding; changes speed and "
                                            "memory, no number")
-    micro_step_slots: int = setting(32, "the padding that one more micro-batch has to save; changes no number")
+    micro_step_slots: int = setting(256, "the padding that one more micro-batch has to save; changes no number")
     seq_length: int = setting(1024, "tokens in a pretraining sample")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
     max_target_length: int = setting(256, "most tokens of a target, <eos> included")

@@ -1,7 +1,6 @@
 """What several benchmarks need: random weights and samples, steps in turns, a profile, train.py as a command."""
 import contextlib
 import dataclasses
-import os
 import statistics
 import subprocess
 import sys
@@ -97,10 +96,8 @@ def our_step(settings, make_engine, world):
     return lambda samples: take_step(settings, engine, samples, world)[0]
 
 
-def serve(connection, make, kept):
+def serve(connection, make):
     """A process of `compare`: takes steps on the global batches that it is sent, and answers (loss, seconds)."""
-    if not kept:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc's own, for train.py's setting to be left out
     with Processes() as world, contextlib.suppress(EOFError):
         step = make(world)
         while True:
@@ -114,14 +111,14 @@ def compare(ways, batches, warm_up, dtype, config):
     """Takes the same steps in several ways, in turns, each in a process of its own, and prints their rates beside those
     of the first.
 
-    ways: name -> (what makes of the process's `world` a function from a global batch to the loss of a step on it,
-    whether freed memory is kept as in train.py). The first `warm_up` global batches are not measured. `of a matrix
-    product` is 6·N FLOPs a token over the rate of a large square matrix product in the same dtype, measured in between.
+    ways: name -> what makes of the process's `world` a function from a global batch to the loss of a step on it. The
+    first `warm_up` global batches are not measured. `of a matrix product` is 6·N FLOPs a token over the rate of a large
+    square matrix product in the same dtype, measured in between.
     """
     context, connections, processes = torch.multiprocessing.get_context("spawn"), {}, []
-    for way, (make, kept) in ways.items():
+    for way, make in ways.items():
         connections[way], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, make, kept)))
+        processes.append(context.Process(target=serve, args=(theirs, make)))
         processes[-1].start()
         theirs.close()  # for its end to be noticed here
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

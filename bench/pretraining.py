@@ -6,8 +6,7 @@
 All take the same steps from the same weights on the same packed sequences, in turns: ours and transformers'
 LlamaForCausalLM under the same DeepSpeed configuration; and plain PyTorch as in nanoGPT, the same architecture with
 fused query, key and value, torch's own RMS norm and fused AdamW, under autocast where the dtype is bf16, as it is and
-compiled. The peers run twice: with the C library's memory as it comes, and kept as train.py has it kept. The profile is
-of our steps, on a CPU.
+compiled. The profile is of our steps, on a CPU.
 """
 import sys
 from dataclasses import dataclass
@@ -159,13 +158,12 @@ def main(s):
     config = shape(s.size)
     settings = TrainSettings(dtype=s.dtype, learning_rate=s.learning_rate, weight_decay=0.1, adam_beta2=0.95,
                              max_grad_norm=1.0, zero=1)  # under which DeepSpeed clips the gradients
-    peers = {"transformers": partial(theirs, s, settings), "plain": partial(plain, s, settings, False)}
-    peers |= {"plain, compiled": partial(plain, s, settings, True)} if s.compile else {}
-    ways = {name + ", memory kept" * kept: (peer, kept) for kept in (False, True) for name, peer in peers.items()}
+    ways = {"transformers": partial(theirs, s, settings), "plain": partial(plain, s, settings, False)}
+    ways |= {"plain, compiled": partial(plain, s, settings, True)} if s.compile else {}
+    ways["ours"] = partial(our_step, settings, partial(our_engine, s, settings))
     generator = np.random.default_rng(0)
     batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
     print(f"{config.num_parameters:,} parameters, {s.global_batch_size} × {s.seq_length} tokens a step")
-    ways["ours"] = partial(our_step, settings, partial(our_engine, s, settings)), True
     compare(ways, batches, 2, dtype_of(settings), config)
     with Processes() as world:
         if world.device.type == "cpu":

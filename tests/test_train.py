@@ -149,15 +149,9 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
 
 
-def test_freed_memory_is_kept():
-    """A tensor of half the size in the place of a freed one touches no new page, of which it would need 16,384."""
-    code = ("import resource, torch; from distributed import Processes\n"
-            "with Processes():\n"
-            "    for size in (1 << 25, 1 << 24):\n"
-            "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "        torch.ones(size)\n"
-            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
-    assert int(run_script("-c", code).stdout) < 100
+def test_one_thread_where_the_environment_asks_for_one():
+    code = "import torch; from distributed import Processes\nwith Processes(): print(torch.get_num_threads())"
+    assert run_script("-c", code, OMP_NUM_THREADS="1").stdout.strip() == "1"
 
 
 def test_what_a_finished_run_leaves(finished, checkpoint, simp_file):
@@ -219,7 +213,7 @@ def test_checkpoints_of_an_unfinished_run_are_kept(tmp_path):
 
 def test_loss_in_slices_under_zero_3(finished, checkpoint, simp_file, tmp_path):
     """Ranks with different numbers of targets, and so of slices, still make the same collective calls."""
-    code = ("import sys, model.transformer, train; model.transformer.LOGITS_PER_CHUNK = 20 * 512;"
+    code = ("import sys, model.transformer, train; model.transformer.LOGITS_PER_CHUNK['cpu'] = 20 * 512;"
             "sys.argv = sys.argv[1:]; train.settings.run((train.TrainSettings, train.main), '')")
     (tmp_path / "run.py").write_text(code)
     run_script(tmp_path / "run.py", "train.py", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "run",
