@@ -4,7 +4,6 @@ A sample is a pair (tokens, first): an array of token ids, and the index of the 
 model reads tokens[:-1] and is asked for tokens[1:]; its length is the number of tokens that it reads. Fine-tuning
 and pretraining differ in where their samples come from and in nothing else.
 """
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,13 +18,6 @@ from model.transformer import IGNORE_INDEX
 RESPONSE = "### Response:"
 PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
           "Write a response that appropriately completes the request.\n\n{source}\n\n" + RESPONSE)
-
-BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
-
-
-def clean(text):
-    """A text with its brackets back in place of -LRB-, -RRB-, -LSB-, -RSB-, and no white space around it."""
-    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
 
 
 class TaskData:

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from batches import clean
 from documents import VALIDATION_PER_MILLE, held_out, load_hub_dataset, read_documents
 from model.files import UserError, digest, new_directory, read_json, read_json_lines, write_json, write_text
 from model.tokenizer import Tokenizer, copy_tokenizer
@@ -27,6 +26,7 @@ from settings import ROOT, read_config, run, setting, unknown_name
 SPLIT_SEED = 42
 SHARD_TOKENS = 1 << 27
 TOKENIZER_DOCUMENTS = 1_000_000  # a vocabulary is trained on the first of them
+BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
 
 
 # ---------------------------------------------------------------------------- raw task files to one preprocessed file
@@ -72,6 +72,11 @@ def prepare_task(s):
         return print(f"{path}: {counts} (unchanged)")
     write_text(path, text)
     print(f"{path}: {counts}")
+
+
+def clean(text):
+    """A text with its brackets back in place of -LRB-, -RRB-, -LSB-, -RSB-, and no white space around it."""
+    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
 
 
 def read_raw_files(folder, word):

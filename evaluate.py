@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 
 import settings
-from batches import clean, encode_prompts, read_task
+from batches import encode_prompts, read_task
+from data_prep import clean
 from distributed import Processes, weights_dtype
 from methods import open_prior
 from metrics import bertscore, bleu, health, interval, rouge, sari

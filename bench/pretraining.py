@@ -163,8 +163,9 @@ def main(s):
     ways["ours"] = partial(our_step, settings, partial(our_engine, s, settings))
     generator = np.random.default_rng(0)
     batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
-    print(f"{config.num_parameters:,} parameters, {s.global_batch_size} × {s.seq_length} tokens a step")
-    compare(ways, batches, 2, dtype_of(settings), config)
+    dtype = dtype_of(settings)
+    print(f"{config.num_parameters:,} parameters, {dtype}, {s.global_batch_size} × {s.seq_length} tokens a step")
+    compare(ways, batches, 2, dtype, config)
     with Processes() as world:
         if world.device.type == "cpu":
             # a sample fewer, for the number of tokens not to be that of the vocabulary, which tells the head's products

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.common import random_checkpoint
+from model.files import UserError
 from settings import ROOT, run, setting
 from stages import shape
 
@@ -49,7 +50,7 @@ def start(folder):
                 if line.startswith(beginning):
                     seen.setdefault(name, time.perf_counter() - began)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
+        raise UserError(f"{' '.join(command)} ended with status {process.returncode}")
     return seen
 
 

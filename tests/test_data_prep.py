@@ -5,8 +5,7 @@ import datasets
 import numpy as np
 import pytest
 
-from batches import clean
-from data_prep import raw_files, role, split_indices
+from data_prep import clean, raw_files, role, split_indices
 from documents import docstrings, read_text_file
 from model.files import UserError
 from model.tokenizer import Tokenizer
