@@ -73,6 +73,8 @@ def test_what_is_not_given_is_the_recipes():
     assert recipe["max_train_samples"] == 100_000
     plan, _ = read_plan(PlanSettings(size="tiny", dtype="fp32", zero=0, micro_batch_tokens=99))
     assert (plan.zero, plan.micro_batch_tokens, plan.gradient_checkpointing) == (0, 99, False)
+    assert plan.sample_tokens == 128
+    assert read_plan(PlanSettings(size="small", recipe="llm"))[0].sample_tokens == 256
 
 
 def test_it_says_what_to_change(capsys):
