@@ -22,8 +22,8 @@ from settings import ROOT
 from stages import shape
 from train import take_step
 
-# For a process's memory to be what its tensors hold: freed memory is given back, few compiled kernels are kept.
-FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+# For a process's memory to be what its tensors hold: freed memory is given back.
+FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def random_checkpoint(folder, config):

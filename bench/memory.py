@@ -5,7 +5,7 @@
 Fine-tunes for a few steps under each ZeRO stage and number of processes, and compares the most memory that rank 0 held
 (ru_maxrss, in run.json) with what planner.py says. For `small` a checkpoint with random weights is made. The plan is of
 what tensors hold, as torch.cuda.max_memory_allocated counts it; for the process's memory to be that, freed memory is
-given back at once and oneDNN keeps few of the kernels that it compiles for each shape (--plain: as they come).
+given back at once (--plain: as it comes).
 """
 import itertools
 import os
@@ -37,7 +37,7 @@ class MemoryBenchSettings:
     stages: tuple[int, ...] = setting((0, 2, 3), "ZeRO stages, in fp32; those above 0 in bf16 as well")
     processes: tuple[int, ...] = setting((1, 2), "numbers of processes")
     micro_batch_tokens: int = setting(1024, "most padded tokens in a micro-batch")
-    plain: bool = setting(False, "leave the settings of the allocator and of oneDNN as they are")
+    plain: bool = setting(False, "leave the settings of the allocator as they are")
 
     def problems(self):
         return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]

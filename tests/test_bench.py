@@ -1,0 +1,19 @@
+"""The benchmarks still run, and what they compare trains alike. Their speed is looked at in bench/RESULTS.md."""
+import re
+
+from conftest import ROOT, run_script
+
+
+def test_benchmarks_can_be_imported():
+    scripts = sorted(f"bench.{path.stem}" for path in ROOT.glob("bench/*.py"))
+    code = "import importlib, sys; print(len([importlib.import_module(name) for name in sys.argv[1:]]))"
+    assert run_script("-c", code, *scripts, PYTHONPATH="").stdout.strip() == str(len(scripts)) != "0"
+
+
+def test_transformers_trains_alike():
+    """Two steps of the size tiny in both under one DeepSpeed configuration: the losses are the same to rounding."""
+    result = run_script("bench/gpu.py", "--size", "tiny", "--offload", "false", "--dtype", "fp32", "--steps", 1,
+                        "--seq_length", 32, "--global_batch_size", 4, "--micro_batch_tokens", 64,
+                        "--ways", "transformers,ours", PYTHONPATH="")
+    apart = dict(re.findall(r"^(transformers|ours) .* (\S+)$", result.stdout, re.MULTILINE))
+    assert float(apart["transformers"]) == 0 < float(apart["ours"]) < 2e-6
