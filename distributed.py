@@ -36,6 +36,8 @@ class Processes:
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"{beside} processes on a node with {torch.cuda.device_count()} GPUs: start one a GPU")
+            # torch would round what it pins of host memory, such as offloaded weights, up to a power of two
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1024")
             torch.cuda.set_device(self.local_rank)
             self.device = torch.device("cuda", self.local_rank)
         else:

@@ -153,8 +153,8 @@ class Plan:
     def host(self):
         """Bytes of host memory, all processes of the run together."""
         largest = 4 * self.config.vocab_size * self.config.hidden_size  # one tensor at a time is read or written
-        # offloaded: weights, moments and gradients in fp32; of ZeRO-2 gradients in the weights' dtype, of ZeRO-3 the
-        # weights and a second copy of the gradients
+        # offloaded: weights, moments and gradients in fp32, and the weights in their dtype; of ZeRO-3 a second copy of
+        # the gradients
         more = self.width if self.zero == 2 else self.width + 4
         away = (16 + more + self.beside) * self.config.num_parameters if self.offload else 0
         return self.processes * (RUNTIME["cpu"] + largest) + away

@@ -16,7 +16,7 @@ from batches import count_tokens
 from data_prep import train_tokenizer
 from distributed import Processes, weights_dtype
 from model.checkpoint import assemble, write_checkpoint
-from model.files import UserError
+from model.files import UserError, new_directory
 from model.transformer import IGNORE_INDEX, initial_weights
 from settings import ROOT
 from stages import shape
@@ -28,11 +28,12 @@ FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 def random_checkpoint(folder, config):
     """A checkpoint with random weights in `folder`, made if it is not there; its tokenizer is of the sample's texts."""
-    if not (folder / "config.json").exists():
-        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("data/sample/*/*.json"))]
-        train_tokenizer(texts, config.vocab_size, folder / "tokenizer")
-        write_checkpoint(folder, config, initial_weights(config, 0), folder / "tokenizer")
+    if not folder.exists():
+        with new_directory(folder) as partial:
+            (partial / "tokenizer").mkdir()
+            texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("data/sample/*/*.json"))]
+            train_tokenizer(texts, config.vocab_size, partial / "tokenizer")
+            write_checkpoint(partial, config, initial_weights(config, 0), partial / "tokenizer")
     return folder
 
 
@@ -90,10 +91,9 @@ def their_step(engine, samples, batch_size):
     return float(total)
 
 
-def our_step(settings, make_engine, world):
-    """A step of train.py on the engine that `make_engine(world)` builds, as a function of the global batch."""
-    engine = make_engine(world)
-    return lambda samples: take_step(settings, engine, samples, world)[0]
+def our_step(engine, samples, settings, world):
+    """One step of train.py on a global batch; returns the mean loss over its target tokens."""
+    return take_step(settings, engine, samples, world)[0]
 
 
 def serve(connection, make):
@@ -187,7 +187,8 @@ def print_profile(settings, engine, batches, world):
         if event.name.startswith("aten::"):
             spent[kind(event, vocabulary)] += event.self_cpu_time_total / 1e6 / (len(batches) - 1)
     spent["between operators: Python, DeepSpeed, autograd"] = took - sum(spent.values())
-    print(f"a step of ours, {took:.3f} s while it is profiled:")
+    tokens = sum(count_tokens(samples)[0] for samples in batches[1:]) / (len(batches) - 1)
+    print(f"a step of ours, {tokens:,.0f} tokens in {took:.3f} s while it is profiled:")
     for name, seconds in spent.most_common():
         print(f"  {name:<48} {seconds:7.3f} s {seconds / took:6.1%}")
 

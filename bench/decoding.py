@@ -3,13 +3,13 @@
     python bench/decoding.py --checkpoint DIR --data data/prepared/raw/simp.json          greedy and two beam searches
 
 Both decode the same prompts, the first test items of a task, in turns. transformers gets them in batches of
-`batch_size`, padded on the left; ours in batches of the same size, and all at once under its token budget. Where
-outputs differ, the difference is explained: by how far apart the logits of the two tokens are where greedy decoding
-parts, and the scores of the two texts for beam search, both by a pass of transformers over the texts.
+`batch_size` and all at once, padded on the left; ours in batches of the same size, and as many as its token budget
+allows. Where outputs differ, the difference is explained: by how far apart the logits of the two tokens are where
+greedy decoding parts, and the scores of the two texts for beam search, both by a pass of transformers over the texts.
 """
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ def theirs(model, prompts, decoding, eos, batch_size):
         width = max(map(len, batch))
         ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        new = model.generate(ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=False,
+        new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                             max_new_tokens=decoding.max_new_tokens,
                              num_beams=decoding.num_beams, length_penalty=decoding.length_penalty,
                              no_repeat_ngram_size=decoding.no_repeat_ngram_size, pad_token_id=eos, eos_token_id=eos)
         outputs += [row[:row.index(eos)] if eos in row else row for row in new[:, width:].tolist()]
@@ -62,7 +63,8 @@ def theirs(model, prompts, decoding, eos, batch_size):
 def explain(model, prompt, ours, other, decoding, eos):
     """How far apart two outputs are: in logits where greedy decoding parts, in their scores for beam search."""
     def log_p(ids):
-        return model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:].float().log_softmax(-1)
+        logits = model(torch.tensor([prompt + ids], device=model.device)).logits
+        return logits[0, len(prompt) - 1:].float().log_softmax(-1)
 
     if decoding.num_beams == 1:
         at = next(i for i, (a, b) in enumerate(zip(ours + [eos], other + [eos])) if a != b)
@@ -80,33 +82,37 @@ def main(s):
     """Prints for each mode the rates, their ratios, and every difference."""
     dtype, tokenizer = getattr(torch, s.dtype), Tokenizer(s.checkpoint)
     prompts = encode_prompts(tokenizer, [item["input"] for item in read_task(s.data)[0]["test"][:s.samples]], 1024)
-    model, other = load_model(s.checkpoint, dtype), AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype)
-    print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {s.dtype}, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(s.checkpoint, dtype, device)
+    other = AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype).to(device)
+    print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {s.dtype} on "
+          f"{device}, {torch.get_num_threads()} threads")
     for name, mode in MODES.items():
-        decoding = Decoding(**vars(mode) | {"max_new_tokens": s.max_new_tokens})
+        decoding = replace(mode, max_new_tokens=s.max_new_tokens)
         slots = max(map(len, prompts)) + decoding.num_beams * s.max_new_tokens
-        ways = {f"transformers, batches of {s.batch_size}":
-                    lambda d=decoding: theirs(other, prompts, d, tokenizer.eos_id, s.batch_size),
-                f"ours, batches of {s.batch_size}":
-                    lambda d=decoding, b=slots * s.batch_size: generate(model, prompts, d, tokenizer.eos_ids, budget=b),
-                "ours, under its token budget": lambda d=decoding: generate(model, prompts, d, tokenizer.eos_ids)}
+        first, same, all_at_once = f"transformers, batches of {s.batch_size}", f"ours, batches of {s.batch_size}", \
+            "ours, under its token budget"
+        ways = {first: lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, s.batch_size),
+                "transformers, all at once": lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, len(p)),
+                same: lambda p, d=decoding, b=slots * s.batch_size: generate(model, p, d, tokenizer.eos_ids, budget=b),
+                all_at_once: lambda p, d=decoding: generate(model, p, d, tokenizer.eos_ids)}
         seconds, outputs = dict.fromkeys(ways, 0.0), {}
+        for call in ways.values():
+            call(prompts[:1])
         for _ in range(s.repeats):
             for way, call in ways.items():
                 began = time.perf_counter()
-                outputs[way] = call()
-                seconds[way] += time.perf_counter() - began
-        first, same, _ = ways
+                outputs[way] = call(prompts)
+                seconds[way] += (time.perf_counter() - began) / s.repeats
+        counts = {way: sum(map(len, outputs[way])) for way in ways}
         print(name)
         for way in ways:
-            count = s.repeats * sum(map(len, outputs[way]))
-            ratio = count / seconds[way] / (s.repeats * sum(map(len, outputs[first])) / seconds[first])
-            print(f"  {way}: {count} new tokens in {seconds[way]:.1f} s, {count / seconds[way]:.1f} a second, "
-                  f"ratio {ratio:.2f}", flush=True)
+            ratio = counts[way] / seconds[way] / (counts[first] / seconds[first])
+            print(f"  {way}: {counts[way]} new tokens in {seconds[way]:.1f} s, {counts[way] / seconds[way]:.1f} a "
+                  f"second, ratio {ratio:.2f}", flush=True)
         differ = [i for i in range(len(prompts)) if outputs[first][i] != outputs[same][i]]
         print(f"  equal to transformers: {len(prompts) - len(differ)} of {len(prompts)}; under the token budget equal "
-              f"to ours in batches: {sum(a == b for a, b in zip(*list(outputs.values())[1:]))}")
+              f"to ours in batches: {sum(a == b for a, b in zip(outputs[same], outputs[all_at_once]))}")
         for i in differ:
             gap = explain(other, prompts[i], outputs[same][i], outputs[first][i], decoding, tokenizer.eos_id)
             print(f"  prompt {i} differs: {'score, ours less theirs' if decoding.num_beams > 1 else 'logits apart'} "

@@ -4,9 +4,10 @@
     python bench/finetuning.py --data data/prepared/sample/simp.json --folder DIR       random weights of the size small
 
 All take the same steps on the same samples under the same DeepSpeed configuration with the same optimizer, in turns.
-transformers' LlamaForCausalLM gets `batch_size` samples at once in the order in which they come, padded to the longest,
-and makes the logits of all tokens; its loss is the mean over the target tokens of the global batch, as ours is. A rate
-counts the tokens of the samples, without padding. The profile is of our steps, on a CPU.
+transformers' LlamaForCausalLM gets `batch_size` samples at once in the order in which they come, or those of a global
+batch sorted by length, padded to the longest, and makes the logits of all tokens; its loss is the mean over the target
+tokens of the global batch, as ours is. A rate counts the tokens of the samples, without padding. The profile is of our
+steps, on a CPU.
 """
 import sys
 from dataclasses import dataclass
@@ -56,10 +57,16 @@ def our_engine(settings, world):
     return build_engine(settings, build_model(settings, Path(settings.init), world)[1], world)
 
 
-def theirs(settings, batch_size, world):
-    """The step of transformers."""
+def ours(settings, world):
+    """Our step."""
+    return partial(our_step, our_engine(settings, world), settings=settings, world=world)
+
+
+def theirs(settings, batch_size, by_length, world):
+    """The step of transformers, on a global batch as it comes or sorted by length."""
     model = AutoModelForCausalLM.from_pretrained(settings.init, dtype=dtype_of(settings)).to(world.device).train()
-    return partial(their_step, build_engine(settings, model, world), batch_size=batch_size)
+    step = partial(their_step, build_engine(settings, model, world), batch_size=batch_size)
+    return (lambda samples: step(sorted(samples, key=lambda sample: len(sample[0])))) if by_length else step
 
 
 def main(s):
@@ -71,12 +78,14 @@ def main(s):
     steps = 1 + len(data) // s.global_batch_size * s.repeats
     batches = [[data[index] for index in global_batch(settings.seed, len(data), start, start + s.global_batch_size)]
                for start in range(0, steps * s.global_batch_size, s.global_batch_size)]
-    read, slots = count_tokens(data.samples)[0], sum(len(batch) * max(count_tokens([sample])[0] for sample in batch)
-                                                     for batch in in_batches(data.samples, s.batch_size))
-    print(f"{config.num_parameters:,} parameters, {dtype}; {len(data)} samples of {read / len(data):.0f} tokens, in "
-          f"transformers' batches {1 - read / slots:.0%} padding")
-    compare({"transformers": partial(theirs, settings, s.batch_size),
-             "ours": partial(our_step, settings, partial(our_engine, settings))}, batches, 1, dtype, config)
+    read = sum(count_tokens(batch)[0] for batch in batches)
+    slots = sum(len(rows) * max(count_tokens([row])[0] for row in rows) for batch in batches
+                for rows in in_batches(batch, s.batch_size))
+    print(f"{config.num_parameters:,} parameters, {dtype}; samples of {read / steps / s.global_batch_size:.0f} tokens, "
+          f"in transformers' batches as they come {1 - read / slots:.0%} padding")
+    compare({"transformers": partial(theirs, settings, s.batch_size, False),
+             "transformers, by length": partial(theirs, settings, s.batch_size, True),
+             "ours": partial(ours, settings)}, batches, 1, dtype, config)
     with Processes() as world:
         if world.device.type == "cpu":
             print_profile(settings, our_engine(settings, world), batches[:3], world)

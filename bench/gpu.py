@@ -7,7 +7,9 @@
 Ours and transformers' LlamaForCausalLM take the same steps under the same DeepSpeed configuration, on random tokens,
 each as it is and with its blocks compiled. They run one after another, in a process each, since a card holds one. MFU
 is 6·N FLOPs a token (in brackets 8·N, with the recomputed forward pass) over the rate of a square matrix product in the
-same dtype, measured before.
+same dtype, which each process measures before, not over what the card's maker says. `optimizer` is the share of the
+time that engine.step takes: offloaded, it is the same for all, and on the CPU. `memory` is the most of the steps after
+the first.
 """
 import statistics
 import sys
@@ -19,13 +21,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.common import dtype_of, matrix_rate, our_step, random_model, random_samples, synchronize, their_step
 from bench.pretraining import their_model
 from build import build_engine
 from distributed import Processes
-from planner import GIB, Plan
+from planner import GIB, RUNTIME, Plan
 from settings import run, setting, unknown_name
 from stages import shape
 from train import peak_memory
@@ -38,7 +41,7 @@ WAYS = ("transformers", "transformers+compile", "ours", "ours+compile")
 class GpuBenchSettings:
     """Settings of the benchmark."""
     size: str = setting("7b", "size preset whose shape the model has")
-    zero: Literal[0, 1, 2, 3] = setting(2, "ZeRO stage")
+    zero: Literal[1, 2, 3] = setting(2, "ZeRO stage")
     offload: bool = setting(True, "keep the optimizer in the memory of the host")
     dtype: Literal["bf16", "fp32"] = setting("bf16", "weights")
     seq_length: int = setting(1024, "tokens of a sample")
@@ -46,11 +49,12 @@ class GpuBenchSettings:
     micro_batch_tokens: int = setting(8192, "most tokens in a micro-batch")
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass")
     steps: int = setting(5, "steps that are measured, after one that is not")
-    ways: tuple[str, ...] = setting(WAYS, "what is measured; ratios are to the first")
+    ways: tuple[str, ...] = setting(WAYS, "what is measured; ratios are to the first that runs")
 
     def problems(self):
-        return unknown_name("size", self.size) + [f"unknown way {way!r}, expected one of {', '.join(WAYS)}"
-                                                  for way in self.ways if way not in WAYS]
+        found = unknown_name("size", self.size) + [f"unknown way {way!r}, expected one of {', '.join(WAYS)}"
+                                                   for way in self.ways if way not in WAYS]
+        return found + (["--offload false is needed with --zero 1"] if self.offload and self.zero < 2 else [])
 
 
 def engine(s, settings, way, world):
@@ -67,47 +71,67 @@ def engine(s, settings, way, world):
     return build_engine(settings, model, world)
 
 
+def timed(function, device, seconds):
+    """The function, adding to the list what each call takes."""
+    def call():
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return call
+
+
 def measure(rank, s, way, queue):
-    """Takes the steps of a way; puts (tokens a second, its share of the matrix products' rate, peak memory, losses,
-    device) on the queue."""
+    """Takes the steps of a way; puts (tokens a second, the optimizer's share of the time, FLOPs a second of a matrix
+    product, peak memory, losses) on the queue."""
     config = shape(s.size)
     settings = TrainSettings(zero=s.zero, offload=s.offload, dtype=s.dtype, micro_batch_tokens=s.micro_batch_tokens)
     with Processes() as world:
-        rate = matrix_rate(world.device, dtype_of(settings))
-        if way.startswith("ours"):
-            step = our_step(settings, partial(engine, s, settings, way), world)
-        else:
-            step = partial(their_step, engine(s, settings, way, world),
-                           batch_size=max(1, s.micro_batch_tokens // s.seq_length))
-        generator, times, losses = np.random.default_rng(0), [], []
+        product, built = matrix_rate(world.device, dtype_of(settings)), engine(s, settings, way, world)
+        step = partial(our_step, settings=settings, world=world) if way.startswith("ours") else \
+            partial(their_step, batch_size=max(1, s.micro_batch_tokens // s.seq_length))
+        generator, times, stepping, losses = np.random.default_rng(0), [], [], []
+        built.step = timed(built.step, world.device, stepping)
         for number in range(s.steps + 1):
             samples = random_samples(generator, config, s.global_batch_size, s.seq_length)
             began = time.perf_counter()
-            losses.append(step(samples))
+            losses.append(step(built, samples))
             synchronize(world.device)
             times.append(time.perf_counter() - began)
             print(f"{way}, step {number}: loss {losses[-1]:.4f}, {times[-1]:.2f} s", file=sys.stderr)
+            if number == 0 and world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
         speed = s.global_batch_size * s.seq_length / statistics.median(times[1:])
-        queue.put((speed, config.flops(speed) / rate, peak_memory(world), losses, world.device.type))
+        queue.put((speed, sum(stepping[1:]) / sum(times[1:]), product, peak_memory(world), losses))
 
 
 def main(s):
-    """Prints a line for each way, and the memory that was planned for ours."""
-    context, found = torch.multiprocessing.get_context("spawn"), {}
+    """Prints the memory that is planned for ours, and a line for each way."""
+    context, config, first = torch.multiprocessing.get_context("spawn"), shape(s.size), None
+    device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "a CPU")
+    plan = Plan(config, 1, s.zero, s.offload, s.dtype, s.micro_batch_tokens, s.gradient_checkpointing, device,
+                sample_tokens=s.seq_length)
+    counted = plan.total() - (RUNTIME["cuda"] if device == "cuda" else 0)  # torch does not count CUDA's own
+    print(f"{config.num_parameters:,} parameters, {s.dtype} on {name}, {s.global_batch_size} × {s.seq_length} tokens a "
+          f"step; planned for ours: {counted / GIB:.2f} GiB, and {plan.host() / GIB:.2f} GiB of the host")
+    print(f"{'':<22} {'tokens/s':>9} {'ratio':>6} {'TFLOP/s':>8} {'a product':>9} {'MFU':>16} {'optimizer':>9} "
+          f"{'memory':>11} {'losses apart':>13}")
     for way in s.ways:
         queue = context.SimpleQueue()
-        torch.multiprocessing.spawn(measure, (s, way, queue))
-        found[way] = queue.get()
-    config, (first, *_, wanted, device) = shape(s.size), found[s.ways[0]]
-    plan = Plan(config, 1, s.zero, s.offload, s.dtype, s.micro_batch_tokens, s.gradient_checkpointing, device)
-    print(f"{config.num_parameters:,} parameters, {s.dtype} on {device}, {s.global_batch_size} × {s.seq_length} tokens "
-          f"a step; planned for ours: {plan.total() / GIB:.2f} GiB")
-    print(f"{'':<22} {'tokens/s':>9} {'ratio':>6} {'MFU':>16} {'memory':>11} {'losses apart':>13}")
-    for way, (speed, used, memory, losses, _) in found.items():
-        apart = max(abs(a / b - 1) for a, b in zip(losses, wanted))
-        recomputed = used * plan.flops(1) / config.flops(1)
-        print(f"{way:<22} {speed:>9,.0f} {speed / first:>6.2f} {used:>7.1%} ({recomputed:.1%}) "
-              f"{memory / GIB:>7.2f} GiB {apart:>13.1e}")
+        try:
+            torch.multiprocessing.spawn(measure, (s, way, queue))
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            print(error, file=sys.stderr)
+            print(f"{way:<22} failed", flush=True)
+            continue
+        speed, optimizer, product, memory, losses = queue.get()
+        first = first or (speed, losses)
+        used, again = config.flops(speed), plan.flops(1) / config.flops(1)
+        apart = max(abs(a / b - 1) for a, b in zip(losses, first[1]))
+        print(f"{way:<22} {speed:>9,.0f} {speed / first[0]:>6.2f} {used / 1e12:>8.2f} {product / 1e12:>9.2f} "
+              f"{used / product:>7.1%} ({again * used / product:.1%}) {optimizer:>9.1%} {memory / GIB:>7.2f} GiB "
+              f"{apart:>13.1e}", flush=True)
 
 
 if __name__ == "__main__":

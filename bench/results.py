@@ -61,7 +61,7 @@ def machine():
     """What the benchmarks run on, in a line."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    features = [name for name in ("avx2", "avx512", "avx512_bf16", "amx_bf16")
+    features = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
                 if torch.cpu.get_capabilities().get(name)]
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"{len(names)} × {names[0]} ({', '.join(features)})" + (f", {', '.join(cards)}" if cards else "")
@@ -73,6 +73,7 @@ def main(s):
     pages = [f"# Results\n\n{machine()}; Python {platform.python_version()}, "
              + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
              + f"; {datetime.date.today()}. Written by `bench/results.py` (`make bench`).\n"]
+    failed = []
     for name in s.only:
         command = ["python", f"bench/{name}.py", *map(str, flags(s, checkpoint)[name])]
         print(f"{shlex.join(command)}", flush=True)
@@ -82,12 +83,15 @@ def main(s):
                 print(line, end="", flush=True)
                 text += line
         if process.returncode:
-            raise UserError(f"{shlex.join(command)} ended with status {process.returncode}; no results were written")
+            text += f"ended with status {process.returncode}\n"
+            failed.append(name)
         pages.append(f"\n## {TITLES[name]}\n\n```\n$ {shlex.join(command)}\n{text}```\n")
     out = Path(s.out)
     _, heading, rest = (out.read_text(encoding="utf-8") if out.exists() else "").partition(BY_HAND)
     out.write_text("".join(pages) + heading + rest, encoding="utf-8")
     print(f"results: {out}")
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed; what was said is above, the results of the others are in {out}")
 
 
 if __name__ == "__main__":

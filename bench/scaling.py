@@ -4,9 +4,10 @@
     python bench/scaling.py --size tiny --processes 1
 
 One thing is varied at a time: tokens of a sample, samples of a step (in one micro-batch), layers, processes (for the
-same step). Each point is a process of its own, or several. `memory` is the most that a process held above what it had
-before the model was made, with freed memory given back at once. An exponent is the slope of a straight line through the
-logarithms.
+same step; on GPUs as many as there are). Each point is a process of its own, or several, and is measured `rounds`
+times, in turns. `memory` is the most that a process held above what it had before the model was made, in a run of its
+own in which freed memory is given back at once, which takes time. An exponent is the slope of a straight line through
+the logarithms.
 """
 import dataclasses
 import os
@@ -15,13 +16,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.common import FRUGAL, dtype_of, random_model, random_samples, synchronize
-from build import build_engine
+from build import build_engine, import_deepspeed
 from distributed import Processes, free_port
 from settings import run, setting, unknown_name
 from stages import shape
@@ -40,6 +43,7 @@ class ScalingBenchSettings:
     zero: int = setting(1, "ZeRO stage")
     dtype: str = setting("auto", "dtype of the weights")
     steps: int = setting(5, "steps that are measured, after one that is not")
+    rounds: int = setting(2, "times that the steps of each point are measured")
 
     def problems(self):
         return unknown_name("size", self.size)
@@ -55,12 +59,13 @@ class Point:
 
 
 def measure(rank, s, point, port, queue):
-    """Takes the steps of a point; rank 0 puts (seconds, bytes) on the queue."""
+    """Takes the steps of a point; rank 0 puts (the seconds of each, bytes) on the queue."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(point.processes), "LOCAL_RANK": str(rank),
                    "LOCAL_WORLD_SIZE": str(point.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = dataclasses.replace(shape(s.size), num_hidden_layers=point.layers)
     settings = TrainSettings(zero=s.zero, dtype=s.dtype, micro_batch_tokens=1 << 30, micro_step_slots=1 << 30)
     with Processes() as world:
+        import_deepspeed(world)
         before = peak_memory(world)
         engine = build_engine(settings, random_model(config, world.device, dtype_of(settings)), world)
         generator, times = np.random.default_rng(0), []
@@ -71,29 +76,39 @@ def measure(rank, s, point, port, queue):
             synchronize(world.device)
             times.append(time.perf_counter() - began)
         if world.rank == 0:
-            queue.put((statistics.median(times[1:]), peak_memory(world) - before))
+            queue.put((times[1:], peak_memory(world) - before))
+
+
+def run_point(s, point):
+    """What `measure` finds in new processes."""
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(measure, (s, point, free_port(), queue), nprocs=point.processes)
+    return queue.get()
 
 
 def main(s):
     """Prints a table for each thing that is varied."""
-    os.environ.update(FRUGAL)
     layers = shape(s.size).num_hidden_layers
     base = Point(s.seq_length, s.samples, layers)
+    values = {name: [round(getattr(base, name) * factor) for factor in s.factors]
+              for name in ("seq_length", "samples", "layers")}
+    values["processes"] = [count for count in s.processes if count <= (torch.cuda.device_count() or count)]
+    points = {dataclasses.replace(base, **{name: value}): [] for name, column in values.items() for value in column}
+    for _ in range(s.rounds):
+        for point, times in tqdm(points.items(), "time", leave=False):
+            times += run_point(s, point)[0]
+    with patch.dict(os.environ, FRUGAL):
+        memory = {point: run_point(s, point)[1] for point in tqdm(points, "memory", leave=False)}
     print(f"{s.size}, {s.samples} samples of {s.seq_length} tokens, {layers} layers, ZeRO-{s.zero}")
-    for name in ("seq_length", "samples", "layers", "processes"):
-        values = s.processes if name == "processes" else [round(getattr(base, name) * factor) for factor in s.factors]
-        found = []
+    for name, column in values.items():
+        found = [dataclasses.replace(base, **{name: value}) for value in column]
+        found = [(statistics.median(points[point]), memory[point]) for point in found]
         print(f"{name:>10} {'seconds':>9} {'memory':>10}")
-        for value in values:
-            point = dataclasses.replace(base, **{name: value})
-            context = torch.multiprocessing.get_context("spawn")
-            queue = context.SimpleQueue()
-            torch.multiprocessing.spawn(measure, (s, point, free_port(), queue), nprocs=point.processes)
-            found.append(queue.get())
-            print(f"{value:>10} {found[-1][0]:>8.3f}s {found[-1][1] / 2**20:>7.0f}MiB", flush=True)
-        if len(values) > 1:
-            slopes = [np.polyfit(np.log(values), np.log(column), 1)[0] for column in zip(*found)]
-            print(f"{'exponent':>10} {slopes[0]:>9.2f} {slopes[1]:>10.2f}", flush=True)
+        for value, (seconds, held) in zip(column, found):
+            print(f"{value:>10} {seconds:>8.3f}s {held / 2**20:>7.0f}MiB")
+        if len(column) > 1:
+            slopes = [np.polyfit(np.log(column), np.log(figures), 1)[0] for figures in zip(*found)]
+            print(f"{'exponent':>10} {slopes[0]:>9.2f} {slopes[1]:>10.2f}")
 
 
 if __name__ == "__main__":

@@ -77,17 +77,17 @@ def accuracy(task, requests, values):
 def main(s):
     """Prints a line for each benchmark and dtype."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {s.batch_size}, {s.items} items each")
-    print(f"{'':<20} {'dtype':<9} {'requests':>8} {'tokens: backend':>15} {'ours':>8} {'allowed':>7} {'seconds':>8} "
-          f"{'ours':>7} {'faster':>6} {'of allowed':>10} {'difference':>10} {'off':>8} {'ours':>8} "
-          f"{'accuracy':>8} {'ours':>6}")
     first = {}  # the backend's values in the first dtype
     with Processes() as world:
+        print(f"{world.device.type}, {torch.get_num_threads()} threads, batch {s.batch_size}, {s.items} items each")
+        print(f"{'':<20} {'dtype':<9} {'requests':>8} {'tokens: backend':>15} {'ours':>8} {'allowed':>7} "
+              f"{'seconds':>8} {'ours':>7} {'faster':>6} {'of allowed':>10} {'difference':>10} {'off':>8} {'ours':>8} "
+              f"{'accuracy':>8} {'ours':>6}")
         for name in s.dtypes:
             dtype = getattr(torch, name)
-            theirs = HFLM(AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype), batch_size=s.batch_size,
-                          tokenizer=AutoTokenizer.from_pretrained(s.checkpoint))
-            model = load_model(s.checkpoint, dtype)
+            theirs = HFLM(AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype).to(world.device),
+                          batch_size=s.batch_size, tokenizer=AutoTokenizer.from_pretrained(s.checkpoint))
+            model = load_model(s.checkpoint, dtype, world.device)
             for title, task in tasks(s):
                 requests, seconds = task.instances, [0.0, 0.0]
                 for _ in range(s.repeats):
