@@ -267,13 +267,17 @@ def build_engine(s, model, world):
 
 
 def import_deepspeed(world):
-    """The package deepspeed, made quiet and ready for the device of the run."""
+    """The package deepspeed, made quiet, and the process, ready to train on the device of the run."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     import deepspeed
     deepspeed.utils.logger.setLevel("ERROR")
     if world.device.type == "cpu":
         # DeepSpeed would compile a C++ library for reductions in shared memory; gloo does without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # oneDNN compiles kernels for a shape, and every micro-batch has some 20 of its own. By default it keeps those
+        # of 1,024 shapes, and torch, above it, as many: gigabytes.
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "64")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
     return deepspeed
 

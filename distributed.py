@@ -46,9 +46,6 @@ class Processes:
                 # torchrun sets one thread a process, which leaves most of a CPU idle
                 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
                 torch.set_num_threads(max(1, cores // beside))
-            for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # torch has a second one above it
-                # kernels are compiled for a shape, and every micro-batch has another: by default 1,024 of them are kept
-                os.environ.setdefault(cache, "64")
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                 timeout=self.timeout)
         return self

@@ -156,10 +156,11 @@ def test_one_thread_where_the_environment_asks_for_one():
 
 def test_compiled_kernels_of_many_shapes_are_not_all_kept():
     """600 of them take about 380 MiB where the hardware multiplies bf16 (elsewhere none are compiled)."""
-    code = ("import torch; from distributed import Processes\n"
+    code = ("import torch; from build import import_deepspeed; from distributed import Processes\n"
             "def held(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2 ** 20\n"
             "x, y, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((900, 512), (512, 256), (900, 256)))\n"
-            "with Processes():\n"
+            "with Processes() as world:\n"
+            "    import_deepspeed(world)\n"
             "    torch.mm(x, y, out=out)\n"
             "    before = held()\n"
             "    for rows in range(200, 800): torch.mm(x[:rows], y, out=out[:rows])\n"
