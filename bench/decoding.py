@@ -52,8 +52,8 @@ def theirs(model, prompts, decoding, eos, batch_size):
         ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
         new = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                             max_new_tokens=decoding.max_new_tokens,
-                             num_beams=decoding.num_beams, length_penalty=decoding.length_penalty,
+                             max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams,
+                             length_penalty=decoding.length_penalty,
                              no_repeat_ngram_size=decoding.no_repeat_ngram_size, pad_token_id=eos, eos_token_id=eos)
         outputs += [row[:row.index(eos)] if eos in row else row for row in new[:, width:].tolist()]
     return outputs
@@ -90,8 +90,8 @@ def main(s):
     for name, mode in MODES.items():
         decoding = replace(mode, max_new_tokens=s.max_new_tokens)
         slots = max(map(len, prompts)) + decoding.num_beams * s.max_new_tokens
-        first, same, all_at_once = f"transformers, batches of {s.batch_size}", f"ours, batches of {s.batch_size}", \
-            "ours, under its token budget"
+        first, same = f"transformers, batches of {s.batch_size}", f"ours, batches of {s.batch_size}"
+        all_at_once = "ours, under its token budget"
         ways = {first: lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, s.batch_size),
                 "transformers, all at once": lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, len(p)),
                 same: lambda p, d=decoding, b=slots * s.batch_size: generate(model, p, d, tokenizer.eos_ids, budget=b),
