@@ -16,6 +16,7 @@ from batches import count_tokens
 from data_prep import train_tokenizer
 from distributed import Processes, weights_dtype
 from model.checkpoint import assemble, write_checkpoint
+from model.config import ModelConfig
 from model.files import UserError, new_directory
 from model.transformer import IGNORE_INDEX, initial_weights
 from settings import ROOT
@@ -27,13 +28,16 @@ FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def random_checkpoint(folder, config):
-    """A checkpoint with random weights in `folder`, made if it is not there; its tokenizer is of the sample's texts."""
+    """A checkpoint with random weights in `folder`, made if it is not there; its tokenizer is of the sample's texts.
+    Raises UserError if one of another shape is there."""
     if not folder.exists():
         with new_directory(folder) as partial:
             (partial / "tokenizer").mkdir()
             texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("data/sample/*/*.json"))]
             train_tokenizer(texts, config.vocab_size, partial / "tokenizer")
             write_checkpoint(partial, config, initial_weights(config, 0), partial / "tokenizer")
+    elif ModelConfig.read(folder / "config.json") != config:
+        raise UserError(f"{folder} holds a model of another shape than the preset's: delete it, or give another folder")
     return folder
 
 
