@@ -1,7 +1,13 @@
 """The benchmarks still run, and what they compare trains alike. Their speed is looked at in bench/RESULTS.md."""
+import dataclasses
 import re
 
+import pytest
 from conftest import ROOT, run_script
+
+from bench.common import random_checkpoint
+from model.files import UserError
+from stages import shape
 
 
 def test_benchmarks_can_be_imported():
@@ -17,3 +23,11 @@ def test_transformers_trains_alike():
                         "--ways", "transformers,ours", PYTHONPATH="")
     apart = dict(re.findall(r"^(transformers|ours) .* (\S+)$", result.stdout, re.MULTILINE))
     assert float(apart["transformers"]) == 0 <= float(apart["ours"]) < 2e-6
+
+
+def test_weights_of_another_shape_are_not_measured(tmp_path):
+    config = dataclasses.replace(shape("tiny"), bos_token_id=1, eos_token_id=2)
+    folder = random_checkpoint(tmp_path / "tiny", config)
+    assert random_checkpoint(folder, config) == folder
+    with pytest.raises(UserError, match="another shape"):
+        random_checkpoint(folder, dataclasses.replace(config, num_hidden_layers=3))
