@@ -41,8 +41,9 @@ def start(folder):
     """Seconds from `make train` to its lines."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     config = dataclasses.replace(shape("tiny"), bos_token_id=1, eos_token_id=2)
+    # SOURCE is given since make would hand down the one of `make bench`, whose whole task takes longer to evaluate on
     command = ["make", "train", "TASK=simp", "SOURCE=sample", "SIZE=tiny", f"OUT={folder / 'run'}",
-               f"INIT={random_checkpoint(folder / 'tiny', config)}", "ARGS=--max_steps 1"]  # over those of `make bench`
+               f"INIT={random_checkpoint(folder / 'tiny', config)}", "ARGS=--max_steps 1"]
     began, seen = time.perf_counter(), {}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         for line in process.stdout:
