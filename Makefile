@@ -100,7 +100,7 @@ data/prepared/$(SOURCE)/%.json: FORCE | $(VENV)/user
 
 ifneq (,$(HUB))
   BEFORE := $(VENV)/user
-  M0      = $(PY) -m model.checkpoint $(HUB) $(OUT)/m0
+  M0      = $(PY) -m model.hub $(HUB) $(OUT)/m0
 else
   BEFORE := $(TEXT)
   M0      = $(PY) pretrain.py --size $(SIZE) --model $(MODEL) --data $(TEXT) --out $(OUT) $(FLAG) \
@@ -150,11 +150,11 @@ report: $(VENV)/user
 # ------------------------------------------------------------------------------------------------- whether growing pays
 
 growth-study: $(VENV)/user | $(TEXT)
-	@$(PY) growth_study.py --size $(SIZE) --data $(TEXT) --out $(or $(STUDY),runs/$(SIZE)/growth-study) $(FLAG) \
+	@$(PY) -m pipeline.growth_study --size $(SIZE) --data $(TEXT) --out $(or $(STUDY),runs/$(SIZE)/growth-study) $(FLAG) \
 	    $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 plan: $(VENV)/user
-	@$(PY) planner.py $(if $(INIT),--init $(INIT),--size $(SIZE)) --processes $(NPROC) $(if $(ZERO),--zero $(ZERO)) \
+	@$(PY) -m pipeline.memory_plan $(if $(INIT),--init $(INIT),--size $(SIZE)) --processes $(NPROC) $(if $(ZERO),--zero $(ZERO)) \
 	    $(if $(GPU_MEMORY),--gpu_memory $(GPU_MEMORY)) $(if $(TOKENS),--tokens $(TOKENS)) $(ARGS)
 
 growth-plan: $(VENV)/user
@@ -181,7 +181,7 @@ test: $(VENV)/dev
 	OMP_NUM_THREADS=1 SMOLLM2=$(abspath $(SMOLLM2)) $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(VENV)/dev data/prepared/$(SOURCE)/simp.json | $(if $(FILES),,data/eval/sample)
-	@$(PY) bench/results.py --data data/prepared/$(SOURCE)/simp.json --folder runs/bench \
+	@$(PY) bench/run_all.py --data data/prepared/$(SOURCE)/simp.json --folder runs/bench \
 	    $(if $(INIT),--checkpoint $(INIT)) $(if $(FILES),--files $(FILES)) $(ARGS)
 
 lint: $(VENV)/dev

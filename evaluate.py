@@ -16,25 +16,24 @@ from typing import Literal
 
 import torch
 
-import settings
-from batches import encode_prompts, read_task
-from data_prep import clean
-from distributed import Processes, weights_dtype
-from methods import open_prior
-from metrics import bertscore, bleu, health, interval, rouge, sari
-from model.checkpoint import POSTERIOR, Weights, check_vocabulary, checkpoint_digest, load_model, locate
+from common import settings
+from common.distributed import Distributed, resolve_dtype
+from common.files import UserError, digest, read_json, write_json, write_text
+from common.provenance import git_commit
+from common.settings import read_config, setting, unknown_name
+from corpus.tasks import clean, encode_prompts, read_task
+from evaluation.parallel import ParallelModel
+from evaluation.text_metrics import bertscore, bleu, health, interval, rouge, sari
+from model.checkpoint import Weights, check_vocabulary, checkpoint_digest
 from model.config import ModelConfig
-from model.files import UserError, digest, read_json, write_json, write_text
-from model.generate import Decoding
+from model.generation import GenerationConfig
+from model.hub import load_model, locate
+from model.parameter_files import POSTERIOR, find_parameter_files, open_prior
 from model.tokenizer import TOKENIZER_FILES, Tokenizer
-from partitions import part_files
-from runs import git_commit
-from scorer import Scorer
-from settings import read_config, setting, unknown_name
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateConfig:
     """Settings of one evaluation."""
     checkpoint: str | None = setting(None, "checkpoint to evaluate: a directory or a Hub id")
     out: str | None = setting(None, "folder for the results; none: eval in the checkpoint's directory")
@@ -45,7 +44,7 @@ class EvaluateSettings:
     limit: int | None = setting(None, "only the first N test items of each task and benchmark")
     max_source_length: int = setting(1024, "most tokens of a prompt, <bos> included")
     seed: int = setting(42, "seed of sampling, where a task's decoding samples, and of weight samples")
-    weight_samples: int = setting(0, "draws of the weights from the checkpoint's posterior, over which the options' "
+    posterior_samples: int = setting(0, "draws of the weights from the checkpoint's posterior, over which the options' "
                                      "probabilities are averaged beside those of its mean")
     bertscore_model: str | None = setting(None, "directory of an encoder for BERTScore (needs the package bert-score)")
     bertscore_layer: int | None = setting(None, "the layer whose vectors BERTScore compares")
@@ -62,26 +61,26 @@ class EvaluateSettings:
         if (self.bertscore_model is None) != (self.bertscore_layer is None):
             found.append("bertscore_model and bertscore_layer go together")
         found += [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
-                  (("limit", 1), ("seed", 0), ("weight_samples", 0), ("max_source_length", 16), ("bertscore_layer", 1))
+                  (("limit", 1), ("seed", 0), ("posterior_samples", 0), ("max_source_length", 16), ("bertscore_layer", 1))
                   if getattr(self, name) is not None and getattr(self, name) < least]
         return found
 
 
-def main(s):
+def main(cfg):
     """Evaluates on all processes: rank 0 knows what is asked, the others carry out their shares."""
-    with Processes(datetime.timedelta(days=1)) as world:  # while rank 0 downloads datasets the others wait
-        run, tasks, suite = world.on_main(lambda: prepare(s))
-        source = world.first_on_node(lambda: locate(s.checkpoint))
+    with Distributed(datetime.timedelta(days=1)) as dist:  # while rank 0 downloads datasets the others wait
+        run, tasks, suite = dist.on_rank0(lambda: prepare(cfg))
+        source = dist.local_rank0_first(lambda: locate(cfg.checkpoint))
         dtype = torch.bfloat16 if run["dtype"] == "bf16" else torch.float32
-        scorer = Scorer(world, load_model(source, dtype, world.device), Tokenizer(source))
-        if world.rank:
+        scorer = ParallelModel(dist, load_model(source, dtype, dist.device), Tokenizer(source))
+        if dist.rank:
             return scorer.serve()
-        print(f"evaluating {s.checkpoint}: {run['dtype']} on {world.size} × {world.device.type}", flush=True)
-        out = Path(s.out or source / "eval")
+        print(f"evaluating {cfg.checkpoint}: {run['dtype']} on {dist.world_size} × {dist.device.type}", flush=True)
+        out = Path(cfg.out or source / "eval")
         try:
             for task, (items, facts) in tasks.items():
-                evaluate_task(s, task, items, scorer, out, run | facts)
-            results = evaluate_suite(s, suite, scorer, out, run) if suite else None
+                evaluate_task(cfg, task, items, scorer, out, run | facts)
+            results = evaluate_suite(cfg, suite, scorer, out, run) if suite else None
         except UserError:  # comes between two requests, so the others wait for the next one
             scorer.dismiss()
             raise
@@ -98,75 +97,75 @@ def main(s):
                               "datasets (HF_HOME) here and set HF_DATASETS_OFFLINE=1; or use a suite with local files")
 
 
-def prepare(s):
+def prepare(cfg):
     """Rank 0's work before anything is loaded: checks checkpoint, tasks and suite.
 
     Returns (what the results will say of the run, {task: (test items, facts of the task)}, benchmarks).
     """
-    source = locate(s.checkpoint)
+    source = locate(cfg.checkpoint)
     config = ModelConfig.read(source / "config.json")
     Weights(source).check(config)
     check_vocabulary(source, config)
     if Tokenizer(source).eos_id is None:
         raise UserError(f"{source} names no end-of-text token: add eos_token_id to its config.json")
-    if s.weight_samples and not open_prior(part_files(source, POSTERIOR), source, config):
-        raise UserError(f"{source} has no posterior to draw weights from: it was not fine-tuned in probabilistic mode; "
-                        "leave out --weight_samples")
+    if cfg.posterior_samples and not open_prior(find_parameter_files(source, POSTERIOR), source, config):
+        raise UserError(f"{source} has no posterior to draw weights from: it was not fine-tuned with IVON; "
+                        "leave out --posterior_samples")
     tasks, problems = {}, []
-    for task in s.tasks:
-        path = Path(s.data) / f"{task}.json"
+    for task in cfg.tasks:
+        path = Path(cfg.data) / f"{task}.json"
         if not path.is_file():
             problems.append(f"{path} does not exist: make it with data_prep.py task, or `make data TASK={task}`")
             continue
-        items = read_task(path)[0]["test"][:s.limit]
-        decoding = task_decoding(task, s.seed)
+        items = read_task(path)[0]["test"][:cfg.limit]
+        decoding = task_decoding(task, cfg.seed)
         if not items:
             problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
-        if s.max_source_length + decoding.max_new_tokens > config.max_position_embeddings:
-            problems.append(f"max_source_length {s.max_source_length} + max_new_tokens {decoding.max_new_tokens} of "
+        if cfg.max_source_length + decoding.max_new_tokens > config.max_position_embeddings:
+            problems.append(f"max_source_length {cfg.max_source_length} + max_new_tokens {decoding.max_new_tokens} of "
                             f"{task} is more than the model's max_position_embeddings "
                             f"{config.max_position_embeddings}: lower max_source_length")
         spec = read_config("task", task)
         tasks[task] = items, {"data_digest": digest([path]), "decoding": dataclasses.asdict(decoding),
-                              "max_source_length": s.max_source_length, "source": spec["source"],
-                              "sari": spec.get("sari", False), "bertscore_model": s.bertscore_model,
-                              "bertscore_layer": s.bertscore_layer}
+                              "max_source_length": cfg.max_source_length, "source": spec["source"],
+                              "sari": spec.get("sari", False), "bertscore_model": cfg.bertscore_model,
+                              "bertscore_layer": cfg.bertscore_layer}
     if problems:
         raise UserError("; ".join(problems))
-    if s.suite:
-        from benchmarks import read_suite  # lm-eval takes seconds to import
-    suite = read_suite(s.suite, s.suite_files) if s.suite else []
+    if cfg.suite:
+        from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
+    suite = read_suite(cfg.suite, cfg.suite_files) if cfg.suite else []
     texts = [source / name for name in (*TOKENIZER_FILES, "generation_config.json") if (source / name).exists()]
-    run = {"checkpoint": str(s.checkpoint), "checkpoint_digest": checkpoint_digest(source),
-           "tokenizer_digest": digest(texts), "dtype": weights_dtype(s), "limit": s.limit}
+    run = {"checkpoint": str(cfg.checkpoint), "checkpoint_digest": checkpoint_digest(source),
+           "tokenizer_digest": digest(texts), "dtype": resolve_dtype(cfg.dtype), "limit": cfg.limit}
     return run, tasks, suite
 
 
 def task_decoding(task, seed):
     """The decoding of a task, from the table [decoding] of its file."""
-    table, names = read_config("task", task)["decoding"], {entry.name for entry in dataclasses.fields(Decoding)}
+    table, names = read_config("task", task)["decoding"], {entry.name for entry in dataclasses.fields(GenerationConfig)}
     problems = [f"unknown setting {name!r}" for name in sorted(table.keys() - names)]
-    decoding = Decoding(**{name: value for name, value in table.items() if name in names} | {"seed": seed})
+    decoding = GenerationConfig(**{name: value for name, value in table.items() if name in names} | {"seed": seed})
     if problems := problems + decoding.problems():
         raise UserError(f"configs/task/{task}.toml [decoding]: " + "; ".join(problems))
     return decoding
 
 
-def evaluate_task(s, task, items, scorer, out, run):
+def evaluate_task(cfg, task, items, scorer, out, run):
     """Generates a task's test set and writes its predictions and metrics, if they are not there already."""
     metrics_file, predictions_file = out / f"metrics-{task}.json", out / f"predictions-{task}.jsonl"
     if metrics_file.exists() and predictions_file.exists() and same_run(read_json(metrics_file).get("run", {}), run):
         return print(f"{metrics_file} is there already, of the same model, data and settings", flush=True)
-    spec, decoding = read_config("task", task), task_decoding(task, s.seed)
-    prompts = encode_prompts(scorer.tokenizer, [item["input"] for item in items], s.max_source_length)
+    spec, decoding = read_config("task", task), task_decoding(task, cfg.seed)
+    prompts = encode_prompts(scorer.tokenizer, [item["input"] for item in items], cfg.max_source_length)
     predictions = [scorer.tokenizer.decode(ids).strip() for ids in scorer.generate(prompts, decoding)]
     references = [item.get("references") or [item["output"]] for item in items]
     sources = [clean(item.get("src_info", {}).get(spec["source"]) or item["input"]) for item in items]
     values = rouge(predictions, references)
     if spec.get("sari"):
         values["sari"] = [sari(*texts) for texts in zip(sources, predictions, references)]
-    if s.bertscore_model:
-        values["bertscore"] = bertscore(predictions, references, s.bertscore_model, s.bertscore_layer)
+    if cfg.bertscore_model:
+        values["bertscore"] = bertscore(predictions, references, cfg.bertscore_model, cfg.bertscore_layer)
     values |= health(predictions, sources)
     metrics = {"bleu": bleu(predictions, references)} | {name: interval(scores) for name, scores in values.items()}
     scores = [{name: round(found[index], 4) for name, found in values.items()} for index in range(len(items))]
@@ -184,23 +183,23 @@ def same_run(old, new):
         {key: json.loads(json.dumps(new.get(key))) for key in old.keys() | new.keys() if key not in ignored}
 
 
-def evaluate_suite(s, suite, scorer, out, run):
+def evaluate_suite(cfg, suite, scorer, out, run):
     """Runs the benchmarks, if results of the same run are not there already. Returns lm-eval's results, with `suite`,
     `run`, `tokens` and `missing` added."""
-    from benchmarks import run_suite, write_results
-    from results import sample_files
+    from evaluation.benchmarks import run_suite
+    from evaluation.lm_eval_files import sample_files, write_results
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
-    if s.weight_samples:
-        run |= {"weight_samples": s.weight_samples, "seed": s.seed,
-                "checkpoint_digest": checkpoint_digest(locate(s.checkpoint), (POSTERIOR,))}
+    if cfg.posterior_samples:
+        run |= {"posterior_samples": cfg.posterior_samples, "seed": cfg.seed,
+                "checkpoint_digest": checkpoint_digest(locate(cfg.checkpoint), (POSTERIOR,))}
     for path in sorted(out.glob("results_*.json"), reverse=True):
         results = read_json(path)
         if same_run(results.get("run", {}), run) and not results["missing"]:
             print(f"{path} is there already, of the same model, data and settings", flush=True)
             return results
-    draws = [(locate(s.checkpoint), ("weights", s.seed, number)) for number in range(s.weight_samples)]
-    results, samples, missing = run_suite(suite, scorer, s.limit, draws)
+    draws = [(locate(cfg.checkpoint), ("weights", cfg.seed, number)) for number in range(cfg.posterior_samples)]
+    results, samples, missing = run_suite(suite, scorer, cfg.limit, draws)
     results = (results or {"results": {}}) | {"run": run | {"commit": git_commit()}, "tokens": scorer.counts,
                                               "missing": missing}
     if results["results"]:
@@ -234,7 +233,7 @@ def print_tasks(tasks, out):
 
 def print_suite(suite, results):
     """A line for each benchmark, by categories, with the mean of each category: percentages, and calibration."""
-    from benchmarks import CALIBRATION, figures
+    from evaluation.benchmarks import CALIBRATION, figures
     rows = figures(suite, results)
     print(f"\n{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5}  {'metric':<15} {'%':>6} {'±':>4}  "
           + "  ".join(f"{name.upper():>6}" for name in CALIBRATION))
@@ -247,7 +246,7 @@ def print_suite(suite, results):
             print(f"{category:<9} {name:<36} {row['items']:>6} {row['num_fewshot']:>5}  {row['metric']:<15} "
                   f"{100 * row['value']:6.1f} {error}  {calibrated}")
             if sampled := row["sampled"]:
-                label = f"  over {results['run']['weight_samples']} weight samples"
+                label = f"  over {results['run']['posterior_samples']} weight samples"
                 print(f"{'':<9} {label:<36} {'':>6} {'':>5}  {'acc':<15} {100 * sampled['acc']:6.1f} {'':>4}  "
                       + "  ".join(f"{sampled[key]:6.3f}" for key in CALIBRATION))
         whole = [row["value"] for row in inside if not row["part_of"]]
@@ -260,4 +259,4 @@ def print_suite(suite, results):
 
 
 if __name__ == "__main__":
-    settings.run((EvaluateSettings, main), __doc__)
+    settings.run((EvaluateConfig, main), __doc__)

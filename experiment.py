@@ -3,7 +3,7 @@
     python experiment.py --size tiny --text data/text/tiny --data data/prepared/sample --out runs/tiny
     python experiment.py … --init_llm DIR --init_stack DIR        checkpoints of one's own in place of pretrained ones
     python experiment.py … --order simp,empd,simp --seeds 42,43   a task may come again; each seed is a chain from m0
-    python experiment.py … --methods constant,ewc,probabilistic:tau=0.5    a chain for each way to forget less
+    python experiment.py … --methods finetune,ewc,vcl:tau=0.5    a chain for each way to forget less
 
 Each step is a command of its own, which is printed. A step is done again only where its command, the weights that it
 starts from or its data have changed since, as the digests in experiment/*.json say; so an experiment that was stopped
@@ -19,26 +19,30 @@ from pathlib import Path
 
 import torch
 
-from batches import data_digest, read_task
-from model.checkpoint import checkpoint_digest, locate
+from common.files import UserError, digest, read_json, write_json
+from common.formatting import format_duration
+from common.provenance import data_digest
+from common.settings import CONFIGS, ROOT, load, read_config, run, setting, unknown_name
+from corpus.tasks import read_task
+from evaluation.suites import open_suite
+from model.checkpoint import checkpoint_digest
 from model.config import ModelConfig
-from model.files import UserError, digest, read_json, write_json
-from runs import clock
-from settings import CONFIGS, ROOT, load, read_config, run, setting, unknown_name
-from slurm import submit
-from stages import Stage, run_command, shape, words
-from suites import open_suite
-from train_settings import TrainSettings
+from model.hub import locate
+from pipeline.jobs import Stage, run_command, shape, words
+from pipeline.slurm import submit
+from training.train_config import TrainConfig
 
 UTILISATION = 0.3  # of the speed of a matrix product that training and evaluation reach, for the first estimate
+
 CHARACTERS = 4  # a token, about
+
 # What a method of an experiment may set: anything but what makes a stage the one that it is.
-METHOD_SETTINGS = {field.name for field in dataclasses.fields(TrainSettings)} - {
+METHOD_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)} - {
     "task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
 
 
 @dataclass(frozen=True)
-class ExperimentSettings:
+class ExperimentConfig:
     """Settings of an experiment."""
     size: str | None = setting(None, "size preset (a file in configs/size): m0 and the recipe of fine-tuning")
     models: tuple[str, ...] = setting(("llm", "stack"), "models: stack was grown, llm was not")
@@ -62,7 +66,7 @@ class ExperimentSettings:
     only: str | None = setting(None, "run only the step that makes this directory, and no report")
     train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
     evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
-    weight_samples: int = setting(4, "draws of the weights over which stages of probabilistic mode are evaluated, too")
+    posterior_samples: int = setting(4, "draws of the weights over which stages trained with IVON are evaluated, too")
     dry_run: bool = setting(False, "print the plan and run nothing")
 
     def problems(self):
@@ -80,7 +84,7 @@ class ExperimentSettings:
             except UserError as error:
                 found.append(str(error))
         found += [] if self.order else ["order is empty"]
-        found += [f"weight_samples is {self.weight_samples}, expected at least 0"] if self.weight_samples < 0 else []
+        found += [f"posterior_samples is {self.posterior_samples}, expected at least 0"] if self.posterior_samples < 0 else []
         found += [f"{name} has no --init_{name}, and --size is missing" for name in self.models
                   if name in ("llm", "stack") and not self.size and not getattr(self, f"init_{name}")]
         return found
@@ -96,7 +100,7 @@ def read_method(text):
             raise UserError(f"{part!r} of the method {text!r} is no name=value of a setting that a method may have")
         flags += [f"--{name}", value]
     try:
-        return flags, load(TrainSettings, [*flags, *others], "")
+        return flags, load(TrainConfig, [*flags, *others], "")
     except UserError as error:
         raise UserError(f"the method {text!r}: {error}") from None
 
@@ -116,118 +120,116 @@ class Step(Stage):
         return command[start:end]
 
 
-def plan(s):
+def plan(cfg):
     """The steps of the experiment, in order."""
-    return [step for model in s.models for step in model_steps(s, model)]
+    return [step for model in cfg.models for step in model_steps(cfg, model)]
 
 
-def model_steps(s, model):
+def model_steps(cfg, model):
     """The steps of one model: m0, then for each method and seed the stages; each is evaluated before the next."""
-    folder, steps = Path(s.out) / model, []
-    start = getattr(s, f"init_{model}")
+    folder, steps = Path(cfg.out) / model, []
+    start = getattr(cfg, f"init_{model}")
     if start is None:
         start = folder / "m0"
-        steps.append(start_step(s, model, start))
-    steps.append(evaluation(s, model, start, folder / "m0"))
-    for method in s.methods or [None]:
+        steps.append(start_step(cfg, model, start))
+    steps.append(evaluation(cfg, model, start, folder / "m0"))
+    for method in cfg.methods or [None]:
         place = folder / method.replace(":", "-") if method else folder
-        for seed in s.seeds:
-            steps += chain_steps(s, model, start, place if seed == s.seeds[0] else place / f"seed-{seed}", method, seed)
+        for seed in cfg.seeds:
+            steps += chain_steps(cfg, model, start, place if seed == cfg.seeds[0] else place / f"seed-{seed}", method, seed)
     return steps
 
 
-def chain_steps(s, model, start, place, method, seed):
+def chain_steps(cfg, model, start, place, method, seed):
     """The steps of one chain from m0: the stages with one method and one seed."""
     parent, steps, flags, sampled = start, [], [], []
-    recipe = [CONFIGS / "train/finetune.toml", *size_files(s)]
+    recipe = [CONFIGS / "train/finetune.toml", *size_files(cfg)]
     if method:
         flags, settings = read_method(method)
         recipe.append(CONFIGS / f"method/{settings.method}.toml")
-        sampled = ["--weight_samples", s.weight_samples] if settings.mode == "probabilistic" else []
-    for number, task in enumerate(s.order, 1):
-        out, data = place / f"m{number}-{task}", Path(s.data) / f"{task}.json"
-        size = ["--size", s.size] if s.size else []
+        sampled = ["--posterior_samples", cfg.posterior_samples] if settings.optimizer == "ivon" else []
+    for number, task in enumerate(cfg.order, 1):
+        out, data = place / f"m{number}-{task}", Path(cfg.data) / f"{task}.json"
+        size = ["--size", cfg.size] if cfg.size else []
         first = ["--rehearsal", "0"] if number == 1 and method and settings.rehearsal else []
-        command = [*launch(s), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
+        command = [*launch(cfg), ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *size,
                    "--task", task, "--init", parent, "--data", data, "--out", out, "--seed", seed,
-                   *words(s.train_args), *flags, *first]
-        steps.append(Step(out, command, training_flops(s, model, data), "train.py", (parent, data, *recipe)))
-        steps.append(evaluation(s, model, out, out, sampled))
+                   *words(cfg.train_args), *flags, *first]
+        steps.append(Step(out, command, training_flops(cfg, model, data), "train.py", (parent, data, *recipe)))
+        steps.append(evaluation(cfg, model, out, out, sampled))
         parent = out
     return steps
 
 
-def start_step(s, model, out):
+def start_step(cfg, model, out):
     """m0: pretrained by the size's recipe, or from the Hub."""
-    tables = read_config("size", s.size)
+    tables = read_config("size", cfg.size)
     if hub := tables.get("hub", {}).get(model):
-        return Step(out, [sys.executable, "-m", "model.checkpoint", hub, out], 0.0, "model.checkpoint")
-    if not s.text:
+        return Step(out, [sys.executable, "-m", "model.hub", hub, out], 0.0, "model.hub")
+    if not cfg.text:
         raise UserError(f"m0 of {model} has to be pretrained: give --text, or --init_{model}")
-    command = [sys.executable, ROOT / "pretrain.py", "--size", s.size, "--model", model, "--data", s.text,
-               "--out", out.parent, *(["--launcher", s.launcher] if s.launcher else [])]
+    command = [sys.executable, ROOT / "pretrain.py", "--size", cfg.size, "--model", model, "--data", cfg.text,
+               "--out", out.parent, *(["--launcher", cfg.launcher] if cfg.launcher else [])]
     return Step(out, command, tables.get(model, {}).get("max_flops", 0.0), "pretrain.py",
-                (Path(s.text), CONFIGS / "train/pretrain.toml", *size_files(s)))
+                (Path(cfg.text), CONFIGS / "train/pretrain.toml", *size_files(cfg)))
 
 
-def evaluation(s, model, checkpoint, directory, sampled=()):
+def evaluation(cfg, model, checkpoint, directory, sampled=()):
     """The evaluation of a checkpoint on all tasks of the order and the suite."""
-    tasks = list(dict.fromkeys(s.order))
-    command = [*launch(s), ROOT / "evaluate.py", "--checkpoint", checkpoint, "--out", directory / "eval",
-               "--data", s.data, "--tasks", ",".join(tasks), "--suite", s.suite,
-               *(["--suite_files", s.suite_files] if s.suite_files else []), *sampled, *words(s.evaluate_args)]
-    files = [place for task in tasks for place in (Path(s.data) / f"{task}.json", CONFIGS / f"task/{task}.toml")]
-    files += suite_files(s)
-    return Step(directory / "eval", command, evaluation_flops(s, model), "evaluate.py", (checkpoint, *files))
+    tasks = list(dict.fromkeys(cfg.order))
+    command = [*launch(cfg), ROOT / "evaluate.py", "--checkpoint", checkpoint, "--out", directory / "eval",
+               "--data", cfg.data, "--tasks", ",".join(tasks), "--suite", cfg.suite,
+               *(["--suite_files", cfg.suite_files] if cfg.suite_files else []), *sampled, *words(cfg.evaluate_args)]
+    files = [place for task in tasks for place in (Path(cfg.data) / f"{task}.json", CONFIGS / f"task/{task}.toml")]
+    files += suite_files(cfg)
+    return Step(directory / "eval", command, evaluation_flops(cfg, model), "evaluate.py", (checkpoint, *files))
 
 
-def size_files(s):
+def size_files(cfg):
     """The file of the size's recipes, if a size is given."""
-    return [CONFIGS / f"size/{s.size}.toml"] if s.size else []
+    return [CONFIGS / f"size/{cfg.size}.toml"] if cfg.size else []
 
 
-def suite_files(s):
+def suite_files(cfg):
     """The TOML file of the suite and the local files that it names."""
-    path, entries, folder = open_suite(s.suite, s.suite_files)
+    path, entries, folder = open_suite(cfg.suite, cfg.suite_files)
     return [path, *(folder / name for name in dict.fromkeys(entry["file"] for entry in entries if "file" in entry))]
 
 
-def launch(s):
+def launch(cfg):
     """The words before a script's name; a Slurm job runs this script again with those of its own."""
-    return words(s.launcher) if s.launcher not in ("", "slurm") else [sys.executable]
+    return words(cfg.launcher) if cfg.launcher not in ("", "slurm") else [sys.executable]
 
 
-# ---------------------------------------------------------------------------------------------------- what a step costs
-
-def model_config(s, model):
+def model_config(cfg, model):
     """The configuration of a model."""
-    init = getattr(s, f"init_{model}")
-    return ModelConfig.read(locate(init) / "config.json") if init else shape(s.size)
+    init = getattr(cfg, f"init_{model}")
+    return ModelConfig.read(locate(init) / "config.json") if init else shape(cfg.size)
 
 
-def training_flops(s, model, data):
+def training_flops(cfg, model, data):
     """The FLOPs of fine-tuning on a task's training split, about."""
-    table = read_config("size", s.size).get("finetune", {}) if s.size else {}
-    samples = flag(s.train_args, "max_train_samples", table.get("max_train_samples"))
-    epochs = flag(s.train_args, "num_train_epochs", table.get("num_train_epochs", 3))
+    table = read_config("size", cfg.size).get("finetune", {}) if cfg.size else {}
+    samples = flag(cfg.train_args, "max_train_samples", table.get("max_train_samples"))
+    epochs = flag(cfg.train_args, "num_train_epochs", table.get("num_train_epochs", 3))
     items = read_items(data)["train"][:samples and int(samples)]
     tokens = sum(len(item["input"]) + len(item["output"]) for item in items) / CHARACTERS
-    return model_config(s, model).flops(tokens * epochs)
+    return model_config(cfg, model).flops(tokens * epochs)
 
 
-def evaluation_flops(s, model):
+def evaluation_flops(cfg, model):
     """The FLOPs of an evaluation, about: a third of training's for each token that is read or tried, of the test sets
     and of the suite's local files; what lm-eval downloads is not known before."""
-    tokens, limit = 0, flag(s.evaluate_args, "limit", None)
-    for task in dict.fromkeys(s.order):
+    tokens, limit = 0, flag(cfg.evaluate_args, "limit", None)
+    for task in dict.fromkeys(cfg.order):
         decoding = read_config("task", task)["decoding"]
         new = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2
         tokens += sum(len(item["input"]) / CHARACTERS + new
-                      for item in read_items(Path(s.data) / f"{task}.json")["test"][:limit and int(limit)])
-    for file in suite_files(s)[1:]:
+                      for item in read_items(Path(cfg.data) / f"{task}.json")["test"][:limit and int(limit)])
+    for file in suite_files(cfg)[1:]:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         tokens += sum(map(len, lines[:limit and int(limit)])) / CHARACTERS
-    return model_config(s, model).flops(tokens) / 3
+    return model_config(cfg, model).flops(tokens) / 3
 
 
 def flag(args, name, default):
@@ -281,8 +283,6 @@ class Pace:
         return seconds
 
 
-# -------------------------------------------------------------------------------------------------------------- running
-
 def inputs_digest(step):
     """Digests of the weights, data and settings that a step depends on, by path; None for what is not there yet."""
     return {str(path): digest_of(path) for path in step.inputs}
@@ -334,34 +334,32 @@ def name_of(out, step):
     return "-".join(step.out.relative_to(out).parts)
 
 
-# ----------------------------------------------------------------------------------------------------------- the whole
-
 def lacks_benchmarks(step, began):
     """Whether an evaluation that failed has written, since it began, the results of all benchmarks that can be had."""
     return step.script == "evaluate.py" and any(
         path.stat().st_mtime >= began and read_json(path).get("missing") for path in step.out.glob("results_*.json"))
 
 
-def main(s):
+def main(cfg):
     """Prints the plan, runs what is missing or changed, and writes the report."""
-    steps, ledger = plan(s), Ledger(s.out)
-    if s.only and not (steps := [step for step in steps if str(step.out) == s.only]):
-        raise UserError(f"{s.only} is made by no step of this experiment")
+    steps, ledger = plan(cfg), Ledger(cfg.out)
+    if cfg.only and not (steps := [step for step in steps if str(step.out) == cfg.only]):
+        raise UserError(f"{cfg.only} is made by no step of this experiment")
     pace, to_do = Pace(UTILISATION * machine_speed()), [step for step in steps if not ledger.unchanged(step)]
     for number, step in enumerate(steps, 1):
         print(f"  {number:>3}  {step.out}: " + (f"{step.flops / 1e12:.2f} TFLOP" if step in to_do else "complete"))
-    print(f"{len(steps)} steps, {len(to_do)} of them to do; about {clock(pace.left(to_do))} at {UTILISATION:.0%} of a "
+    print(f"{len(steps)} steps, {len(to_do)} of them to do; about {format_duration(pace.left(to_do))} at {UTILISATION:.0%} of a "
           "matrix product's speed on one device of this machine", flush=True)
-    if s.dry_run:
+    if cfg.dry_run:
         return
-    if s.launcher == "slurm":
-        return submit(s, to_do, functools.partial(name_of, s.out))
+    if cfg.launcher == "slurm":
+        return submit(cfg, to_do, functools.partial(name_of, cfg.out))
     incomplete = []
     for number, step in enumerate(steps, 1):
         if ledger.unchanged(step):
             continue
         ahead = [later for later in steps[number - 1:] if later in to_do]
-        print(f"[{number}/{len(steps)}] {step.out}, about {clock(pace.left(ahead))} left in all\n"
+        print(f"[{number}/{len(steps)}] {step.out}, about {format_duration(pace.left(ahead))} left in all\n"
               f"{shlex.join(map(str, step.command))}", flush=True)
         began = time.time()
         try:
@@ -373,9 +371,9 @@ def main(s):
             continue
         pace.add(step, time.time() - began)
         ledger.add(step)
-    if not s.only:
+    if not cfg.only:
         try:
-            run_command([sys.executable, str(ROOT / "report.py"), "--runs", str(s.out), "--out", str(s.report)])
+            run_command([sys.executable, str(ROOT / "report.py"), "--runs", str(cfg.out), "--out", str(cfg.report)])
         except SystemExit:
             if not incomplete:
                 raise
@@ -385,4 +383,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    run((ExperimentSettings, main), __doc__)
+    run((ExperimentConfig, main), __doc__)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from batches import data_digest
-from model.files import UserError
-from settings import read_config, run, setting, unknown_name
-from stages import base_stage, claim, growth_stage, run_stages, shape, train_stage, words
+from common.files import UserError
+from common.provenance import data_digest
+from common.settings import read_config, run, setting, unknown_name
+from pipeline.jobs import base_stage, claim, growth_stage, run_stages, shape, train_stage, words
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainConfig:
     """Settings of pretraining: which recipe, and the schedule of growth in it."""
     size: str | None = setting(None, "size preset (a file in configs/size)")
     model: Literal["stack", "llm"] = setting("stack", "stack: grown from a base; llm: full size from the start")
@@ -49,29 +49,29 @@ class PretrainSettings:
         return found + ([f"seed is {self.seed}, expected 0 or more"] if self.seed < 0 else [])
 
 
-def recipe(s):
+def recipe(cfg):
     """The stages to m0, in order."""
-    out, launcher, seed, last = Path(s.out), words(s.launcher), ["--seed", s.seed], words(s.args)
-    config, tables = shape(s.size), read_config("size", s.size)
-    if s.model == "llm":
-        return [train_stage(s.size, s.data, out / "m0", work(tables, "llm", config), launcher,
+    out, launcher, seed, last = Path(cfg.out), words(cfg.launcher), ["--seed", cfg.seed], words(cfg.args)
+    config, tables = shape(cfg.size), read_config("size", cfg.size)
+    if cfg.model == "llm":
+        return [train_stage(cfg.size, cfg.data, out / "m0", work(tables, "llm", config), launcher,
                             ["--phase", "llm", *seed, *last])]
-    depth, rest = divmod(config.num_hidden_layers, math.prod(s.factors))
+    depth, rest = divmod(config.num_hidden_layers, math.prod(cfg.factors))
     if rest:
         raise UserError(f"{config.num_hidden_layers} layers are no multiple of the growth factors "
-                        f"{' × '.join(map(str, s.factors))}: choose others")
-    stages = [base_stage(s.size, s.data, out / "base", depth, s.at_tokens[0], launcher, seed)]
-    for index, factor in enumerate(s.factors):
+                        f"{' × '.join(map(str, cfg.factors))}: choose others")
+    stages = [base_stage(cfg.size, cfg.data, out / "base", depth, cfg.at_tokens[0], launcher, seed)]
+    for index, factor in enumerate(cfg.factors):
         grown = out / f"grown-{depth * factor}"
-        stages.append(growth_stage(stages[-1].out, grown, s.operator, depth, depth * factor))
+        stages.append(growth_stage(stages[-1].out, grown, cfg.operator, depth, depth * factor))
         depth *= factor
         flags = ["--phase", "stack", "--init", grown, *seed]
-        if index + 1 < len(s.factors):
-            tokens = s.at_tokens[index + 1] - s.at_tokens[index]
-            stages.append(train_stage(s.size, s.data, out / f"trained-{depth}", shape(s.size, depth).flops(tokens),
+        if index + 1 < len(cfg.factors):
+            tokens = cfg.at_tokens[index + 1] - cfg.at_tokens[index]
+            stages.append(train_stage(cfg.size, cfg.data, out / f"trained-{depth}", shape(cfg.size, depth).flops(tokens),
                                       launcher, [*flags, "--max_tokens", tokens, "--max_flops", "none"]))
     flops = work(tables, "stack", config, spent=sum(stage.flops for stage in stages))
-    return [*stages, train_stage(s.size, s.data, out / "m0", flops, launcher, [*flags, *last])]
+    return [*stages, train_stage(cfg.size, cfg.data, out / "m0", flops, launcher, [*flags, *last])]
 
 
 def work(tables, phase, config, spent=0.0):
@@ -86,15 +86,15 @@ def work(tables, phase, config, spent=0.0):
     return flops
 
 
-def main(s):
+def main(cfg):
     """Runs what is missing. The last stage is always handed to train.py, which sees whether it is finished."""
-    stages = recipe(s)
-    if not s.dry_run:
-        claim(Path(s.out) / "recipe.json", stages, size=s.size, operator=s.operator, factors=s.factors,
-              at_tokens=s.at_tokens, seed=s.seed, data_digest=data_digest(s.data))
+    stages = recipe(cfg)
+    if not cfg.dry_run:
+        claim(Path(cfg.out) / "recipe.json", stages, size=cfg.size, operator=cfg.operator, factors=cfg.factors,
+              at_tokens=cfg.at_tokens, seed=cfg.seed, data_digest=data_digest(cfg.data))
     made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
-    run_stages(stages[made + 1:] or stages[-1:], s.dry_run)
+    run_stages(stages[made + 1:] or stages[-1:], cfg.dry_run)
 
 
 if __name__ == "__main__":
-    run((PretrainSettings, main), __doc__)
+    run((PretrainConfig, main), __doc__)

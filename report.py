@@ -9,22 +9,23 @@ Writes report.md, report.html (one file, with the figures in it) and the figures
 import base64
 import html
 import math
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import figures
-from comparison import compare
-from model.files import UserError, explain_os_errors, read_json, write_text
-from record import Record, measure
-from results import read_results, read_runs
-from settings import ROOT, run, setting
-from tables import BIAS, table, tables
+from analysis import figures
+from analysis.method_tables import compare
+from analysis.pages import STYLE, to_html
+from analysis.record import Record, measure
+from analysis.results import read_results, read_runs
+from analysis.tables import BIAS, tables
+from common.files import UserError, explain_os_errors, read_json, write_text
+from common.formatting import markdown_table
+from common.settings import ROOT, run, setting
 
 
 @dataclass(frozen=True)
-class ReportSettings:
+class ReportConfig:
     """Settings of a report."""
     runs: str | None = setting(None, "folder of runs, such as runs/tiny")
     results: str | None = setting(None, "in place of runs: folder of lm-eval results, or a .toml file that names them")
@@ -32,41 +33,41 @@ class ReportSettings:
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model that it is compared with")
     method: str | None = setting(None, "the method whose stages are shown, and its models compared; none: baseline")
-    baseline: str = setting("constant", "the method that the others are compared with")
+    baseline: str = setting("finetune", "the method that the others are compared with")
     categories: tuple[str, ...] = setting((), "only these categories; none: all that are found")
 
     def problems(self):
         return [] if (self.runs is None) != (self.results is None) else ["give either --runs or --results"]
 
 
-def by_method(stages, described, s):
+def by_method(stages, described, cfg):
     """{method: Record} of stages, the baseline first; every method starts from the same m0. What was made without one
     is by the method "none"."""
     names = dict.fromkeys(stage.method or "none" for stage in stages if stage.number)
     starts = [stage for stage in stages if not stage.number]
     return {name: Record(starts + [stage for stage in stages if stage.number and (stage.method or "none") == name],
-                         described, s.categories)
-            for name in sorted(names or ["none"], key=lambda name: (name != s.baseline, name))}
+                         described, cfg.categories)
+            for name in sorted(names or ["none"], key=lambda name: (name != cfg.baseline, name))}
 
 
-def baseline(records, s):
+def baseline(records, cfg):
     """The method that the others are compared with: the one asked for, or the first where it is not there."""
-    return s.baseline if s.baseline in records else next(iter(records))
+    return cfg.baseline if cfg.baseline in records else next(iter(records))
 
 
-def chosen(records, s):
+def chosen(records, cfg):
     """The method whose stages are shown. Raises UserError for one that was asked for and is not there."""
-    if s.method is not None and s.method not in records:
-        raise UserError(f"unknown method {s.method!r}, expected one of {', '.join(map(str, records))}")
-    return baseline(records, s) if s.method is None else s.method
+    if cfg.method is not None and cfg.method not in records:
+        raise UserError(f"unknown method {cfg.method!r}, expected one of {', '.join(map(str, records))}")
+    return baseline(records, cfg) if cfg.method is None else cfg.method
 
 
-def compared(record, s):
+def compared(record, cfg):
     """The two models to compare, [grown, reference], or a sentence where there is nothing to compare: ([], sentences).
 
     Raises UserError for a model that was asked for and is not there.
     """
-    models, pair, defaults = list(record.chains), [s.grown, s.reference], ReportSettings()
+    models, pair, defaults = list(record.chains), [cfg.grown, cfg.reference], ReportConfig()
     if lacking := [name for name in pair if name not in models]:
         if pair != [defaults.grown, defaults.reference]:
             raise UserError(f"unknown model {', '.join(lacking)}, expected some of {', '.join(models)}")
@@ -93,7 +94,7 @@ def provenance(record, folder):
     lines = [f"all stages: {words_of(common)}"] + [
         f"{title}: {words_of({name: value for name, value in found.items() if name not in common})}"
         for title, found in settings.items()]
-    return [("What the runs are made of", table(["model", "stage", "seed", "commit", "data", "parent"], rows)),
+    return [("What the runs are made of", markdown_table(["model", "stage", "seed", "commit", "data", "parent"], rows)),
             ("Settings", "```\n" + "\n".join(lines) + "\n```\n"),
             ("Commands that make them again", "```\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")]
 
@@ -122,8 +123,6 @@ def train_command(run):
              for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))]
     return shlex.join(["python", "train.py", *flags])
 
-
-# ------------------------------------------------------------------------------------------------------------ figures
 
 def draw(record, folder):
     """Draws what there is to draw; returns {file name without ending: caption}."""
@@ -194,54 +193,22 @@ def curve(stage):
     return steps, evals, borders
 
 
-# --------------------------------------------------------------------------------------------------------------- pages
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;
-text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.75rem}
-figure{margin:1.5rem 0}figcaption{color:#555}"""
-
-
-def to_html(text):
-    """The Markdown that this module writes, as HTML: paragraphs, lists, tables, code."""
-    parts = []
-    for block in re.split(r"\n\n+", text.strip()):
-        lines = block.splitlines()
-        if block.startswith("```"):
-            parts.append("<pre>" + html.escape("\n".join(lines[1:-1])) + "</pre>")
-        elif block.startswith("|"):
-            head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-            cells = lambda row, kind: "".join(f"<{kind}>{inline(cell)}</{kind}>" for cell in row)  # noqa: E731
-            parts.append(f"<table><tr>{cells(head, 'th')}</tr>"
-                         + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</table>")
-        elif block.startswith("- "):
-            parts.append("<ul>" + "".join(f"<li>{inline(line[2:])}</li>" for line in lines) + "</ul>")
-        else:
-            parts.append(f"<p>{inline(' '.join(lines))}</p>")
-    return "\n".join(parts)
-
-
-def inline(text):
-    """Text with `code` as HTML."""
-    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
-
-
-def main(s):
+def main(cfg):
     """Reads, draws and writes."""
-    records, out = by_method(*(read_runs(s.runs) if s.runs else read_results(s.results)), s), Path(s.out)
+    records, out = by_method(*(read_runs(cfg.runs) if cfg.runs else read_results(cfg.results)), cfg), Path(cfg.out)
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    record = records[chosen(records, s)]
-    pair, sentences = compared(record, s)
+    record = records[chosen(records, cfg)]
+    pair, sentences = compared(record, cfg)
     found, sections = tables(record, pair)
     sentences += found
     if len(records) > 1:
-        found, more = compare(records, baseline(records, s))
+        found, more = compare(records, baseline(records, cfg))
         sentences, sections = sentences + found, more + sections
     captions = draw(record, out)
-    sections += provenance(record, s.runs) if s.runs else []
+    sections += provenance(record, cfg.runs) if cfg.runs else []
     title = f"Forgetting of {' and '.join(record.chains)} over {len(record.stages)} stages"
-    title += f" with the method {chosen(records, s)}" if len(records) > 1 else ""
+    title += f" with the method {chosen(records, cfg)}" if len(records) > 1 else ""
     summary = "".join(f"- {sentence}\n" for sentence in sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in captions.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
@@ -258,4 +225,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    run((ReportSettings, main), __doc__)
+    run((ReportConfig, main), __doc__)

@@ -11,24 +11,35 @@ et al., Stacking Your Transformers, arXiv 2405.15319, section 3). One piece of c
 the embedding, the last norm and the head are copied. The optimizer and its schedule start anew after growth, which is
 train.py's business. Growth in width is out of scope: every layer keeps its shape.
 """
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
-from model.checkpoint import Weights, assemble, check_vocabulary, checkpoint_digest, locate, write_checkpoint
+from common.files import UserError, new_directory, write_json
+from common.provenance import git_commit, lineage
+from common.settings import model_shape, run, setting, unknown_name
+from model.checkpoint import Weights, check_vocabulary, checkpoint_digest, write_checkpoint
 from model.config import ModelConfig
-from model.files import UserError, new_directory, write_json
-from model.growth import OPERATORS
+from model.growth import OPERATORS, check_map, grown_tensors
+from model.hub import locate
 from model.transformer import parameter_shapes
-from runs import git_commit, history
-from settings import model_shape, run, setting, unknown_name
+
+FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
+
+# Du et al., arXiv 2405.15319: models and tokens that the guideline is applied to, with d as printed there, in billions.
+PUBLISHED = {"Llama3-8B": (8e9, 15e12, 6.58), "Llama2-7B": (7e9, 2e12, 11.11), "Llama2-13B": (13e9, 2e12, 15.84),
+             "Llama2-70B": (70e9, 2e12, 42.48)}
+
+SPEED_UP = 0.546  # of the published 7B: the loss of 300B tokens with 194B; C_scratch / C_grown - 1 (ibid., abstract)
+
+FITTED = 410e6, 3e9  # parameters of the models that the formula was fitted on (ibid., guideline on growth timing)
+
+
 
 @dataclass(frozen=True)
-class GrowthSettings:
+class GrowConfig:
     """Settings of one growth."""
     init: str | None = setting(None, "checkpoint of the base: a directory or a Hub id")
     out: str | None = setting(None, "directory to make for the grown checkpoint")
@@ -59,111 +70,47 @@ class GrowthSettings:
         return found + ([f"seed is {self.seed}, expected 0 or more"] if self.seed < 0 else [])
 
 
-def layer_map_of(s, depth):
+def layer_map_of(cfg, depth):
     """The layer map that the settings ask for, on a base of `depth` layers. Raises UserError where there is none."""
-    if s.layers is not None:
-        if outside := [layer for layer in s.layers if not 0 <= layer < depth]:
+    if cfg.layers is not None:
+        if outside := [layer for layer in cfg.layers if not 0 <= layer < depth]:
             raise UserError(f"layers names {', '.join(map(str, outside))}, but the base has the layers "
                             f"0 to {depth - 1}")
-        return list(s.layers)
-    target = s.target_layers if s.target_layers is not None else depth * (s.factor or 4)
+        return list(cfg.layers)
+    target = cfg.target_layers if cfg.target_layers is not None else depth * (cfg.factor or 4)
     if target != int(target):
-        raise UserError(f"{s.factor:g} times {depth} layers are no whole number of layers: set target_layers")
+        raise UserError(f"{cfg.factor:g} times {depth} layers are no whole number of layers: set target_layers")
     if target <= depth:
         raise UserError(f"target_layers is {target}, expected more than the {depth} of the base")
-    return OPERATORS[s.operator](depth, int(target), *(s.block or ()))
+    return OPERATORS[cfg.operator](depth, int(target), *(cfg.block or ()))
 
 
-# ----------------------------------------------------------------------------------------- weights by a layer map
-
-
-def new_layers(layer_map):
-    """The layers of the grown model that are not the first copy of their source."""
-    return {index for index, source in enumerate(layer_map) if source in layer_map[:index]}
-
-
-def grown_tensors(weights, config, layer_map, zero_init=False, noise=0.0, seed=42):
-    """Yields (name, tensor) of the grown model, in its own order of names, one tensor at a time.
-
-    weights: a mapping from the base's names to tensors, such as Weights or a state dict; config: the grown shape. Layer
-    i is layer `layer_map[i]`, bit for bit. Two variations change the new layers, the later copies of a source. Noise:
-    each matrix gets Gaussian noise of `noise` times its own standard deviation, a function of (seed, name) alone.
-    `zero_init`: the projections that write into the residual stream are 0, so that the layer adds nothing and the
-    grown model computes what the base does (as in Gong et al., arXiv 1904.01038, and bert2BERT, arXiv 2110.07143, for
-    other operators).
-    """
-    new = new_layers(layer_map)
-    for name in parameter_shapes(config):
-        before, _, inside = name.partition("layers.")
-        if not inside:
-            yield name, weights[name]
-            continue
-        index, _, leaf = inside.partition(".")
-        tensor = weights[f"{before}layers.{layer_map[int(index)]}.{leaf}"]
-        if int(index) in new and noise and tensor.ndim == 2:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-            sigma = noise * float(tensor.float().std())
-            noisy = tensor.float() + sigma * torch.randn(tensor.shape, generator=generator).to(tensor.device)
-            tensor = noisy.to(tensor.dtype)
-        if int(index) in new and zero_init and ("o_proj" in leaf or "down_proj" in leaf):
-            tensor = torch.zeros_like(tensor)
-        yield name, tensor
-
-
-def check_map(layer_map, depth, zero_init):
-    """Raises UserError where zero initialisation would not preserve the function."""
-    first = list(dict.fromkeys(layer_map))
-    if zero_init and first != list(range(depth)):
-        raise UserError(f"zero_init preserves the function only where every layer of the base comes, in its order; "
-                        f"this map brings {first} of {list(range(depth))}")
-
-
-def grow_model(model, layer_map, **variation):
-    """A grown copy of a live Transformer; `variation` as for `grown_tensors`. What stack.py does on disk."""
-    check_map(layer_map, model.config.num_hidden_layers, variation.get("zero_init", False))
-    config = replace(model.config, num_hidden_layers=len(layer_map))
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return assemble(config, ((name, tensor.clone()) for name, tensor in grown_tensors(weights, config, layer_map,
-                                                                                      **variation)))
-
-
-def grow(s):
+def grow(cfg):
     """Grows a checkpoint by the settings, from directory to directory, tensor by tensor.
 
     `growth.json` in the new one says how it was made, and what was spent on the base.
     """
-    source = locate(s.init)
+    source = locate(cfg.init)
     base, weights = ModelConfig.read(source / "config.json"), Weights(source)
     weights.check(base)
     check_vocabulary(source, base)
-    layer_map = layer_map_of(s, base.num_hidden_layers)
-    check_map(layer_map, base.num_hidden_layers, s.zero_init)
+    layer_map = layer_map_of(cfg, base.num_hidden_layers)
+    check_map(layer_map, base.num_hidden_layers, cfg.zero_init)
     config = replace(base, num_hidden_layers=len(layer_map))
-    with new_directory(s.out) as folder:
-        tensors = grown_tensors(weights, config, layer_map, s.zero_init, s.noise, s.seed)
+    with new_directory(cfg.out) as folder:
+        tensors = grown_tensors(weights, config, layer_map, cfg.zero_init, cfg.noise, cfg.seed)
         with tqdm(tensors, "growing", len(parameter_shapes(config)), leave=False, unit="tensor") as tensors:
             write_checkpoint(folder, config, tensors, source)
         write_json(folder / "growth.json", {
-            "operator": "layers" if s.layers else s.operator, "layer_map": layer_map, "zero_init": s.zero_init,
-            "noise": s.noise, "seed": s.seed, "base": str(s.init), "base_digest": checkpoint_digest(source),
-            "history": history(source), "commit": git_commit()})
-    print(f"{s.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
+            "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.zero_init,
+            "noise": cfg.noise, "seed": cfg.seed, "base": str(cfg.init), "base_digest": checkpoint_digest(source),
+            "lineage": lineage(source), "commit": git_commit()})
+    print(f"{cfg.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
           f"{base.num_parameters:,} parameters to {config.num_parameters:,}")
 
 
-# ------------------------------------------------------------------------------------------------------ the planner
-
-FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
-# Du et al., arXiv 2405.15319: models and tokens that the guideline is applied to, with d as printed there, in billions.
-PUBLISHED = {"Llama3-8B": (8e9, 15e12, 6.58), "Llama2-7B": (7e9, 2e12, 11.11), "Llama2-13B": (13e9, 2e12, 15.84),
-             "Llama2-70B": (70e9, 2e12, 42.48)}
-SPEED_UP = 0.546  # of the published 7B: the loss of 300B tokens with 194B; C_scratch / C_grown - 1 (ibid., abstract)
-FITTED = 410e6, 3e9  # parameters of the models that the formula was fitted on (ibid., guideline on growth timing)
-
-
 @dataclass(frozen=True)
-class PlanSettings:
+class GrowthPlanConfig:
     """Settings of the growth planner."""
     params: float | None = setting(None, "parameters of the grown model, such as 7e9; none: the published examples")
     tokens: float | None = setting(None, "tokens that a model from scratch would be trained on, such as 300e9")
@@ -198,31 +145,31 @@ def usual_depth(params, factor):
     return max(1, round((params / (12 * 128 ** 2)) ** (1 / 3) / factor)) * factor
 
 
-def plan(s):
+def plan(cfg):
     """Prints when and from how deep a base to grow, and what that costs and saves."""
     print(f"growth timing: {FORMULA}\n"
           "(Du et al., arXiv 2405.15319; N parameters, D tokens from scratch, d tokens of the base before growth)")
-    if s.tokens is None:
+    if cfg.tokens is None:
         print(f"{'model':<12}{'N':>8}{'D':>8}{'d':>10}{'d published':>13}")
         for name, (params, tokens, published) in PUBLISHED.items():
             print(f"{name:<12}{params / 1e9:>7.0f}B{tokens / 1e12:>7.0f}T{growth_timing(params, tokens) / 1e9:>9.2f}B"
                   f"{published:>12.2f}B")
         return
-    grown = ModelConfig(**model_shape(s.size, s.num_hidden_layers)) if s.size else None
-    depth = grown.num_hidden_layers if grown else s.num_hidden_layers or usual_depth(s.params, s.factor)
-    if depth % s.factor:
-        raise UserError(f"{depth} layers are no multiple of the factor {s.factor}: choose another of the two")
-    base = replace(grown, num_hidden_layers=depth // s.factor) if grown else None
-    params = grown.num_parameters if grown else s.params
-    base_params = base.num_parameters if base else params / s.factor
-    d, scratch = growth_timing(params, s.tokens), 6 * params * s.tokens
+    grown = ModelConfig(**model_shape(cfg.size, cfg.num_hidden_layers)) if cfg.size else None
+    depth = grown.num_hidden_layers if grown else cfg.num_hidden_layers or usual_depth(cfg.params, cfg.factor)
+    if depth % cfg.factor:
+        raise UserError(f"{depth} layers are no multiple of the factor {cfg.factor}: choose another of the two")
+    base = replace(grown, num_hidden_layers=depth // cfg.factor) if grown else None
+    params = grown.num_parameters if grown else cfg.params
+    base_params = base.num_parameters if base else params / cfg.factor
+    d, scratch = growth_timing(params, cfg.tokens), 6 * params * cfg.tokens
     before = 6 * base_params * d
-    where = "" if grown or s.num_hidden_layers else " (Llama's proportions; --num_hidden_layers sets them)"
+    where = "" if grown or cfg.num_hidden_layers else " (Llama's proportions; --num_hidden_layers sets them)"
     rows = [("model N", f"{params:.4g} parameters, {depth} layers{where}"),
-            ("growth factor g", f"{s.factor} (2 to 4 are near the optimum)"),
-            ("base", f"{base_params:.4g} parameters, {depth // s.factor} layers" + ("" if grown else " (N / g)")),
+            ("growth factor g", f"{cfg.factor} (2 to 4 are near the optimum)"),
+            ("base", f"{base_params:.4g} parameters, {depth // cfg.factor} layers" + ("" if grown else " (N / g)")),
             ("growth timing d", f"{d:.4g} tokens ({d / 1e9:.2f}B)"),
-            ("from scratch", f"{scratch:.4g} FLOPs: {s.tokens:.4g} tokens")]
+            ("from scratch", f"{scratch:.4g} FLOPs: {cfg.tokens:.4g} tokens")]
     if before < scratch:
         rows += [("grown, same FLOPs", f"{scratch:.4g} FLOPs: {before:.4g} for the base ({before / scratch:.2%}), then "
                                        f"{(scratch - before) / (6 * params):.4g} tokens")]
@@ -241,7 +188,7 @@ def plan(s):
         print(f"note: {fitted}; this N lies outside")
 
 
-COMMANDS = {"grow": (GrowthSettings, grow), "plan": (PlanSettings, plan)}
+COMMANDS = {"grow": (GrowConfig, grow), "plan": (GrowthPlanConfig, plan)}
 
 if __name__ == "__main__":
     run(COMMANDS, __doc__)

@@ -16,16 +16,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from batches import encode_prompts, read_task
-from model.checkpoint import load_model
-from model.generate import Decoding, generate
+from common.settings import run, setting
+from corpus.tasks import encode_prompts, read_task
+from model.generation import GenerationConfig, generate
+from model.hub import load_model
 from model.tokenizer import Tokenizer
-from settings import run, setting
 
-MODES = {"greedy": Decoding(),
-         "5 beams, no repeated 3-grams": Decoding(num_beams=5, no_repeat_ngram_size=3),
+MODES = {"greedy": GenerationConfig(),
+         "5 beams, no repeated 3-grams": GenerationConfig(num_beams=5, no_repeat_ngram_size=3),
          "4 beams, length penalty 0.9, no repeated 2-grams":
-             Decoding(num_beams=4, length_penalty=0.9, no_repeat_ngram_size=2)}
+             GenerationConfig(num_beams=4, length_penalty=0.9, no_repeat_ngram_size=2)}
 
 
 @dataclass(frozen=True)
@@ -78,32 +78,32 @@ def explain(model, prompt, ours, other, decoding, eos):
     return scores[0] - scores[1]
 
 
-def main(s):
+def main(cfg):
     """Prints for each mode the rates, their ratios, and every difference."""
-    dtype, tokenizer = getattr(torch, s.dtype), Tokenizer(s.checkpoint)
-    prompts = encode_prompts(tokenizer, [item["input"] for item in read_task(s.data)[0]["test"][:s.samples]], 1024)
+    dtype, tokenizer = getattr(torch, cfg.dtype), Tokenizer(cfg.checkpoint)
+    prompts = encode_prompts(tokenizer, [item["input"] for item in read_task(cfg.data)[0]["test"][:cfg.samples]], 1024)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(s.checkpoint, dtype, device)
-    other = AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype).to(device)
-    print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {s.dtype} on "
+    model = load_model(cfg.checkpoint, dtype, device)
+    other = AutoModelForCausalLM.from_pretrained(cfg.checkpoint, dtype=dtype).to(device)
+    print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {cfg.dtype} on "
           f"{device}, {torch.get_num_threads()} threads")
     for name, mode in MODES.items():
-        decoding = replace(mode, max_new_tokens=s.max_new_tokens)
-        slots = max(map(len, prompts)) + decoding.num_beams * s.max_new_tokens
-        first, same = f"transformers, batches of {s.batch_size}", f"ours, batches of {s.batch_size}"
+        decoding = replace(mode, max_new_tokens=cfg.max_new_tokens)
+        slots = max(map(len, prompts)) + decoding.num_beams * cfg.max_new_tokens
+        first, same = f"transformers, batches of {cfg.batch_size}", f"ours, batches of {cfg.batch_size}"
         all_at_once = "ours, under its token budget"
-        ways = {first: lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, s.batch_size),
+        ways = {first: lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, cfg.batch_size),
                 "transformers, all at once": lambda p, d=decoding: theirs(other, p, d, tokenizer.eos_id, len(p)),
-                same: lambda p, d=decoding, b=slots * s.batch_size: generate(model, p, d, tokenizer.eos_ids, budget=b),
+                same: lambda p, d=decoding, b=slots * cfg.batch_size: generate(model, p, d, tokenizer.eos_ids, budget=b),
                 all_at_once: lambda p, d=decoding: generate(model, p, d, tokenizer.eos_ids)}
         seconds, outputs = dict.fromkeys(ways, 0.0), {}
         for call in ways.values():
             call(prompts[:1])
-        for _ in range(s.repeats):
+        for _ in range(cfg.repeats):
             for way, call in ways.items():
                 began = time.perf_counter()
                 outputs[way] = call(prompts)
-                seconds[way] += (time.perf_counter() - began) / s.repeats
+                seconds[way] += (time.perf_counter() - began) / cfg.repeats
         counts = {way: sum(map(len, outputs[way])) for way in ways}
         print(name)
         for way in ways:

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data_prep import train_tokenizer
+from common.files import digest, read_json
+from common.settings import ROOT, run, setting
 from model.checkpoint import checkpoint_digest, write_checkpoint
 from model.config import ModelConfig
-from model.files import digest, read_json
+from model.tokenizer import train_tokenizer
 from model.transformer import initial_weights
-from settings import ROOT, run, setting
 
 SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
@@ -126,8 +126,8 @@ def prepare(folder):
 class Training:
     """The run that is killed: a command for each name, all of which have to end with the same weights."""
 
-    def __init__(self, s, folder):
-        self.s, self.folder, self.counts = s, folder, Counter()
+    def __init__(self, cfg, folder):
+        self.s, self.folder, self.counts = cfg, folder, Counter()
         began = time.monotonic()
         status, printed = Victim(self.command("whole")).end()
         assert status == 0, printed
@@ -178,15 +178,15 @@ class Training:
         return struck
 
 
-def kill_training(s, folder):
+def kill_training(cfg, folder):
     """The kills, then the other faults."""
-    training, kills, runs = Training(s, folder), 0, 0
-    while kills < s.kills:
+    training, kills, runs = Training(cfg, folder), 0, 0
+    while kills < cfg.kills:
         runs += 1
         name = f"run-{runs}"
-        while kills < s.kills and not (folder / name).exists():
+        while kills < cfg.kills and not (folder / name).exists():
             kills += training.kill(name)
-            print(f"kill {kills}/{s.kills}: {name} {'is whole' if training.check(name) else 'is not there yet'}",
+            print(f"kill {kills}/{cfg.kills}: {name} {'is whole' if training.check(name) else 'is not there yet'}",
                   flush=True)
         training.finish(name)
         shutil.rmtree(folder / name)
@@ -270,7 +270,7 @@ def no_data(training, folder):
 
 # ----------------------------------------------------------------------------------------------------------- experiment
 
-def kill_experiment(s, folder):
+def kill_experiment(cfg, folder):
     """Kills an experiment until it has been killed often enough, and compares it with one that was left alone."""
     lines = [{"text": text[:40], "choices": [text[40:60], text[60:80]], "label": 0} for text in
              (item["input"] for item in read_json(folder / "simp.json")["train"][:20])]
@@ -291,13 +291,13 @@ def kill_experiment(s, folder):
     seconds = time.monotonic() - began
     print(f"an experiment that nothing happens to takes {seconds:.1f} s", flush=True)
     place.rename(kept)
-    for kill in range(1, s.kills + 1):
-        ended = not Victim(command()).kill(lambda: True, random.uniform(0.05, 2 / s.kills) * seconds)
+    for kill in range(1, cfg.kills + 1):
+        ended = not Victim(command()).kill(lambda: True, random.uniform(0.05, 2 / cfg.kills) * seconds)
         stages = [path for model in ("llm", "stack") for path in place.glob(f"{model}/m[1-9]-*")
                   if path.suffix != ".partial"]
         for stage in stages:
             assert checkpoint_digest(stage) == checkpoint_digest(kept / stage.relative_to(place)), stage
-        print(f"kill {kill}/{s.kills}: {'it had ended' if ended else f'{len(stages)} stages there, each whole'}",
+        print(f"kill {kill}/{cfg.kills}: {'it had ended' if ended else f'{len(stages)} stages there, each whole'}",
               flush=True)
     status, printed = Victim(command()).end()
     assert status == 0, printed
@@ -308,12 +308,12 @@ def kill_experiment(s, folder):
     print("its weights, predictions, report and figures are, byte for byte, those of the one left alone")
 
 
-def main(s):
+def main(cfg):
     """Runs the faults; an AssertionError says what does not hold."""
-    random.seed(s.seed)
-    folder = Path(s.folder).absolute()
+    random.seed(cfg.seed)
+    folder = Path(cfg.folder).absolute()
     prepare(folder)
-    (kill_training if s.what == "training" else kill_experiment)(s, folder)
+    (kill_training if cfg.what == "training" else kill_experiment)(cfg, folder)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from typing import Literal
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from batches import TaskData, count_tokens, global_batch, read_task
-from bench.common import compare, dtype_of, in_batches, our_step, print_profile, small_checkpoint, their_step
-from build import build_engine, build_model
-from distributed import Processes
+from bench.timing import compare, dtype_of, in_batches, our_step, print_profile, small_checkpoint, their_step
+from common.distributed import Distributed
+from common.settings import run, setting
+from corpus.tasks import SFTDataset, read_task
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
-from settings import run, setting
-from train_settings import TrainSettings
+from training.batches import count_tokens, global_batch
+from training.engine import build_engine, build_model
+from training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,49 +47,49 @@ class FinetuningBenchSettings:
         return found + ([] if self.checkpoint or self.folder else ["give --checkpoint or --folder"])
 
 
-def run_settings(s):
+def run_settings(cfg):
     """Those of train.py for the steps: ZeRO-1, under which DeepSpeed clips the gradients of all."""
-    checkpoint = s.checkpoint or str(small_checkpoint(Path(s.folder)))
-    return TrainSettings(task="simp", init=checkpoint, dtype=s.dtype, learning_rate=s.learning_rate, zero=1)
+    checkpoint = cfg.checkpoint or str(small_checkpoint(Path(cfg.folder)))
+    return TrainConfig(task="simp", init=checkpoint, dtype=cfg.dtype, learning_rate=cfg.learning_rate, zero=1)
 
 
-def our_engine(settings, world):
+def our_engine(settings, dist):
     """The engine on our model."""
-    return build_engine(settings, build_model(settings, Path(settings.init), world)[1], world)
+    return build_engine(settings, build_model(settings, Path(settings.init), dist)[1], dist)
 
 
-def ours(settings, world):
+def ours(settings, dist):
     """Our step."""
-    return partial(our_step, our_engine(settings, world), settings=settings, world=world)
+    return partial(our_step, our_engine(settings, dist), settings=settings, dist=dist)
 
 
-def theirs(settings, batch_size, by_length, world):
+def theirs(settings, batch_size, by_length, dist):
     """The step of transformers, on a global batch as it comes or sorted by length."""
-    model = AutoModelForCausalLM.from_pretrained(settings.init, dtype=dtype_of(settings)).to(world.device).train()
-    step = partial(their_step, build_engine(settings, model, world), batch_size=batch_size)
+    model = AutoModelForCausalLM.from_pretrained(settings.init, dtype=dtype_of(settings)).to(dist.device).train()
+    step = partial(their_step, build_engine(settings, model, dist), batch_size=batch_size)
     return (lambda samples: step(sorted(samples, key=lambda sample: len(sample[0])))) if by_length else step
 
 
-def main(s):
+def main(cfg):
     """Prints the rates, their ratios, how far apart the losses are, and the profile."""
-    settings = run_settings(s)
+    settings = run_settings(cfg)
     dtype, config = dtype_of(settings), ModelConfig.read(Path(settings.init) / "config.json")
-    data = TaskData(read_task(s.data)[0]["train"][:s.samples], Tokenizer(settings.init), settings.max_source_length,
+    data = SFTDataset(read_task(cfg.data)[0]["train"][:cfg.samples], Tokenizer(settings.init), settings.max_source_length,
                     settings.max_target_length)
-    steps = 1 + len(data) // s.global_batch_size * s.repeats
-    batches = [[data[index] for index in global_batch(settings.seed, len(data), start, start + s.global_batch_size)]
-               for start in range(0, steps * s.global_batch_size, s.global_batch_size)]
+    steps = 1 + len(data) // cfg.global_batch_size * cfg.repeats
+    batches = [[data[index] for index in global_batch(settings.seed, len(data), start, start + cfg.global_batch_size)]
+               for start in range(0, steps * cfg.global_batch_size, cfg.global_batch_size)]
     read = sum(count_tokens(batch)[0] for batch in batches)
     slots = sum(len(rows) * max(count_tokens([row])[0] for row in rows) for batch in batches
-                for rows in in_batches(batch, s.batch_size))
-    print(f"{config.num_parameters:,} parameters, {dtype}; samples of {read / steps / s.global_batch_size:.0f} tokens, "
+                for rows in in_batches(batch, cfg.batch_size))
+    print(f"{config.num_parameters:,} parameters, {dtype}; samples of {read / steps / cfg.global_batch_size:.0f} tokens, "
           f"in transformers' batches as they come {1 - read / slots:.0%} padding")
-    compare({"transformers": partial(theirs, settings, s.batch_size, False),
-             "transformers, by length": partial(theirs, settings, s.batch_size, True),
+    compare({"transformers": partial(theirs, settings, cfg.batch_size, False),
+             "transformers, by length": partial(theirs, settings, cfg.batch_size, True),
              "ours": partial(ours, settings)}, batches, 1, dtype, config)
-    with Processes() as world:
-        if world.device.type == "cpu":
-            print_profile(settings, our_engine(settings, world), batches[:3], world)
+    with Distributed() as dist:
+        if dist.device.type == "cpu":
+            print_profile(settings, our_engine(settings, dist), batches[:3], dist)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,15 @@ import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import dtype_of, matrix_rate, our_step, random_model, random_samples, synchronize, their_step
 from bench.pretraining import their_model
-from build import build_engine
-from distributed import Processes
-from planner import GIB, RUNTIME, Plan
-from settings import run, setting, unknown_name
-from stages import shape
+from bench.timing import dtype_of, matrix_rate, our_step, random_model, random_samples, synchronize, their_step
+from common.distributed import Distributed
+from common.settings import run, setting, unknown_name
+from pipeline.jobs import shape
+from pipeline.memory_plan import GIB, RUNTIME, MemoryPlan
 from train import peak_memory
-from train_settings import TrainSettings
+from training.engine import build_engine
+from training.train_config import TrainConfig
 
 WAYS = ("transformers", "transformers+compile", "ours", "ours+compile")
 
@@ -46,7 +46,7 @@ class GpuBenchSettings:
     dtype: Literal["bf16", "fp32"] = setting("bf16", "weights")
     seq_length: int = setting(1024, "tokens of a sample")
     global_batch_size: int = setting(64, "samples in a step")
-    micro_batch_tokens: int = setting(8192, "most tokens in a micro-batch")
+    max_tokens_per_microbatch: int = setting(8192, "most tokens in a micro-batch")
     gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass")
     steps: int = setting(5, "steps that are measured, after one that is not")
     ways: tuple[str, ...] = setting(WAYS, "what is measured; ratios are to the first that runs")
@@ -57,18 +57,18 @@ class GpuBenchSettings:
         return found + (["--offload false is needed with --zero 1"] if self.offload and self.zero < 2 else [])
 
 
-def engine(s, settings, way, world):
+def engine(cfg, settings, way, dist):
     """The engine on a model with new weights, ours or transformers'; its blocks have the same name in both."""
     make = random_model if way.startswith("ours") else their_model
-    model = make(shape(s.size), world.device, dtype_of(settings))
-    if s.gradient_checkpointing and make is random_model:
+    model = make(shape(cfg.size), dist.device, dtype_of(settings))
+    if cfg.gradient_checkpointing and make is random_model:
         model.model.gradient_checkpointing = True
-    elif s.gradient_checkpointing:
+    elif cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if way.endswith("+compile"):
         for block in model.model.layers:
             block.compile()
-    return build_engine(settings, model, world)
+    return build_engine(settings, model, dist)
 
 
 def timed(function, device, seconds):
@@ -82,45 +82,45 @@ def timed(function, device, seconds):
     return call
 
 
-def measure(rank, s, way, queue):
+def measure(rank, cfg, way, queue):
     """Takes the steps of a way; puts (tokens a second, the optimizer's share of the time, FLOPs a second of a matrix
     product, peak memory, losses) on the queue."""
-    config = shape(s.size)
-    settings = TrainSettings(zero=s.zero, offload=s.offload, dtype=s.dtype, micro_batch_tokens=s.micro_batch_tokens)
-    with Processes() as world:
-        product, built = matrix_rate(world.device, dtype_of(settings)), engine(s, settings, way, world)
-        step = partial(our_step, settings=settings, world=world) if way.startswith("ours") else \
-            partial(their_step, batch_size=max(1, s.micro_batch_tokens // s.seq_length))
+    config = shape(cfg.size)
+    settings = TrainConfig(zero=cfg.zero, offload=cfg.offload, dtype=cfg.dtype, max_tokens_per_microbatch=cfg.max_tokens_per_microbatch)
+    with Distributed() as dist:
+        product, built = matrix_rate(dist.device, dtype_of(settings)), engine(cfg, settings, way, dist)
+        step = partial(our_step, settings=settings, dist=dist) if way.startswith("ours") else \
+            partial(their_step, batch_size=max(1, cfg.max_tokens_per_microbatch // cfg.seq_length))
         generator, times, stepping, losses = np.random.default_rng(0), [], [], []
-        built.step = timed(built.step, world.device, stepping)
-        for number in range(s.steps + 1):
-            samples = random_samples(generator, config, s.global_batch_size, s.seq_length)
+        built.step = timed(built.step, dist.device, stepping)
+        for number in range(cfg.steps + 1):
+            samples = random_samples(generator, config, cfg.global_batch_size, cfg.seq_length)
             began = time.perf_counter()
             losses.append(step(built, samples))
-            synchronize(world.device)
+            synchronize(dist.device)
             times.append(time.perf_counter() - began)
             print(f"{way}, step {number}: loss {losses[-1]:.4f}, {times[-1]:.2f} s", file=sys.stderr)
-            if number == 0 and world.device.type == "cuda":
+            if number == 0 and dist.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-        speed = s.global_batch_size * s.seq_length / statistics.median(times[1:])
-        queue.put((speed, sum(stepping[1:]) / sum(times[1:]), product, peak_memory(world), losses))
+        speed = cfg.global_batch_size * cfg.seq_length / statistics.median(times[1:])
+        queue.put((speed, sum(stepping[1:]) / sum(times[1:]), product, peak_memory(dist), losses))
 
 
-def main(s):
+def main(cfg):
     """Prints the memory that is planned for ours, and a line for each way."""
-    context, config, first = torch.multiprocessing.get_context("spawn"), shape(s.size), None
+    context, config, first = torch.multiprocessing.get_context("spawn"), shape(cfg.size), None
     device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "a CPU")
-    plan = Plan(config, 1, s.zero, s.offload, s.dtype, s.micro_batch_tokens, s.gradient_checkpointing, device,
-                sample_tokens=s.seq_length)
+    plan = MemoryPlan(config, 1, cfg.zero, cfg.offload, cfg.dtype, cfg.max_tokens_per_microbatch, cfg.gradient_checkpointing, device,
+                sample_tokens=cfg.seq_length)
     counted = plan.total() - (RUNTIME["cuda"] if device == "cuda" else 0)  # torch does not count CUDA's own
-    print(f"{config.num_parameters:,} parameters, {s.dtype} on {name}, {s.global_batch_size} × {s.seq_length} tokens a "
+    print(f"{config.num_parameters:,} parameters, {cfg.dtype} on {name}, {cfg.global_batch_size} × {cfg.seq_length} tokens a "
           f"step; planned for ours: {counted / GIB:.2f} GiB, and {plan.host() / GIB:.2f} GiB of the host")
     print(f"{'':<22} {'tokens/s':>9} {'ratio':>6} {'TFLOP/s':>8} {'a product':>9} {'MFU':>16} {'optimizer':>9} "
           f"{'memory':>11} {'losses apart':>13}")
-    for way in s.ways:
+    for way in cfg.ways:
         queue = context.SimpleQueue()
         try:
-            torch.multiprocessing.spawn(measure, (s, way, queue))
+            torch.multiprocessing.spawn(measure, (cfg, way, queue))
         except (ProcessRaisedException, ProcessExitedException) as error:
             print(error, file=sys.stderr)
             print(f"{way:<22} failed", flush=True)

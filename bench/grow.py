@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data_prep import train_tokenizer
+from common.settings import ROOT, run, setting
 from model.checkpoint import write_checkpoint
+from model.tokenizer import train_tokenizer
 from model.transformer import parameter_shapes
-from settings import ROOT, run, setting
-from stages import shape
+from pipeline.jobs import shape
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ def timed(command):
     return time.perf_counter() - began, result.stdout
 
 
-def main(s):
+def main(cfg):
     """Prints a line for each measurement, then medians and their ratio."""
-    grown = shape(s.size)
-    base = shape(s.size, max(1, grown.num_hidden_layers // s.factor))
-    with tempfile.TemporaryDirectory(dir=s.folder) as folder:
-        measure(s, base, Path(folder))
+    grown = shape(cfg.size)
+    base = shape(cfg.size, max(1, grown.num_hidden_layers // cfg.factor))
+    with tempfile.TemporaryDirectory(dir=cfg.folder) as folder:
+        measure(cfg, base, Path(folder))
 
 
-def measure(s, base, folder):
+def measure(cfg, base, folder):
     """Makes the base and measures, in a folder of its own."""
     for name in ("base", "tokenizer"):
         (folder / name).mkdir()
@@ -72,9 +72,9 @@ def measure(s, base, folder):
         (name, torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
         for name, size in parameter_shapes(base).items()), folder / "tokenizer")
     grow = [sys.executable, "-c", GROW, ROOT / "stack.py", "grow", "--init", folder / "base", "--out", folder / "grown",
-            "--factor", s.factor]
+            "--factor", cfg.factor]
     times = {"grow": [], "cp": []}
-    for _ in range(s.repeats):
+    for _ in range(cfg.repeats):
         seconds, printed = timed(grow)
         times["grow"].append(seconds)
         peak = int(re.search(r"VmHWM:\s+(\d+) kB", printed)[1]) * 1024
@@ -87,7 +87,7 @@ def measure(s, base, folder):
         shutil.rmtree(folder / "grown")
         shutil.rmtree(folder / "copy")
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{base.num_hidden_layers} layers of {base.hidden_size} grown to {base.num_hidden_layers * s.factor}: median "
+    print(f"{base.num_hidden_layers} layers of {base.hidden_size} grown to {base.num_hidden_layers * cfg.factor}: median "
           f"{medians['grow']:.2f} s beside {medians['cp']:.2f} s of cp for as many bytes, ratio "
           f"{medians['grow'] / medians['cp']:.2f}, peak memory {peak / 1e9:.2f} GB")
 

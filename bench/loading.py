@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from build import build_model, import_deepspeed
-from data_prep import train_tokenizer
-from distributed import Processes
+from common.distributed import Distributed
+from common.files import new_directory
+from common.settings import run, setting
 from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
-from model.files import new_directory
+from model.tokenizer import train_tokenizer
 from model.transformer import initial_weights
-from settings import run, setting
-from train_settings import TrainSettings
+from training.engine import build_model, import_deepspeed
+from training.train_config import TrainConfig
 
 SHAPE = ModelConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=18,
                     num_attention_heads=16, bos_token_id=1, eos_token_id=2)
@@ -48,22 +48,22 @@ def make(path):
                              folder / "tokenizer")
 
 
-def main(s):
+def main(cfg):
     """Prints a line for each process."""
-    checkpoint = Path(s.folder) / "checkpoint"
-    settings = TrainSettings(init=str(checkpoint), zero=3, dtype="bf16")
-    with Processes() as world:
-        world.on_main(lambda: make(checkpoint))
-        import_deepspeed(world)
+    checkpoint = Path(cfg.folder) / "checkpoint"
+    settings = TrainConfig(init=str(checkpoint), zero=3, dtype="bf16")
+    with Distributed() as dist:
+        dist.on_rank0(lambda: make(checkpoint))
+        import_deepspeed(dist)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = peak()
-        _, model = build_model(settings, checkpoint, world)
+        _, model = build_model(settings, checkpoint, dist)
         held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters()) * 2
-        lines = world.gather(f"rank {world.rank}: peak {(peak() - before) / 1e9:.2f} GB above "
+        lines = dist.gather(f"rank {dist.rank}: peak {(peak() - before) / 1e9:.2f} GB above "
                              f"{before / 1e9:.2f} GB before; its share of the weights {held / 1e9:.2f} GB of "
                              f"{SHAPE.num_parameters * 2 / 1e9:.2f}, the largest tensor "
                              f"{SHAPE.vocab_size * SHAPE.hidden_size * 2 / 1e9:.2f}")
-        world.say("\n".join(lines or []))
+        dist.print0("\n".join(lines or []))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from batches import collate
-from bench.common import (
+from bench.timing import (
     compare,
     dtype_of,
     in_batches,
@@ -33,12 +32,13 @@ from bench.common import (
     random_weights,
     their_step,
 )
-from build import build_engine
-from distributed import Processes
+from common.distributed import Distributed
+from common.settings import run, setting, unknown_name
 from model.transformer import rotary_table
-from settings import run, setting, unknown_name
-from stages import shape
-from train_settings import TrainSettings
+from pipeline.jobs import shape
+from training.batches import collate
+from training.engine import build_engine
+from training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,19 @@ class Plain(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def plain(s, settings, compiled, world):
+def plain(cfg, settings, compiled, dist):
     """The step of the plain loop."""
-    dtype, model = dtype_of(settings), Plain(shape(s.size), random_weights(shape(s.size), world.device, torch.float32))
+    dtype, model = dtype_of(settings), Plain(shape(cfg.size), random_weights(shape(cfg.size), dist.device, torch.float32))
     groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": settings.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, s.learning_rate, (settings.adam_beta1, settings.adam_beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, cfg.learning_rate, (settings.adam_beta1, settings.adam_beta2), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step(samples):
-        total, batches = 0.0, in_batches(samples, s.batch_size)
+        total, batches = 0.0, in_batches(samples, cfg.batch_size)
         for batch in batches:
-            ids, targets = (tensor.to(world.device) for tensor in collate(batch))
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            ids, targets = (tensor.to(dist.device) for tensor in collate(batch))
+            with torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
                 loss = forward(ids, targets) / len(batches)
             loss.backward()
             total += loss.detach()
@@ -144,39 +144,39 @@ def their_model(config, device, dtype):
     return model
 
 
-def theirs(s, settings, world):
+def theirs(cfg, settings, dist):
     """The step of transformers."""
-    model = their_model(shape(s.size), world.device, dtype_of(settings))
-    return partial(their_step, build_engine(settings, model, world), batch_size=s.batch_size)
+    model = their_model(shape(cfg.size), dist.device, dtype_of(settings))
+    return partial(their_step, build_engine(settings, model, dist), batch_size=cfg.batch_size)
 
 
-def our_engine(s, settings, world):
+def our_engine(cfg, settings, dist):
     """The engine on our model."""
-    return build_engine(settings, random_model(shape(s.size), world.device, dtype_of(settings)), world)
+    return build_engine(settings, random_model(shape(cfg.size), dist.device, dtype_of(settings)), dist)
 
 
-def ours(s, settings, world):
+def ours(cfg, settings, dist):
     """Our step."""
-    return partial(our_step, our_engine(s, settings, world), settings=settings, world=world)
+    return partial(our_step, our_engine(cfg, settings, dist), settings=settings, dist=dist)
 
 
-def main(s):
+def main(cfg):
     """Prints rates, ratios, how far apart the losses are, and the profile."""
-    config = shape(s.size)
-    settings = TrainSettings(dtype=s.dtype, learning_rate=s.learning_rate, weight_decay=0.1, adam_beta2=0.95,
+    config = shape(cfg.size)
+    settings = TrainConfig(dtype=cfg.dtype, learning_rate=cfg.learning_rate, weight_decay=0.1, adam_beta2=0.95,
                              max_grad_norm=1.0, zero=1)  # under which DeepSpeed clips the gradients
-    ways = {"transformers": partial(theirs, s, settings), "plain": partial(plain, s, settings, False)}
-    ways |= {"plain, compiled": partial(plain, s, settings, True)} if s.compile else {}
-    ways["ours"] = partial(ours, s, settings)
+    ways = {"transformers": partial(theirs, cfg, settings), "plain": partial(plain, cfg, settings, False)}
+    ways |= {"plain, compiled": partial(plain, cfg, settings, True)} if cfg.compile else {}
+    ways["ours"] = partial(ours, cfg, settings)
     generator = np.random.default_rng(0)
-    batches = [random_samples(generator, config, s.global_batch_size, s.seq_length) for _ in range(2 + s.repeats)]
+    batches = [random_samples(generator, config, cfg.global_batch_size, cfg.seq_length) for _ in range(2 + cfg.repeats)]
     dtype = dtype_of(settings)
-    print(f"{config.num_parameters:,} parameters, {dtype}, {s.global_batch_size} × {s.seq_length} tokens a step")
+    print(f"{config.num_parameters:,} parameters, {dtype}, {cfg.global_batch_size} × {cfg.seq_length} tokens a step")
     compare(ways, batches, 2, dtype, config)
-    with Processes() as world:
-        if world.device.type == "cpu":
+    with Distributed() as dist:
+        if dist.device.type == "cpu":
             # a sample fewer, for the number of tokens not to be that of the vocabulary, which tells the head's products
-            print_profile(settings, our_engine(s, settings, world), [samples[1:] for samples in batches[:5]], world)
+            print_profile(settings, our_engine(cfg, settings, dist), [samples[1:] for samples in batches[:5]], dist)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import FRUGAL, dtype_of, random_model, random_samples, synchronize
-from build import build_engine, import_deepspeed
-from distributed import Processes, free_port
-from settings import run, setting, unknown_name
-from stages import shape
-from train import peak_memory, take_step
-from train_settings import TrainSettings
+from bench.timing import FRUGAL, dtype_of, random_model, random_samples, synchronize
+from common.distributed import Distributed, free_port
+from common.settings import run, setting, unknown_name
+from pipeline.jobs import shape
+from train import peak_memory, train_step
+from training.engine import build_engine, import_deepspeed
+from training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -58,48 +58,48 @@ class Point:
     processes: int = 1
 
 
-def measure(rank, s, point, port, queue):
+def measure(rank, cfg, point, port, queue):
     """Takes the steps of a point; rank 0 puts (the seconds of each, bytes) on the queue."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(point.processes), "LOCAL_RANK": str(rank),
                    "LOCAL_WORLD_SIZE": str(point.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    config = dataclasses.replace(shape(s.size), num_hidden_layers=point.layers)
-    settings = TrainSettings(zero=s.zero, dtype=s.dtype, micro_batch_tokens=1 << 30, micro_step_slots=1 << 30)
-    with Processes() as world:
-        import_deepspeed(world)
-        before = peak_memory(world)
-        engine = build_engine(settings, random_model(config, world.device, dtype_of(settings)), world)
+    config = dataclasses.replace(shape(cfg.size), num_hidden_layers=point.layers)
+    settings = TrainConfig(zero=cfg.zero, dtype=cfg.dtype, max_tokens_per_microbatch=1 << 30, microbatch_overhead_tokens=1 << 30)
+    with Distributed() as dist:
+        import_deepspeed(dist)
+        before = peak_memory(dist)
+        engine = build_engine(settings, random_model(config, dist.device, dtype_of(settings)), dist)
         generator, times = np.random.default_rng(0), []
-        for _ in range(1 + s.steps):
+        for _ in range(1 + cfg.steps):
             samples = random_samples(generator, config, point.samples, point.seq_length)
             began = time.perf_counter()
-            take_step(settings, engine, samples, world)
-            synchronize(world.device)
+            train_step(settings, engine, samples, dist)
+            synchronize(dist.device)
             times.append(time.perf_counter() - began)
-        if world.rank == 0:
-            queue.put((times[1:], peak_memory(world) - before))
+        if dist.rank == 0:
+            queue.put((times[1:], peak_memory(dist) - before))
 
 
-def run_point(s, point):
+def run_point(cfg, point):
     """What `measure` finds in new processes."""
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(measure, (s, point, free_port(), queue), nprocs=point.processes)
+    torch.multiprocessing.spawn(measure, (cfg, point, free_port(), queue), nprocs=point.processes)
     return queue.get()
 
 
-def main(s):
+def main(cfg):
     """Prints a table for each thing that is varied."""
-    layers = shape(s.size).num_hidden_layers
-    base = Point(s.seq_length, s.samples, layers)
-    values = {name: [round(getattr(base, name) * factor) for factor in s.factors]
+    layers = shape(cfg.size).num_hidden_layers
+    base = Point(cfg.seq_length, cfg.samples, layers)
+    values = {name: [round(getattr(base, name) * factor) for factor in cfg.factors]
               for name in ("seq_length", "samples", "layers")}
-    values["processes"] = [count for count in s.processes if count <= (torch.cuda.device_count() or count)]
+    values["processes"] = [count for count in cfg.processes if count <= (torch.cuda.device_count() or count)]
     points = {dataclasses.replace(base, **{name: value}): [] for name, column in values.items() for value in column}
-    for _ in range(s.rounds):
+    for _ in range(cfg.rounds):
         for point, times in tqdm(points.items(), "time", leave=False):
-            times += run_point(s, point)[0]
+            times += run_point(cfg, point)[0]
     with patch.dict(os.environ, FRUGAL):
-        memory = {point: run_point(s, point)[1] for point in tqdm(points, "memory", leave=False)}
-    print(f"{s.size}, {s.samples} samples of {s.seq_length} tokens, {layers} layers, ZeRO-{s.zero}")
+        memory = {point: run_point(cfg, point)[1] for point in tqdm(points, "memory", leave=False)}
+    print(f"{cfg.size}, {cfg.samples} samples of {cfg.seq_length} tokens, {layers} layers, ZeRO-{cfg.zero}")
     for name, column in values.items():
         found = [dataclasses.replace(base, **{name: value}) for value in column]
         found = [(statistics.median(points[point]), memory[point]) for point in found]

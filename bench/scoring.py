@@ -22,13 +22,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import HarnessModel, local_task, read_suite
-from distributed import Processes
-from model.checkpoint import load_model
+from common.distributed import Distributed
+from common.settings import run, setting
+from evaluation.harness import HarnessModel
+from evaluation.lm_eval_tasks import local_task, read_suite
+from evaluation.parallel import ParallelModel
+from evaluation.suites import Benchmark
+from model.hub import load_model
 from model.tokenizer import Tokenizer
-from scorer import Scorer
-from settings import run, setting
-from suites import Benchmark
 
 NAMES = ("boolq", "piqa", "mmlu", "commonsense_qa", "hellaswag", "crows_pairs_english")
 
@@ -49,19 +50,19 @@ class ScoringBenchSettings:
         return [] if self.checkpoint else ["--checkpoint is missing"]
 
 
-def tasks(s):
+def tasks(cfg):
     """The lm-eval tasks, with the requests of their first items."""
-    suite = {benchmark.name: benchmark for benchmark in read_suite("local" if s.files else "sample", s.files)
+    suite = {benchmark.name: benchmark for benchmark in read_suite("local" if cfg.files else "sample", cfg.files)
              if not benchmark.part_of}
-    if s.files:
-        suite["hellaswag"] = Benchmark("hellaswag", "Rs", file=str(Path(s.files) / "hellaswag_unlabelled.jsonl"),
+    if cfg.files:
+        suite["hellaswag"] = Benchmark("hellaswag", "Rs", file=str(Path(cfg.files) / "hellaswag_unlabelled.jsonl"),
                                        options={"doc_to_text": "ctx", "doc_to_choice": "endings", "doc_to_target": 0})
-        suite = {name: suite[name] for name in s.names}
+        suite = {name: suite[name] for name in cfg.names}
     for name, benchmark in suite.items():
         task = local_task(benchmark)
         task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         task.set_fewshot_seed(1234)
-        task.build_all_requests(limit=s.items, rank=0, world_size=1)
+        task.build_all_requests(limit=cfg.items, rank=0, world_size=1)
         yield name, task
 
 
@@ -74,29 +75,29 @@ def accuracy(task, requests, values):
     return float(np.mean([next(iter(figure.values())) for figure in figures]))
 
 
-def main(s):
+def main(cfg):
     """Prints a line for each benchmark and dtype."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     first = {}  # the backend's values in the first dtype
-    with Processes() as world:
-        print(f"{world.device.type}, {torch.get_num_threads()} threads, batch {s.batch_size}, {s.items} items each")
+    with Distributed() as dist:
+        print(f"{dist.device.type}, {torch.get_num_threads()} threads, batch {cfg.batch_size}, {cfg.items} items each")
         print(f"{'':<20} {'dtype':<9} {'requests':>8} {'tokens: backend':>15} {'ours':>8} {'allowed':>7} "
               f"{'seconds':>8} {'ours':>7} {'faster':>6} {'of allowed':>10} {'difference':>10} {'off':>8} {'ours':>8} "
               f"{'accuracy':>8} {'ours':>6}")
-        for name in s.dtypes:
+        for name in cfg.dtypes:
             dtype = getattr(torch, name)
-            theirs = HFLM(AutoModelForCausalLM.from_pretrained(s.checkpoint, dtype=dtype).to(world.device),
-                          batch_size=s.batch_size, tokenizer=AutoTokenizer.from_pretrained(s.checkpoint))
-            model = load_model(s.checkpoint, dtype, world.device)
-            for title, task in tasks(s):
+            theirs = HFLM(AutoModelForCausalLM.from_pretrained(cfg.checkpoint, dtype=dtype).to(dist.device),
+                          batch_size=cfg.batch_size, tokenizer=AutoTokenizer.from_pretrained(cfg.checkpoint))
+            model = load_model(cfg.checkpoint, dtype, dist.device)
+            for title, task in tasks(cfg):
                 requests, seconds = task.instances, [0.0, 0.0]
-                for _ in range(s.repeats):
-                    scorer = Scorer(world, model, Tokenizer(s.checkpoint))
+                for _ in range(cfg.repeats):
+                    scorer = ParallelModel(dist, model, Tokenizer(cfg.checkpoint))
                     ours, values = HarnessModel(scorer), []
                     for index, backend in enumerate((theirs, ours)):
                         began = time.perf_counter()
                         values.append(backend.loglikelihood(requests, disable_tqdm=True))
-                        seconds[index] += (time.perf_counter() - began) / s.repeats
+                        seconds[index] += (time.perf_counter() - began) / cfg.repeats
                 inputs = {tuple(context + continuation[:-1]) for context, continuation in
                           (ours._encode_pair(*request.args) if request.args[0] else
                            ([ours.prefix_token_id], ours.tok_encode(request.args[1], False)) for request in requests)}

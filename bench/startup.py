@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import random_checkpoint
-from model.files import UserError
-from settings import ROOT, run, setting
-from stages import shape
+from bench.timing import random_checkpoint
+from common.files import UserError
+from common.settings import ROOT, run, setting
+from pipeline.jobs import shape
 
 HEAVY = ("torch", "deepspeed", "lm_eval", "datasets", "transformers", "matplotlib", "numpy", "tokenizers",
          "sentencepiece", "sacrebleu", "rouge_score")
@@ -68,16 +68,16 @@ def imports(script):
     return took, packages
 
 
-def main(s):
+def main(cfg):
     """Prints both tables."""
-    runs = [start(Path(s.folder)) for _ in range(1 + s.repeats)][1:]
+    runs = [start(Path(cfg.folder)) for _ in range(1 + cfg.repeats)][1:]
     print("make train TASK=simp SOURCE=sample SIZE=tiny, seconds until")
     for name in LINES:
         print(f"  {name:<20} {statistics.median(seen[name] for seen in runs):6.2f}")
     print("importing, seconds")
     for script in ("settings", "data_prep", "stack", "train", "evaluate", "experiment", "report", "planner"):
         imports(script)
-        found = [imports(script) for _ in range(s.repeats)]
+        found = [imports(script) for _ in range(cfg.repeats)]
         packages = {name: statistics.median(packages[name] for _, packages in found) for name in found[0][1]}
         print(f"  {script:<11} {statistics.median(took for took, _ in found):5.2f}   "
               + ", ".join(f"{name} {seconds:.2f}" for name, seconds in packages.items()))

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.common import small_checkpoint, train
-from model.files import read_json, read_json_lines
-from settings import run, setting
-from stages import words
+from bench.timing import small_checkpoint, train
+from common.files import read_json, read_json_lines
+from common.settings import run, setting
+from pipeline.jobs import words
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class ZeroBenchSettings:
     folder: str | None = setting(None, "folder to work in")
     checkpoint: str | None = setting(None, "checkpoint to fine-tune; none: random weights of the size small")
     steps: int = setting(20, "steps")
-    flags: str = setting("", "more flags for train.py, such as '--method probabilistic --learning_rate 0.1'")
+    flags: str = setting("", "more flags for train.py, such as '--method vcl --learning_rate 0.1'")
 
     def problems(self):
         return [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
 
 
-def main(s):
+def main(cfg):
     """Prints a line for each run, and the largest differences."""
-    checkpoint = s.checkpoint or small_checkpoint(Path(s.folder))
-    out, first, worst = Path(s.folder) / "run", None, (0.0, 0.0)
+    checkpoint = cfg.checkpoint or small_checkpoint(Path(cfg.folder))
+    out, first, worst = Path(cfg.folder) / "run", None, (0.0, 0.0)
     print(f"{'ZeRO':<12} {'processes':>9} {'memory':>9} {'tokens/s':>9} {'losses':>9} {'weights':>9}")
     for stage in (["--zero", 0], ["--zero", 1], ["--zero", 2], ["--zero", 3], ["--zero", 3, "--offload"]):
         for processes in (1, 2):
             shutil.rmtree(out, ignore_errors=True)
-            train(processes, "--init", checkpoint, "--data", s.data, "--out", out, *stage, "--dtype", "fp32",
-                  "--max_steps", s.steps, "--learning_rate", 3e-4, "--max_eval_samples", 8, *words(s.flags))
+            train(processes, "--init", checkpoint, "--data", cfg.data, "--out", out, *stage, "--dtype", "fp32",
+                  "--max_steps", cfg.steps, "--learning_rate", 3e-4, "--max_eval_samples", 8, *words(cfg.flags))
             losses = [line["loss"] for line in read_json_lines(out / "metrics.jsonl") if "loss" in line]
             weights, result = load_file(out / "model.safetensors"), read_json(out / "run.json")["result"]
             first = first or (losses, weights)

@@ -1,69 +1,44 @@
 """Checkpoints: Hugging Face directories in and out.
 
-    python -m model.checkpoint llm-stacking/StackLLM_7B_300BToken runs/7b/stack/m0     # download, as safetensors
-
 A directory holds `config.json`, the tokenizer's files and the weights: one `model.safetensors`, or shards with an
-index. A `pytorch_model.bin` (old checkpoints) is converted once. Weights move one tensor at a time, so reading needs
+index. Weights move one tensor at a time, so reading needs
 the model's own size and writing one tensor's.
 """
 import itertools
 import json
 import re
 import struct
-import sys
-import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .config import ModelConfig
-from .files import UserError, digest, explain_os_errors, new_directory, read_json, sync, write_json
-from .tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
-from .transformer import Transformer, parameter_shapes
+from common.files import UserError, digest, explain_os_errors, read_json, sync, write_json
+from model.tokenizer import Tokenizer, copy_tokenizer
+from model.transformer import Transformer, parameter_shapes
 
 MAX_SHARD_BYTES = 5_000_000_000
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-POSTERIOR, FISHER = "posterior", "fisher"  # what fine-tuning may leave beside the weights, see partitions.part_files
+
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # buffers that old checkpoints saved
-
-
-def locate(source):
-    """The local directory of a checkpoint: `source` itself, or the download of a Hub id such as "owner/name"."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{source} is no checkpoint: it holds no config.json")
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
-        raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    try:
-        patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", INDEX]
-        path = Path(snapshot_download(str(source), allow_patterns=patterns))
-        if not list(path.glob("*.safetensors")):
-            path = Path(snapshot_download(str(source), allow_patterns=[*patterns, "pytorch_model*.bin", BIN_INDEX]))
-    except Exception as error:  # of huggingface_hub, of its HTTP library, of the system
-        reason = first_line(error)
-        raise UserError(f"{source} is no directory here and cannot be downloaded from the Hub: {reason}") from None
-    return path
 
 
 class Weights:
     """The tensors of a checkpoint directory, read one at a time: `weights[name]`, with names in `weights.files`.
 
-    A .bin checkpoint is converted on the way. Raises UserError for an index that names a missing shard or leaves the
+    Raises UserError for an index that names a missing shard or leaves the
     directory, and for a truncated file.
     """
 
     def __init__(self, directory):
         self.directory = Path(directory)
         if not (self.directory / WEIGHTS).exists() and not (self.directory / INDEX).exists():
-            convert_bin(self.directory)
+            raise UserError(f"{directory} holds no weights: expected {WEIGHTS} or {INDEX}")
         if (self.directory / INDEX).exists():
             names = shard_names(self.directory / INDEX)
             self.shards = {file: open_shard(self.directory / file) for file in set(names.values())}
@@ -127,41 +102,6 @@ def open_shard(path):
         raise UserError(f"{path} is truncated or damaged ({error}): download or copy it again") from None
 
 
-def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def convert_bin(directory):
-    """Writes the safetensors twin of a pytorch_model.bin checkpoint beside it. Nothing in the pickle is executed."""
-    if (directory / BIN_INDEX).exists():
-        files = sorted(set(shard_names(directory / BIN_INDEX).values()))
-    elif (directory / BIN).exists():
-        files = [BIN]
-    else:
-        raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX} or {BIN}")
-    print(f"converting {directory}/{BIN} to safetensors, once", file=sys.stderr)
-    tensors = {}
-    for file in files:
-        try:
-            # only the zip format of torch 1.6 and later can be mapped into memory; older files are read whole
-            state = torch.load(directory / file, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(directory / file))
-        except Exception as error:  # UnpicklingError, RuntimeError or EOFError, by what is wrong with the file
-            raise UserError(f"{directory / file} is damaged or holds more than tensors ({first_line(error)})") from None
-        tensors |= {name: tensor for name, tensor in state.items() if not IGNORED.search(name)}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
-            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise UserError(f"{directory}: {name} is {found}, expected a tensor of {', '.join(DTYPES)}")
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with new_directory(directory / "converted") as folder:
-        write_weights(folder, specs, tensors.items())
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == INDEX):  # the index last
-            file.rename(directory / file.name)
-    (directory / "converted").rmdir()
-
-
 def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
     """Writes weights as `model.safetensors`, or as shards of at most `max_shard_bytes` with an index.
 
@@ -217,17 +157,6 @@ def check_vocabulary(directory, config):
                         f"only {config.vocab_size:,}")
 
 
-def load_model(directory, dtype=torch.float32, device="cpu"):
-    """Loads a checkpoint onto a device: a Transformer with weights of `dtype`, in evaluation mode.
-
-    The model is built without memory (on the meta device) and its tensors are read one at a time, so that loading
-    needs the model's size once. Raises UserError for anything about the directory that does not fit.
-    """
-    config, weights = ModelConfig.read(Path(directory) / "config.json"), Weights(directory)
-    specs = weights.check(config)
-    return assemble(config, ((name, weights[name].to(device=device, dtype=dtype)) for name in specs))
-
-
 def assemble(config, tensors):
     """A Transformer in evaluation mode whose parameters are the given (name, tensor), which are not copied."""
     with torch.device("meta"):
@@ -259,27 +188,3 @@ def checkpoint_digest(directory, beside=()):
     directory = Path(directory)
     more = [path for name in beside for path in directory.glob(f"{name}-*.safetensors")]
     return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards), *more])
-
-
-def main(source, out):
-    """Fetches a checkpoint and writes it as a checked safetensors directory, one tensor at a time."""
-    if (Path(out) / "config.json").exists():
-        Weights(out).check(ModelConfig.read(Path(out) / "config.json"))
-        return print(f"{out} is there already")
-    source = locate(source)
-    config, weights = ModelConfig.read(source / "config.json"), Weights(source)
-    specs = weights.check(config)
-    check_vocabulary(source, config)
-    with new_directory(out) as folder:
-        write_checkpoint(folder, config, ((name, weights[name]) for name in specs), source)
-    print(f"{out}: {config.num_parameters:,} parameters")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

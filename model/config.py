@@ -2,7 +2,7 @@
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .files import UserError, read_json, write_json
+from common.files import UserError, read_json, write_json
 
 MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"
 
@@ -19,8 +19,10 @@ INERT = {
     "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
     "auto_map", "rope_parameters", "hidden_act", "attention_dropout", "attn_implementation",
 }
+
 # Options that may be present only with the value that the decoder computes anyway.
 FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
+
 ROPE_OPTIONS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},

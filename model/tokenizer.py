@@ -1,8 +1,9 @@
 """One tokenizer over either file that checkpoints carry: `tokenizer.json` or `tokenizer.model`."""
 import shutil
+import sys
 from pathlib import Path
 
-from .files import UserError, read_json
+from common.files import UserError, read_json, write_json
 
 # Everything of a checkpoint directory that belongs to its tokenizer, copied with every checkpoint made from it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -113,3 +114,21 @@ def same_tokenizer(first, second):
     """Whether two directories hold the same tokenizer: the same file, byte for byte, of those that Tokenizer reads."""
     name = next(name for name in TOKENIZER_FILES if (Path(first) / name).exists())
     return (Path(second) / name).exists() and (Path(first) / name).read_bytes() == (Path(second) / name).read_bytes()
+
+
+def train_tokenizer(documents, vocab_size, folder):
+    """Trains a byte-level BPE vocabulary on some documents; <unk>, <s> and </s> are ids 0, 1 and 2, as in Llama."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    special = ["<unk>", "<s>", "</s>"]
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=sys.stderr.isatty(),
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    fast.train_from_iterator(documents, trainer)
+    fast.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": special[0], "bos_token": special[1],
+        "eos_token": special[2], "clean_up_tokenization_spaces": False})
+    return Tokenizer(folder)

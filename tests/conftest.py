@@ -12,11 +12,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 import pytest
 import torch
 
-import settings
-from data_prep import train_tokenizer
-from distributed import Processes
+from common import settings
+from common.distributed import Distributed
 from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
+from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
@@ -77,10 +77,10 @@ def refusal(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def world():
+def dist():
     """This process as the only one of a run; the environment is put back."""
     before = dict(os.environ)
-    with Processes() as alone:
+    with Distributed() as alone:
         yield alone
     os.environ.clear()
     os.environ.update(before)

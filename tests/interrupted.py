@@ -8,20 +8,20 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import settings
 import train
+from common import settings
 
 at, name, rank = sys.argv[1:4]
 sys.argv = sys.argv[4:]
-take_step, calls = train.take_step, []
+train_step, calls = train.train_step, []
 
 
 def take_step_or_not(*args):
     calls.append(1)
     if len(calls) == int(at) and rank in ("all", os.environ.get("RANK")):
         os.kill(os.getpid(), signal.Signals[name])
-    return take_step(*args)
+    return train_step(*args)
 
 
-train.take_step = take_step_or_not
-settings.run((train.TrainSettings, train.main), train.__doc__)
+train.train_step = take_step_or_not
+settings.run((train.TrainConfig, train.main), train.__doc__)

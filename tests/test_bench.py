@@ -5,9 +5,9 @@ import re
 import pytest
 from conftest import ROOT, run_script
 
-from bench.common import random_checkpoint
-from model.files import UserError
-from stages import shape
+from bench.timing import random_checkpoint
+from common.files import UserError
+from pipeline.jobs import shape
 
 
 def test_benchmarks_can_be_imported():
@@ -19,7 +19,7 @@ def test_benchmarks_can_be_imported():
 def test_transformers_trains_alike():
     """Two steps of the size tiny in both under one DeepSpeed configuration: the losses are the same to rounding."""
     result = run_script("bench/gpu.py", "--size", "tiny", "--offload", "false", "--dtype", "fp32", "--steps", 1,
-                        "--seq_length", 32, "--global_batch_size", 4, "--micro_batch_tokens", 64,
+                        "--seq_length", 32, "--global_batch_size", 4, "--max_tokens_per_microbatch", 64,
                         "--ways", "transformers,ours", PYTHONPATH="")
     apart = dict(re.findall(r"^(transformers|ours) .* (\S+)$", result.stdout, re.MULTILINE))
     assert float(apart["transformers"]) == 0 <= float(apart["ours"]) < 2e-6

@@ -5,11 +5,12 @@ import datasets
 import numpy as np
 import pytest
 
-from data_prep import clean, raw_files, role, split_indices
-from documents import docstrings, read_text_file
-from model.files import UserError
+from common.files import UserError
+from common.settings import read_config
+from corpus.documents import docstrings, read_text_file
+from corpus.hub_tasks import raw_files
+from corpus.tasks import clean, role, split_indices
 from model.tokenizer import Tokenizer
-from settings import read_config
 from tests.conftest import ROOT, error_line, run_script
 
 

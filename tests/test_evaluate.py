@@ -10,13 +10,14 @@ import sacrebleu
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batches import encode_prompts
-from evaluate import EvaluateSettings, main, prepare, same_run, task_decoding
-from metrics import sari
-from model.files import UserError, digest, read_json, read_json_lines
+from analysis.results import Stage, add_results
+from common.files import UserError, digest, read_json, read_json_lines
+from common.settings import known, read_config
+from corpus.tasks import encode_prompts
+from evaluate import EvaluateConfig, main, prepare, same_run, task_decoding
+from evaluation.lm_eval_files import sample_files
+from evaluation.text_metrics import sari
 from model.tokenizer import Tokenizer
-from results import Stage, add_results, sample_files
-from settings import known, read_config
 from tests.conftest import ROOT, error_line, run_script, sample_texts
 
 SUITE = """
@@ -97,8 +98,8 @@ def test_items_of_benchmarks_lie_beside_their_figures(done):
 
 
 def test_weight_samples_need_a_posterior(words, tmp_path):
-    line = error_line(run_script(*words, "--out", tmp_path, "--weight_samples", "2", check=False))
-    assert "has no posterior to draw weights from: it was not fine-tuned in probabilistic mode" in line
+    line = error_line(run_script(*words, "--out", tmp_path, "--posterior_samples", "2", check=False))
+    assert "has no posterior to draw weights from: it was not fine-tuned with IVON" in line
 
 
 def test_the_table(done):
@@ -170,7 +171,7 @@ def damaged(checkpoint, folder, damage):
 def test_bad_input(checkpoint, simp_file, tmp_path):
     def refused(**given):
         with pytest.raises(UserError) as error:
-            prepare(EvaluateSettings(**{"checkpoint": str(checkpoint), "data": str(simp_file.parent),
+            prepare(EvaluateConfig(**{"checkpoint": str(checkpoint), "data": str(simp_file.parent),
                                         "tasks": ("simp",)} | given))
         return str(error.value)
 
@@ -195,11 +196,11 @@ def without_eos(folder):
 
 
 def test_contradictions(refusal):
-    line = refusal((EvaluateSettings, main), "--tasks", "smp", "--limit", "0", "--bertscore_model", "x")
+    line = refusal((EvaluateConfig, main), "--tasks", "smp", "--limit", "0", "--bertscore_model", "x")
     for said in ("--checkpoint is missing", "unknown task 'smp'", "--tasks needs --data", "limit is 0",
                  "bertscore_model and bertscore_layer go together"):
         assert said in line
-    assert "there is nothing to evaluate" in refusal((EvaluateSettings, main), "--checkpoint", "x")
+    assert "there is nothing to evaluate" in refusal((EvaluateConfig, main), "--checkpoint", "x")
 
 
 def test_every_task_says_how_it_is_decoded_and_compared():

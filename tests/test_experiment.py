@@ -5,13 +5,13 @@ import shutil
 import pytest
 
 import experiment
-from experiment import ExperimentSettings, Ledger, Pace, Step, inputs_digest, plan
-from model.files import UserError
+from common.files import UserError
+from experiment import ExperimentConfig, Ledger, Pace, Step, inputs_digest, plan
 from tests.conftest import run_script
 
 
 def settings(checkpoint, tasks, out, **given):
-    return ExperimentSettings(**{"data": str(tasks), "out": str(out), "init_llm": str(checkpoint),
+    return ExperimentConfig(**{"data": str(tasks), "out": str(out), "init_llm": str(checkpoint),
                                  "init_stack": str(checkpoint), "order": ("simp", "empd", "simp")} | given)
 
 
@@ -31,35 +31,35 @@ def test_the_steps_in_order(checkpoint, tasks, tmp_path):
 
 
 def test_a_chain_for_each_method(checkpoint, tasks, tmp_path):
-    methods = ("constant", "rehearsal:rehearsal=0.1", "probabilistic:tau=0.5:learning_rate=0.2")
+    methods = ("finetune", "rehearsal:rehearsal=0.1", "vcl:tau=0.5:learning_rate=0.2")
     steps = plan(settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp", "empd"), methods=methods,
                           train_args="--learning_rate 1e-4"))
-    folders = ["constant", "rehearsal-rehearsal=0.1", "probabilistic-tau=0.5-learning_rate=0.2"]
+    folders = ["finetune", "rehearsal-rehearsal=0.1", "vcl-tau=0.5-learning_rate=0.2"]
     assert [str(step.out.relative_to(tmp_path / "llm")) for step in steps] == ["m0/eval"] + [
         f"{folder}/{name}{end}" for folder in folders for name in ("m1-simp", "m2-empd") for end in ("", "/eval")]
     words = [" ".join(map(str, step.command)) for step in steps]
     assert words[1].endswith("--learning_rate 1e-4 --method constant")
     assert words[5].endswith("--method rehearsal --rehearsal 0.1 --rehearsal 0")  # there is no task before the first
     assert words[7].endswith("--method rehearsal --rehearsal 0.1")
-    assert words[9].endswith("--learning_rate 1e-4 --method probabilistic --tau 0.5 --learning_rate 0.2")
+    assert words[9].endswith("--learning_rate 1e-4 --method vcl --tau 0.5 --learning_rate 0.2")
     assert [f"--init {checkpoint}" in text for text in words[1::2]] == [True, False] * 3
-    assert ["--weight_samples 4" in text for text in words[::2]] == [False] * 5 + [True] * 2
+    assert ["--posterior_samples 4" in text for text in words[::2]] == [False] * 5 + [True] * 2
     assert any("method/rehearsal.toml" in str(path) for path in steps[7].inputs)
 
 
 def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
-    found = plan(ExperimentSettings(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp",)))
+    found = plan(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp",)))
     assert [step.script for step in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
     assert "--size tiny" in " ".join(map(str, found[2].command))
-    found = plan(ExperimentSettings(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
-    assert [str(word) for word in found[0].command[1:]] == ["-m", "model.checkpoint", "llm-stacking/LLM_7B_300BToken",
+    found = plan(ExperimentConfig(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
+    assert [str(word) for word in found[0].command[1:]] == ["-m", "model.hub", "llm-stacking/LLM_7B_300BToken",
                                                             f"{tmp_path}/llm/m0"]
-    experiment.main(ExperimentSettings(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path / "out"),
+    experiment.main(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path / "out"),
                                        order=("simp",), dry_run=True))
     assert re.search(r"8 steps, 8 of them to do; about \d+:\d\d:\d\d at 30%", capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="m0 of llm has to be pretrained: give --text, or --init_llm"):
-        plan(ExperimentSettings(size="tiny", data=str(tasks), out=str(tmp_path)))
+        plan(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path)))
 
 
 def test_a_step_is_done_again_where_its_command_or_its_inputs_changed(checkpoint, tmp_path):
@@ -98,7 +98,7 @@ def test_flags_that_a_cost_depends_on():
 
 
 def test_a_recipe_that_changed_makes_a_step_anew(checkpoint, tasks, tmp_path):
-    steps = plan(ExperimentSettings(size="tiny", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",),
+    steps = plan(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",),
                                     init_llm=str(checkpoint)))
     names = [[str(path).rpartition("configs/")[2] for path in step.inputs if "configs/" in str(path)] for step in steps]
     assert names == [["task/simp.toml", "eval/sample.toml"], ["train/finetune.toml", "size/tiny.toml"],
@@ -142,8 +142,8 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown model 'big'"),
     (["--methods", "ewk"], "unknown method 'ewk', expected one of averaging"),
     (["--methods", "ewc:seed=3"], "'seed=3' of the method 'ewc:seed=3' is no name=value of a setting"),
-    (["--methods", "probabilistic:tau=2"], "the method 'probabilistic:tau=2': tau is 2.0, expected a number above 0"),
-    (["--weight_samples", "-1"], "weight_samples is -1, expected at least 0"),
+    (["--methods", "vcl:tau=2"], "the method 'vcl:tau=2': tau is 2.0, expected a number above 0"),
+    (["--posterior_samples", "-1"], "posterior_samples is -1, expected at least 0"),
     (["--methods", "ewc:strength=3"], "'strength=3' of the method 'ewc:strength=3' is no name=value of a setting"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
     (["--seeds", "1,1"], "seeds is empty or names one twice"), ([], "llm has no --init_llm, and --size is missing"),
@@ -151,5 +151,5 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
     (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])
 def test_an_experiment_that_cannot_be(refusal, tmp_path, flags, said):
     words = ["--data", tmp_path, "--out", tmp_path / "out", *flags]
-    assert said in refusal((ExperimentSettings, experiment.main), *words)
+    assert said in refusal((ExperimentConfig, experiment.main), *words)
     assert not (tmp_path / "out").exists()

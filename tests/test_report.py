@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import comparison
 import report
-import settings
-from metrics import Estimate
-from model.files import UserError, read_json
-from record import Record
-from report import ReportSettings, to_html
-from tables import verdict
-from results import figure, read_results, read_runs, shipped
+from analysis import method_tables as comparison
+from analysis.pages import to_html
+from analysis.record import Record
+from analysis.results import read_results, read_runs, shipped
+from analysis.statistics import Estimate
+from analysis.tables import verdict
+from common import settings
+from common.files import UserError, read_json
+from evaluation.lm_eval_files import figure
+from report import ReportConfig
 from tests.conftest import run_script
 
 SUITE = [("terms", "DK", "acc", None, None), ("continuation", "Rs", "acc", None, None),
@@ -93,7 +95,7 @@ def test_a_stage_and_a_benchmark_that_are_missing_are_named(runs):
 
 def test_models_with_other_stages_are_not_compared(runs, tmp_path):
     (runs / "stack/m2-empd").rename(runs / "gone")
-    report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out")))
+    report.main(ReportConfig(runs=str(runs), out=str(tmp_path / "out")))
     text = (tmp_path / "out/report.md").read_text()
     assert "FG, DK: not compared, the models do not have the same stages and benchmarks" in text
     assert "stack: the stage m2-empd is missing" in text
@@ -120,7 +122,7 @@ def test_commands_stand_in_the_order_in_which_they_make_the_runs(runs, tmp_path)
         path = runs / f"experiment/{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"command": ["train.py", "--made", name]}))
-    report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out")))
+    report.main(ReportConfig(runs=str(runs), out=str(tmp_path / "out")))
     text = (tmp_path / "out/report.md").read_text()
     assert re.findall(r"--made (\S+)", text) == ["llm-m0", "llm-m0-eval", "llm-m1-simp", "llm-m1-simp-eval"]
     assert "python train.py --task empd" in text  # of a stage that nothing is written down about
@@ -143,8 +145,8 @@ def test_of_a_group_and_its_parts_those_count_that_a_suite_names(tmp_path):
     assert "stack: m0 has results without one of acc, r@1, pct_stereotype, exact_match: odd" in record.missing
     assert shipped()["boolq"].category == "Rs"
     with pytest.raises(UserError, match="unknown model llm2, expected some of stack"):
-        report.main(ReportSettings(results=str(tmp_path), out=str(tmp_path / "out"), grown="stack", reference="llm2"))
-    report.main(ReportSettings(results=str(tmp_path), out=str(tmp_path / "out")))
+        report.main(ReportConfig(results=str(tmp_path), out=str(tmp_path / "out"), grown="stack", reference="llm2"))
+    report.main(ReportConfig(results=str(tmp_path), out=str(tmp_path / "out")))
     assert "- The models are stack." in (tmp_path / "out/report.md").read_text()
 
 
@@ -219,7 +221,7 @@ def test_pages_and_figures(runs, tmp_path):
 def test_what_cannot_be_reported(runs, tmp_path, spoil, said):
     spoil(runs)
     with pytest.raises(UserError, match=said):
-        report.main(ReportSettings(runs=str(runs), out=str(tmp_path / "out"), categories=("XX",)))
+        report.main(ReportConfig(runs=str(runs), out=str(tmp_path / "out"), categories=("XX",)))
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +251,7 @@ def test_results_of_lm_evals_own_command_line(tmp_path):
         (("before", start), ("after", "results/llm/m1-any/deep/results_x.json"))))
     record = Record(*read_results(tmp_path / "map.toml"))
     assert [record.value("llm", number, "local_choice").value for number in range(2)] == [0.5, 0.4]
-    report.main(ReportSettings(results=str(tmp_path / "results"), out=str(tmp_path / "report")))
+    report.main(ReportConfig(results=str(tmp_path / "results"), out=str(tmp_path / "report")))
     assert "| other | 20.0 [" in (tmp_path / "report/report.md").read_text()
 
 
@@ -270,8 +272,8 @@ def test_html():
 @pytest.fixture
 def methods(runs):
     """The chain of llm with three methods: as it is, without forgetting, and over draws of the weights."""
-    for method, values, tasks in (("constant", VALUES["llm"], TASKS["llm"]), ("ewc", VALUES["stack"], TASKS["stack"]),
-                                  ("probabilistic-tau=0.5", VALUES["llm"], TASKS["llm"])):
+    for method, values, tasks in (("finetune", VALUES["llm"], TASKS["llm"]), ("ewc", VALUES["stack"], TASKS["stack"]),
+                                  ("vcl-tau=0.5", VALUES["llm"], TASKS["llm"])):
         for number in (1, 2):
             stage = write_stage(runs / "llm" / method, number, values[number], tasks[number])
             run = read_json(stage / "run.json")
@@ -281,7 +283,7 @@ def methods(runs):
             path = stage / "eval/results_1.json"
             found = read_json(path)
             found["results"]["pairs_age"] |= {"ece,none": 9.0, "nll,none": 9.0}  # a part, which does not count
-            if method.startswith("probabilistic"):
+            if method.startswith("vcl"):
                 found["results"]["terms"] |= {"acc,sampled": 0.5, "ece,sampled": 0.04, "nll,sampled": 0.9}
             path.write_text(json.dumps(found))
     for name in ("m1-simp", "m2-empd"):
@@ -291,7 +293,7 @@ def methods(runs):
 
 
 def test_methods_beside_the_constant_rate(methods, tmp_path):
-    report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out")))
+    report.main(ReportConfig(runs=str(methods), out=str(tmp_path / "out")))
     text = (tmp_path / "out/report.md").read_text()
     assert text.startswith("# Forgetting of llm over 3 stages with the method constant\n")
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines()
@@ -310,34 +312,34 @@ def test_methods_beside_the_constant_rate(methods, tmp_path):
     # DK: each FG has the start's 0.02, times what is left of it, and the mean's over two stages, over 0.5
     error = 100 / 0.5 * 0.02 * (2 * 0.5 + 0.7 ** 2 + 1) ** 0.5
     assert rows["ewc"][1] == f"-30.00 [{-30 - 1.96 * error:.2f}, {-30 + 1.96 * error:.2f}]"
-    assert "- llm, ewc beside constant: better by FG DK (-30.00 [" in text
-    assert "- llm, probabilistic-tau=0.5 beside constant: nothing can be told apart from noise." in text
-    report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "ewc"), method="ewc", baseline="ewc"))
+    assert "- llm, ewc beside finetune: better by FG DK (-30.00 [" in text
+    assert "- llm, vcl-tau=0.5 beside finetune: nothing can be told apart from noise." in text
+    report.main(ReportConfig(runs=str(methods), out=str(tmp_path / "ewc"), method="ewc", baseline="ewc"))
     text = (tmp_path / "ewc/report.md").read_text()
     assert "with the method ewc" in text
     assert "llm, constant beside ewc: worse by FG DK (+30.00" in text
     assert text.index("| ewc |") < text.index("| constant |")
-    s = settings.load(ReportSettings, ["--runs", str(methods), "--method", "ewc"], "")  # whose file says other things
-    assert s.method == "ewc"
-    with pytest.raises(UserError, match="unknown method 'best', expected one of constant, ewc, probabilistic-tau=0.5"):
-        report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out"), method="best"))
+    cfg = settings.load(ReportConfig, ["--runs", str(methods), "--method", "ewc"], "")  # whose file says other things
+    assert cfg.method == "ewc"
+    with pytest.raises(UserError, match="unknown method 'best', expected one of finetune, ewc, vcl-tau=0.5"):
+        report.main(ReportConfig(runs=str(methods), out=str(tmp_path / "out"), method="best"))
 
 
 def test_methods_are_compared_only_where_they_have_the_same(methods, tmp_path):
     shutil.rmtree(methods / "llm/ewc/m2-empd")
-    (methods / "llm/probabilistic-tau=0.5/m2-empd/eval/metrics-simp.json").unlink()
-    report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out")))
+    (methods / "llm/vcl-tau=0.5/m2-empd/eval/metrics-simp.json").unlink()
+    report.main(ReportConfig(runs=str(methods), out=str(tmp_path / "out")))
     text = (tmp_path / "out/report.md").read_text()
-    assert "- llm, ewc beside constant: not compared, they do not have the same stages or measures." in text
-    rows = [line for line in text.split("## Methods less")[1].splitlines() if line.startswith("| probabilistic")]
+    assert "- llm, ewc beside finetune: not compared, they do not have the same stages or measures." in text
+    rows = [line for line in text.split("## Methods less")[1].splitlines() if line.startswith("| vcl")]
     cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
     assert cells[1].startswith("+0.00 [")
     assert cells[4:] == ["–"] * 3
 
 
 def test_of_the_bias_neither_direction_is_better():
-    assert comparison.sentence("llm", "ewc", "constant", {"FG Bias": Estimate(-20, 1), "FG DK": Estimate(5, 1)}) == (
-        "llm, ewc beside constant: worse by FG DK (+5.00 [+3.04, +6.96]); "
+    assert comparison.sentence("llm", "ewc", "finetune", {"FG Bias": Estimate(-20, 1), "FG DK": Estimate(5, 1)}) == (
+        "llm, ewc beside finetune: worse by FG DK (+5.00 [+3.04, +6.96]); "
         "different by FG Bias (-20.00 [-21.96, -18.04]).")
 
 
@@ -351,13 +353,13 @@ def test_stages_without_a_method_are_one_too(methods, tmp_path):
     assert (stage.model, stage.method) == ("llm", "cosine")
     write_stage(methods / "llm/other", 1, VALUES["stack"][1], TASKS["stack"][1])
     with pytest.raises(UserError, match="unknown method 'x', expected one of constant, cosine, ewc, none, pro"):
-        report.main(ReportSettings(runs=str(methods), out=str(tmp_path / "out"), method="x"))
+        report.main(ReportConfig(runs=str(methods), out=str(tmp_path / "out"), method="x"))
 
 
 def test_methods_are_compared_item_by_item(methods):
     """Where the items of a test set are known, what two methods make of them is compared in pairs."""
     scores = np.random.default_rng(0).normal(30, 10, 50)
-    for method, shift in (("constant", 0.0), ("ewc", 1.0)):
+    for method, shift in (("finetune", 0.0), ("ewc", 1.0)):
         folder = methods / "llm" / method / "m2-empd/eval"
         values = scores + shift + np.arange(50) % 2 / 10
         (folder / "predictions-simp.jsonl").write_text(
@@ -367,7 +369,7 @@ def test_methods_are_compared_item_by_item(methods):
         (folder / "metrics-simp.json").write_text(json.dumps(metrics))
     stages, _ = read_runs(methods)
     one, two = (next(stage.tasks["simp"]["sari"] for stage in stages if (stage.method, stage.number) == (method, 2))
-                for method in ("constant", "ewc"))
+                for method in ("finetune", "ewc"))
     assert (two - one).value == pytest.approx(1.0)
     assert (two - one).error < 1e-6
     assert one.error == pytest.approx((scores + np.arange(50) % 2 / 10).std(ddof=1) / 50 ** 0.5)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.checkpoint import Weights, checkpoint_digest, load_model
-from model.files import UserError
-from model.growth import interleave, middle, partial, solar, stack
-from stack import COMMANDS, GrowthSettings, grow_model, growth_timing, layer_map_of
+from common.files import UserError
+from model.checkpoint import Weights, checkpoint_digest
+from model.growth import grow_model, interleave, middle, partial, solar, stack
+from model.hub import load_model
+from stack import COMMANDS, GrowConfig, growth_timing, layer_map_of
 from tests.conftest import error_line, random_model, run_script
 
 
@@ -44,16 +45,16 @@ def test_growth_that_does_not_divide_evenly():
 
 def test_how_deep():
     def depth(**given):
-        return len(layer_map_of(GrowthSettings(**given), 6))
+        return len(layer_map_of(GrowConfig(**given), 6))
     assert (depth(), depth(factor=2.0), depth(factor=2.5, operator="interleave"), depth(target_layers=12)) == \
         (24, 12, 15, 12)
-    assert layer_map_of(GrowthSettings(layers=(0, 5, 0)), 6) == [0, 5, 0]
-    assert layer_map_of(GrowthSettings(operator="partial", block=(1, 2), target_layers=8), 6) == partial(6, 8, 1, 2)
+    assert layer_map_of(GrowConfig(layers=(0, 5, 0)), 6) == [0, 5, 0]
+    assert layer_map_of(GrowConfig(operator="partial", block=(1, 2), target_layers=8), 6) == partial(6, 8, 1, 2)
     for given, said in (({"factor": 2.3}, "2.3 times 6 layers are no whole number"),
                         ({"target_layers": 6}, "target_layers is 6, expected more than the 6 of the base"),
                         ({"layers": (0, 6, -1)}, "layers names 6, -1, but the base has the layers 0 to 5")):
         with pytest.raises(UserError, match=said):
-            layer_map_of(GrowthSettings(**given), 6)
+            layer_map_of(GrowConfig(**given), 6)
 
 
 def sources(name, layer_map):
@@ -66,7 +67,7 @@ def sources(name, layer_map):
     (["--layers", "1,0,0"], [1, 0, 0])])
 def test_grown_checkpoint(checkpoint, tmp_path, flags, layer_map):
     base, out = shutil.copytree(checkpoint, tmp_path / "base"), tmp_path / "grown"
-    (base / "run.json").write_text('{"history": {"flops": 12.5}}')
+    (base / "run.json").write_text('{"lineage": {"flops": 12.5}}')
     result = run_script("stack.py", "grow", "--init", base, "--out", out, *flags)
     assert f"2 layers grown to {len(layer_map)}" in result.stdout
     weights, grown = Weights(base), Weights(out)
@@ -76,7 +77,7 @@ def test_grown_checkpoint(checkpoint, tmp_path, flags, layer_map):
     told = json.loads((out / "growth.json").read_text())
     assert told["layer_map"] == layer_map
     assert (told["base"], told["base_digest"]) == (str(base), checkpoint_digest(base))
-    assert told["history"] == {"flops": 12.5}
+    assert told["lineage"] == {"flops": 12.5}
     assert len(told["commit"].removesuffix("-dirty")) == 40
     ours = load_model(out)
     theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)

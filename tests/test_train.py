@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batches import PROMPT, TaskData, TokenShards, count_tokens, global_batch, micro_batches, read_task
-from distributed import free_port
+from common.distributed import free_port
+from corpus.shards import ShardDataset
+from corpus.tasks import PROMPT, SFTDataset, read_task
 from model.tokenizer import Tokenizer
-from runs import start_run
 from tests.conftest import ROOT, error_line, run_script
-from train import TrainSettings, learning_rate, prune
+from train import learning_rate, prune
+from training.batches import count_tokens, global_batch, make_microbatches
+from training.run_directory import start_run
+from training.train_config import TrainConfig
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 FLAGS = ["--task", "simp", "--dtype", "fp32", "--global_batch_size", "8", "--max_steps", "20",
@@ -42,16 +45,16 @@ def finished(checkpoint, simp_file, tmp_path_factory):
 
 
 def test_learning_rates_by_hand():
-    s = TrainSettings(learning_rate=1.0, warmup_steps=3, min_lr_ratio=0.1)
+    cfg = TrainConfig(learning_rate=1.0, warmup_steps=3, min_lr_ratio=0.1)
 
     def rates(kind, steps=(0, 1, 2, 3, 8, 12)):
-        changed = dataclasses.replace(s, lr_scheduler_type=kind)
+        changed = dataclasses.replace(cfg, lr_scheduler_type=kind)
         return [round(learning_rate(changed, step, 13), 4) for step in steps]
 
     assert rates("constant") == [0.25, 0.5, 0.75, 1, 1, 1]
     assert rates("linear") == [0.25, 0.5, 0.75, 1, 0.55, 0.19]
     assert rates("cosine") == [0.25, 0.5, 0.75, 1, 0.55, round(0.1 + 0.9 * (1 + math.cos(0.9 * math.pi)) / 2, 4)]
-    wsd = dataclasses.replace(s, lr_scheduler_type="wsd", decay_ratio=0.5, warmup_steps=0)
+    wsd = dataclasses.replace(cfg, lr_scheduler_type="wsd", decay_ratio=0.5, warmup_steps=0)
     assert [round(learning_rate(wsd, step, 8), 4) for step in range(8)] == [1, 1, 1, 1, 1, 0.775, 0.55, 0.325]
 
 
@@ -101,9 +104,9 @@ def test_equals_a_plain_loop_over_transformers(finished, checkpoint, simp_file):
 
 
 @pytest.mark.parametrize(("flags", "launcher"), [
-    (["--micro_batch_tokens", "200"], []),
-    (["--micro_batch_tokens", "200", "--gradient_checkpointing"], TORCHRUN),
-    (["--micro_batch_tokens", "9000", "--zero", "0"], TORCHRUN),
+    (["--max_tokens_per_microbatch", "200"], []),
+    (["--max_tokens_per_microbatch", "200", "--gradient_checkpointing"], TORCHRUN),
+    (["--max_tokens_per_microbatch", "9000", "--zero", "0"], TORCHRUN),
     (["--zero", "2"], TORCHRUN),
     (["--zero", "3", "--gradient_checkpointing"], TORCHRUN),
 ], ids=["small micro-batches", "two processes", "two processes, large micro-batches", "ZeRO 2", "ZeRO 3"])
@@ -137,10 +140,10 @@ def test_bf16_keeps_fp32_master_weights(zero, launcher, checkpoint, simp_file, t
 
 def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     """What DeepSpeed itself says of the engine that a bf16 run gets: weights, accumulated gradients."""
-    code = ("import dataclasses, sys, torch, train; from distributed import Processes\n"
+    code = ("import dataclasses, sys, torch, train; from distributed import Distributed\n"
             "from model.checkpoint import load_model\n"
-            "s = train.TrainSettings(dtype='bf16')\n"
-            "with Processes() as world:\n"
+            "s = train.TrainConfig(dtype='bf16')\n"
+            "with Distributed() as world:\n"
             "    for zero in (1, 2, 3):\n"
             "        s = dataclasses.replace(s, zero=zero)\n"
             "        engine = train.build_engine(s, load_model(sys.argv[1], torch.bfloat16), world)\n"
@@ -150,16 +153,16 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
 
 
 def test_one_thread_where_the_environment_asks_for_one():
-    code = "import torch; from distributed import Processes\nwith Processes(): print(torch.get_num_threads())"
+    code = "import torch; from distributed import Distributed\nwith Distributed(): print(torch.get_num_threads())"
     assert run_script("-c", code, OMP_NUM_THREADS="1").stdout.strip() == "1"
 
 
 def test_compiled_kernels_of_many_shapes_are_not_all_kept():
     """600 of them take about 380 MiB where the hardware multiplies bf16 (elsewhere none are compiled)."""
-    code = ("import torch; from build import import_deepspeed; from distributed import Processes\n"
+    code = ("import torch; from build import import_deepspeed; from distributed import Distributed\n"
             "def held(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2 ** 20\n"
             "x, y, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((900, 512), (512, 256), (900, 256)))\n"
-            "with Processes() as world:\n"
+            "with Distributed() as world:\n"
             "    import_deepspeed(world)\n"
             "    torch.mm(x, y, out=out)\n"
             "    before = held()\n"
@@ -184,9 +187,9 @@ def test_what_a_finished_run_leaves(finished, checkpoint, simp_file):
     assert run["result"]["eval_loss_after"] == evaluated[-1]["eval_loss"]
     assert [line["step"] for line in evaluated] == [0, 10, 20]
     assert all(0.5 < line["computed"] < 1 and line["tokens_per_s"] > 0 for line in logged)
-    data = TaskData(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
+    data = SFTDataset(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
     batch = [data[index] for index in global_batch(42, 60, 0, 8)]
-    places = sum(len(prefix) + ids.numel() for ids, _, prefix in micro_batches(batch, 4096, 32))
+    places = sum(len(prefix) + ids.numel() for ids, _, prefix in make_microbatches(batch, 4096, 32))
     assert logged[0]["computed"] == pytest.approx(places / count_tokens(batch)[0])
     assert logged[-1]["tokens"] == run["result"]["tokens"] > 9000
     for text in ("example 3     model:", "example 3 reference:", "eval loss before", f"checkpoint: {out}"):
@@ -199,7 +202,7 @@ def test_what_a_finished_run_leaves(finished, checkpoint, simp_file):
 def test_a_finished_run_is_not_done_again(finished, checkpoint, simp_file):
     out, _ = finished
     before = (out / "model.safetensors").stat().st_mtime_ns
-    result = run_train(checkpoint, simp_file, out, "--micro_batch_tokens", "999")  # changes no number
+    result = run_train(checkpoint, simp_file, out, "--max_tokens_per_microbatch", "999")  # changes no number
     assert "is finished already, nothing to do" in result.stdout
     assert f"checkpoint: {out}" in result.stdout
     assert (out / "model.safetensors").stat().st_mtime_ns == before
@@ -228,7 +231,7 @@ def test_checkpoints_of_an_unfinished_run_are_kept(tmp_path):
 def test_loss_in_slices_under_zero_3(finished, checkpoint, simp_file, tmp_path):
     """Ranks with different numbers of targets, and so of slices, still make the same collective calls."""
     code = ("import sys, model.transformer, train; model.transformer.LOGITS_PER_CHUNK['cpu'] = 20 * 512;"
-            "sys.argv = sys.argv[1:]; train.settings.run((train.TrainSettings, train.main), '')")
+            "sys.argv = sys.argv[1:]; train.settings.run((train.TrainConfig, train.main), '')")
     (tmp_path / "run.py").write_text(code)
     run_script(tmp_path / "run.py", "train.py", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "run",
                *FLAGS, "--zero", "3", launcher=TORCHRUN, PYTHONPATH=f"{ROOT}:{ROOT / 'tests/without_transformers'}")
@@ -288,14 +291,14 @@ def test_pretraining_from_new_weights_and_on_from_a_base(tmp_path, checkpoint):
     assert (evaluated[0]["flops"], evaluated[-1]["flops"]) == (spent, logged[-1]["flops"])
     assert json.loads((tmp_path / "m0/config.json").read_text())["num_hidden_layers"] == 8
     # by samples: the base saw 80 of them, and the first step after growth sees the next two
-    shards = TokenShards(tmp_path / "shards", "train", 32)
+    shards = ShardDataset(tmp_path / "shards", "train", 32)
     rows = torch.stack([torch.from_numpy(shards[i][0]) for i in global_batch(42, len(shards), 80, 82)])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype=torch.float32)
     with torch.no_grad():
         assert logged[0]["loss"] == pytest.approx(model(rows, labels=rows).loss.item(), rel=1e-5)
     told = json.loads((tmp_path / "m0/run.json").read_text())
-    assert told["history"]["text"]["samples"] == 80 + 14
-    assert told["history"]["flops"] == logged[-1]["flops"]
+    assert told["lineage"]["text"]["samples"] == 80 + 14
+    assert told["lineage"]["flops"] == logged[-1]["flops"]
     anew = run_script(*common, "--phase", "stack", "--init", tmp_path / "grown", "--out", tmp_path / "x", "--seed", "1",
                       "--max_flops", "none", "--max_tokens", "64", "--global_batch_size", "2")
     assert "starting at the first sample" in anew.stdout
@@ -343,7 +346,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(checkpoint, simp_file, 
             "    calls.append(1)\n"
             "    if len(calls) == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
             "    real(*args)\n"
-            "train.save = save; train.settings.run((train.TrainSettings, train.main), '')")
+            "train.save = save; train.settings.run((train.TrainConfig, train.main), '')")
     result = run_script("-c", code, "train.py", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "run",
                         *FLAGS, check=False)
     assert "cannot write" in error_line(result)

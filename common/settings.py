@@ -1,0 +1,316 @@
+"""Settings of the scripts: a frozen dataclass, overridden by TOML files, overridden by flags.
+
+Every script declares its settings as a dataclass whose fields are made by `setting`, and calls `run`. Unknown names,
+wrong types, values out of range and contradictions are reported together, in one line, before anything runs.
+`--show_settings` prints every resolved value and where it comes from.
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import signal
+import sys
+import tomllib
+import traceback
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.files import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+Commands = tuple[type, Callable[[Any], Any]] | dict[str, tuple[type, Callable[[Any], Any]]]
+
+
+def setting(default: Any, help: str, *, required: bool = False, at_least: float | None = None,
+            above: float | None = None, at_most: float | None = None, below: float | None = None,
+            names: str | Collection[str] | None = None, overlay: bool = False) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        default: the default value; None also means "not set".
+        help: what `--help` says about the setting.
+        required: the setting must be given.
+        at_least, above, at_most, below: bounds of a number, or of each number in a list.
+        names: the accepted names, or the folder in configs/ whose TOML files are the accepted names.
+        overlay: the settings in the named TOML file override those of earlier files.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "required": required, "bounds": bounds,
+                                                        "names": names, "overlay": overlay})
+
+
+def known(kind: str) -> list[str]:
+    """Names of the TOML files in configs/<kind>: known("task") -> ["empd", …]."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.toml"))
+
+
+def unknown_name(kind: str, name: str, names: Iterable[str] | None = None) -> list[str]:
+    """A list with the sentence that rejects an unknown name; empty if the name is known."""
+    accepted = known(kind) if names is None else names
+    return [] if name in accepted else [f"unknown {kind} {name!r}, expected one of {', '.join(accepted)}"]
+
+
+def read_toml(path: str | Path) -> dict:
+    """The tables of a TOML file. Raises UserError if it does not exist or is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the config file {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+
+
+def read_config(kind: str, name: str) -> dict:
+    """The tables of configs/<kind>/<name>.toml."""
+    if problem := unknown_name(kind, name):
+        raise UserError(problem[0])
+    return read_toml(CONFIGS / kind / f"{name}.toml")
+
+
+def model_shape(size: str, depth: int | None = None) -> dict:
+    """The fields of ModelConfig that a size preset gives, with `depth` layers instead of its own if given."""
+    if (shape := read_config("size", size).get("model")) is None:
+        raise UserError(f"configs/size/{size}.toml gives no model shape: this size starts from published weights")
+    return shape | ({} if depth is None else {"num_hidden_layers": depth})
+
+
+# The types a field may have: what TOML and flags may give for them, and how messages and `--help` call them.
+ACCEPTED: dict[type, tuple[type, ...]] = {int: (int, str), float: (int, float, str), bool: (bool, str), str: (str,)}
+METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+PLURALS = {int: "whole numbers", float: "numbers", str: "words"}
+
+
+def parts(kind: Any) -> tuple[type, tuple, bool, bool]:
+    """(type, choices, whether None is allowed, whether it is a list) of a field's type.
+
+    A field is an int, float, bool, str, a Literal, or a tuple such as `tuple[int, ...]`, each optionally `| None`.
+    """
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0], (), optional, True
+    choices = typing.get_args(kind)
+    return type(choices[0]) if choices else kind, choices, optional, False
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """A value from a TOML file or a flag (a string) as a field's type. Raises ValueError if it does not fit.
+
+    "none" stands for None where that is allowed. A list is an array in TOML and "1,2,3" in a flag.
+    """
+    base, choices, optional, many = parts(kind)
+    if optional and value == "none":
+        return None
+    if many:
+        try:
+            items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+            return tuple(convert(name, item, base) for item in items)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {value!r}, expected {PLURALS[base]} separated by commas") from None
+    try:
+        if type(value) not in ACCEPTED[base]:
+            raise ValueError
+        result = {"true": True, "false": False, True: True, False: False}[value] if base is bool else base(value)
+        if choices and result not in choices:
+            raise ValueError
+    except (KeyError, ValueError):
+        expected = "one of " + ", ".join(map(str, choices)) if choices else EXPECTED[base]
+        raise ValueError(f"{name} is {value!r}, expected {expected}") from None
+    return result
+
+
+class Resolved:
+    """Values of settings with their origin, and the problems found on the way."""
+
+    def __init__(self, cls: type):
+        self.fields = {field.name: field for field in dataclasses.fields(cls)}
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def update(self, given: Mapping[str, Any], where: str) -> None:
+        """Overrides values; unknown names and wrong types become problems."""
+        for name, value in given.items():
+            if name not in self.fields:
+                close = difflib.get_close_matches(name, self.fields, 1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                self.problems.append(f"unknown setting {name!r} in {where}{hint}")
+                continue
+            try:
+                self.values[name], self.origins[name] = convert(name, value, self.fields[name].type), where
+            except ValueError as error:
+                self.problems.append(f"{error} (in {where})")
+
+    def show(self, cfg: Any) -> None:
+        """Prints every setting with its value and origin."""
+        width = max(map(len, self.fields))
+        for name in self.fields:
+            value = getattr(cfg, name)
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            print(f"{name:<{width}}  {text:<24}  {self.origins.get(name, 'default')}")
+
+
+def check_values(cfg: Any) -> list[str]:
+    """What is wrong with the values of a settings object by its fields' metadata, as sentences."""
+    found = []
+    for field in dataclasses.fields(cfg):
+        value, meta = getattr(cfg, field.name), field.metadata
+        if meta["required"] and not value:
+            found.append(f"--{field.name} is missing")
+        for item in value if isinstance(value, tuple) else () if value is None else (value,):
+            if isinstance(item, int | float) and not isinstance(item, bool):
+                found += out_of_bounds(field.name, item, meta["bounds"])
+            if isinstance(meta["names"], str):
+                found += unknown_name(meta["names"], item)
+            elif meta["names"] is not None:
+                found += unknown_name(field.name, item, meta["names"])
+    return list(dict.fromkeys(found))
+
+
+def out_of_bounds(name: str, value: float, bounds: Mapping[str, float | None]) -> list[str]:
+    """A list with the sentence that rejects a number; empty if it is within the bounds."""
+    low, above, high, below = (bounds[key] for key in ("at_least", "above", "at_most", "below"))
+    if math.isfinite(value) and (low is None or value >= low) and (above is None or value > above) and \
+            (high is None or value <= high) and (below is None or value < below):
+        return []
+    if low is not None and (high is not None or below is not None):
+        expected = f"a number from {low} to " + (f"{high}" if high is not None else f"below {below}")
+    elif above is not None:
+        expected = f"a number above {above}" + (f" and at most {high}" if high is not None else "")
+    else:
+        expected = f"at least {low}" if low is not None else "a finite number"
+    return [f"{name} is {value}, expected {expected}"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def make_parser(cls: type, description: str, prog: str | None) -> Parser:
+    """A parser with a flag for each field of a settings dataclass, `--config` and `--show_settings`."""
+    parser = Parser(prog, description=description, allow_abbrev=False, add_help=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--help", "-h", action="help", help="show this text")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="TOML file with settings")
+    parser.add_argument("--show_settings", action="store_true", default=False,
+                        help="print every setting, its value and where it comes from, and exit")
+    for field in dataclasses.fields(cls):
+        base, choices, _, many = parts(field.type)
+        default = ",".join(map(str, field.default)) if many and field.default else field.default
+        help = field.metadata["help"] + (f" (default: {default})" if default is not None else "")
+        kind = {"nargs": "?", "const": "true"} if base is bool else {}
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base] + ",…" * many
+        parser.add_argument(f"--{field.name}", metavar=metavar, help=help.replace("%", "%%"), **kind)
+    return parser
+
+
+def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None = None) -> Any:
+    """An instance of the settings dataclass `cls` from the command line. Raises UserError with all problems.
+
+    `--config FILE` may be given several times; later files override earlier ones, and flags override files. If the
+    class has a field `size`, the table [phase] of configs/size/<size>.toml comes between files and flags, where
+    `phase` is a field or an attribute of the class. After it come the files of fields with `overlay`. The class may
+    have a method `problems()` that returns contradictions between settings, as sentences.
+    """
+    found = Resolved(cls)
+    given, rest = make_parser(cls, description, prog).parse_known_args(argv)
+    flags = vars(given)
+    unknown = [f"unknown flag {word!r}" for word in rest if word.startswith("-")]
+    found.problems += unknown or [f"{word!r} belongs to no flag" for word in rest]
+    files, show = flags.pop("config"), flags.pop("show_settings")
+    for path in files:
+        found.update(read_toml(path), path)
+    by_flags = Resolved(cls)
+    by_flags.update(flags, "the flags")
+    size, phase = ({**found.values, **by_flags.values}.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
+    if "size" in found.fields and size in known("size") and phase is not None:
+        tables = read_config("size", size)
+        if phase in tables:
+            found.update(tables[phase], f"configs/size/{size}.toml [{phase}]")
+        else:
+            found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
+    for name, field in found.fields.items():
+        preset = by_flags.values.get(name, found.values.get(name))
+        if field.metadata["overlay"] and preset in known(field.metadata["names"]):
+            file = f"configs/{field.metadata['names']}/{preset}.toml"
+            found.update(read_toml(ROOT / file), file)
+    found.update(by_flags.values, "flag")
+    problems = found.problems + by_flags.problems
+    if not problems:
+        cfg = cls(**found.values)
+        problems = check_values(cfg) + (cfg.problems() if hasattr(cfg, "problems") else [])
+    if problems:
+        raise UserError("; ".join(problems))
+    if show:
+        found.show(cfg)
+        sys.exit(0)
+    return cfg
+
+
+def run(commands: Commands, description: str | None) -> NoReturn:
+    """Runs a script as `dispatch` does, and ends the process.
+
+    When a script returns, everything it has to write is written. The interpreter is not shut down normally: library
+    threads still at work then (gloo's, holding the tensors of the last collective; pyarrow's, apache/arrow issue
+    45214) sometimes abort it, and a finished run would count as failed.
+    """
+    status: Any = 0
+    try:
+        dispatch(commands, description or "")
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    except BrokenPipeError:  # the reader of the output has closed it, such as `head`
+        os._exit(128 + signal.SIGPIPE)
+    except Exception as error:  # a bug
+        traceback.print_exc()
+        print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def dispatch(commands: Commands, description: str) -> None:
+    """Parses the settings, calls the script's function, and turns a UserError into one line and status 2.
+
+    Args:
+        commands: a pair (settings dataclass, function), or a mapping from sub-commands to such pairs.
+        description: the script's docstring, shown by `--help`.
+
+    With DEBUG=1 in the environment a UserError keeps its traceback.
+    """
+    argv, prog = sys.argv[1:], Path(sys.argv[0]).name
+    cfg = None
+    try:
+        if isinstance(commands, dict):
+            if not argv or argv[0] not in commands:
+                asked = argv and argv[0] in ("-h", "--help")
+                print(f"{description}\ncommands: {', '.join(commands)}; `{prog} COMMAND --help` lists the settings",
+                      file=sys.stdout if asked else sys.stderr)
+                sys.exit(0 if asked else 2)
+            prog, (cls, function), argv = f"{prog} {argv[0]}", commands[argv[0]], argv[1:]
+        else:
+            cls, function = commands
+        cfg = load(cls, argv, description, prog)
+        function(cfg)
+    except UserError as error:
+        if os.environ.get("DEBUG") == "1":
+            raise
+        rank = int(os.environ.get("RANK", 0))
+        if not rank:
+            print(f"error: {error}", file=sys.stderr)
+        elif cfg is not None:  # wrong flags are wrong on every rank; later errors may be this rank's own
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Benchmarks by lm-eval and metrics of generated text. May import common, model and corpus; not training."""

@@ -1,0 +1,1 @@
+"""Chains of commands: jobs, Slurm, the memory plan, the growth study. May import every package."""

@@ -1,0 +1,321 @@
+"""Benchmarks against lm-eval's own Hugging Face backend, on random weights and local items."""
+import json
+import shutil
+
+import datasets
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Fast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.files import UserError
+from common.settings import known
+from evaluation import benchmarks
+from evaluation.benchmarks import figures, run_suite
+from evaluation.harness import HarnessModel, harness_decoding
+from evaluation.lm_eval_tasks import local_task, read_suite
+from evaluation.parallel import ParallelModel
+from evaluation.suites import Benchmark, open_suite
+from model.checkpoint import write_checkpoint
+from model.hub import load_model
+from model.posterior import standard_normal
+from model.tokenizer import Tokenizer
+from tests.conftest import ROOT, random_model, sample_texts
+
+CONTEXT = 96  # tokens
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["without bos", "with bos"])
+def models(request, tokenizer_dir, tmp_path_factory, dist):
+    """Our model for lm-eval and lm-eval's own, of one checkpoint; its tokenizer puts <s> before a text, or not."""
+    folder = tmp_path_factory.mktemp("models")
+    model = random_model(max_position_embeddings=CONTEXT)
+    with torch.no_grad():
+        model.lm_head.weight[2] += 0.5 * model.lm_head.weight[7]  # so that some texts end early
+    write_checkpoint(folder, model.config, model.named_parameters(), tokenizer_dir)
+    if request.param:
+        fast = Fast.from_file(str(folder / "tokenizer.json"))
+        fast.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        fast.save(str(folder / "tokenizer.json"))
+    theirs = HFLM(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), batch_size=5,
+                  tokenizer=AutoTokenizer.from_pretrained(folder))
+    return HarnessModel(ParallelModel(dist, load_model(folder), Tokenizer(folder))), theirs
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, arguments=given, idx=0) for given in arguments]
+
+
+def test_log_likelihoods_equal_the_backend(models):
+    texts = sample_texts()
+    long = " ".join(texts[:6])  # some hundred tokens
+    pairs = [("", " a word"), ("", "<s> a word"), ("A context", " goes on"), ("<s>A context", " with a start"),
+             ("Spaces at the end  ", "move"),
+             (long, " is cut"), ("cut down to nothing", " " + long[:150])]
+    pairs += [(texts[i], f" {word}") for i in range(6, 12) for word in ("yes", "no", "perhaps not")]
+    found, expected = (model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for model in models)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    blank, = models[0].loglikelihood(instances("loglikelihood", [(" ", "a word")]))  # an assertion fails in the backend
+    assert blank == (pytest.approx(found[0][0], abs=1e-4), found[0][1])
+
+
+def test_rolling_log_likelihoods_equal_the_backend(models):
+    texts = [(text,) for text in ("short", sample_texts()[0], " ".join(sample_texts()[:9]))]
+    found, expected = (model.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+                       for model in models)
+    assert found == pytest.approx(expected, abs=1e-2)
+
+
+def test_generated_texts_equal_the_backend(models):
+    plain = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    prompts = [*sample_texts()[:6], "short", " ".join(sample_texts()[:9])]
+    whole = models[1].generate_until(instances("generate_until", [(prompt, plain) for prompt in prompts]))
+    stop = whole[3][4:7]  # the text ends before it
+    options = [plain, plain | {"until": [stop, "§"]}, {"until": "§", "max_gen_toks": 7, "temperature": 0.0}]
+    asked = instances("generate_until", [(prompt, given) for given in options for prompt in prompts])
+    found, expected = (model.generate_until(asked, disable_tqdm=True) for model in models)
+    assert found == expected
+    assert found[8 + 3] == whole[3][:whole[3].index(stop)] != whole[3]
+
+
+def test_a_continuation_longer_than_the_context_is_refused(models):
+    with pytest.raises(UserError, match="longer than the model's context of 96: 'word word"):
+        models[0].loglikelihood(instances("loglikelihood", [("a", " word" * 300)]))
+    with pytest.raises(UserError, match="96 new tokens leave no room"):
+        models[0].generate_until(instances("generate_until", [("a", {"until": ["."], "max_gen_toks": 96})]))
+
+
+def test_generation_settings():
+    assert harness_decoding({"max_gen_toks": 9, "do_sample": False, "temperature": 0.0}).max_new_tokens == 9
+    assert harness_decoding({"max_gen_toks": 9, "do_sample": True, "top_p": 0.5}).top_p == 0.5
+    with pytest.raises(UserError, match="not implemented: repetition_penalty"):
+        harness_decoding({"max_gen_toks": 9, "repetition_penalty": 2.0})
+    with pytest.raises(UserError, match="temperature is 0.0"):
+        harness_decoding({"max_gen_toks": 9, "do_sample": True, "temperature": 0.0})
+
+
+# --------------------------------------------------------------------------------------------------------- suites
+
+SUITE = """
+[[benchmark]]
+name = "questions"
+category = "RC"
+num_fewshot = 2
+file = "questions.jsonl"
+by = "kind"
+doc_to_text = "{{text}}\\nAnswer:"
+doc_to_choice = "choices"
+doc_to_target = "label"
+
+[[benchmark]]
+name = "continuation"
+category = "Rs"
+metric = "acc_mutual_info"
+file = "questions.jsonl"
+doc_to_text = "text"
+doc_to_choice = "choices"
+doc_to_target = "label"
+
+[[benchmark]]
+name = "pairs"
+category = "Bias"
+metric = "pct_stereotype"
+file = "pairs.jsonl"
+pairs = true
+"""
+
+
+def write_lines(path, items):
+    path.write_text("\n".join(map(json.dumps, items)) + "\n")
+
+
+@pytest.fixture
+def suite_file(tmp_path):
+    """A suite of local files, beside its TOML file."""
+    texts = sample_texts()
+    write_lines(tmp_path / "questions.jsonl", [
+        {"text": text[:60], "choices": [texts[n + 1][:n % 7 + 4], texts[n + 2][:9], "a" * (n % 5 + 1)], "label": n % 3,
+         "kind": "even-ones" if n % 2 == 0 else "odd"} for n, text in enumerate(texts[:40])])
+    write_lines(tmp_path / "pairs.jsonl", [{"sent_more": a[:50], "sent_less": b[:50]}
+                                           for a, b in zip(texts[:20], texts[20:40])])
+    (tmp_path / "suite.toml").write_text(SUITE)
+    return tmp_path / "suite.toml"
+
+
+def test_figures_equal_those_of_the_backend(models, suite_file):
+    suite = read_suite(str(suite_file))
+    assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
+    found, _, missing = run_suite(suite, models[0].scorer)
+    with benchmarks.quiet():
+        expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite],
+                                           task_manager=benchmarks.task_manager())
+    assert not missing
+    for name, values in expected["results"].items():
+        for key, value in values.items():
+            assert found["results"][name][key] == (value if isinstance(value, str) else pytest.approx(value)), key
+    assert found["n-shot"] == {"questions": 2, "questions_even_ones": 2, "questions_odd": 2, "continuation": 0,
+                               "pairs": 0}
+    whole, even, odd = (row["items"] for row in figures(suite, found)[:3])
+    assert (whole, even, odd) == (38, 19, 19)  # the first two are the examples
+    samples = expected["samples"]["questions"]
+    p = [np.exp([score for score, _ in sample["filtered_resps"]]) for sample in samples]
+    p = [row / row.sum() for row in p]
+    labels = [sample["doc"]["label"] for sample in samples]
+    result = found["results"]["questions"]
+    assert result["nll,none"] == pytest.approx(-np.mean([np.log(row[k]) for row, k in zip(p, labels)]), abs=1e-3)
+    assert result["brier,none"] == pytest.approx(np.mean([((row - np.eye(3)[k]) ** 2).sum()
+                                                          for row, k in zip(p, labels)]), abs=1e-3)
+    assert 0 < result["ece,none"] < 1
+    assert "ece,none" in found["results"]["continuation"]
+    assert "ece,none" not in found["results"]["pairs"]
+
+
+def test_probabilities_over_draws_of_the_weights(checkpoint, suite_file, dist, tmp_path):
+    """Accuracy and calibration of the options' mean probabilities, each draw scored by transformers."""
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    mean = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
+    precision = {name: torch.full((tensor.numel(),), 400.0) for name, tensor in mean.items()}
+    save_file({key: value for name, tensor in mean.items() for key, value in
+               ((f"mean/{name}@0", tensor.view(-1)), (f"precision/{name}@0", precision[name]))},
+              tmp_path / "posterior-00001-of-00001.safetensors")
+    suite = [benchmark for benchmark in read_suite(str(suite_file)) if benchmark.name in ("continuation", "pairs")]
+    keys = [("weights", 42, number) for number in range(2)]
+    scorer = ParallelModel(dist, load_model(checkpoint), Tokenizer(checkpoint))
+    found, samples, _ = run_suite(suite, scorer, draws=[(tmp_path, key) for key in keys])
+    plain = found["results"]["continuation"]
+    assert plain["ece,none"] == run_suite(suite, ParallelModel(dist, load_model(checkpoint), Tokenizer(checkpoint)))[0][
+        "results"]["continuation"]["ece,none"]
+    labels, probabilities = [sample["doc"]["label"] for sample in samples["continuation"]], 0
+    for key in keys:
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                noise = torch.cat([part for *_, part in standard_normal(key, name, parameter.numel(), 0,
+                                                                        parameter.numel(), "cpu")])
+                parameter.copy_(mean[name] + noise.view_as(parameter) / 20)
+        backend = HFLM(theirs, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=5)
+        with benchmarks.quiet():
+            answers = lm_eval.simple_evaluate(backend, tasks=[local_task(suite[0])],
+                                              task_manager=benchmarks.task_manager())["samples"]["continuation"]
+        p = np.exp([[score for score, _ in sample["filtered_resps"][:3]] for sample in answers])
+        probabilities = probabilities + p / p.sum(1, keepdims=True) / 2
+    right = [row[label] for row, label in zip(probabilities, labels)]
+    assert plain["nll,sampled"] == pytest.approx(-np.mean(np.log(right)), rel=1e-3)
+    assert plain["acc,sampled"] == np.mean(probabilities.argmax(1) == labels)
+    assert plain["nll,sampled"] != pytest.approx(plain["nll,none"], rel=1e-2)
+    assert "acc,sampled" not in found["results"]["pairs"]
+    row, = [row for row in figures(suite, found) if row["name"] == "continuation"]
+    assert row["sampled"]["nll"] == plain["nll,sampled"]
+
+
+def test_tokens_that_requests_have_in_common_are_computed_once_over_all_tasks(models, suite_file):
+    suite = read_suite(str(suite_file))
+    scorer = ParallelModel(models[0].scorer.world, models[0].scorer.model, models[0].scorer.tokenizer)
+    run_suite(suite[:1], scorer)
+    once = dict(scorer.counts)
+    run_suite(suite[:3], scorer)  # with its two halves as tasks of their own
+    assert scorer.counts["computed"] == 2 * once["computed"]
+    assert scorer.counts["asked"] == 3 * once["asked"]
+
+
+def test_a_group_and_a_dataset_that_cannot_be_had(models, monkeypatch):
+    def load_dataset(path, name=None, **_):  # in the place of the Hub
+        if path != "cais/mmlu":
+            raise ConnectionError(f"Couldn't reach {path!r}\nand more")
+        rows = [{"question": f"{name}: {n} + {n}?", "choices": ["1", "2", "3", "4"], "answer": n % 4, "subject": name}
+                for n in range(8)]
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("test", "dev")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    suite = [Benchmark("mmlu_other", "DK", num_fewshot=1), Benchmark("piqa", "Rs"), Benchmark("boolq", "Rs")]
+    results, _, missing = run_suite(suite, models[0].scorer, limit=2)
+    assert missing == {"piqa": "Couldn't reach 'baber/piqa'", "boolq": "Couldn't reach 'aps/super_glue'"}
+    row, = figures(suite, results)
+    subjects = results["group_subtasks"]["mmlu_other"]
+    assert len(subjects) == 13
+    assert row["items"] == 26
+    assert row["value"] == pytest.approx(np.mean([results["results"][name]["acc,none"] for name in subjects]))
+    assert {results["n-shot"][name] for name in subjects} == {1}
+    assert row["nll"] == pytest.approx(np.mean([results["results"][name]["nll,none"] for name in subjects]))
+    assert datasets.config.HF_HUB_OFFLINE  # no more retries after the first
+    suite = [Benchmark("mmlu", "DK")]
+    row, = figures(suite, run_suite(suite, models[0].scorer, limit=1)[0])  # a group of groups
+    assert row["items"] == 57
+    for more, said in ((Benchmark("mmlu_stem", "DK"), "mmlu_anatomy is in both mmlu and mmlu_stem: leave one out"),
+                       (Benchmark("mmlu_stem", "DK", "r@1"), "mmlu_anatomy has no metric 'r@1', expected one of acc")):
+        with pytest.raises(UserError, match=said):
+            run_suite([*suite, more], models[0].scorer, limit=1)
+
+
+def test_parts_by_a_field(tmp_path):
+    items = [{"year": year, "text": "a", "choices": ["b", "c"], "label": 0} for year in (1999, 2000, 2001, 2001)]
+    write_lines(tmp_path / "items.jsonl", items)
+    whole = Benchmark("q", "Rs", num_fewshot=1, file=str(tmp_path / "items.jsonl"), by="year", options={
+        "doc_to_text": "text", "doc_to_choice": "choices", "doc_to_target": "label"})
+    parts = benchmarks.expand(whole)
+    assert [part.name for part in parts] == ["q", "q_2000", "q_2001"]  # 1999 is in the example alone
+    assert [len(local_task(part).test_docs()) for part in parts] == [3, 1, 2]
+
+
+def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
+    assert set(known("eval")) == {"local", "paper", "sample"}
+    names = [benchmark.name for benchmark in read_suite("paper")]
+    assert len(names) == 22
+    assert {"mmlu_stem", "race", "mutual", "crows_pairs_english_age"} <= set(names)
+    assert open_suite("sample")[2] == ROOT / "data/eval/sample"
+    with pytest.raises(UserError, match="mmlu.jsonl does not exist"):
+        read_suite("local", tmp_path)
+
+
+PROBLEMS = {
+    'file = "pairs.jsonl"': ('file = "none.jsonl"', r"pairs: \S+none.jsonl does not exist"),
+    'name = "pairs"': ('name = "continuation"', "continuation stands there twice"),
+    'file = "pairs.jsonl"\npairs = true': ("", "lm-eval 0.4.13 knows no task pairs"),
+    'doc_to_text = "text"': ("doc_to_txt = 1", "unknown key 'doc_to_txt'; .*continuation has no doc_to_text"),
+    'category = "Bias"': ("", "pairs has no category"),
+    SUITE: ("", r"names no \[\[benchmark\]\]"),
+    'metric = "acc_mutual_info"': ('metric = "acu"', "continuation has the metric 'acu', expected acc or acc_norm or"),
+    'doc_to_choice = "choices"': ('doc_to_choice = "{{"', r"questions.jsonl: questions makes no task"),
+    'by = "kind"': ('by = "sort"', r"an item has no 'sort', by which questions is parted"),
+    "num_fewshot = 2": ("num_fewshot = -1", "questions: num_fewshot is below 0"),
+    "pairs = true": ("pairs = 3", "pairs is 3, expected true or false"),
+    "[[benchmark]]": ("[benchmark]", "is not TOML|expected a list of"),
+    'category = "Rs"': ('category = "Rs"\npart_of = "all"', "continuation is part of all, which does not stand there"),
+    'name = "questions"': ('folde = "x"\n[[benchmark]]\nname = "questions"', "unknown key 'folde'"),
+}
+
+
+@pytest.mark.parametrize("old", PROBLEMS)
+def test_a_suite_that_cannot_be(suite_file, models, old):
+    new, said = PROBLEMS[old]
+    suite_file.write_text(suite_file.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        run_suite(read_suite(str(suite_file)), models[0].scorer)
+
+
+def test_a_local_file_without_items(suite_file):
+    suite = read_suite(str(suite_file))
+    shutil.copy(suite_file.parent / "pairs.jsonl", suite_file.parent / "copy.jsonl")
+    write_lines(suite_file.parent / "questions.jsonl", [{"kind": "odd"}, {"kind": "odd"}])
+    with pytest.raises(UserError, match=r"questions.jsonl holds no item for questions beside its 2 examples"):
+        local_task(suite[0])
+    good = {"text": "a", "choices": ["b", "c"], "kind": "odd", "label": 0}
+    for bad in ({"label": 2}, {"label": -1}, {"label": "A"}, {"label": None}, {"choices": None}, {"choices": ["b", 1]}):
+        write_lines(suite_file.parent / "questions.jsonl", [good, good, good, good | bad])
+        with pytest.raises(UserError, match=r"questions.jsonl: questions makes no task: .*"):
+            local_task(suite[0])
+    write_lines(suite_file.parent / "questions.jsonl", [good, good, good | {"label": "c"}])
+    assert len(local_task(suite[0]).test_docs()) == 1
+    (suite_file.parent / "pairs.jsonl").write_text("{oops\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl"):
+        local_task(suite[-1])
+    with pytest.raises(UserError, match="unknown suite 'smple', expected one of local, paper, sample"):
+        read_suite("smple")

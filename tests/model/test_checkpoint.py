@@ -1,0 +1,238 @@
+"""Hugging Face directories in and out, and everything that can be wrong with one."""
+import json
+import pickle
+import shutil
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.files import UserError, new_directory
+from model.checkpoint import INDEX, WEIGHTS, Weights, check_vocabulary, write_checkpoint, write_weights
+from model.config import ModelConfig
+from model.hub import load_model
+from tests.conftest import error_line, random_model, run_script
+
+IDS = torch.arange(3, 120)[None]
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def logits(directory):
+    with torch.no_grad():
+        return load_model(directory)(IDS)
+
+
+def test_saved_checkpoint_loads_in_transformers(checkpoint):
+    theirs, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(logits(checkpoint), theirs(IDS).logits, atol=1e-4, rtol=0)
+    assert AutoTokenizer.from_pretrained(checkpoint).eos_token_id == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+def test_loads_what_transformers_saves(checkpoint, tmp_path, tied, shard):
+    ours = random_model(tie_word_embeddings=tied)
+    with new_directory(tmp_path / "ours") as folder:
+        write_checkpoint(folder, ours.config, ours.named_parameters(), checkpoint)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    assert (tmp_path / "theirs" / INDEX).exists() == (shard == "20KB")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "theirs"), ours(IDS), atol=0, rtol=0)
+
+
+def test_shards_are_what_the_library_reads(tmp_path):
+    tensors = {f"t{i}": torch.randn(7, i + 1).to(dtype) for i, dtype in
+               enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float32))}
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_weights(tmp_path, specs, tensors.items(), max_shard_bytes=60)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert set(read) == set(tensors)
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bin_is_converted_once(copy, sharded):
+    expected = logits(copy)
+    state = load_file(copy / WEIGHTS) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    (copy / WEIGHTS).unlink()
+    names = sorted(state)
+    if sharded:
+        parts = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
+        for file, part in parts.items():
+            torch.save({name: state[name] for name in part}, copy / file)
+        weight_map = {name: file for file, part in parts.items() for name in part}
+        (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(state, copy / "pytorch_model.bin")
+    assert torch.equal(logits(copy), expected)
+    first = (copy / WEIGHTS).stat().st_mtime_ns
+    assert torch.equal(logits(copy), expected)
+    assert (copy / WEIGHTS).stat().st_mtime_ns == first
+    assert not (copy / "converted").exists()
+
+
+def test_a_bin_from_before_the_zip_format(copy):
+    expected = logits(copy)
+    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (copy / WEIGHTS).unlink()
+    assert torch.equal(logits(copy), expected)
+
+
+@pytest.mark.parametrize(("value", "said"), [({"nested": 1}, "model.norm.weight is dict"),
+                                             (torch.ones(2, dtype=torch.int64), "model.norm.weight is torch.int64")])
+def test_a_bin_with_other_things_than_weights(copy, value, said):
+    torch.save(load_file(copy / WEIGHTS) | {"model.norm.weight": value}, copy / "pytorch_model.bin")
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=said):
+        Weights(copy)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_nothing_in_a_pickle_is_executed(copy, capsys):
+    (copy / WEIGHTS).unlink()
+    with open(copy / "pytorch_model.bin", "wb") as file:
+        pickle.dump({"weight": Bomb()}, file, protocol=2)
+    with pytest.raises(UserError, match="damaged or holds more than tensors"):
+        Weights(copy)
+    assert "executed" not in capsys.readouterr().out
+    assert not (copy / WEIGHTS).exists()
+
+
+def test_inv_freq_and_a_tied_head_are_passed_over(checkpoint, tmp_path):
+    ours = random_model(tie_word_embeddings=True)
+    write_checkpoint(tmp_path, ours.config, ours.named_parameters(), checkpoint)
+    state = load_file(tmp_path / WEIGHTS) | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                                             "lm_head.weight": torch.zeros(512, 32)}
+    save_file(state, tmp_path / WEIGHTS)
+    with torch.no_grad():
+        assert torch.equal(logits(tmp_path), ours(IDS))
+
+
+def test_every_difference_is_listed(copy):
+    state = load_file(copy / WEIGHTS)
+    del state["model.norm.weight"]
+    state["model.extra.weight"] = torch.ones(1)
+    state["lm_head.weight"] = torch.zeros(512, 31)
+    save_file(state, copy / WEIGHTS)
+    with pytest.raises(UserError) as error:
+        load_model(copy)
+    for said in ("model.norm.weight is missing", "model.extra.weight is not expected",
+                 "lm_head.weight has the shape [512, 31], expected [512, 32]"):
+        assert said in str(error.value)
+
+
+def index_with(copy, file):
+    names = list(load_file(copy / WEIGHTS))
+    (copy / WEIGHTS).rename(copy / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors") | {names[0]: file}
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(("file", "said"), [("../secret.safetensors", "would leave the directory"),
+                                            ("/etc/passwd", "would leave the directory"),
+                                            ("model-00002-of-00002.safetensors", "is missing")])
+def test_an_index_may_name_only_files_beside_it(copy, file, said):
+    index_with(copy, file)
+    with pytest.raises(UserError, match=said):
+        Weights(copy)
+
+
+@pytest.mark.parametrize("keep", [4, 100, 20_000])
+def test_a_truncated_file(copy, keep):
+    data = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(data[:keep])
+    assert keep < len(data)
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
+        load_model(copy)
+
+
+def test_vocabulary_smaller_than_the_tokenizers(checkpoint, tmp_path):
+    ours = random_model(vocab_size=500)
+    write_checkpoint(tmp_path, ours.config, ours.named_parameters(), checkpoint)
+    with pytest.raises(UserError, match="tokenizer has 512 tokens, but the model's vocabulary only 500"):
+        check_vocabulary(tmp_path, ModelConfig.read(tmp_path / "config.json"))
+
+
+def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):
+    """A real limit on what the process may write, reached in the middle of the weights."""
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+            "sys.argv = sys.argv[1:]; import runpy; runpy.run_module('model.hub', run_name='__main__')")
+    result = run_script("-c", code, "checkpoint", checkpoint, tmp_path / "out", check=False)
+    assert f"cannot write {tmp_path / 'out'}" in error_line(result)
+    assert not list(tmp_path.iterdir())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the Hub's interface a download of a model needs."""
+
+    def __init__(self, root, *args):
+        self.root = root
+        super().__init__(*args)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        files = sorted(path.name for path in self.root.iterdir())
+        if path.startswith("/api/models/owner/name"):
+            body = json.dumps({"id": "owner/name", "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files],
+                               "tags": [], "downloads": 0, "likes": 0, "private": False}).encode()
+            if "/tree/" in path:
+                body = json.dumps([{"type": "file", "path": f, "size": (self.root / f).stat().st_size, "oid": f}
+                                   for f in files]).encode()
+        elif path.startswith("/owner/name/resolve/") and path.rsplit("/", 1)[1] in files:
+            body = (self.root / path.rsplit("/", 1)[1]).read_bytes()
+        else:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{path.rsplit("/", 1)[1]}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_hub_id_is_downloaded(checkpoint, tmp_path):
+    """The real download, from a small server that stands in for the Hub."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, checkpoint))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+                   "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    try:
+        run_script("-m", "model.hub", "owner/name", tmp_path / "out", **environment)
+        result = run_script("-m", "model.hub", "owner/other", tmp_path / "other", check=False, **environment)
+    finally:
+        server.shutdown()
+    assert torch.equal(logits(tmp_path / "out"), logits(checkpoint))
+    assert "owner/other is no directory here and cannot be downloaded" in error_line(result)
+    assert not (tmp_path / "other").exists()

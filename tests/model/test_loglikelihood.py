@@ -1,0 +1,91 @@
+"""Log-likelihoods with shared prefixes against transformers' logits of each request by itself."""
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from evaluation.parallel import prefix_shares, restore
+from model import prefix_packing
+from model.checkpoint import write_checkpoint
+from model.hub import load_model
+from model.loglikelihood import cut_left, log_likelihoods
+from model.prefix_packing import packed_passes, sort_sequences
+from tests.conftest import random_model
+
+
+def requests(seed=0):
+    """Few-shot headers, questions under them, options under those; some are longer than 64 tokens."""
+    rng = random.Random(seed)
+    words = lambda least, most, kinds: [rng.randrange(3, 3 + kinds) for _ in range(rng.randrange(least, most))]  # noqa: E731
+    found = []
+    for header in [[]] + [words(1, 50, 400) for _ in range(3)]:
+        for _ in range(8):
+            question = header + words(1, 25, 3)
+            found += [(question, words(1, 9, 3)) for _ in range(3)]
+    found += [(words(70, 71, 400), words(1, 9, 3)) for _ in range(3)]
+    rng.shuffle(found)
+    return found
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "attention_bias": True}])
+@pytest.mark.parametrize("budget", [4096, 70, 1])
+def test_equals_transformers(shape, budget, tokenizer_dir, tmp_path):
+    ours = random_model(max_position_embeddings=64, **shape)
+    write_checkpoint(tmp_path, ours.config, ours.named_parameters(), tokenizer_dir)
+    theirs, pairs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), requests()
+    pairs = pairs[:12] if budget == 1 else pairs
+    found, tokens = log_likelihoods(load_model(tmp_path), pairs, budget)
+    for (context, continuation), (value, greedy) in zip(pairs, found):
+        ids = (context + continuation)[-65:]
+        with torch.no_grad():
+            log_p = theirs(torch.tensor([ids[:-1]])).logits[0, -len(continuation):].log_softmax(-1)
+        assert value == pytest.approx(float(log_p[range(len(continuation)), continuation].sum()), abs=1e-4)
+        assert greedy == (log_p.argmax(-1).tolist() == continuation)
+    read = [tuple(cut_left(*pair, 64)[0]) for pair in pairs]
+    assert tokens["asked"] == sum(map(len, read))
+    assert tokens["computed"] == len({ids[:end] for ids in read for end in range(1, len(ids) + 1)})  # nodes of the tree
+
+
+def test_options_of_one_token_are_one_pass():
+    found, tokens = log_likelihoods(random_model(), [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6, 7], [8, 9])])
+    assert tokens == {"computed": 4, "asked": 10}
+    assert found[0][0] != found[1][0]
+
+
+def test_only_the_next_path_is_kept_between_passes():
+    sequences, _ = sort_sequences([context + continuation for context, continuation in requests()])
+    with torch.no_grad():
+        passes = [segments for segments, _ in packed_passes(random_model(), sequences, 50)]
+    assert len(passes) > 10
+    for segments, following in zip(passes, passes[1:] + [None]):
+        path = {segment for segment, _ in following[0].path} if following else set()
+        assert {segment for segment in segments if segment.keys} == path & set(segments)
+
+
+def test_out_of_memory_halves_the_pass(monkeypatch, capsys):
+    model, pairs = random_model(), requests()
+    expected, _ = log_likelihoods(model, pairs)
+    real = prefix_packing.Pass.attend
+
+    def limited(self, layer, query, key, value):
+        if query.shape[2] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")  # as a GPU would
+        return real(self, layer, query, key, value)
+
+    monkeypatch.setattr(prefix_packing.Pass, "attend", limited)
+    found, _ = log_likelihoods(model, pairs)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert "tokens at once: trying again with" in capsys.readouterr().err
+
+
+def test_shares_keep_prefixes_together_and_balance_new_tokens():
+    sequences = [[1] * 90 + [option] for option in range(10)] + [[2, option] for option in range(100)]
+    shares = prefix_shares(sequences, 2)
+    assert sorted(shares[0] + shares[1]) == list(range(110))
+    assert set(shares[0]) == set(range(10)) | set(shares[0])  # the long prefix is in one share
+    new = [len({tuple(sequences[i][:end]) for i in share for end in range(1, len(sequences[i]) + 1)})
+           for share in shares]
+    assert max(new) < 1.2 * sum(new) / 2
+    assert restore(shares, [[f"a{i}" for i in share] for share in shares]) == [f"a{i}" for i in range(110)]
+    assert restore(prefix_shares([[1]], 3), [["only"], [], []]) == ["only"] or prefix_shares([[1]], 3)[2] == [0]

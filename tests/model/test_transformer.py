@@ -1,0 +1,175 @@
+"""The decoder against transformers' Llama, in fp32."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import model.loss
+import model.transformer
+from model.generation import KVCache
+from model.loss import IGNORE_INDEX
+from model.transformer import attention, group_bias
+from tests.conftest import SHAPE, random_model
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+VARIANTS = {
+    "grouped": {},
+    "multi-query": {"num_key_value_heads": 1},
+    "full": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 16},
+    "theta": {"rope_theta": 500.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": LLAMA3},
+}
+
+
+def twins(**shape):
+    """Our model and transformers', with the same weights."""
+    ours = random_model(**shape)
+    given = SHAPE | shape
+    rope = given.pop("rope_scaling", None) or {"rope_type": "default"}
+    theirs = LlamaForCausalLM(LlamaConfig(**given, rope_parameters=rope | {"rope_theta": given.get("rope_theta", 1e4)}))
+    state = ours.state_dict()
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not missing
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("shape", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_transformers(shape):
+    ours, theirs = twins(**shape)
+    ids = torch.randint(SHAPE["vocab_size"], (2, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.abs().max() > 1
+        torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+def padded_batch():
+    """Input ids, targets and transformers' labels and mask of three rows of different lengths."""
+    generator, lengths, first = torch.Generator().manual_seed(2), (40, 33, 7), (25, 10, 3)
+    ids = torch.randint(3, SHAPE["vocab_size"], (3, 41), generator=generator)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    mask = torch.zeros_like(ids)
+    for row, (length, start) in enumerate(zip(lengths, first)):
+        labels[row, start:length + 1] = ids[row, start:length + 1]
+        mask[row, :length + 1] = 1
+    return ids[:, :-1], labels[:, 1:], ids, labels, mask
+
+
+@pytest.mark.parametrize("shape", [VARIANTS[name] for name in ("grouped", "tied", "biases", "llama3")])
+def test_loss_and_gradients_equal_transformers(shape):
+    ours, theirs = twins(**shape)
+    input_ids, targets, ids, labels, mask = padded_batch()
+    loss = ours(input_ids, targets) / (targets != IGNORE_INDEX).sum()
+    loss.backward()
+    expected = theirs(ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        scale = reference[name].grad.abs().max()
+        assert scale > 0, name
+        assert (parameter.grad - reference[name].grad).abs().max() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("shape", [VARIANTS[name] for name in ("grouped", "full")])
+def test_a_prefix_is_as_if_it_stood_in_every_row(shape, gradient_checkpointing):
+    ours, theirs = twins(**shape)
+    ours.model.gradient_checkpointing = gradient_checkpointing
+    input_ids, targets, ids, labels, mask = padded_batch()
+    prefix = torch.randint(3, SHAPE["vocab_size"], (9,), generator=torch.Generator().manual_seed(4))
+    places = []
+    ours.model.norm.register_forward_hook(lambda module, given, result: places.append(result.shape[:2].numel()))
+    loss = ours(input_ids, targets, prefix)
+    loss.backward()
+    assert places == [9 + input_ids.numel()]
+    before = torch.full((3, 9), IGNORE_INDEX)
+    expected = theirs(torch.cat((prefix.expand(3, -1), ids), 1), labels=torch.cat((before, labels), 1),
+                      attention_mask=torch.cat((torch.ones_like(before), mask), 1), num_items_in_batch=1).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    reference = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - reference[name].grad).abs().max() / reference[name].grad.abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("change", ["chunks", "gradient_checkpointing"])
+def test_memory_savers_change_nothing(change, monkeypatch):
+    plain, saving = random_model(), random_model()
+    input_ids, targets, *_ = padded_batch()
+    plain(input_ids, targets).backward()
+    if change == "chunks":
+        monkeypatch.setitem(model.loss.LOGITS_PER_CHUNK, "cpu", 5 * SHAPE["vocab_size"])
+    else:
+        saving.model.gradient_checkpointing = True
+    heads, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None:
+                        (heads.append(len(x)) if len(weight) == SHAPE["vocab_size"] else 0) or linear(x, weight, bias))
+    saving(input_ids, targets).backward()
+    wanted = int((targets != IGNORE_INDEX).sum())
+    assert max(heads) == (5 if change == "chunks" else wanted)
+    for ours, expected in zip(saving.parameters(), plain.parameters()):
+        assert (ours.grad - expected.grad).abs().max() < 1e-5 * expected.grad.abs().max()
+
+
+def test_training_takes_the_flash_kernel():
+    input_ids, targets, *_ = padded_batch()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other is an error
+        random_model()(input_ids, targets).backward()
+        random_model()(input_ids, targets, input_ids[0, :5]).backward()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("queries", "biased"), [(20, False), (7, False), (1, False), (7, True)])
+def test_attention_is_a_softmax_over_what_is_seen(dtype, tolerance, queries, biased):
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+                         for shape in ((2, 4, queries, 16), (2, 2, 20, 16), (2, 2, 20, 16)))
+    seen = torch.ones(2, queries, 20, dtype=torch.bool).tril(20 - queries)
+    if biased:
+        seen &= torch.rand(seen.shape, generator=generator) < 0.5
+        seen[:, :, 0] = True
+    scores = query.double() @ key.double().repeat_interleave(2, 1).mT / 4
+    expected = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value.double().repeat_interleave(2, 1)
+    result = attention(query, key, value, group_bias(seen, 2, dtype) if biased else None)
+    weight = torch.randn(expected.shape, generator=generator).double()
+    for ours, reference in zip((result, *torch.autograd.grad(result, (query, key, value), weight.to(dtype))),
+                               (expected, *torch.autograd.grad(expected, (query, key, value), weight))):
+        assert (ours.double() - reference.double()).norm() < tolerance * reference.norm()
+
+
+def test_no_target_has_zero_loss_and_gradient():
+    ours = random_model()
+    loss = ours(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in ours.parameters())
+
+
+def test_cache_gives_the_logits_of_the_whole_sequence():
+    ours = random_model()
+    ids = torch.randint(SHAPE["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(3))
+    cache, pieces = KVCache(ours.config, 2, 30, torch.float32, "cpu"), []
+    with torch.no_grad():
+        for start, stop in ((0, 17), (17, 18), (18, 25), (25, 30)):
+            positions = torch.arange(start, stop).expand(2, -1)
+            cache.see(positions, torch.arange(stop) <= positions[:, :, None])
+            pieces.append(ours.lm_head(ours.model(ids[:, start:stop], cache)))
+        torch.testing.assert_close(torch.cat(pieces, 1), ours(ids), atol=1e-5, rtol=0)
+
+
+def test_parameter_count():
+    from model.config import ModelConfig
+    for shape in ({}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16}):
+        ours = random_model(**shape)
+        assert ours.config.num_parameters == sum(parameter.numel() for parameter in ours.parameters())
+    published = ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                            num_attention_heads=32, num_key_value_heads=8)
+    assert published.num_parameters == 5_933_109_248

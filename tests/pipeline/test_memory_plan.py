@@ -1,0 +1,106 @@
+"""The planner: against what PyTorch keeps for the backward pass, and against values by hand."""
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model.loss
+import model.transformer
+from model.config import ModelConfig
+from model.transformer import Block, rotary_table
+from pipeline.jobs import shape
+from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan
+from tests.conftest import SHAPE
+
+
+def kept_for_backward(config, dtype, tokens=64):
+    """Bytes that autograd keeps of one block, a token, the weights and the rotary table left out."""
+    block = Block(config, 0).to(dtype)
+    x = torch.zeros(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+    rotary = rotary_table(config, torch.arange(tokens)[None], dtype)
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *rotary)}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(x, tuple(table[:, None] for table in rotary))
+    assert y.requires_grad
+    return sum(size for place, size in kept.items() if place not in ignored) / tokens
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
+def test_activations_are_those_that_autograd_keeps(device, dtype, heads, monkeypatch):
+    if device == "cuda":  # by the kernel, which attention in bf16 on CPUs does without
+        monkeypatch.setattr(model.transformer, "attention", partial(F.scaled_dot_product_attention, is_causal=True,
+                                                                    enable_gqa=True))
+    config = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
+    plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, device, sample_tokens=64)
+    assert plan.block_activations() == kept_for_backward(config, torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+def test_the_published_7b_by_hand():
+    plan = MemoryPlan(shape("7b"), 8, 3, False, "bf16", 16_384, True)
+    rows, parameters = plan.memory(), 5_933_109_248
+    assert rows["weights"] == parameters * 2 / 8
+    assert rows["fp32 weights and moments"] == parameters * 12 / 8
+    assert rows["gradients"] == parameters * (4 + 4) / 8  # accumulated, and in the update of a sub-group
+    assert plan.total() == sum(rows.values()) - min(rows["logits"], rows["buffers"])
+    assert rows["gathered weights"] == 2e9
+    assert plan.flops(1) == 6 * parameters * 4 / 3
+    assert plan.disk(1) == parameters * (2 + 2 + 24)
+    later = dataclasses.replace(plan, method="vcl")  # with the prior's mean and precision
+    assert later.memory()["fp32 weights and moments"] == parameters * 20 / 8
+    assert later.disk(1) == plan.disk(1) + 8 * parameters
+    plain = dataclasses.replace(plan, zero=0, dtype="fp32", processes=1)
+    assert sum(plain.memory()[name] for name in ("weights", "fp32 weights and moments", "gradients")) == 16 * parameters
+    offloaded = dataclasses.replace(plan, offload=True)
+    assert offloaded.memory()["fp32 weights and moments"] == offloaded.memory()["weights"] == 0
+    assert offloaded.host() - plan.host() == pytest.approx(22 * parameters)
+    stage2 = dataclasses.replace(plan, zero=2, offload=True)
+    assert stage2.memory()["gradients"] == parameters * 4 / 8  # DeepSpeed keeps them on the device
+    assert stage2.host() - plan.host() == pytest.approx(18 * parameters)
+
+
+def test_what_is_not_given_is_the_recipes():
+    plan, recipe = read_plan(MemoryPlanConfig(size="7b", processes=8))
+    assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (2, 16_384, True)
+    assert recipe["max_train_samples"] == 100_000
+    plan, _ = read_plan(MemoryPlanConfig(size="tiny", dtype="fp32", zero=0, max_tokens_per_microbatch=99))
+    assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (0, 99, False)
+    assert plan.sample_tokens == 128
+    assert read_plan(MemoryPlanConfig(size="small", recipe="llm"))[0].sample_tokens == 256
+
+
+def test_it_says_what_to_change(capsys):
+    main(MemoryPlanConfig(size="7b", processes=8, zero=3))
+    assert "it fits, with " in capsys.readouterr().out
+    main(MemoryPlanConfig(size="7b", processes=8, zero=1, gpu_memory=60))
+    assert "it does not fit: with --zero 2 it does" in capsys.readouterr().out
+    main(MemoryPlanConfig(size="7b", processes=1, zero=2))
+    assert "it does not fit: with --offload true it does" in capsys.readouterr().out
+    main(MemoryPlanConfig(size="7b", processes=1, zero=2, gpu_memory=4))
+    assert "it does not fit: take more processes, or GPUs with more memory" in capsys.readouterr().out
+
+
+def test_alternatives_need_no_more():
+    plan = MemoryPlan(shape("7b"), 8, 1, False, "bf16", 16_384, False)
+    assert all(one.total() <= plan.total() for one in alternatives(plan))
+    assert plan.total() / GIB > 80
+    small = MemoryPlan(shape("7b"), 8, 1, False, "bf16", 1024, False)
+    assert {one.max_tokens_per_microbatch for one in alternatives(small)} == {1024}
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
+    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a share"),
+    (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
+    (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
+def test_a_plan_that_cannot_be(refusal, flags, said):
+    assert said in refusal((MemoryPlanConfig, main), *flags)

@@ -1,0 +1,139 @@
+"""The settings of train.py: names, defaults, ranges, and contradictions between them."""
+from dataclasses import dataclass
+from typing import Literal
+
+from common.distributed import resolve_dtype
+from common.settings import setting
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. The defaults are those of the published fine-tuning, apart from the batch size."""
+    task: str | None = setting(None, "task to fine-tune on (a file in configs/task); none: pretraining", names="task")
+    size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and the recipe",
+                               names="size")
+    phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "table of the size's file to read")
+    init: str | None = setting(None, "initial checkpoint: a directory or a Hub id; none: new weights")
+    num_hidden_layers: int | None = setting(None, "layers of new weights, if not the size's: a base to grow later",
+                                            at_least=1)
+    data: str | None = setting(None, "preprocessed task file, or directory of token shards", required=True)
+    out: str | None = setting(None, "directory of the run", required=True)
+    seed: int = setting(42, "seed of new weights and of the sample order", at_least=0)
+    # the batch
+    global_batch_size: int = setting(32, "samples in a step, over all ranks", at_least=1)
+    max_tokens_per_microbatch: int = setting(4096, "most tokens in a micro-batch, padding included; affects speed and "
+                                                   "memory only", at_least=1)
+    microbatch_overhead_tokens: int = setting(256, "fixed cost of a micro-batch, in tokens of padding; affects speed "
+                                                   "only", at_least=0)
+    seq_length: int = setting(1024, "tokens in a pretraining sample", at_least=2)
+    max_source_length: int = setting(1024, "most tokens in a prompt, <bos> included", at_least=16)
+    max_target_length: int = setting(256, "most tokens in a target, <eos> included", at_least=2)
+    train_on_source: bool = setting(False, "also compute the loss on the prompt")
+    # how long
+    num_train_epochs: float = setting(3.0, "passes over the data", above=0)
+    max_steps: int | None = setting(None, "steps, instead of epochs", at_least=1)
+    max_tokens: int | None = setting(None, "tokens to pretrain on, instead of epochs", at_least=1)
+    max_flops: float | None = setting(None, "FLOPs to pretrain for, including those spent on --init", above=0)
+    max_train_samples: int | None = setting(None, "use only the first N training samples", at_least=1)
+    max_eval_samples: int | None = setting(None, "use only the first N evaluation samples", at_least=1)
+    skip_samples: int | None = setting(None, "samples of the stream to skip; none: in pretraining those that --init "
+                                             "was trained on, otherwise 0", at_least=0)
+    # the optimizer
+    optimizer: Literal["adamw", "ivon"] = setting("adamw", "adamw; or ivon, which learns a Gaussian over the weights")
+    learning_rate: float = setting(2e-5, "peak learning rate; with IVON the most a weight moves in a step", above=0)
+    lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "schedule after warm-up")
+    warmup_steps: int = setting(0, "steps of linear warm-up", at_least=0)
+    min_lr_ratio: float = setting(0.0, "final learning rate, as a share of the peak", at_least=0, at_most=1)
+    decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", at_least=0, at_most=1)
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices; norms and biases have none", at_least=0)
+    adam_beta1: float = setting(0.9, "decay rate of the first moment", at_least=0, below=1)
+    adam_beta2: float = setting(0.999, "decay rate of the second moment", at_least=0, below=1)
+    adam_epsilon: float = setting(1e-8, "term added to the root of the second moment", above=0)
+    max_grad_norm: float = setting(0.3, "gradient clipping norm; 0: no clipping", at_least=0)
+    skip_loss_above: float | None = setting(None, "skip a batch whose loss exceeds this multiple of the mean over the "
+                                                  "last 50 steps", above=0)
+    # methods against forgetting
+    method: str | None = setting(None, "file in configs/method whose settings override the size's recipe",
+                                 names="method", overlay=True)
+    rehearsal: float = setting(0.0, "share of each earlier task's samples that is trained on again", at_least=0,
+                               at_most=1)
+    l2_sp_rate: float = setting(0.0, "L2-SP: share of the way back to the initial weights after each step", at_least=0,
+                                at_most=1)
+    wise_ft_alpha: float = setting(1.0, "WiSE-FT: share of the trained weights in the result; the rest are the initial "
+                                        "weights", at_least=0, at_most=1)
+    ewc_strength: float = setting(0.0, "EWC: weight of the penalty; the run also measures its own task's Fisher "
+                                       "information", at_least=0)
+    fisher_samples: int = setting(128, "training samples used to measure the Fisher information", at_least=1)
+    # IVON
+    prior: Literal["auto", "weights", "posterior"] = setting("auto", "IVON's prior: around the weights of --init, or "
+                                                             "its posterior; auto: the posterior if there is one")
+    prior_precision: float = setting(1e6, "precision (1 / variance) of a prior around the weights", above=0)
+    tau: float = setting(1.0, "tempering: factor on the precision of an earlier posterior", above=0, at_most=1)
+    ess: float = setting(1e7, "effective sample size: larger means less noise and a weaker prior", above=0)
+    hess_init: float = setting(1e-3, "initial value of the Hessian estimate", above=0)
+    ivon_beta2: float = setting(0.999, "decay rate of the Hessian estimate", at_least=0, below=1)
+    clip_radius: float = setting(1e-3, "clip preconditioned gradients to this absolute value", above=0)
+    sample_params: bool = setting(True, "sample the weights of each step; false: gradients at the mean")
+    # how it is computed
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 if the hardware multiplies it")
+    zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
+    offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
+    deepspeed: str | None = setting(None, "DeepSpeed file to use instead of the stage's file in configs/deepspeed")
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, 1/3 more work")
+    local_rank: int | None = setting(None, "set by the deepspeed launcher")
+    # what is written
+    eval_steps: int = setting(300, "evaluate every N steps, and always before the first and after the last", at_least=1)
+    logging_steps: int = setting(10, "print every N steps; metrics.jsonl has every step", at_least=1)
+    save_total_limit: int = setting(1, "epoch checkpoints to keep, apart from the final weights", at_least=0)
+    save_minutes: float = setting(15.0, "minutes between saves of the state to resume from; 0: every step", at_least=0)
+    timeout_minutes: float = setting(30.0, "minutes that a rank waits for the others before it gives up", above=0)
+    tensorboard: bool = setting(False, "also log to TensorBoard (needs the package tensorboard)")
+    wandb: str | None = setting(None, "Weights & Biases project to also log to (needs the package wandb)")
+
+    def problems(self) -> list[str]:
+        """Contradictions between settings, as sentences."""
+        found = []
+        if self.init is None and self.size is None:
+            found.append("neither --init nor --size says which model to train")
+        if self.task is not None and self.init is None:
+            found.append("fine-tuning needs an initial checkpoint: give --init")
+        lengths = [name for name in ("max_steps", "max_tokens", "max_flops") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            found.append(f"{' and '.join(lengths)} each say how long to train: give one, and none for the other")
+        if self.max_tokens is not None and self.max_tokens < self.seq_length:
+            found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
+        if self.task is not None and set(lengths) - {"max_steps"}:
+            found.append(f"{lengths[-1]} is for pretraining; for fine-tuning give num_train_epochs or max_steps")
+        if self.init is not None and self.num_hidden_layers is not None:
+            found.append("num_hidden_layers is for new weights, but --init gives weights: stack.py makes them deeper")
+        if self.offload and self.deepspeed:
+            found.append("--offload selects a file in configs/deepspeed: set it in the file of --deepspeed instead")
+        elif self.offload and not (self.zero or 0) >= 2:
+            found.append("--offload needs --zero 2 or 3")
+        if self.zero == 0 and resolve_dtype(self.dtype) == "bf16":
+            found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
+        return found + self.method_problems()
+
+    def method_problems(self) -> list[str]:
+        """Contradictions between the settings of methods against forgetting."""
+        found = []
+        anchored = [name for name, off in (("l2_sp_rate", 0), ("wise_ft_alpha", 1), ("ewc_strength", 0))
+                    if getattr(self, name) != off]
+        ivon = self.optimizer == "ivon"
+        used = anchored + ["rehearsal"] * (self.rehearsal > 0) + ["optimizer ivon"] * ivon
+        if used and self.task is None:
+            found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
+        if ivon and anchored:
+            found.append(f"{' and '.join(anchored)} pull towards the weights of --init, as IVON's prior does: use one")
+        if ivon and self.weight_decay:
+            found.append(f"weight_decay is {self.weight_decay}, but IVON's prior takes its place: set it to 0, or give "
+                         "--method vcl")
+        return found
+
+
+def default_zero_stage(world_size: int, dtype: str) -> int:
+    """The ZeRO stage with the least overhead: 0 for one process in fp32, otherwise 1.
+
+    ZeRO 0 keeps no fp32 master weights, so a bf16 model needs ZeRO 1.
+    """
+    return 0 if world_size == 1 and dtype == "fp32" else 1
