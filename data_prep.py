@@ -5,68 +5,47 @@
     python data_prep.py hub --task simp --output_path data/raw
     python data_prep.py suite --output_path data/eval/sample
 """
-import json
-import math
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common.files import UserError, new_directory, read_json, read_json_lines, write_json, write_text
-from common.settings import ROOT, read_config, run, setting, unknown_name
-from corpus.documents import VALIDATION_PER_MILLE, held_out, load_hub_dataset, read_documents
-from corpus.hub_tasks import hub_items, raw_files
-from corpus.sample_suite import build_suite
-from corpus.shards import ShardWriter
-from corpus.tasks import read_raw_files, split_indices
+from common.files import new_directory
+from common.settings import known, model_shape, read_config, run, setting
+from corpus.documents import read_documents
+from corpus.raw_tasks import read_hub_task, read_raw_task, write_raw_task
+from corpus.sample_suite import write_suite
+from corpus.shards import shards_exist, write_shards
+from corpus.tasks import split_indices, write_task
 from model.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 
-TOKENIZER_DOCUMENTS = 1_000_000  # a vocabulary is trained on the first of them
+TOKENIZER_DOCUMENTS = 1_000_000  # maximum number of documents that a tokenizer is trained on
 
 
 @dataclass(frozen=True)
 class TaskDataConfig:
     """Settings of `data_prep.py task`."""
-    task: str | None = setting(None, "task (a file in configs/task)")
-    folder_path: str | None = setting(None, "folder of the task's raw files, or the folder that holds that folder")
-    output_path: str | None = setting(None, "preprocessed file to write")
-    eval_dataset_size: float = setting(0.1, "evaluation split: a share of the training data, or a number of samples")
+    task: str = setting(None, "task (a file in configs/task)", required=True, names="task")
+    folder_path: str = setting(None, "folder of the task's raw files, or its parent folder", required=True)
+    output_path: str = setting(None, "preprocessed file to write", required=True)
+    eval_dataset_size: float = setting(0.1, "evaluation split: a share of the training data, or a number of samples",
+                                       above=0)
 
-    def problems(self):
-        found = [f"--{name} is missing" for name in ("task", "folder_path", "output_path") if not getattr(self, name)]
-        found += unknown_name("task", self.task) if self.task else []
+    def problems(self) -> list[str]:
+        """Rejects a fractional number of samples."""
         size = self.eval_dataset_size
-        if not 0 < size < math.inf or (size >= 1 and size != int(size)):
-            found.append(f"eval_dataset_size is {size}, expected a share below 1 or a whole number of samples")
-        return found
+        expected = "a share below 1 or a whole number of samples"
+        return [f"eval_dataset_size is {size}, expected {expected}"] if size > 1 and size % 1 > 0 else []
 
 
-def prepare_task(cfg):
-    """Writes one JSON object with the lists train, eval and test of {input, output, src_info, index}."""
-    spec = read_config("task", cfg.task)
-    folder = Path(cfg.folder_path)
-    folder = folder / spec["folder"] if (folder / spec["folder"]).is_dir() else folder
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: expected the raw files of {cfg.task}, or a folder {spec['folder']} with "
-                        "them")
-    train, test = (read_raw_files(folder, word) for word in ("train", "test"))
-    if "test_prompt" in spec:
-        prompts = sorted({str(item["src_info"].get("prompt_name")) for item in test})
-        test = [item for item in test if item["src_info"].get("prompt_name") == spec["test_prompt"]]
-        if not test:
-            raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found "
-                            + ", ".join(prompts))
-    train_indices, eval_indices = split_indices(len(train), cfg.eval_dataset_size)
-    splits = {"train": [train[i] for i in train_indices], "eval": [train[i] for i in eval_indices], "test": test}
-    text = json.dumps(splits, ensure_ascii=False, indent=1) + "\n"
-    counts = ", ".join(f"{len(items):,} {name}" for name, items in splits.items())
-    path = Path(cfg.output_path)
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return print(f"{path}: {counts} (unchanged)")
-    write_text(path, text)
-    print(f"{path}: {counts}")
+def prepare_task(cfg: TaskDataConfig) -> None:
+    """Writes the preprocessed file of a task from its raw files."""
+    train, test = read_raw_task(cfg.folder_path, read_config("task", cfg.task))
+    indices = split_indices(len(train), cfg.eval_dataset_size)
+    splits = {name: [train[i] for i in part] for name, part in zip(("train", "eval"), indices)} | {"test": test}
+    changed = write_task(cfg.output_path, splits)
+    print(f"{cfg.output_path}: {format_counts(splits)}" + ("" if changed else " (unchanged)"))
 
 
 @dataclass(frozen=True)
@@ -74,137 +53,81 @@ class TextDataConfig:
     """Settings of `data_prep.py text`."""
     source: str = setting("docs", "docs (the installed packages' documentation), a .txt or .jsonl file, a folder of "
                                   "them, or a Hub dataset's name")
-    output_path: str | None = setting(None, "directory to make")
-    size: str | None = setting(None, "size preset whose vocabulary the tokenizer gets")
-    vocab_size: int = setting(4096, "vocabulary of the tokenizer, where no size is given")
+    output_path: str = setting(None, "directory to create", required=True)
+    size: str | None = setting(None, "size preset whose vocabulary size the tokenizer gets", names="size")
+    vocab_size: int = setting(4096, "vocabulary size of the tokenizer if no size is given; a byte-level vocabulary "
+                                    "needs at least 300", at_least=300)
     tokenizer: str | None = setting(None, "checkpoint directory whose tokenizer to use; none: train one on the text")
     text_column: str = setting("text", "field of a .jsonl line or column of a Hub dataset that holds the text")
     dataset_config: str | None = setting(None, "configuration of a Hub dataset, such as en")
-    max_documents: int | None = setting(None, "read only the first N documents")
+    max_documents: int | None = setting(None, "read only the first N documents", at_least=1)
 
-    def problems(self):
-        found = [] if self.output_path else ["--output_path is missing"]
-        if self.size:
-            found += unknown_name("size", self.size)
-            if not found and "model" not in read_config("size", self.size):
-                found.append(f"the size {self.size} starts from published weights: name their directory with "
-                             "--tokenizer in place of --size")
-        if self.max_documents is not None and self.max_documents < 1:
-            found.append(f"max_documents is {self.max_documents}, expected at least 1")
-        found += ["vocab_size is below 300: a byte-level vocabulary needs room"] if self.vocab_size < 300 else []
-        return found
+    def problems(self) -> list[str]:
+        """Rejects a size without a model shape, which has no vocabulary size."""
+        if self.size not in known("size") or "model" in read_config("size", self.size):
+            return []
+        return [f"the size {self.size} starts from published weights: give their directory as --tokenizer instead of "
+                "--size"]
 
 
-def prepare_text(cfg):
-    """Writes train-*.npy and val-*.npy (token ids, documents ended by eos), the tokenizer's files and meta.json.
-
-    Documents are read twice where a tokenizer is trained on them, and a batch at a time, so that a text of any length
-    fits in memory. Which of the two splits a document belongs to depends on its content alone.
-    """
+def prepare_text(cfg: TextDataConfig) -> None:
+    """Writes a directory of token shards with its tokenizer. To train a tokenizer, the documents are read twice."""
     settings = asdict(cfg) | {"output_path": None}
-    if (Path(cfg.output_path) / "meta.json").exists():
-        made_with = read_json(Path(cfg.output_path) / "meta.json").get("settings", {})
-        if made_with != settings:
-            raise UserError(f"{cfg.output_path} was made with other settings: " + "; ".join(
-                f"{name} is {made_with.get(name)!r} there and {value!r} here" for name, value in settings.items()
-                if made_with.get(name) != value) + ". Remove it, or choose another --output_path")
-        return print(f"{cfg.output_path} is there already")
+    if shards_exist(cfg.output_path, settings):
+        return print(f"{cfg.output_path} exists already")
     documents = partial(read_documents, cfg.source, cfg.text_column, cfg.dataset_config, cfg.max_documents)
     with new_directory(cfg.output_path) as folder:
         if cfg.tokenizer:
             tokenizer = Tokenizer(cfg.tokenizer)
             copy_tokenizer(cfg.tokenizer, folder)
         else:
-            vocab_size = read_config("size", cfg.size)["model"]["vocab_size"] if cfg.size else cfg.vocab_size
+            vocab_size = model_shape(cfg.size)["vocab_size"] if cfg.size else cfg.vocab_size
             tokenizer = train_tokenizer(islice(documents(), TOKENIZER_DOCUMENTS), vocab_size, folder)
-        if tokenizer.eos_id is None:
-            raise UserError(f"{cfg.tokenizer} names no end-of-text token, which has to stand between documents")
-        writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
-        unread, count = documents(), 0
-        progress = tqdm(desc="writing tokens", unit="doc", disable=None)
-        while batch := list(islice(unread, 1000)):
-            count += len(batch)
-            parts = {"train": [], "val": []}
-            for text in batch:
-                parts["val" if held_out(text) else "train"].append(text)
-            for split, texts in parts.items():
-                writers[split].add(texts)
-            progress.update(len(batch))
-        progress.close()
-        if not all(writer.held or writer.shards for writer in writers.values()):
-            raise UserError(f"{cfg.source} holds {count} documents, too few to hold {VALIDATION_PER_MILLE} in a "
-                            "thousand out for validation")
-        shards = {name: shard for writer in writers.values() for name, shard in writer.close().items()}
-        write_json(folder / "meta.json", {"settings": settings, "documents": count,
-                                          "vocab_size": tokenizer.vocab_size, "shards": shards})
-    tokens = sum(shard["tokens"] for shard in shards.values())
-    print(f"{cfg.output_path}: {count:,} documents, {tokens:,} tokens")
+        meta = write_shards(folder, documents(), tokenizer, settings)
+    tokens = sum(shard["tokens"] for shard in meta["shards"].values())
+    print(f"{cfg.output_path}: {meta['documents']:,} documents, {tokens:,} tokens")
 
 
 @dataclass(frozen=True)
 class HubDataConfig:
     """Settings of `data_prep.py hub`."""
-    task: str | None = setting(None, "task (a file in configs/task)")
-    output_path: str | None = setting(None, "folder to make the task's folder of raw files in")
+    task: str = setting(None, "task (a file in configs/task)", required=True, names="task")
+    output_path: str = setting(None, "folder in which to create the task's folder of raw files", required=True)
     dataset: str | None = setting(None, "Hub id, or a local directory of parquet files; none: the task's own")
-    max_samples: int = setting(112_000, "most training samples; a tenth of them becomes the evaluation split")
-    max_test_samples: int = setting(2_000, "most test samples")
-
-    def problems(self):
-        found = [f"--{name} is missing" for name in ("task", "output_path") if not getattr(self, name)]
-        found += [f"{name} is {getattr(self, name)}, expected at least 1"
-                  for name in ("max_samples", "max_test_samples") if getattr(self, name) < 1]
-        return found + (unknown_name("task", self.task) if self.task else [])
+    max_samples: int = setting(112_000, "maximum number of training samples; a tenth becomes the evaluation split",
+                               at_least=1)
+    max_test_samples: int = setting(2_000, "maximum number of test samples", at_least=1)
 
 
-def prepare_hub(cfg):
+def prepare_hub(cfg: HubDataConfig) -> None:
     """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
     spec = read_config("task", cfg.task)
-    if (Path(cfg.output_path) / spec["folder"]).exists():
-        return print(f"{cfg.output_path}/{spec['folder']} is there already")
-    hub, name = spec["hub"], cfg.dataset or spec["hub"]["dataset"]
-    columns = [*hub["columns"].values(), *(hub[key] for key in ("dialogue", "references") if key in hub),
-               *([hub["labels"]["column"]] if "labels" in hub else [])]
-    limits = {"train": cfg.max_samples, "test": cfg.max_test_samples}
-    splits = {}
-    for split, hub_split in hub["splits"].items():
-        rows = load_hub_dataset(name, hub_split, columns, hub.get("config"), hub.get("revision"))
-        wanted = limits[split] if "test" in hub["splits"] else sum(limits.values())
-        splits[split] = list(islice(chain.from_iterable(hub_items(row, hub) for row in tqdm(rows, split, disable=None)),
-                                    wanted))
-    if "test" not in splits:
-        tests = max(1, min(cfg.max_test_samples, len(splits["train"]) // 10))
-        splits = {"train": splits["train"][:-tests], "test": splits["train"][-tests:]}
-    with new_directory(Path(cfg.output_path) / spec["folder"]) as folder:
-        for split, items in splits.items():
-            for prompt, raw in raw_files(items, spec).items():
-                write_json(folder / f"{prompt}.{split}.json", raw)
-    print(f"{cfg.output_path}/{spec['folder']}: " + ", ".join(f"{len(items):,} {name}" for name, items in splits.items()))
+    folder = Path(cfg.output_path) / spec["folder"]
+    if folder.exists():
+        return print(f"{folder} exists already")
+    splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples)
+    write_raw_task(folder, splits, spec)
+    print(f"{folder}: {format_counts(splits)}")
 
 
 @dataclass(frozen=True)
 class SuiteDataConfig:
     """Settings of `data_prep.py suite`."""
-    output_path: str | None = setting(None, "folder to write the items of the sample suite into")
-
-    def problems(self):
-        return [] if self.output_path else ["--output_path is missing"]
+    output_path: str = setting(None, "folder to create for the items of the sample suite", required=True)
 
 
-def prepare_suite(cfg):
-    """Writes the JSONL files that configs/eval/sample.toml names."""
+def prepare_suite(cfg: SuiteDataConfig) -> None:
+    """Writes the items of the sample suite."""
     if Path(cfg.output_path).exists():
-        return print(f"{cfg.output_path} is there already")
-    passages = read_raw_files(ROOT / "data/sample" / read_config("task", "inqqg")["folder"], "test")
-    items = build_suite(filter(held_out, read_documents("docs")), [item["src_info"] for item in passages])
-    items["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
-    with new_directory(cfg.output_path) as folder:
-        for name, entries in items.items():
-            lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-            write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
-    print(f"{cfg.output_path}: " + ", ".join(f"{len(entries):,} {name}" for name, entries in items.items()))
+        return print(f"{cfg.output_path} exists already")
+    print(f"{cfg.output_path}: {format_counts(write_suite(cfg.output_path))}")
+
+
+def format_counts(lists: Mapping[str, Sized]) -> str:
+    """The lengths of named lists: "3,600 train, 400 eval"."""
+    return ", ".join(f"{len(items):,} {name}" for name, items in lists.items())
 
 
 if __name__ == "__main__":
-    run({"task": (TaskDataConfig, prepare_task), "text": (TextDataConfig, prepare_text), "hub": (HubDataConfig, prepare_hub),
-         "suite": (SuiteDataConfig, prepare_suite)}, __doc__)
+    run({"task": (TaskDataConfig, prepare_task), "text": (TextDataConfig, prepare_text),
+         "hub": (HubDataConfig, prepare_hub), "suite": (SuiteDataConfig, prepare_suite)}, __doc__)

@@ -1,1 +1,1 @@
-"""From the files of evaluated runs to tables and figures. May import common and evaluation."""
+"""Reads the files of evaluated runs, makes tables and figures. May import common and evaluation."""

@@ -1,6 +1,10 @@
-"""Markdown as HTML."""
+"""The pages of a report: Markdown, and HTML with the figures in it."""
+import base64
 import html
 import re
+from pathlib import Path
+
+from common.files import write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;
@@ -8,18 +12,34 @@ text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f6f6f6;paddin
 figure{margin:1.5rem 0}figcaption{color:#555}"""
 
 
-def to_html(text):
-    """The Markdown that this module writes, as HTML: paragraphs, lists, tables, code."""
+def write_pages(folder: Path, page: str) -> None:
+    """Writes a page in Markdown, which begins with its title, as report.md and report.html.
+
+    The images are files in the folder; report.html includes them.
+    """
+    title = html.escape(page.partition("\n")[0].removeprefix("# "))
+    write_text(folder / "report.md", page)
+    write_text(folder / "report.html", f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+               f"<style>{STYLE}</style><body>{to_html(page, folder)}</body></html>\n")
+
+
+def to_html(text: str, folder: Path = Path()) -> str:
+    """The Markdown of a report as HTML: headings, images from a folder, paragraphs, lists, tables, code blocks."""
     parts = []
     for block in re.split(r"\n\n+", text.strip()):
         lines = block.splitlines()
-        if block.startswith("```"):
+        if heading := re.fullmatch("(#+) (.*)", block):
+            level = len(heading[1])
+            parts.append(f"<h{level}>{html.escape(heading[2])}</h{level}>")
+        elif image := re.fullmatch(r"!\[(.*)\]\((.*)\)", block):
+            caption, data = html.escape(image[1]), base64.b64encode((folder / image[2]).read_bytes()).decode()
+            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+                         f"<figcaption>{caption}</figcaption></figure>")
+        elif block.startswith("```"):
             parts.append("<pre>" + html.escape("\n".join(lines[1:-1])) + "</pre>")
         elif block.startswith("|"):
-            head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-            cells = lambda row, kind: "".join(f"<{kind}>{inline(cell)}</{kind}>" for cell in row)  # noqa: E731
-            parts.append(f"<table><tr>{cells(head, 'th')}</tr>"
-                         + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</table>")
+            head, _, *rows = lines
+            parts.append(f"<table>{table_row(head, 'th')}" + "".join(table_row(row, "td") for row in rows) + "</table>")
         elif block.startswith("- "):
             parts.append("<ul>" + "".join(f"<li>{inline(line[2:])}</li>" for line in lines) + "</ul>")
         else:
@@ -27,6 +47,12 @@ def to_html(text):
     return "\n".join(parts)
 
 
-def inline(text):
+def table_row(line: str, tag: str) -> str:
+    """A row of a Markdown table as HTML. tag: "th" or "td"."""
+    cells = line.strip("|").split("|")
+    return "<tr>" + "".join(f"<{tag}>{inline(cell.strip())}</{tag}>" for cell in cells) + "</tr>"
+
+
+def inline(text: str) -> str:
     """Text with `code` as HTML."""
     return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))

@@ -1,9 +1,7 @@
-"""Measures of generated texts and of predictions: pure functions.
-
-Scores of texts are percentages, as sacrebleu prints them.
-"""
+"""Estimates with standard errors, and the measures of forgetting: pure functions."""
 import math
 import statistics
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,119 +12,127 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 NORMAL = 1.96
 
+Parts = dict[Hashable, np.ndarray]
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its standard error, which is nan where it is not known.
+    """A measured value and its standard error, which is NaN if it is unknown.
 
-    parts: where the value comes from items that are known one by one, {items: their shares of the deviation [N]}, such
-    as (x - mean) / N. So what is estimated from several values of the same items, such as the difference of two models,
-    has the error of a paired comparison.
+    parts: {item set: contribution of each item to the deviation [N]}, for a mean (x - mean) / N; empty if the items are
+    unknown. Estimates combined from values of the same items, such as the difference of two models, have the error of
+    a paired comparison.
     """
     value: float
     error: float = math.nan
-    parts: dict = field(default_factory=dict, compare=False, repr=False)
+    parts: Parts = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def interval(self):
+    def interval(self) -> tuple[float, float]:
         """The 95% interval (low, high)."""
         return self.value - NORMAL * self.error, self.value + NORMAL * self.error
 
     @property
-    def rest(self):
-        """The standard error apart from that of the parts."""
+    def rest(self) -> float:
+        """The standard error without that of the parts."""
         if not self.parts or math.isnan(self.error):
             return self.error
-        return math.sqrt(max(0.0, self.error ** 2 - spread(self.parts) ** 2))
+        return math.sqrt(max(0.0, self.error ** 2 - parts_error(self.parts) ** 2))
 
-    def __sub__(self, other):
-        """The difference of two estimates, independent but for the items that both were measured on."""
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference of two estimates. They are independent except for items that both were measured on."""
         return combine(self.value - other.value, [(1, self), (-1, other)])
 
 
-def of_items(items, key):
-    """The mean of N items, of which `key` says which they are."""
-    items = np.asarray(items, dtype=np.float64)
-    parts = {key: (items - items.mean()) / len(items)}
-    return Estimate(float(items.mean()), spread(parts), parts)
+Matrix = dict[tuple[int, str], Estimate]  # R[stage, task]: a task's metric after a stage
 
 
-def spread(parts):
-    """The standard error that the choice of items adds: those of one key come together, keys are independent."""
+def estimate_of_items(items: Iterable[float], key: Hashable) -> Estimate:
+    """The mean of N items. `key` identifies the set of items."""
+    values = np.asarray(items, dtype=np.float64)
+    parts = {key: (values - values.mean()) / len(values)}
+    return Estimate(float(values.mean()), parts_error(parts), parts)
+
+
+def parts_error(parts: Parts) -> float:
+    """The standard error due to the choice of items. Different sets of items are independent."""
     return math.sqrt(sum(len(part) / max(1, len(part) - 1) * float(part @ part) for part in parts.values()))
 
 
-def combine(value, weighted):
-    """An estimate that is, to first order, the sum of others with weights: pairs (weight, Estimate)."""
-    parts = {}
+def combine(value: float, weighted: Sequence[tuple[float, Estimate]]) -> Estimate:
+    """An estimate that, to first order, is a weighted sum of others, given as pairs (weight, Estimate)."""
+    parts: Parts = {}
     for weight, estimate in weighted:
         for key, part in estimate.parts.items():
             parts[key] = parts.get(key, 0.0) + weight * part
-    return Estimate(value, math.hypot(spread(parts), *(weight * estimate.rest for weight, estimate in weighted)), parts)
+    return Estimate(value, math.hypot(parts_error(parts), *(weight * estimate.rest for weight, estimate in weighted)),
+                    parts)
 
 
-def mean(estimates):
-    """The mean of estimates."""
-    return combine(statistics.fmean(e.value for e in estimates), [(1 / len(estimates), e) for e in estimates])
-
-
-def over_seeds(estimates):
-    """One estimate from those of several seeds, which were measured on the same items.
-
-    What the choice of items adds to the error is the same for all seeds and does not shrink with their number; what the
-    seeds add is their standard error, widened by Student's t.
-    """
-    values, count = [e.value for e in estimates], len(estimates)
-    if count == 1:
-        return estimates[0]
-    parts = mean(estimates).parts
-    items = math.hypot(spread(parts), statistics.fmean(e.rest for e in estimates))
-    wide = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) / NORMAL
-    return Estimate(statistics.fmean(values), math.hypot(items, wide * statistics.stdev(values) / count ** 0.5), parts)
-
-
-def fg(start, later):
-    """FG of one benchmark: the mean over the stages m after the start o of (R_o - R_m) / R_o x 100 (Luo et al., arXiv
-    2308.08747, section 3.4). Positive is forgetting.
-
-    start: Estimate of R_o, or None; later: those of the stages, None where one was not measured. None where there is
-    nothing to compare: no start, a start of zero, or no later stage. The error is that to first order.
-    """
-    known = [estimate for estimate in later if estimate is not None]
-    if start is None or not start.value or not known:
+def mean(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    """The mean of the estimates that are not None. None, as in all measures below, if there are none."""
+    known = [estimate for estimate in estimates if estimate is not None]
+    if not known:
         return None
-    after = mean(known)
+    return combine(statistics.fmean(e.value for e in known), [(1 / len(known), e) for e in known])
+
+
+def over_seeds(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    """The mean of the estimates of several seeds, measured on the same items. The error due to the choice of items is
+    the same for all seeds and does not shrink with their number. The spread of the seeds adds its standard error,
+    widened by Student's t."""
+    known = [estimate for estimate in estimates if estimate is not None]
+    average, count = mean(known), len(known)
+    if average is None or count == 1:
+        return average
+    item_error = math.hypot(parts_error(average.parts), statistics.fmean(e.rest for e in known))
+    widening = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) / NORMAL
+    seed_error = widening * statistics.stdev(e.value for e in known) / count ** 0.5
+    return Estimate(average.value, math.hypot(item_error, seed_error), average.parts)
+
+
+def fg(start: Estimate | None, later: Iterable[Estimate | None]) -> Estimate | None:
+    """FG of one benchmark: the mean over the stages m after the start o of (R_o - R_m) / R_o x 100 (Luo et al., arXiv
+    2308.08747, section 3.4). Positive is forgetting. The error is to first order.
+
+    start: R_o. later: R_m of each stage. Returns None without a start other than zero, or without a later stage.
+    """
+    after = mean(later)
+    if start is None or not start.value or after is None:
+        return None
     ratio, percent = after.value / start.value, 100 / start.value
     return combine(100 * (1 - ratio), [(-percent, after), (ratio * percent, start)])
 
 
-def average_performance(matrix, stage, tasks):
-    """The mean over tasks of R[stage, task] (Lopez-Paz and Ranzato, arXiv 1706.08840, eq. 2); None if none is known."""
-    known = [matrix[stage, task] for task in dict.fromkeys(tasks[:stage]) if (stage, task) in matrix]
-    return mean(known) if known else None
+def average_performance(matrix: Matrix, stage: int, tasks: Sequence[str]) -> Estimate | None:
+    """The mean over tasks of R[stage, task] (Lopez-Paz and Ranzato, arXiv 1706.08840, eq. 2).
+
+    tasks: the tasks of stages 1, 2, …, as in the measures below.
+    """
+    return mean(matrix.get((stage, task)) for task in dict.fromkeys(tasks[:stage]))
 
 
-def backward_transfer(matrix, stage, tasks):
-    """How later stages changed the tasks learned before: the mean over them of R[stage, task] - R[learned, task] (eq. 3
-    there). Negative is forgetting.
+def backward_transfer(matrix: Matrix, stage: int, tasks: Sequence[str]) -> Estimate | None:
+    """The mean over the tasks learned before `stage` of R[stage, task] - R[learned, task] (Lopez-Paz and Ranzato,
+    eq. 3). Negative is forgetting.
 
-    matrix: {(stage, task): Estimate}; tasks: what stages 1, 2, … learn. A task that comes again counts from its last
-    time before `stage`; the one learned at `stage` itself does not count.
+    A repeated task counts from its last stage before `stage`. The task of `stage` itself does not count.
     """
     learned = {task: number for number, task in enumerate(tasks[:stage], 1)}
-    found = [matrix[stage, task] - matrix[number, task] for task, number in learned.items()
-             if number < stage and {(stage, task), (number, task)} <= matrix.keys()]
-    return mean(found) if found else None
+    return mean(matrix[stage, task] - matrix[number, task] for task, number in learned.items()
+                if number < stage and {(stage, task), (number, task)} <= matrix.keys())
 
 
-def forgetting_from_best(matrix, stage, tasks):
-    """The mean over tasks learned before of their best value at an earlier stage since they were first learned, less
-    that at `stage` (Chaudhry et al., arXiv 1801.10112, eq. 3). Positive is forgetting."""
-    found = []
+def forgetting_from_best(matrix: Matrix, stage: int, tasks: Sequence[str]) -> Estimate | None:
+    """The mean over the tasks learned before `stage` of their best R at an earlier stage, from the stage that first
+    learned them on, minus R[stage, task] (Chaudhry et al., arXiv 1801.10112, eq. 3). Positive is forgetting."""
+    gaps = []
     for task in dict.fromkeys(tasks[:stage - 1]):
-        if task == tasks[stage - 1]:
-            continue
         earlier = [matrix[number, task] for number in range(tasks.index(task) + 1, stage) if (number, task) in matrix]
-        if earlier and (stage, task) in matrix:
-            found.append(max(earlier, key=lambda estimate: estimate.value) - matrix[stage, task])
-    return mean(found) if found else None
+        if task != tasks[stage - 1] and earlier and (stage, task) in matrix:
+            gaps.append(max(earlier, key=lambda estimate: estimate.value) - matrix[stage, task])
+    return mean(gaps)
+
+
+TASK_MEASURES = {"average performance": average_performance, "backward transfer": backward_transfer,
+                 "forgetting from the best stage": forgetting_from_best}

@@ -1,11 +1,11 @@
-"""All benchmarks beside what people use, in one run: bench/RESULTS.md.
+"""Runs the benchmarks that compare this project with other programs, and writes bench/RESULTS.md.
 
     python bench/run_all.py --data data/prepared/sample/simp.json --folder DIR          or `make bench`
-    python bench/run_all.py --data FILE --folder DIR --checkpoint DIR --files DIR     weights and data of one's own
+    python bench/run_all.py --data FILE --folder DIR --checkpoint DIR --files DIR     your own weights and data
     python bench/run_all.py … --only startup,scaling --out /tmp/results.md
 
-Runs one script after another and writes what each printed below its command, with the machine, the versions and the
-date above. What stands in the file from the heading "Tried" on is written by hand, and stays.
+Runs one script after another and writes the output of each under its command, below a line with the machine, the
+versions and the date. The part of the file from the heading "Tried" on is written by hand and is kept.
 """
 import datetime
 import platform
@@ -19,64 +19,59 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.timing import small_checkpoint
+from bench.workload import SimpBenchConfig, small_checkpoint
 from common.files import UserError
 from common.settings import ROOT, run, setting
 
 PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
 RESULTS = str(ROOT / "bench/RESULTS.md")
-BY_HAND = "\n## Tried"
-TITLES = {"finetuning": "Fine-tuning", "pretraining": "Pretraining", "decoding": "Decoding", "scoring": "Benchmarks",
-          "scaling": "Growth of cost", "startup": "Start-up"}
+TRIED = "\n## Tried"
+TITLES = {"finetuning": "Fine-tuning", "pretraining_speed": "Pretraining", "decoding": "Decoding",
+          "scoring": "Benchmarks", "scaling": "Growth of cost", "startup": "Start-up"}
 
 
 @dataclass(frozen=True)
-class ResultsSettings:
+class RunAllConfig(SimpBenchConfig):
     """Settings of the run."""
-    data: str | None = setting(None, "preprocessed file of the task simp")
-    folder: str | None = setting(None, "folder to work in")
-    checkpoint: str | None = setting(None, "checkpoint; none: random weights of the size small")
-    files: str | None = setting(None, "folder of the JSONL files that configs/eval/local.toml names; none: the sample "
-                                      "suite's")
-    only: tuple[str, ...] = setting(tuple(TITLES), "benchmarks to run")
+    files: str | None = setting(None, "folder of the JSONL files named in configs/eval/local.toml; none: the sample "
+                                      "suite's files")
+    only: tuple[str, ...] = setting(tuple(TITLES), "benchmarks to run", names=TITLES)
     out: str = setting(RESULTS, "file of the results")
 
     def problems(self):
-        found = [f"--{name} is missing" for name in ("data", "folder") if not getattr(self, name)]
         if self.only != tuple(TITLES) and self.out == RESULTS:
-            found.append("--only leaves benchmarks out, whose results would be lost: give --out")
-        return found + [f"unknown benchmark {name!r}, expected one of {', '.join(TITLES)}" for name in self.only
-                        if name not in TITLES]
+            return ["--only would remove the results of the other benchmarks: give --out"]
+        return []
 
 
-def flags(cfg, checkpoint):
+def benchmark_flags(cfg, checkpoint):
     """The flags of each benchmark."""
-    weights = ["--checkpoint", checkpoint]
-    return {"finetuning": ["--data", cfg.data, *weights], "pretraining": [], "decoding": ["--data", cfg.data, *weights],
-            "scoring": [*weights, *(["--files", cfg.files] if cfg.files else [])], "scaling": [],
+    weights, files = ["--checkpoint", checkpoint], ["--files", cfg.files] if cfg.files else []
+    return {"finetuning": ["--data", cfg.data, *weights], "pretraining_speed": [], "scaling": [],
+            "decoding": ["--data", cfg.data, *weights], "scoring": [*weights, *files],
             "startup": ["--folder", cfg.folder]}
 
 
-def machine():
-    """What the benchmarks run on, in a line."""
+def describe_machine():
+    """The processors and GPUs of this machine, in one line."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
     features = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
                 if torch.cpu.get_capabilities().get(name)]
-    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{len(names)} × {names[0]} ({', '.join(features)})" + (f", {', '.join(cards)}" if cards else "")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{len(names)} × {names[0]} ({', '.join(features)})" + (f", {', '.join(gpus)}" if gpus else "")
 
 
 def main(cfg):
     """Runs the benchmarks and writes the file."""
-    checkpoint = Path(cfg.checkpoint or small_checkpoint(Path(cfg.folder)))
-    pages = [f"# Results\n\n{machine()}; Python {platform.python_version()}, "
+    flags = benchmark_flags(cfg, cfg.checkpoint or small_checkpoint(cfg.folder))
+    pages = [f"# Results\n\n{describe_machine()}; Python {platform.python_version()}, "
              + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
              + f"; {datetime.date.today()}. Written by `bench/run_all.py` (`make bench`).\n"]
     failed = []
     for name in cfg.only:
-        command = ["python", f"bench/{name}.py", *map(str, flags(cfg, checkpoint)[name])]
-        print(f"{shlex.join(command)}", flush=True)
+        command = ["python", f"bench/{name}.py", *map(str, flags[name])]
+        print(shlex.join(command), flush=True)
         text = ""
         with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
@@ -87,12 +82,12 @@ def main(cfg):
             failed.append(name)
         pages.append(f"\n## {TITLES[name]}\n\n```\n$ {shlex.join(command)}\n{text}```\n")
     out = Path(cfg.out)
-    _, heading, rest = (out.read_text(encoding="utf-8") if out.exists() else "").partition(BY_HAND)
+    _, heading, rest = (out.read_text(encoding="utf-8") if out.exists() else "").partition(TRIED)
     out.write_text("".join(pages) + heading + rest, encoding="utf-8")
     print(f"results: {out}")
     if failed:
-        raise UserError(f"{', '.join(failed)} failed; what was said is above, the results of the others are in {out}")
+        raise UserError(f"{', '.join(failed)} failed, with the messages above; {out} has the results of the others")
 
 
 if __name__ == "__main__":
-    run((ResultsSettings, main), __doc__)
+    run((RunAllConfig, main), __doc__)

@@ -1,12 +1,11 @@
-"""Start-up: from `make train` to the first step, and what importing each script takes.
+"""Start-up: the time from `make train` to the first step, and the time to import each script.
 
     python bench/startup.py --folder DIR
 
-Runs `make train TASK=simp` on the sample for one step from a checkpoint of the size tiny with random weights, on a
-machine where the environment and the data are there, and times its lines. Then every script is imported in a process
-of its own, with what is imported of heavy packages and how long each took with all that it brought in.
+Runs `make train TASK=simp` on the sample for one step, from a checkpoint of the size tiny with random weights, and
+times the lines that it prints. The environment and the data exist already. Then each script is imported in a new
+process, and the heavy packages that it imports are listed with the time that each takes, its own imports included.
 """
-import dataclasses
 import re
 import shutil
 import statistics
@@ -17,71 +16,64 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.timing import random_checkpoint
+from bench.timing import timed
+from bench.workload import random_checkpoint
 from common.files import UserError
 from common.settings import ROOT, run, setting
-from pipeline.jobs import shape
+from pipeline.pretraining import size_config
 
 HEAVY = ("torch", "deepspeed", "lm_eval", "datasets", "transformers", "matplotlib", "numpy", "tokenizers",
          "sentencepiece", "sacrebleu", "rouge_score")
-LINES = {"the model is there": "model:", "evaluated": "eval loss before", "the first step": "step "}
+LINES = {"the model is built": "model:", "evaluated": "eval loss before", "the first step": "step "}
+MODULES = ("common.settings", "data_prep", "stack", "train", "evaluate", "experiment", "report", "pipeline.memory_plan")
 
 
 @dataclass(frozen=True)
-class StartupBenchSettings:
+class StartupBenchConfig:
     """Settings of the benchmark."""
-    folder: str | None = setting(None, "folder to work in")
-    repeats: int = setting(3, "times that each is measured, after one that is not")
-
-    def problems(self):
-        return [] if self.folder else ["--folder is missing"]
+    folder: str = setting(None, "folder to work in", required=True)
+    repeats: int = setting(3, "measurements of each, after one that is not used", at_least=1)
 
 
-def start(folder):
+def time_lines(folder):
     """Seconds from `make train` to its lines."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    config = dataclasses.replace(shape("tiny"), bos_token_id=1, eos_token_id=2)
-    # SOURCE is given since make would hand down the one of `make bench`, whose whole task takes longer to evaluate on
+    # SOURCE is given because make would pass on that of `make bench`, whose whole task takes longer to evaluate
     command = ["make", "train", "TASK=simp", "SOURCE=sample", "SIZE=tiny", f"OUT={folder / 'run'}",
-               f"INIT={random_checkpoint(folder / 'tiny', config)}", "ARGS=--max_steps 1"]
+               f"INIT={random_checkpoint(folder / 'tiny', size_config('tiny'))}", "ARGS=--max_steps 1"]
     began, seen = time.perf_counter(), {}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         for line in process.stdout:
-            for name, beginning in LINES.items():
-                if line.startswith(beginning):
+            for name, start in LINES.items():
+                if line.startswith(start):
                     seen.setdefault(name, time.perf_counter() - began)
-    if process.returncode:
-        raise UserError(f"{' '.join(command)} ended with status {process.returncode}")
+    if process.returncode or len(seen) < len(LINES):
+        raise UserError(f"{' '.join(command)} ended with status {process.returncode} after: {', '.join(seen)}")
     return seen
 
 
-def imports(script):
-    """(seconds, {package: seconds}) of importing a script."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", f"import {script}"], cwd=ROOT, check=True)
-    took, packages = time.perf_counter() - began, {}
-    result = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {script}"], cwd=ROOT,
-                            capture_output=True, text=True, check=True)  # it slows down what it looks at
-    for microseconds, name in re.findall(r"\|\s+(\d+) \|\s+(\S+)$", result.stderr, re.MULTILINE):
-        if name in HEAVY:
-            packages[name] = int(microseconds) / 1e6
-    return took, packages
+def time_import(module):
+    """Returns (seconds, {package: seconds}) of importing a module."""
+    seconds, _ = timed(lambda: subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, check=True))
+    result = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {module}"], cwd=ROOT,
+                            capture_output=True, text=True, check=True)  # slower, so it is a separate run
+    return seconds, {name: int(microseconds) / 1e6 for microseconds, name in
+                     re.findall(r"\|\s+(\d+) \|\s+(\S+)$", result.stderr, re.MULTILINE) if name in HEAVY}
 
 
 def main(cfg):
     """Prints both tables."""
-    runs = [start(Path(cfg.folder)) for _ in range(1 + cfg.repeats)][1:]
+    runs = [time_lines(Path(cfg.folder)) for _ in range(1 + cfg.repeats)][1:]
     print("make train TASK=simp SOURCE=sample SIZE=tiny, seconds until")
     for name in LINES:
         print(f"  {name:<20} {statistics.median(seen[name] for seen in runs):6.2f}")
     print("importing, seconds")
-    for script in ("settings", "data_prep", "stack", "train", "evaluate", "experiment", "report", "planner"):
-        imports(script)
-        found = [imports(script) for _ in range(cfg.repeats)]
-        packages = {name: statistics.median(packages[name] for _, packages in found) for name in found[0][1]}
-        print(f"  {script:<11} {statistics.median(took for took, _ in found):5.2f}   "
-              + ", ".join(f"{name} {seconds:.2f}" for name, seconds in packages.items()))
+    for module in MODULES:
+        measured = [time_import(module) for _ in range(1 + cfg.repeats)][1:]
+        packages = {name: statistics.median(packages[name] for _, packages in measured) for name in measured[0][1]}
+        listed = ", ".join(f"{name} {seconds:.2f}" for name, seconds in packages.items())
+        print(f"  {module:<20} {statistics.median(seconds for seconds, _ in measured):5.2f}   {listed}".rstrip())
 
 
 if __name__ == "__main__":
-    run((StartupBenchSettings, main), __doc__)
+    run((StartupBenchConfig, main), __doc__)

@@ -1,1 +1,4 @@
-"""Used by every other package: settings, files, processes, provenance, the log of a run. Imports no other package."""
+"""What every other package uses: settings, files, the process group, provenance, the log of a run.
+
+Imports no other package.
+"""

@@ -1,4 +1,4 @@
-"""The processes of a run: one alone, or many under torchrun or the deepspeed launcher."""
+"""The processes of a run: a single one, or many under torchrun or the deepspeed launcher."""
 import datetime
 import os
 import re
@@ -7,6 +7,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -14,159 +17,164 @@ import torch.distributed as torch_dist
 from common.files import UserError
 
 LOST = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
+T = TypeVar("T")
 
 
 class Distributed:
-    """This process among those of the run: `rank`, `world_size`, `device`. A context manager: it joins and leaves the group.
+    """The process group of a run, as a context manager: `rank`, `local_rank`, `world_size`, `device`.
 
-    Launchers say who is who in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them
-    the process is alone. Processes talk over NCCL on GPUs and over gloo on CPUs.
+    Launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment; without them the group
+    has one process. Communication uses NCCL on GPUs and gloo on CPUs.
     """
 
-    def __init__(self, timeout=datetime.timedelta(minutes=30)):
-        self.timeout = timeout  # how long a process waits for the others before it gives up
+    def __init__(self, timeout: datetime.timedelta = datetime.timedelta(minutes=30)):
+        self.timeout = timeout  # how long a rank waits for the others
 
-    def __enter__(self):
+    def __enter__(self) -> "Distributed":
         if "RANK" not in os.environ:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
-                raise UserError(f"{beside} processes on a node with {torch.cuda.device_count()} GPUs: start one a GPU")
-            # torch would round what it pins of host memory, such as offloaded weights, up to a power of two
+                raise UserError(f"{local_world_size} processes on a node with {torch.cuda.device_count()} GPUs: start "
+                                "one for each GPU")
+            # by default torch rounds pinned host memory, such as offloaded weights, up to a power of two
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1024")
             torch.cuda.set_device(self.local_rank)
             self.device = torch.device("cuda", self.local_rank)
         else:
             self.device = torch.device("cpu")
-            if beside > 1 or "OMP_NUM_THREADS" not in os.environ:
-                # torchrun sets one thread a process, which leaves most of a CPU idle
-                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-                torch.set_num_threads(max(1, cores // beside))
+            if local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+                # torchrun sets one thread per process, which leaves most of a CPU unused
+                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                torch.set_num_threads(max(1, cores // local_world_size))
         torch_dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                timeout=self.timeout)
+                                      timeout=self.timeout)
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if kind is None or self.device.type == "cpu":
-            torch_dist.destroy_process_group()  # over NCCL it may wait for processes that do not come
+            torch_dist.destroy_process_group()  # NCCL's may wait for processes that have failed
         if self.world_size > 1 and kind and issubclass(kind, RuntimeError) and re.search(LOST, str(error)):
-            raise UserError("lost touch with another process, which died or hangs "
-                            f"({str(error).splitlines()[0]:.200}): the same command goes on from what was saved") \
+            raise UserError("lost the connection to another process, which has died or hangs "
+                            f"({str(error).splitlines()[0]:.200}): the same command resumes from the saved state") \
                 from None
 
-    def all_reduce_sum(self, *values):
-        """The sums of scalars over all processes, as floats."""
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
-        torch_dist.all_reduce(values)
-        return values.tolist()
+    def all_reduce_sum(self, *values: Any) -> list[float]:
+        """The sums of scalars over all ranks."""
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        torch_dist.all_reduce(sums)
+        return sums.tolist()
 
-    def scatter(self, shares=None):
-        """This process's share of a list that rank 0 hands out, one of any kind for each process."""
-        share = [None]
+    def scatter(self, shares: list[T] | None = None) -> T:
+        """This rank's item of rank 0's list, which has one picklable item for each rank."""
+        share: list[Any] = [None]
         torch_dist.scatter_object_list(share, shares, src=0)
         return share[0]
 
-    def gather(self, value):
-        """The values of all processes in the order of their ranks, on rank 0; None elsewhere."""
-        values = [None] * self.world_size if self.rank == 0 else None
-        torch_dist.gather_object(value, values, dst=0)
-        return values
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in order, on rank 0; an empty list elsewhere."""
+        values: list[Any] = [None] * self.world_size
+        torch_dist.gather_object(value, values if self.rank == 0 else None, dst=0)
+        return values if self.rank == 0 else []
 
-    def local_rank0_first(self, function):
-        """What `function()` returns, called by the first process of each node before the others call it."""
+    def local_rank0_first(self, function: Callable[[], T]) -> T:
+        """Calls a function on local rank 0 of each node, then on the other ranks; returns its result."""
         if self.local_rank == 0:
             result = function()
         torch_dist.barrier()
         return result if self.local_rank == 0 else function()
 
-    def on_all_ranks(self, function):
-        """What `function()` returns on each process; where it fails on one, rank 0 says so and all of them exit."""
-        result, failure = None, None
+    def on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Calls a function on every rank and returns its result. If any rank raises UserError, all ranks exit."""
+        failure = None
         try:
             result = function()
         except UserError as error:
             failure = str(error)
-        failures = [None] * self.world_size
+        failures: list[Any] = [None] * self.world_size
         torch_dist.all_gather_object(failures, failure)
         for rank, reason in enumerate(failures):
             if reason is not None:
                 self.fail(UserError(reason if self.world_size == 1 else f"{reason} (on rank {rank})"))
         return result
 
-    def on_rank0(self, function):
-        """What `function()` returns on rank 0, for every process; where it fails there, the others exit in silence."""
-        result, failure = [None, False], None
+    def on_rank0(self, function: Callable[[], T]) -> T:
+        """Calls a function on rank 0 and returns its result on every rank. If it raises UserError, all ranks exit."""
+        result: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                result = [function(), False]
+                result = [function(), None]
             except UserError as error:
-                result, failure = [None, True], error
+                result = [None, error]
         torch_dist.broadcast_object_list(result, device=torch.device("cpu"))
-        if result[1]:
-            self.fail(failure)
+        if result[1] is not None:
+            self.fail(result[1])
         return result[0]
 
-    def fail(self, error):
-        """Ends a run for a reason that all processes know: rank 0 raises the UserError, the others exit in silence."""
+    def fail(self, error: UserError) -> NoReturn:
+        """Ends a run for a reason known to all ranks: rank 0 raises the error, the others exit silently."""
         if self.rank == 0:
             raise error
         sys.exit(2)
 
-    def say(self, text):
-        """Prints a line, once for all processes."""
+    def print0(self, text: str) -> None:
+        """Prints a line on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
 
 
-def free_port():
-    """A port of this machine that nobody listens at."""
+def free_port() -> int:
+    """A port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class StopRequest:
-    """Whether somebody asked the run to end: SIGTERM or SIGINT, as a context. `signal` is its name, or None.
+    """A context manager that turns SIGTERM and SIGINT into a request to stop; `signal` is the signal's name or None.
 
-    The first one is a wish that the loop grants after its step. A second one ends the process at once, unless it comes
-    within two seconds: launchers pass on what the terminal has sent to every process already. A thread listens, since
-    Python's own handlers wait for the end of a call, which may be one to a process that hangs.
+    The loop honours the first signal after its step. A second one ends the process at once, unless it comes within two
+    seconds: launchers forward a signal that the terminal has sent to every process already. A thread listens for
+    signals, since Python runs its own handlers only after the current call returns, and that call may hang.
     """
 
-    def __enter__(self):
-        self.signal, self.since = None, 0.0
-        self.ear, self.voice = socket.socketpair()
-        self.voice.setblocking(False)
-        self.before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.descriptor = signal.set_wakeup_fd(self.voice.fileno(), warn_on_full_buffer=False)
+    def __enter__(self) -> "StopRequest":
+        self.signal: str | None = None
+        self.since = 0.0
+        self.receiver, self.sender = socket.socketpair()
+        self.sender.setblocking(False)
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.wakeup_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
-    def __exit__(self, *error):
-        signal.set_wakeup_fd(self.descriptor)
-        for number, handler in self.before.items():
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self.wakeup_fd)
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.voice.close()
+        self.sender.close()
 
-    def listen(self):
-        while heard := self.ear.recv(1):
-            if heard[0] not in self.before:
+    def listen(self) -> None:
+        """Receives signal numbers until the sender is closed."""
+        while received := self.receiver.recv(1):
+            if received[0] not in self.handlers:
                 continue
             if self.signal and time.monotonic() - self.since > 2:
-                os._exit(128 + heard[0])
+                os._exit(128 + received[0])
             if not self.signal:
-                self.signal, self.since = signal.Signals(heard[0]).name, time.monotonic()
+                self.signal, self.since = signal.Signals(received[0]).name, time.monotonic()
 
 
 def resolve_dtype(dtype: str) -> str:
-    """"bf16" or "fp32"; auto is bf16 where the hardware multiplies bf16 matrices."""
+    """"bf16" or "fp32"; "auto" becomes bf16 if the hardware multiplies bf16 matrices."""
     if dtype != "auto":
         return dtype
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"

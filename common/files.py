@@ -1,19 +1,21 @@
-"""Files read and written so that an error is one line and nothing is ever left half-written."""
+"""Reading and writing files: errors in one line, and atomic writes."""
 import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The scripts print it as one line, `error: …`, and exit with status 2."""
+    """An error that the user can fix. Scripts print it as one line, `error: …`, and exit with status 2."""
 
 
-def read_json(path):
-    """The JSON value in a file; a UserError names the file, and the place where it is not JSON."""
+def read_json(path: str | Path) -> Any:
+    """The JSON value in a file. Raises UserError with the position of a syntax error."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -26,9 +28,9 @@ def read_json(path):
         raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
 
 
-def read_json_lines(path):
-    """The objects of a JSONL file, one a line; a UserError names the line that is none."""
-    items = []
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects in a JSONL file. Raises UserError with the number of a line that is not a JSON object."""
+    items: list[Any] = []
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,8 +46,8 @@ def read_json_lines(path):
     return items
 
 
-def write_text(path, text):
-    """Writes a text file whole: readers see the old file or the new one, whatever happens in between."""
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file atomically: readers see either the old or the new content."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     with explain_os_errors(path):
@@ -59,8 +61,8 @@ def write_text(path, text):
             partial.unlink(missing_ok=True)
 
 
-def sync(path):
-    """Waits until a file, or a directory's list of files, is on the disk: a loss of power leaves it as it is."""
+def sync(path: str | Path) -> None:
+    """Flushes a file, or the entries of a directory, to disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,14 +70,14 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_json(path, value):
-    """Writes a value as indented JSON, whole or not at all."""
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def explain_os_errors(path):
-    """Turns a full disk, a read-only place or a missing permission into a UserError that names `path`."""
+def explain_os_errors(path: str | Path) -> Iterator[None]:
+    """Turns a full disk, a read-only file system or a missing permission into a UserError that names `path`."""
     reasons = {
         errno.ENOSPC: "the disk is full: free some space and run the same command again",
         errno.EFBIG: "the file is larger than allowed here (see ulimit -f)",
@@ -95,11 +97,11 @@ def explain_os_errors(path):
 
 
 @contextmanager
-def new_directory(path):
-    """A directory that appears whole or not at all.
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Makes a directory atomically.
 
-    Yields an empty sibling, `<path>.writing`, to write into; it takes its name when the block ends without an
-    error and is removed otherwise. Raises UserError if `path` exists.
+    Yields an empty sibling, `<path>.writing`, to write to. It is renamed to `path` when the block ends without an
+    error, and removed otherwise. Raises UserError if `path` exists.
     """
     path = Path(path)
     if path.exists():
@@ -115,8 +117,8 @@ def new_directory(path):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def digest(paths):
-    """SHA-256, as hexadecimal digits, over the names and contents of files in the order of their names."""
+def digest(paths: Iterable[str | Path]) -> str:
+    """SHA-256, in hexadecimal, of the names and contents of files, in order of their names."""
     total = hashlib.sha256()
     for path in sorted(map(Path, paths), key=lambda path: path.name):
         with open(path, "rb") as file:
@@ -126,6 +128,6 @@ def digest(paths):
     return total.hexdigest()
 
 
-def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the exception's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,64 +1,59 @@
-"""metrics.jsonl, the log of a run: one JSON object a step. Writer and reader."""
+"""metrics.jsonl, the log of a training run: one JSON object a line. Writer and reader."""
 import importlib
 import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from common.files import UserError, explain_os_errors, write_text
 
+Service = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]  # (log the values of a step, close)
 
-class StepLog:
-    """metrics.jsonl of a run: one JSON object a step, written through at once. Other ranks than 0 pass None.
 
-    It is cut back to the `step` that the run goes on from, so that no step stands in it twice.
+class MetricsLog:
+    """Writer of metrics.jsonl in a run's directory; each line is flushed at once.
+
+    Args:
+        directory: the run's directory; None on ranks other than 0, which log nothing.
+        step: the step that the run resumes after: later lines are removed, so that no step is logged twice.
+        services: further services to log to.
     """
 
-    def __init__(self, directory, step=0, watchers=()):
-        self.file, self.watchers = None, watchers
+    def __init__(self, directory: Path | None, step: int = 0, services: Sequence[Service] = ()):
+        self.file, self.services = None, services
         if directory is not None:
-            path = Path(directory) / "metrics.jsonl"
-            write_text(path, "".join(logged_until(path, step)))
+            path = directory / "metrics.jsonl"
+            write_text(path, "".join(lines_until(path, step)))
             with explain_os_errors(directory):
                 self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
-    def write(self, **values):
+    def write(self, **values: Any) -> None:
+        """Appends a line."""
         if self.file:
             with explain_os_errors(self.file.name):
                 self.file.write(json.dumps(values) + "\n")
                 self.file.flush()
-            for log, _ in self.watchers:
+            for log, _ in self.services:
                 log(values)
 
-    def close(self):
-        for _, close in self.watchers:
+    def close(self) -> None:
+        """Closes the services."""
+        for _, close in self.services:
             close()
 
 
-def watchers(cfg, directory, run):
-    """The services that a run is logged to beside metrics.jsonl: pairs of functions (log a step's values, close)."""
-    found = []
-    if cfg.tensorboard:
-        writer = optional("tensorboard", "torch.utils.tensorboard").SummaryWriter(directory / "tensorboard")
-        found.append((lambda values: [writer.add_scalar(name, value, values["step"]) for name, value in values.items()
-                                      if isinstance(value, int | float)], writer.close))
-    if cfg.wandb:
-        session = optional("wandb").init(project=cfg.wandb, name=str(cfg.out), config=run["settings"], dir=directory,
-                                         id=re.sub(r"\W+", "-", str(cfg.out)), resume="allow")
-        found.append((lambda values: session.log(values, step=values["step"]), session.finish))
-    return found
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The objects in a metrics.jsonl; empty if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
-def optional(package, module=None):
-    """A module of a package that is not among the requirements; a UserError says how to get it."""
-    try:
-        return importlib.import_module(module or package)
-    except ImportError:
-        raise UserError(f"--{package} needs the package {package}, which is not installed: pip install {package}") \
-            from None
-
-
-def logged_until(path, step):
-    """The lines of a log up to a step; one that was cut short by a crash is left out with what follows it."""
+def lines_until(path: Path, step: int) -> Iterator[str]:
+    """The lines of a log up to a step, without those that a crash has truncated and all that follow."""
     if not step or not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
@@ -71,9 +66,32 @@ def logged_until(path, step):
         yield line
 
 
-def read_log(path):
-    """The objects of a metrics.jsonl, none where there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+def open_services(cfg: Any, directory: Path, record: dict[str, Any]) -> list[Service]:
+    """The services next to metrics.jsonl that the settings name: TensorBoard, Weights & Biases."""
+    services: list[Service] = []
+    if cfg.tensorboard:
+        writer = optional_module("tensorboard", "torch.utils.tensorboard").SummaryWriter(directory / "tensorboard")
+        services.append((lambda values: [writer.add_scalar(name, value, values["step"])
+                                         for name, value in values.items() if isinstance(value, int | float)],
+                         writer.close))
+    if cfg.wandb:
+        session = optional_module("wandb").init(project=cfg.wandb, name=str(cfg.out), config=record["settings"],
+                                                dir=directory, id=re.sub(r"\W+", "-", str(cfg.out)), resume="allow")
+        services.append((lambda values: session.log(values, step=values["step"]), session.finish))
+    return services
+
+
+def check_services(tensorboard: bool, wandb: str | None) -> None:
+    """Raises UserError if the package of a service is not installed."""
+    for package, used in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if used:
+            optional_module(package)
+
+
+def optional_module(package: str, module: str | None = None) -> ModuleType:
+    """A module of a package that is not in requirements.txt. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(module or package)
+    except ImportError:
+        raise UserError(f"--{package} needs the package {package}, which is not installed: pip install {package}") \
+            from None

@@ -1,21 +1,23 @@
-"""What a run is made of: commit, versions, digests, lineage."""
+"""Provenance of runs and checkpoints: commit, package versions, digests, lineage."""
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from common.files import UserError, digest, read_json
 
-# Settings that change how a run is carried out but none of its numbers, or (init and data) that a digest stands for.
-OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens", "gradient_checkpointing",
-               "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes", "tensorboard", "wandb",
-               "local_rank", "zero", "offload", "deepspeed", "method"}
-
+# Settings that change how a run is carried out but not its numbers, or that a digest stands for (init and data).
+OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens",
+               "gradient_checkpointing", "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes",
+               "tensorboard", "wandb", "local_rank", "zero", "offload", "deepspeed", "method"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
+DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks"}
 
 
-def git_commit():
-    """The commit of this program, with "-dirty" where files were changed since; None outside a repository."""
+def git_commit() -> str | None:
+    """The commit of this program, with "-dirty" if files have changed since; None outside a repository."""
     try:
         result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
                                 cwd=Path(__file__).parent, capture_output=True, check=True)
@@ -24,53 +26,54 @@ def git_commit():
         return None
 
 
-def describe(settings, parent_digest, data_digest, **facts):
-    """What run.json says of a run before it starts: its settings (a dict), digests of what it was made from, facts."""
+def describe(settings: Mapping[str, Any], parent_digest: str | None, data_digest: str, **facts: Any) -> dict[str, Any]:
+    """The content of run.json before a run starts: settings, digests of what the run depends on, facts."""
     return {"settings": settings, "parent_digest": parent_digest, "data_digest": data_digest, "commit": git_commit(),
             "python": sys.version.split()[0], "versions": {name: version(name) for name in PACKAGES}, **facts}
 
 
-def lineage(checkpoint):
-    """What was spent on a checkpoint, as its run.json or growth.json says; an empty dict where neither does.
+def lineage(checkpoint: str | Path) -> dict[str, Any]:
+    """The training that a checkpoint has had, from its growth.json or run.json; empty if it has neither.
 
-    "flops": floating-point operations of training, those on the checkpoints before it included; "text": the text that
-    was pretrained on and the place reached in its stream of samples, {data_digest, seed, seq_length, …, samples};
-    "tasks": those it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}].
+    Returns:
+        A dictionary with some of the keys
+        "flops": floating-point operations of training, including those of the checkpoints it was made from;
+        "text": the text it was pretrained on and the position reached in its sample stream, {data_digest, seed,
+        seq_length, max_train_samples, samples};
+        "tasks": the tasks it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}].
     """
-    found = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
-    return read_json(found[0]).get("lineage", {}) if found else {}
+    paths = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
+    return read_json(paths[0]).get("lineage", {}) if paths else {}
 
 
-def changed(old, new, ignored=()):
-    """How two mappings differ, as sentences."""
+def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """The differences between two mappings, as sentences."""
     return [f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
             for name in sorted((old.keys() | new.keys()) - set(ignored)) if old.get(name) != new.get(name)]
 
 
-def differences(run, path, defaults):
-    """How a run differs from the one recorded in a run.json, as sentences; an empty list where it does not.
+def differences(record: Mapping[str, Any], path: Path, defaults: Mapping[str, Any]) -> list[str]:
+    """The differences between a run and the one recorded in a run.json, as sentences.
 
-    A setting that was not there yet when the run was recorded had its default value.
+    A setting that the file lacks, because it did not exist yet, had its default value.
     """
     recorded = read_json(path)
-    found = changed(defaults | recorded.get("settings", {}), run["settings"], OPERATIONAL)
-    return found + [f"{what} ({recorded.get(key)!s:.12} there, {run.get(key)!s:.12} here)"
-                    for key, what in (("parent_digest", "it started from other weights"),
-                                      ("data_digest", "it was trained on other data"),
-                                      ("rehearsed", "it trained on other data of earlier tasks again"))
-                    if recorded.get(key) != run.get(key)]
+    found = changed({**defaults, **recorded.get("settings", {})}, record["settings"], OPERATIONAL)
+    return found + [f"{what} differ ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
+                    for key, what in DIGESTS.items() if recorded.get(key) != record.get(key)]
 
 
-def identity(run):
-    """What two runs have to agree on to give the same weights."""
-    settings = {name: value for name, value in run["settings"].items() if name not in OPERATIONAL}
-    return {"settings": settings} | {key: run.get(key) for key in ("parent_digest", "data_digest", "rehearsed")}
+def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's record that is equal for two runs with the same weights."""
+    settings = {name: value for name, value in record["settings"].items() if name not in OPERATIONAL}
+    return {"settings": settings} | {key: record.get(key) for key in DIGESTS}
 
 
-def data_digest(path):
+def data_digest(path: str | Path) -> str:
     """SHA-256 of a task file, or of a shard directory's meta.json, which holds the digests of the shards."""
-    meta = Path(path) / "meta.json"
-    if not Path(path).is_file() and not meta.is_file():
+    path = Path(path)
+    file = path if path.is_file() else path / "meta.json"
+    if not file.is_file():
         raise UserError(f"{path} does not exist or is not a directory of token shards with a meta.json: make it with "
                         "data_prep.py text")
-    return digest([path if Path(path).is_file() else meta])
+    return digest([file])

@@ -180,12 +180,12 @@ def out_of_bounds(name: str, value: float, bounds: Mapping[str, float | None]) -
     if math.isfinite(value) and (low is None or value >= low) and (above is None or value > above) and \
             (high is None or value <= high) and (below is None or value < below):
         return []
-    if low is not None and (high is not None or below is not None):
-        expected = f"a number from {low} to " + (f"{high}" if high is not None else f"below {below}")
-    elif above is not None:
-        expected = f"a number above {above}" + (f" and at most {high}" if high is not None else "")
+    lower = f"above {above}" if above is not None else ""
+    upper = f"at most {high}" if high is not None else f"below {below}" if below is not None else ""
+    if low is not None:
+        expected = f"a number from {low} to {upper.removeprefix('at most ')}" if upper else f"at least {low}"
     else:
-        expected = f"at least {low}" if low is not None else "a finite number"
+        expected = f"a number {' and '.join(filter(None, (lower, upper)))}" if lower or upper else "a finite number"
     return [f"{name} is {value}, expected {expected}"]
 
 
@@ -206,9 +206,10 @@ def make_parser(cls: type, description: str, prog: str | None) -> Parser:
                         help="print every setting, its value and where it comes from, and exit")
     for field in dataclasses.fields(cls):
         base, choices, _, many = parts(field.type)
-        default = ",".join(map(str, field.default)) if many and field.default else field.default
+        default: Any = field.default
+        default = ",".join(map(str, default)) if many and default else default
         help = field.metadata["help"] + (f" (default: {default})" if default is not None else "")
-        kind = {"nargs": "?", "const": "true"} if base is bool else {}
+        kind: dict[str, Any] = {"nargs": "?", "const": "true"} if base is bool else {}
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base] + ",…" * many
         parser.add_argument(f"--{field.name}", metavar=metavar, help=help.replace("%", "%%"), **kind)
     return parser
@@ -232,7 +233,8 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
         found.update(read_toml(path), path)
     by_flags = Resolved(cls)
     by_flags.update(flags, "the flags")
-    size, phase = ({**found.values, **by_flags.values}.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
+    values = {**found.values, **by_flags.values}
+    size, phase = (values.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
     if "size" in found.fields and size in known("size") and phase is not None:
         tables = read_config("size", size)
         if phase in tables:
@@ -240,11 +242,12 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
         else:
             found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
     for name, field in found.fields.items():
-        preset = by_flags.values.get(name, found.values.get(name))
+        preset = values.get(name)
         if field.metadata["overlay"] and preset in known(field.metadata["names"]):
             file = f"configs/{field.metadata['names']}/{preset}.toml"
             found.update(read_toml(ROOT / file), file)
-    found.update(by_flags.values, "flag")
+    found.values |= by_flags.values
+    found.origins |= dict.fromkeys(by_flags.values, "flag")
     problems = found.problems + by_flags.problems
     if not problems:
         cfg = cls(**found.values)

@@ -1,1 +1,1 @@
-"""Text and task data: documents, token shards, task files, prompts. May import common and model."""
+"""Training data: documents, token shards, raw and preprocessed task files, prompts. It may import common and model."""

@@ -1,54 +1,58 @@
-"""Documents of the installed packages, of text files or of a dataset on the Hub, and which of them are held out."""
+"""Documents for pretraining: installed documentation, text files or a Hub dataset; and the choice of held-out ones."""
 import ast
 import glob
 import json
 import sysconfig
 import warnings
 import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from common.files import UserError
+from common.files import UserError, first_line
 
-VALIDATION_PER_MILLE = 10  # of the documents of a text, held out
+VALIDATION_PER_MILLE = 10  # documents per thousand that are held out for validation
+DOCUMENT_CHARACTERS = 10_000  # a .txt file is cut into documents of about this length
 
-PIECE_CHARACTERS = 10_000  # of a .txt file make a document
-
-# Packages that come with the requirements and are documented at length; a fixed list, so that other packages do not
-# change the text. Other versions of these do: the digests in run.json tell texts apart.
-DOCUMENTED = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy", "sklearn",
-              "sympy", "torch")
+# Well-documented packages from requirements.txt. The list is fixed, so that other installed packages do not change the
+# text. Other versions of these packages do change it; the data digest in run.json shows the difference.
+DOCUMENTED_PACKAGES = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy",
+                       "sklearn", "sympy", "torch")
 
 
-def read_documents(source, text_column="text", dataset_config=None, max_documents=None):
-    """Yields the documents of a source: "docs" (the installed packages' documentation), a .txt or .jsonl file, a folder
-    of them, or the name of a Hub dataset. text_column: the field of a line, or the column, that holds the text."""
+def read_documents(source: str, text_column: str = "text", dataset_config: str | None = None,
+                   max_documents: int | None = None) -> Iterator[str]:
+    """Yields the non-empty ones of the first `max_documents` documents of a source.
+
+    `source` is "docs" (documentation of the installed packages), a .txt or .jsonl file, a folder of such files, or the
+    name of a Hub dataset. `text_column` is the field of a .jsonl line, or the dataset column, that holds the text.
+    """
     path = Path(source)
+    documents: Iterable[str]
     if source == "docs":
-        documents = installed_documentation()
+        documents = read_installed_docs()
     elif path.exists():
-        files = sorted(glob.glob(f"{path}/**/*", recursive=True)) if path.is_dir() else [path]
-        files = [file for file in map(Path, files) if file.suffix in (".txt", ".jsonl")]
+        names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
+        files = [path / name for name in names if (path / name).suffix in (".txt", ".jsonl")]
         if not files:
             raise UserError(f"{source}: expected a .txt or .jsonl file, or a folder of them")
         documents = chain.from_iterable(read_text_file(file, text_column) for file in files)
     else:
         rows = load_hub_dataset(source, "train", [text_column], dataset_config, streaming=True)
         documents = (row[text_column] for row in rows)
-    for text in islice(documents, max_documents):
-        if text.strip():
-            yield text
+    return (text for text in islice(documents, max_documents) if text.strip())
 
 
-def read_text_file(path, column):
-    """Yields the documents of a file: pieces of a .txt, cut at ends of lines; a field of every line of a .jsonl."""
+def read_text_file(path: Path, column: str) -> Iterator[str]:
+    """Yields the documents of a file: pieces of a .txt file, cut at line ends, or one field of each .jsonl line."""
     with open(path, encoding="utf-8") as file:
         try:
-            while path.suffix == ".txt" and (lines := file.readlines(PIECE_CHARACTERS)):
+            while path.suffix == ".txt" and (lines := file.readlines(DOCUMENT_CHARACTERS)):
                 yield "".join(lines)
             for number, line in enumerate(file, 1):
                 try:
@@ -63,52 +67,57 @@ def read_text_file(path, column):
 
 
 @cache
-def installed_documentation():
-    """The documentation in this Python and in DOCUMENTED, a document a module: every docstring once, in the order of
-    the source, and the language reference in pydoc_data.topics. English text that is on every machine."""
+def read_installed_docs() -> list[str]:
+    """Documentation of the standard library and of DOCUMENTED_PACKAGES: English text that needs no download.
+
+    Each module is one document with its docstrings in source order; a repeated docstring is kept once. The language
+    reference (pydoc_data.topics) comes first.
+    """
     from pydoc_data.topics import topics
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    roots = [library, *(packages / name for name in DOCUMENTED)]
+    roots = [library, *(packages / name for name in DOCUMENTED_PACKAGES)]
     files = [file for root in roots for file in sorted(root.rglob("*.py"))
              if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
-    seen, documents = set(), [topics[name] for name in sorted(topics)]
+    seen: set[str] = set()
+    documents = [topics[name] for name in sorted(topics)]
     with ProcessPoolExecutor() as pool:
-        found = pool.map(docstrings, files, chunksize=64)
-        for texts in tqdm(found, "reading documentation", len(files), unit="file", disable=None):
-            new = [text for text in dict.fromkeys(texts) if text not in seen]
+        modules = pool.map(read_docstrings, files, chunksize=64)
+        for docstrings in tqdm(modules, "reading documentation", len(files), unit="file", disable=None):
+            new = [text for text in dict.fromkeys(docstrings) if text not in seen]
             seen.update(new)
             documents.append("\n\n".join(new))
     return documents
 
 
-def docstrings(path):
-    """The docstrings of a Python source file, top to bottom; none where it cannot be read."""
+def read_docstrings(path: Path) -> list[str]:
+    """The docstrings of a Python source file in source order; an empty list if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other people's backslashes
+            warnings.simplefilter("ignore")  # invalid escape sequences in third-party code
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError, MemoryError):
         return []
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    nodes = sorted((node for node in ast.walk(tree) if isinstance(node, kinds)), key=lambda n: getattr(n, "lineno", 0))
+    nodes = [node for node in ast.walk(tree)
+             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
-def load_hub_dataset(name, split, columns, config=None, revision=None, streaming=False):
-    """The rows of a dataset on the Hub, or of a local directory of parquet files, with some of its columns.
+def load_hub_dataset(name: str, split: str, columns: list[str], config: str | None = None,
+                     revision: str | None = None, streaming: bool = False) -> Iterable[dict[str, Any]]:
+    """The rows of a Hub dataset, or of a local directory of parquet files, with the given columns.
 
-    config is the dataset's configuration (such as "en"), revision a branch such as "refs/convert/parquet".
+    `config` is the dataset's configuration (such as "en"), `revision` a branch (such as "refs/convert/parquet").
     """
     from datasets import load_dataset
     try:
-        rows = load_dataset(str(name), config, split=split, revision=revision, streaming=streaming)
+        rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
         return rows.select_columns(columns)
-    except Exception as error:  # datasets and huggingface_hub raise many kinds: network, name, split, columns
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the split {split!r} of {name}: {reason}. Without a network, put raw files into a "
-                        "folder and name it, or use the sample") from None
+    except Exception as error:  # datasets and huggingface_hub raise many types: network, name, split, columns
+        raise UserError(f"cannot read the split {split!r} of {name}: {first_line(error)}. Without a network, put raw "
+                        "files into a folder and name it, or use the sample") from None
 
 
-def held_out(text):
-    """Whether a document belongs to the validation split."""
+def is_held_out(text: str) -> bool:
+    """Whether a document belongs to the validation split; depends only on the text."""
     return zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE

@@ -1,98 +1,99 @@
-"""The items of the sample suite, made from held-out text and from data/sample, so that no download is needed.
+"""The sample suite: multiple-choice items made from held-out documentation and data/sample, without any download.
 
-In each item the right choice stands among three that are right ones of other items, from other documents. What is
-frequent in itself is so right as often as wrong: a model that does not use the context gets a quarter.
+The three wrong choices of an item are right choices of items from other documents. The frequency of a choice therefore
+does not tell whether it is right, and a model that ignores the context scores 1/4.
 """
+import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-CONTEXT, CONTINUATION = 40, 8  # words of a text and of what may follow it
+from common.files import new_directory, read_json_lines, write_text
+from common.settings import ROOT, read_config
+from corpus.documents import is_held_out, read_documents
+from corpus.raw_tasks import read_raw_split
 
-SENTENCE = 14  # words before a term
-
-PASSAGE = 50  # words of a passage, with the word that is asked for in it
-
-PER_DOCUMENT = 80  # items of one kind from one document at most, since some are very long
+CONTEXT_WORDS, CONTINUATION_WORDS = 40, 8
+SENTENCE_WORDS = 14  # context of a term
+PASSAGE_WORDS = 50  # context of a term that occurs in it
+MAX_PER_DOCUMENT = 80  # items of one kind from one document; some documents are very long
 
 WORD = re.compile(r"[A-Za-z][a-z]+[.,;:]?|a|I")
-
 TERM = re.compile(r"[a-z]{5,}")
 
+Question = tuple[int, str, str]  # (document number, context, right answer)
 
-def build_suite(documents, questions):
-    """Items {"terms", "continuation", "reading"} of {context, choices, label}; those of "reading" have a `kind` too.
 
-    documents: held-out texts. questions: {text, question} of passages and the question that each answers.
+def write_suite(directory: str | Path) -> dict[str, list[dict]]:
+    """Writes the JSONL files that configs/eval/sample.toml names; returns the items by file name."""
+    passages = read_raw_split(ROOT / "data/sample" / read_config("task", "inqqg")["folder"], "test")
+    suite = build_suite(filter(is_held_out, read_documents("docs")), [item["src_info"] for item in passages])
+    suite["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
+    with new_directory(directory) as folder:
+        for name, items in suite.items():
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    return suite
+
+
+def build_suite(documents: Iterable[str], questions: list[dict]) -> dict[str, list[dict]]:
+    """Items {"terms", "continuation", "reading"} of {context, choices, label}; "reading" items also have a `kind`.
+
+    `questions` are dictionaries {text, question}: a passage and the question that it answers.
     """
-    streams = [words for words in map(prose, documents) if len(words) > PASSAGE + SENTENCE]
-    common = {word for word, count in Counter(word for words in streams for word in set(words)).items()
-              if count > len(streams) / 2}  # function words are no terms
+    texts = [words for words in map(prose_words, documents) if len(words) > PASSAGE_WORDS + SENTENCE_WORDS]
+    counts = Counter(word for words in texts for word in set(words))
+    common = {word for word, count in counts.items() if count > len(texts) / 2}  # function words, not terms
     answered = [(number, f"{item['text']}\nQuestion:", item["question"]) for number, item in enumerate(questions)]
-    reading = {"word in the passage": passages(streams, common), "question it answers": answered}
-    return {"terms": choose(terms(streams, common)), "continuation": choose(continuations(streams)),
-            "reading": [item | {"kind": kind} for kind, found in reading.items() for item in choose(found)]}
+    reading = {"word in the passage": term_questions(texts, common, PASSAGE_WORDS, repeated=True),
+               "question it answers": answered}
+    return {"terms": add_choices(term_questions(texts, common, SENTENCE_WORDS, repeated=False)),
+            "continuation": add_choices(continuation_questions(texts)),
+            "reading": [item | {"kind": kind} for kind, asked in reading.items() for item in add_choices(asked)]}
 
 
-def prose(text):
-    """The words of those paragraphs of a text that are prose: code, tables and lists of arguments are left out."""
+def prose_words(text: str) -> list[str]:
+    """The words of a text's prose paragraphs; code, tables and argument lists are skipped."""
     paragraphs = [paragraph.split() for paragraph in re.split(r"\n\s*\n", text)]
     return [word for words in paragraphs if len(words) >= 8
             and sum(bool(WORD.fullmatch(word)) for word in words) >= 0.8 * len(words) for word in words]
 
 
-def continuations(streams):
-    """(document, text, the words that follow it)."""
-    size = CONTEXT + CONTINUATION
-    return [(number, " ".join(words[start:start + CONTEXT]), " ".join(words[start + CONTEXT:start + size]))
-            for number, words in enumerate(streams) for start in spread(range(0, len(words) - size + 1, size))]
+def continuation_questions(texts: list[list[str]]) -> list[Question]:
+    """Questions for the words that follow a context."""
+    size = CONTEXT_WORDS + CONTINUATION_WORDS
+    return [(number, " ".join(words[start:start + CONTEXT_WORDS]), " ".join(words[start + CONTEXT_WORDS:start + size]))
+            for number, words in enumerate(texts) for start in subsample(range(0, len(words) - size + 1, size))]
 
 
-def terms(streams, common):
-    """(document, the words before a term, the term)."""
-    found = []
-    for number, words in enumerate(streams):
-        places = [place for place in range(SENTENCE, len(words)) if TERM.fullmatch(words[place])
-                  and words[place] not in common and words[place] not in words[place - SENTENCE:place]]
-        found += [(number, " ".join(words[place - SENTENCE:place]), words[place])
-                  for place in spread(thin(places, SENTENCE))]
-    return found
+def term_questions(texts: list[list[str]], common: set[str], num_words: int, repeated: bool) -> list[Question]:
+    """Questions for the term after `num_words` words, which occurs among them (but the last three) if `repeated`."""
+    questions = []
+    for number, words in enumerate(texts):
+        positions: list[int] = []
+        for end in range(num_words, len(words)):
+            earlier = words[end - num_words:end - 3 if repeated else end]
+            if TERM.fullmatch(words[end]) and words[end] not in common and (words[end] in earlier) == repeated \
+                    and (not positions or end - positions[-1] >= SENTENCE_WORDS):
+                positions.append(end)
+        questions += [(number, " ".join(words[end - num_words:end]), words[end]) for end in subsample(positions)]
+    return questions
 
 
-def passages(streams, common):
-    """(document, a passage and the beginning of what follows, a term that comes next and stands in the passage)."""
-    found = []
-    for number, words in enumerate(streams):
-        places = [place for place in range(PASSAGE, len(words)) if TERM.fullmatch(words[place])
-                  and words[place] not in common and words[place] in words[place - PASSAGE:place - 3]]
-        found += [(number, " ".join(words[place - PASSAGE:place]), words[place])
-                  for place in spread(thin(places, SENTENCE))]
-    return found
+def subsample(positions: Sequence[int]) -> Sequence[int]:
+    """At most MAX_PER_DOCUMENT of the positions, evenly spaced."""
+    return positions[::max(1, -(-len(positions) // MAX_PER_DOCUMENT))]
 
 
-def thin(places, distance):
-    """Some of the places, at least so far apart."""
-    kept = []
-    for place in places:
-        if not kept or place - kept[-1] >= distance:
-            kept.append(place)
-    return kept
-
-
-def spread(places):
-    """At most PER_DOCUMENT of the places, evenly taken."""
-    step = max(1, -(-len(places) // PER_DOCUMENT))
-    return places[::step]
-
-
-def choose(found, seed=0):
-    """Items from (document, context, right choice): the three others are drawn from other documents' right choices."""
+def add_choices(questions: list[Question], seed: int = 0) -> list[dict]:
+    """Items of four choices, the wrong ones drawn from right answers in other documents."""
     rng, items = np.random.default_rng(seed), []
-    for number, context, right in found:
+    for number, context, right in questions:
         choices = [right]
-        for place in rng.permutation(len(found)):
-            other, text, wrong = found[place]
+        for index in rng.permutation(len(questions)):
+            other, _, wrong = questions[index]
             if other != number and wrong not in choices and not set(wrong.split()) <= set(context.split()):
                 choices.append(wrong)
             if len(choices) == 4:

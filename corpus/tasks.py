@@ -1,48 +1,45 @@
-"""Task files: raw and preprocessed, and prompts. A task is fine-tuned on as an SFTDataset."""
-import re
-import sys
+"""Preprocessed task files (writer and reader), the prompt, and a task as samples for supervised fine-tuning."""
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common.files import UserError, read_json
+from common.files import UserError, read_json, write_text
+from model.tokenizer import Tokenizer
 
-# The Alpaca form (Taori et al., 2023). The marker also tells a source that is a whole prompt already.
+# The Alpaca prompt (Taori et al., 2023). A source that already ends with the marker is used as the whole prompt.
 RESPONSE = "### Response:"
 
 PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
           "Write a response that appropriately completes the request.\n\n{source}\n\n" + RESPONSE)
 
+SPLITS = ("train", "eval", "test")
 SPLIT_SEED = 42
 
-BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank's names, in either case
 
+class SFTDataset(list):
+    """Items of a preprocessed task file, tokenized for supervised fine-tuning: a list of samples.
 
-class SFTDataset:
-    """One split of a preprocessed task file, tokenized for fine-tuning.
-
-    A sample is <bos> + the prompt, then the target + <eos>. Source and target are tokenized apart and cut to
-    `max_source_length` and `max_target_length` tokens; the loss falls on the target, with `train_on_source` on all.
+    A sample is (token ids, index of the first target). The ids are <bos> + prompt, then target + <eos>. Source and
+    target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens. The loss covers
+    the target, and the prompt as well if `train_on_source`.
     """
 
-    def __init__(self, items, tokenizer, max_source_length, max_target_length, train_on_source=False):
+    def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,
+                 train_on_source: bool = False):
         sources = encode_prompts(tokenizer, [item["input"] for item in items], max_source_length)
         targets = tokenizer.encode_batch([item["output"] for item in items])
-        self.samples = [
+        super().__init__(
             (np.array(source + target[:max_target_length - 1] + [tokenizer.eos_id], dtype=np.int64),
-             1 if train_on_source else len(source)) for source, target in zip(sources, targets)]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        return self.samples[index]
+             1 if train_on_source else len(source)) for source, target in zip(sources, targets))
 
 
-def encode_prompts(tokenizer, sources, max_length):
+def encode_prompts(tokenizer: Tokenizer, sources: list[str], max_length: int) -> list[list[int]]:
     """Token ids of <bos> + prompt for each source text, at most `max_length` of them.
 
-    A prompt that is too long loses the end of its source and keeps the response marker, without which the model
-    would be asked to go on with the source.
+    A long prompt loses the end of its source but keeps the response marker; without the marker the model would
+    continue the source.
     """
     prompts = [source if source.rstrip().endswith(RESPONSE) else PROMPT.format(source=source) for source in sources]
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -51,91 +48,41 @@ def encode_prompts(tokenizer, sources, max_length):
     return [ids if len(ids) <= max_length else ids[:max_length - len(marker)] + marker for ids in encoded]
 
 
-def read_task(path):
-    """The splits {"train", "eval", "test"} of a preprocessed task file, items without a target left out.
+def split_indices(count: int, eval_size: float) -> tuple[list[int], list[int]]:
+    """(training, evaluation) indices, equal to those of `train_test_split(eval_size, shuffle=True, seed=SPLIT_SEED)` in
+    Hugging Face datasets. `eval_size` is a share below 1, or a number of samples."""
+    num_eval = int(np.ceil(eval_size * count)) if eval_size < 1 else int(eval_size)
+    if num_eval >= count:
+        raise UserError(f"eval_dataset_size takes {num_eval} of {count} training items: lower it")
+    order = np.random.default_rng(SPLIT_SEED).permutation(count).tolist()
+    return order[num_eval:], order[:num_eval]
 
-    Also returns what was left out, as a list of names such as "train[3]". Raises UserError for a file that is not in
-    the format.
+
+def write_task(path: str | Path, splits: dict[str, list[dict]]) -> bool:
+    """Writes {"train", "eval", "test"} as a preprocessed task file; returns whether the file has changed."""
+    text = json.dumps(splits, ensure_ascii=False, indent=1) + "\n"
+    if Path(path).exists() and Path(path).read_text(encoding="utf-8") == text:
+        return False
+    write_text(path, text)
+    return True
+
+
+def read_task(path: str | Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The splits {"train", "eval", "test"} of a preprocessed task file, and the names of skipped items ("train[3]").
+
+    Items without a target are skipped. Raises UserError if the file does not have the format.
     """
     splits = read_json(path)
-    names = ("train", "eval", "test")
-    if not isinstance(splits, dict) or not all(isinstance(splits.get(name), list) for name in names):
-        raise UserError(f"{path} is no preprocessed task file: expected an object with the lists train, eval and test")
-    dropped = []
-    for name in names:
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(name), list) for name in SPLITS):
+        raise UserError(f"{path} is not a preprocessed task file: expected an object with the lists "
+                        + ", ".join(SPLITS))
+    skipped = []
+    for name in SPLITS:
         for index, item in enumerate(splits[name]):
             if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "output")):
-                raise UserError(f"{path}: {name}[{index}] is no object with the texts 'input' and 'output'")
-        dropped += [f"{name}[{index}]" for index, item in enumerate(splits[name]) if not item["output"].strip()]
+                raise UserError(f"{path}: {name}[{index}] is not an object with the texts 'input' and 'output'")
+        skipped += [f"{name}[{index}]" for index, item in enumerate(splits[name]) if not item["output"].strip()]
         splits[name] = [item for item in splits[name] if item["output"].strip()]
     if not splits["train"]:
         raise UserError(f"{path} holds no training samples")
-    return splits, dropped
-
-
-def clean(text):
-    """A text with its brackets back in place of -LRB-, -RRB-, -LSB-, -RSB-, and no white space around it."""
-    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
-
-
-def read_raw_files(folder, word):
-    """The items of all raw files in a folder with `word` ("train" or "test") in their names, in the files' order.
-
-    An item without a target is left out; how many, and which, is printed.
-    """
-    paths = [path for path in sorted(folder.glob("*.json")) if role(path) == word]
-    if not paths:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise UserError(f"{folder} holds no {word} file: expected a *.json with {word!r} in its name; found {found}")
-    items, empty = [], []
-    for path in paths:
-        raw = read_json(path)
-        lists = {key: raw.get(key) if isinstance(raw, dict) else None for key in ("src", "tgt", "src_info")}
-        if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
-            raise UserError(f"{path} lacks the list {', '.join(missing)}: expected one object with the lists src, tgt "
-                            "and src_info")
-        lengths = {key: len(value) for key, value in lists.items()}
-        if len(set(lengths.values())) > 1:
-            raise UserError(f"{path}: the lists differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
-        for number, (source, target, info) in enumerate(zip(*lists.values())):
-            targets = [text or "" for text in (target if isinstance(target, list) else [target])]  # null is empty
-            if not isinstance(info, dict) or not all(isinstance(text, str) for text in (source, *targets)):
-                raise UserError(f"{path}: item {number}: expected a text as src, a text or a list of texts as tgt, and "
-                                "an object as src_info")
-            references = [clean(text) for text in targets]
-            if not references or not references[0]:
-                empty.append(f"{path.name}[{number}]")
-                continue
-            item = {"input": clean(source), "output": references[0], "src_info": info, "index": len(items) + len(empty)}
-            items.append(item | ({"references": references} if len(references) > 1 else {}))
-    if empty:
-        more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
-        print(f"{folder}: {len(empty)} {word} items have an empty target and are left out: "
-              f"{', '.join(empty[:20])}{more}", file=sys.stderr)
-    if not items:
-        raise UserError(f"{folder}: its {word} files hold no item with a target")
-    return items
-
-
-def role(path):
-    """"train", "test" or None: which of the words is in a raw file's name, after the prompt's name if it can be told.
-
-    The prompt's name comes first and may hold either word itself: constrain_start+make_a_title.test.json is a test.
-    """
-    for part in (path.name.partition(".")[2], path.name):
-        found = [word for word in ("train", "test") if word in part]
-        if len(found) == 2:
-            raise UserError(f"{path} has both train and test in its name: rename it")
-        if found:
-            return found[0]
-    return None
-
-
-def split_indices(count, size, seed=SPLIT_SEED):
-    """(training, evaluation) indices, as `train_test_split(test_size=size, shuffle=True, seed=seed)` of Hugging
-    Face's datasets gives them; size is a share below 1, or a number of samples."""
-    held_out = int(np.ceil(size * count)) if size < 1 else int(size)
-    if held_out >= count:
-        raise UserError(f"eval_dataset_size takes {held_out} of {count} training items: lower it")
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    return order[held_out:], order[:held_out]
+    return splits, skipped

@@ -1,1 +1,4 @@
-"""Benchmarks by lm-eval and metrics of generated text. May import common, model and corpus; not training."""
+"""Evaluation of a checkpoint: text metrics of generated test sets, and benchmarks through lm-eval.
+
+May import common, model and corpus. Must not import training.
+"""

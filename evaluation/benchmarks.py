@@ -1,9 +1,13 @@
-"""Benchmarks by lm-eval: suites of them, our model in lm-eval's terms, calibration beside its figures."""
+"""Runs a suite of benchmarks through lm-eval, and adds calibration to its results."""
 import contextlib
+import dataclasses
 import functools
 import logging
-import math
 import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -11,91 +15,118 @@ import lm_eval
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
-from common.files import UserError, first_line
-from evaluation.calibration import averaged, calibration
+from common.files import digest, read_json
+from common.provenance import git_commit
 from evaluation.harness import HarnessModel
-from evaluation.lm_eval_files import figure
-from evaluation.lm_eval_tasks import check_tasks, leaves, local_task, task_manager
+from evaluation.lm_eval_tasks import load_suite, task_manager
+from evaluation.metrics import average_log_probs, calibration_metrics
+from evaluation.parallel import ParallelModel
+from evaluation.result_files import is_same_run, sample_files, write_results
+from evaluation.suites import Benchmark
+from model.checkpoint import checkpoint_digest
+from model.parameter_files import POSTERIOR
 
-CALIBRATION = ("ece", "nll", "brier")  # as metrics.calibration names them
+Answers = dict[str, list[dict[str, Any]]]  # task -> its items with the model's answers, lm-eval's "samples"
 
 
-def run_suite(suite, scorer, limit=None, draws=()):
-    """Runs the benchmarks of a suite in one call of lm-eval's `simple_evaluate`.
+def evaluate_suite(suite: list[Benchmark], model: ParallelModel, out: Path, run: dict[str, Any],
+                   posterior_samples: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Runs a suite and writes the results to `out`, unless complete results of the same run exist.
 
-    draws: (directory, key) of draws of the weights from the posterior there. For each of them the multiple-choice
-    benchmarks are run again, and accuracy and calibration by the probabilities averaged over the draws stand beside
-    the other figures, as `acc,sampled` and so on. The model keeps the last draw.
-
-    Returns its results, in its own layout with calibration added; {task: its items as lm-eval answered them}; and
-    {name: reason} of benchmarks whose dataset could not be had. limit: items of each task. None in place of results
-    where no benchmark could be run.
+    Returns the content of the results file: lm-eval's results with "run", "tokens" and "missing" added. Older results
+    of the same benchmarks are removed.
     """
-    loaded, missing = {}, {}
+    source = model.tokenizer.directory
+    run = run | {"lm_eval": version("lm_eval"), "suite": [
+        dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
+    if posterior_samples:
+        run |= {"posterior_samples": posterior_samples, "seed": seed,
+                "checkpoint_digest": checkpoint_digest(source, POSTERIOR)}
+    for path in sorted(out.glob("results_*.json"), reverse=True):
+        results = read_json(path)
+        if is_same_run(results.get("run", {}), run) and not results["missing"]:
+            print(f"{path} already exists, with the same model, data and settings", flush=True)
+            return results
+    samples = [(source, ("weights", seed, number)) for number in range(posterior_samples)]
+    results, answers, missing = run_suite(suite, model, run["limit"], samples)
+    results |= {"run": run | {"commit": git_commit()}, "tokens": model.counts, "missing": missing}
+    if results["results"]:
+        superseded = [path for path in out.glob("results_*.json")  # results of other programs have no "run"
+                      if "run" in (old := read_json(path)) and old["results"].keys() & results["results"].keys()]
+        write_results(out, results, answers)
+        for path in superseded:
+            for file in (path, *sample_files(path).values()):
+                file.unlink()
+    return results
+
+
+def run_suite(suite: list[Benchmark], model: ParallelModel, limit: int | None = None,
+              posterior_samples: Sequence[tuple[Path, tuple]] = ()) -> tuple[dict[str, Any], Answers, dict[str, str]]:
+    """Runs all benchmarks of a suite, `limit` items of each task, in one call of lm-eval's `simple_evaluate`.
+
+    Returns lm-eval's results with calibration added, the answers, and {name: reason} for benchmarks whose datasets are
+    not available. For each posterior sample, (directory of the posterior, key of the sample), the multiple-choice
+    benchmarks run again; accuracy and calibration of the averaged probabilities are added as "acc,sampled" and so on.
+    The model keeps the weights of the last sample.
+    """
     with quiet():
-        for benchmark in suite:
-            if benchmark.file:
-                loaded[benchmark.name] = local_task(benchmark)
-                continue
-            try:
-                loaded[benchmark.name] = task_manager().load(benchmark.name)
-            except Exception as error:  # of datasets, of the Hub, of its HTTP library
-                missing[benchmark.name] = first_line(error)
-                if isinstance(error, ConnectionError):  # the others are in the cache or not: no more retries of 20 s
-                    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-                continue
-            for task in leaves(loaded[benchmark.name]):
-                task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
+        loaded, missing = load_suite(suite)
         if not loaded:
-            return None, {}, missing
-        check_tasks(suite, loaded)
-        given = [built if isinstance(built, ConfigurableTask) else
-                 next(iter((built["groups"] or built["tasks"]).values())) for built in loaded.values()]
-        ask = functools.partial(lm_eval.simple_evaluate, HarnessModel(scorer), limit=limit, task_manager=task_manager())
-        results = ask(tasks=given)
-        samples = results.pop("samples")
-        given = [task for task, built in zip(given, loaded.values())
-                 if all(leaf.OUTPUT_TYPE == "multiple_choice" for leaf in leaves(built))]
-        drawn = []
-        for directory, key in draws if given else ():
-            scorer.draw_weights(directory, key)
-            drawn.append(ask(tasks=given)["samples"])
-    for name, built in loaded.items():
-        for title, tasks in ({task.task_name: [task] for task in leaves(built)} | {name: leaves(built)}).items():
-            def scored(found, tasks=tasks):
-                return [score for task in tasks for score in option_scores(task, found.get(task.task_name, ()))]
-            if not (scores := scored(samples)):
-                continue
-            figures = {f"{key},none": value for key, value in calibration(*zip(*scores)).items()}
-            if each := [answers for found in drawn if (answers := scored(found))]:
-                right = [gold for _, gold in scores]
-                mixed = [averaged([options for options, _ in answers]) for answers in zip(*each)]
-                figures["acc,sampled"] = float(np.mean([log_p.argmax() == gold for log_p, gold in zip(mixed, right)]))
-                figures |= {f"{key},sampled": value for key, value in calibration(mixed, right).items()}
-            results["results"][title] |= figures
-    return results, samples, missing
+            return {"results": {}}, {}, missing
+        evaluate = functools.partial(lm_eval.simple_evaluate, HarnessModel(model), limit=limit,
+                                     task_manager=task_manager())
+        results = evaluate(tasks=[root for root, _ in loaded.values()])
+        answers = results.pop("samples")
+        multiple_choice = [root for root, tasks in loaded.values()
+                           if all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)]
+        sampled = []
+        for directory, key in posterior_samples if multiple_choice else ():
+            model.load_posterior_sample(directory, key)
+            sampled.append(evaluate(tasks=multiple_choice)["samples"])
+    for benchmark, (_, tasks) in loaded.items():
+        for name, members in ({task.task_name: [task] for task in tasks} | {benchmark: tasks}).items():
+            results["results"][name] |= calibration_results(members, answers, sampled)
+    return results, answers, missing
 
 
-def option_scores(task, samples):
-    """(log-likelihoods of the options, index of the right one) of a multiple-choice task's samples; none of others.
+def calibration_results(tasks: list[ConfigurableTask], answers: Answers, sampled: list[Answers]) -> dict[str, float]:
+    """Calibration over the items of all `tasks`, under lm-eval's keys; empty if they are not multiple-choice.
 
-    A task that judges its options in a way of its own may have several right ones, but for those ranked by r@1.
+    `sampled` holds the answers of each posterior sample; the probabilities are averaged over them.
     """
-    if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results and "r@1" not in task.aggregation():
-        return []
-    found = []
-    for sample in samples:
-        choices = task.doc_to_choice(sample["doc"])
-        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
-        gold = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
-        if isinstance(gold, int) and 0 <= gold < len(choices):
-            found.append(([score for score, _ in sample["filtered_resps"]][:len(choices)], gold))
-    return found
+    if not (scores := option_scores(tasks, answers)):
+        return {}
+    results = {f"{key},none": value for key, value in calibration_metrics(*zip(*scores)).items()}
+    if sampled_scores := list(filter(None, (option_scores(tasks, one) for one in sampled))):
+        targets = [target for _, target in scores]
+        averaged = [average_log_probs([options for options, _ in item]) for item in zip(*sampled_scores)]
+        results["acc,sampled"] = float(np.mean([log_p.argmax() == target for log_p, target in zip(averaged, targets)]))
+        results |= {f"{key},sampled": value for key, value in calibration_metrics(averaged, targets).items()}
+    return results
+
+
+def option_scores(tasks: list[ConfigurableTask], answers: Answers) -> list[tuple[list[float], int]]:
+    """(log-likelihoods of the options, index of the right one) of each item of multiple-choice tasks.
+
+    Other tasks are left out, and tasks with their own `process_results`, since several options may be right there; r@1
+    is an exception. Items without a valid target are left out as well.
+    """
+    scores = []
+    for task in tasks:
+        if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results and "r@1" not in task.aggregation():
+            continue
+        for sample in answers.get(task.task_name, ()):
+            choices = task.doc_to_choice(sample["doc"])
+            target = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+            target = choices.index(target) if isinstance(target, str) and target in choices else target
+            if isinstance(target, int) and 0 <= target < len(choices):
+                scores.append(([score for score, _ in sample["filtered_resps"]][:len(choices)], target))
+    return scores
 
 
 @contextlib.contextmanager
-def quiet():
-    """lm-eval and datasets without their notes, and with progress bars as ours: on a terminal, while they run."""
+def quiet() -> Iterator[None]:
+    """Silences messages of lm-eval and datasets, and shows their progress bars only on a terminal."""
     datasets.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -110,26 +141,3 @@ def quiet():
         finally:
             logger.setLevel(level)
             lm_eval.api.task.tqdm = bar
-
-
-def figures(suite, results):
-    """A dict for each benchmark that was run: its fields, `value`, `stderr`, `items`, calibration, and `sampled`:
-    accuracy and calibration over draws of the weights, None where there were none."""
-    def items(name):
-        parts = results.get("group_subtasks", {}).get(name)
-        return sum(map(items, parts)) if parts else results["n-samples"][name]["effective"]
-
-    rows = []
-    for benchmark in (benchmark for benchmark in suite if benchmark.name in results["results"]):
-        found = results["results"][benchmark.name]
-        value, error = figure(found, benchmark.metric)
-        if value is None:
-            names = [key.removesuffix(",none") for key, value in found.items() if isinstance(value, float)]
-            raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
-        rows.append({"name": benchmark.name, "label": benchmark.label or benchmark.name, "category": benchmark.category,
-                     "part_of": benchmark.part_of, "metric": benchmark.metric, "num_fewshot": benchmark.num_fewshot,
-                     "value": value, "stderr": None if math.isnan(error) else error,
-                     "items": items(benchmark.name)} | {name: found.get(f"{name},none") for name in CALIBRATION}
-                    | {"sampled": {name: found[f"{name},sampled"] for name in ("acc", *CALIBRATION)}
-                       if "acc,sampled" in found else None})
-    return rows

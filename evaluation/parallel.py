@@ -1,102 +1,122 @@
-"""A model that scores and decodes texts: rank 0 asks, and all processes share the work.
+"""Log-likelihoods and generation with one model on all processes.
 
-Only rank 0 knows of tasks and benchmarks. The others `serve`: they wait for their share of the next request, carry it
-out and hand the result back.
+Only rank 0 knows tasks and benchmarks. It sends requests; the other ranks run `serve`, which computes their share of
+each request and sends the result back.
 """
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.generation import generate
+from common.distributed import Distributed
+from model.generation import BatchOptions, GenerationConfig, generate
 from model.loglikelihood import log_likelihoods
 from model.parameter_files import POSTERIOR, ParameterFiles, find_parameter_files
-from model.posterior import draw
+from model.posterior import sample_posterior
 from model.prefix_packing import common_prefix, sort_sequences
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
 
-SCORE_TOKENS, DECODE_COLUMNS = 4096, 32768  # of a pass, and of a batch's key-value cache: less where memory runs out
+# Tokens of a forward pass, and columns of a batch's key-value cache. Both are lowered if memory runs out.
+SCORE_TOKENS, DECODE_COLUMNS = 4096, 32768
 
 
 class ParallelModel:
-    """log-likelihoods and generated tokens of one model, over all processes of `world`."""
+    """A model whose requests are divided among all processes of `dist`."""
 
-    def __init__(self, dist, model, tokenizer):
+    def __init__(self, dist: Distributed, model: Transformer, tokenizer: Tokenizer):
         self.dist, self.model, self.tokenizer = dist, model, tokenizer
-        self.counts = {"computed": 0, "asked": 0}  # tokens through the model, and tokens of all requests one by one
+        self.counts = {"computed": 0, "asked": 0}  # tokens computed, and tokens of all requests without sharing
 
-    def log_likelihoods(self, pairs):
-        """(log p(continuation | context) in nats, whether it is the greedy one) of pairs of token id lists."""
+    def log_likelihoods(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[float, bool]]:
+        """(log p(continuation | context) in nats, whether greedy decoding gives it) of each pair.
+
+        A pair is (context, continuation), both lists or both arrays of token ids.
+        """
         if not pairs:
             return []
-        shares = prefix_shares([context + continuation for context, continuation in pairs], self.dist.world_size)
-        answers = self._ask("score", [[pairs[i] for i in share] for share in shares])
+        shares = partition_by_prefix([context + continuation for context, continuation in pairs], self.dist.world_size)
+        answers = self._request("score", [[pairs[i] for i in share] for share in shares])
         for name in self.counts:
             self.counts[name] += sum(counts[name] for _, counts in answers)
-        return restore(shares, [values for values, _ in answers])
+        return restore_order(shares, [values for values, _ in answers])
 
-    def generate(self, prompts, decoding, stops=()):
-        """New token ids of each prompt, a list of token ids, up to eos or to where one of the texts `stops` appears."""
+    def generate(self, prompts: Sequence[list[int]], config: GenerationConfig,
+                 stops: Sequence[str] = ()) -> list[list[int]]:
+        """The new token ids of each prompt, up to an end-of-text token or the first text in `stops`."""
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         shares = [order[rank::self.dist.world_size] for rank in range(self.dist.world_size)]
-        return restore(shares, self._ask("decode", [(decoding, stops, share, [prompts[i] for i in share])
-                                                    for share in shares]))
+        requests = [(config, stops, share, [prompts[i] for i in share]) for share in shares]
+        return restore_order(shares, self._request("decode", requests))
 
-    def draw_weights(self, directory, key):
-        """Gives the model one draw from the posterior beside a checkpoint, the same on all processes."""
-        self._ask("draw", [(directory, key)] * self.dist.world_size)
+    def load_posterior_sample(self, directory: str | Path, key: tuple) -> None:
+        """Sets the weights to a sample from the posterior in a checkpoint directory. `key` seeds the sample."""
+        self._request("load_sample", [(directory, key)] * self.dist.world_size)
 
-    def serve(self):
-        """Carries out shares of rank 0's requests until it dismisses the other processes."""
+    def serve(self) -> None:
+        """Computes this rank's shares of requests until rank 0 calls `dismiss`."""
+        request: tuple[str, Any] | None
         while (request := self.dist.scatter()) is not None:
-            name, share = request
-            self.dist.gather(getattr(self, f"_{name}")(share))
+            self._compute(*request)
 
-    def dismiss(self):
+    def dismiss(self) -> None:
         """Ends `serve` on the other processes."""
         self.dist.scatter([None] * self.dist.world_size)
 
-    def _ask(self, name, shares):
-        _, share = self.dist.scatter([(name, share) for share in shares])
+    def _request(self, name: str, shares: list) -> list:
+        return self._compute(*self.dist.scatter([(name, share) for share in shares]))
+
+    def _compute(self, name: str, share: Any) -> list:
         return self.dist.gather(getattr(self, f"_{name}")(share))
 
-    def _score(self, pairs):
+    def _score(self, pairs: list) -> tuple:
         with self._progress("scoring", len(pairs), "request") as bar:
             return log_likelihoods(self.model, pairs, SCORE_TOKENS, bar.update)
 
-    @torch.no_grad()
-    def _draw(self, request):
-        directory, key = request
-        parts = ParameterFiles(find_parameter_files(directory, POSTERIOR), f"the posterior in {directory}")
-        for name, parameter in self.model.named_parameters():
-            mean, precision = torch.empty(2, parameter.numel())
-            parts.read("mean", name, 0, mean)
-            parts.read("precision", name, 0, precision)
-            parameter.view(-1).copy_(draw(mean, precision, key, name))
+    def _decode(self, share: tuple) -> list:
+        config, stops, samples, prompts = share
 
-    def _decode(self, share):
-        decoding, stops, samples, prompts = share
-        def stopped(ids):
+        def stopped(ids: list[int]) -> bool:
             text = self.tokenizer.decode(ids)
             return any(stop in text for stop in stops)
+
         with self._progress("decoding", len(prompts), "prompt") as bar:
-            return generate(self.model, prompts, decoding, self.tokenizer.eos_ids, stopped if stops else None, samples,
-                            DECODE_COLUMNS, bar.update)
+            return generate(self.model, prompts, config, self.tokenizer.eos_ids, stopped if stops else None,
+                            BatchOptions(samples, DECODE_COLUMNS, bar.update))
 
-    def _progress(self, what, total, unit):
-        return tqdm(desc=what, total=total, unit=unit, leave=False, disable=None if self.dist.rank == 0 else True)
+    @torch.no_grad()
+    def _load_sample(self, share: tuple) -> None:
+        directory, key = share
+        posterior = ParameterFiles(find_parameter_files(directory, POSTERIOR), f"the posterior in {directory}")
+        for name, parameter in self.model.named_parameters():
+            mean, precision = torch.empty(2, parameter.numel())
+            posterior.read("mean", name, 0, mean)
+            posterior.read("precision", name, 0, precision)
+            parameter.view(-1).copy_(sample_posterior(mean, precision, key, name))
+
+    def _progress(self, description: str, total: int, unit: str) -> tqdm:
+        return tqdm(desc=description, total=total, unit=unit, leave=False,
+                    disable=None if self.dist.rank == 0 else True)
 
 
-def prefix_shares(sequences, size):
-    """Indices of sequences in `size` shares of about as many tokens to compute, with common prefixes kept together."""
+def partition_by_prefix(sequences: Sequence, num_shares: int) -> list[list[int]]:
+    """Divides sequences into shares with about the same number of tokens to compute. Returns their indices.
+
+    Sequences with a common prefix stay together, since the prefix is computed once in each share.
+    """
     unique, places = sort_sequences(sequences)
     new = [len(ids) - (common_prefix(unique[place - 1], ids) if place else 0) for place, ids in enumerate(unique)]
     ends = np.cumsum(new)
-    shares = [[] for _ in range(size)]
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
     for index in sorted(range(len(sequences)), key=places.__getitem__):
-        shares[min(size - 1, int((ends[places[index]] - 1) * size // ends[-1]))].append(index)
+        shares[min(num_shares - 1, int((ends[places[index]] - 1) * num_shares // ends[-1]))].append(index)
     return shares
 
 
-def restore(shares, answers):
-    """Answers to shares of indices, in the order of the indices."""
-    found = {index: answer for share, values in zip(shares, answers) for index, answer in zip(share, values)}
-    return [found[index] for index in range(len(found))]
+def restore_order(shares: Sequence[Sequence[int]], answers: Sequence[Sequence]) -> list:
+    """The answers to shares of indices, sorted by index."""
+    by_index = {index: answer for share, values in zip(shares, answers) for index, answer in zip(share, values)}
+    return [by_index[index] for index in range(len(by_index))]

@@ -1,9 +1,10 @@
-"""Suites of benchmarks: TOML files, in configs/eval or anywhere, with a list of [[benchmark]].
+"""Suites of benchmarks: TOML files with a list of [[benchmark]], in configs/eval or elsewhere.
 
-What checks and runs their benchmarks is benchmarks.py; this is apart from it since lm-eval takes seconds to import.
+lm_eval_tasks.py turns them into lm-eval tasks. This module does not import lm-eval, which takes seconds.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.files import UserError
 from common.settings import CONFIGS, ROOT, known, read_toml
@@ -11,25 +12,26 @@ from common.settings import CONFIGS, ROOT, known, read_toml
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark of a suite: what to run, and how the report speaks of it."""
-    name: str  # a task or group of lm-eval, or for a local file a name of one's own
+    """One benchmark of a suite."""
+    name: str  # a task or group of lm-eval; for a local file any name
     category: str
-    metric: str = "acc"  # the figure that the benchmark is judged by
+    metric: str = "acc"  # the primary metric
     num_fewshot: int = 0
-    label: str | None = None
-    part_of: str | None = None  # a benchmark of the suite that this is a part of: it does not count in the category
-    file: str | None = None  # a local JSONL file: its first num_fewshot lines are the examples, the others the items
-    pairs: bool = False  # the items are {sent_more, sent_less}: the share of pairs with the first one more likely
-    by: str | None = None  # a field: each of its values is a benchmark too, a part of this one
-    where: dict = field(default_factory=dict)  # only the items with these fields
-    options: dict = field(default_factory=dict)  # lm-eval's own keys: doc_to_text, doc_to_choice, doc_to_target, …
+    label: str | None = None  # the name in tables, if not `name`
+    part_of: str | None = None  # the benchmark that includes this one; a part does not count in the category's mean
+    file: str | None = None  # local JSONL file: the first num_fewshot lines are the few-shot examples, the rest items
+    pairs: bool = False  # items are {sent_more, sent_less}; the metric is the share with sent_more more likely
+    by: str | None = None  # a field of the items: the items of each value also form a benchmark, part of this one
+    where: dict[str, Any] = field(default_factory=dict)  # use only items whose fields have these values
+    options: dict[str, Any] = field(default_factory=dict)  # lm-eval's own keys: doc_to_text, doc_to_choice, …
 
 
-def open_suite(name, folder=None):
-    """(path, entries, folder) of a suite: its TOML file, the list of its [[benchmark]], and where local files lie.
+def open_suite(name: str, folder: str | Path | None = None) -> tuple[Path, list[dict], Path]:
+    """Returns the path of a suite's TOML file, its [[benchmark]] entries, and the folder of its local files.
 
-    name: one in configs/eval, or the path of a TOML file. folder: where its local files lie; none: where the key
-    `folder` says, in this project, or beside the TOML file. Raises UserError.
+    `name` is a name in configs/eval or the path of a TOML file. `folder` defaults to the key `folder` of the TOML file
+    (relative to the repository), then to the folder of the TOML file. Raises UserError if the file is missing or
+    malformed.
     """
     path = CONFIGS / "eval" / f"{name}.toml"
     path = path if path.exists() else Path(name)
@@ -37,12 +39,12 @@ def open_suite(name, folder=None):
         raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a .toml "
                         "file")
     table = read_toml(path)
-    entries, place = table.get("benchmark", []), table.get("folder", "")
+    entries, default_folder = table.get("benchmark", []), table.get("folder", "")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: expected a list of [[benchmark]]")
     problems = [f"unknown key {key!r}" for key in table if key not in ("folder", "benchmark")]
-    problems += ["folder is no text"] if not isinstance(place, str) else []
-    problems += ["it names no [[benchmark]]"] if not entries else []
+    problems += ["folder is not text"] if not isinstance(default_folder, str) else []
+    problems += ["it has no [[benchmark]]"] if not entries else []
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
-    return path, entries, Path(folder or (ROOT / place if place else path.parent))
+    return path, entries, Path(folder or (ROOT / default_folder if default_folder else path.parent))

@@ -1,16 +1,16 @@
-"""The decoder-only language model and what belongs to it: configuration, weights, tokenizer, growth, decoding.
+"""The decoder-only language model: configuration, checkpoints, tokenizer, decoding, log-likelihoods, growth.
 
-Nothing in this package knows of tasks or of training. It may import common.
+This package does not know about tasks or training. It may import common.
 """
 import importlib
+from typing import Any
 
-_EXPORTS = {"Tokenizer": "tokenizer", "ModelConfig": "config", "Transformer": "transformer", "load_model": "hub",
-            "GenerationConfig": "generation", "generate": "generation", "grow_model": "growth"}
-__all__ = list(_EXPORTS)
+EXPORTS = {"GenerationConfig": "generation", "ModelConfig": "config", "Tokenizer": "tokenizer",
+           "Transformer": "transformer", "generate": "generation", "grow_model": "growth", "load_model": "hub"}
 
 
-def __getattr__(name: str):
-    """Imports a name at its first use: whoever needs the tokenizer alone does not wait for torch."""
-    if name not in _EXPORTS:
+def __getattr__(name: str) -> Any:
+    """Imports an exported name at first use, so that `import model.tokenizer` does not import torch."""
+    if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{EXPORTS[name]}"), name)

@@ -1,114 +1,187 @@
-"""Checkpoints: Hugging Face directories in and out.
+"""Checkpoints: Hugging Face directories, read and written.
 
-A directory holds `config.json`, the tokenizer's files and the weights: one `model.safetensors`, or shards with an
-index. Weights move one tensor at a time, so reading needs
-the model's own size and writing one tensor's.
+A directory holds `config.json`, the tokenizer files, and the weights: one `model.safetensors`, or shards with an index.
+Weights move one tensor at a time: reading needs memory for the model, writing needs memory for one tensor. Old
+checkpoints with `pytorch_model.bin` are converted once.
 """
 import itertools
 import json
 import re
 import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.files import UserError, digest, explain_os_errors, read_json, sync, write_json
+from common.files import UserError, digest, explain_os_errors, first_line, new_directory, read_json, sync, write_json
+from model.config import ModelConfig
 from model.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer, parameter_shapes
 
-MAX_SHARD_BYTES = 5_000_000_000
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # buffers that old checkpoints saved
+
+LEGACY_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # saved by old checkpoints
 
 
-class Weights:
-    """The tensors of a checkpoint directory, read one at a time: `weights[name]`, with names in `weights.files`.
+class CheckpointReader:
+    """Reads the tensors of a checkpoint directory one at a time: `reader[name]`. The names are in `reader.files`.
 
-    Raises UserError for an index that names a missing shard or leaves the
-    directory, and for a truncated file.
+    Raises UserError for an index that names a missing file or one outside the directory, and for a truncated file.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        if not (self.directory / WEIGHTS).exists() and not (self.directory / INDEX).exists():
+        index = self.directory / INDEX
+        if not (self.directory / WEIGHTS).exists() and not index.exists():
             raise UserError(f"{directory} holds no weights: expected {WEIGHTS} or {INDEX}")
-        if (self.directory / INDEX).exists():
-            names = shard_names(self.directory / INDEX)
-            self.shards = {file: open_shard(self.directory / file) for file in set(names.values())}
+        if index.exists():
+            self.files = read_index(index)
+            self.shards = {file: open_safetensors(self.directory / file) for file in set(self.files.values())}
         else:
-            self.shards = {WEIGHTS: open_shard(self.directory / WEIGHTS)}
-            names = dict.fromkeys(self.shards[WEIGHTS].keys(), WEIGHTS)
-        held = {file: set(shard.keys()) for file, shard in self.shards.items()}
-        if absent := [f"{name} is not in {file}" for name, file in names.items() if name not in held[file]]:
-            raise UserError(f"{self.directory / INDEX}: " + "; ".join(absent[:20]))
-        self.files = names
+            self.shards = {WEIGHTS: open_safetensors(self.directory / WEIGHTS)}
+            self.files = dict.fromkeys(self.shards[WEIGHTS].keys(), WEIGHTS)
+        stored = {file: set(shard.keys()) for file, shard in self.shards.items()}
+        if missing := [f"{name} is not in {file}" for name, file in self.files.items() if name not in stored[file]]:
+            raise UserError(f"{index}: " + "; ".join(missing[:20]))
 
-    def __getitem__(self, name):
-        # opened for each tensor, so that its mapping goes with it: pages of tensors read before would stay in memory
-        with open_shard(self.directory / self.files[name]) as shard:
+    def __getitem__(self, name: str) -> torch.Tensor:
+        # A new mapping for each tensor: one long-lived mapping would keep the pages of all tensors in memory.
+        with open_safetensors(self.directory / self.files[name]) as shard:
             return shard.get_tensor(name)
 
-    def spec(self, name):
-        """(dtype, shape) of a tensor, without reading it."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor without reading it. Raises UserError for a dtype that is not in DTYPES."""
         view = self.shards[self.files[name]].get_slice(name)
         if view.get_dtype() not in DTYPES:
             raise UserError(f"{self.directory}: {name} has the dtype {view.get_dtype()}, expected {', '.join(DTYPES)}")
-        return DTYPES[view.get_dtype()], tuple(view.get_shape())
+        return tuple(view.get_shape())
 
-    def check(self, config):
-        """Compares the tensors with what a configuration asks for; one UserError lists every difference.
-
-        Returns the specs of the expected tensors by name. A head that is saved beside a tied embedding is ignored.
-        """
+    def check(self, config: ModelConfig) -> None:
+        """Raises UserError with all differences between the tensors and the parameters of a configuration."""
         expected = parameter_shapes(config)
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a head next to a tied embedding is ignored
         problems = [f"{name} is missing" for name in expected if name not in self.files]
         problems += [f"{name} is not expected" for name in self.files
-                     if name not in expected and name not in tied and not IGNORED.search(name)]
-        specs = {name: self.spec(name) for name in expected if name in self.files}
-        problems += [f"{name} has the shape {list(shape)}, expected {list(expected[name])}"
-                     for name, (_, shape) in specs.items() if shape != expected[name]]
+                     if name not in expected and name not in tied and not LEGACY_BUFFERS.search(name)]
+        problems += [f"{name} has the shape {list(self.shape(name))}, expected {list(shape)}"
+                     for name, shape in expected.items() if name in self.files and self.shape(name) != shape]
         if problems:
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(f"{self.directory} does not fit its config.json: " + "; ".join(problems[:20]) + more)
-        return specs
+
+    def named_tensors(self, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+        """Checks the tensors against a configuration, then returns an iterator over (name, tensor) in model order."""
+        self.check(config)
+        return ((name, self[name]) for name in parameter_shapes(config))
 
 
-def shard_names(index):
-    """The `weight_map` of an index file, each file checked: in this directory, and there."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index}: expected an object 'weight_map' from tensors to files")
-    for file in sorted(set(names.values())):
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose parts fit together."""
+    directory: Path
+    config: ModelConfig
+    weights: CheckpointReader
+    tokenizer: Tokenizer
+
+
+def open_checkpoint(directory: str | Path, require_eos: bool = False) -> Checkpoint:
+    """Opens a checkpoint directory and checks it without reading the weights.
+
+    Raises UserError if a file is missing or damaged, if the weights or the tokenizer do not fit `config.json`, or if
+    the directory names no end-of-text token and `require_eos` is set.
+    """
+    directory = Path(directory)
+    config, weights = ModelConfig.read(directory / "config.json"), CheckpointReader(directory)
+    weights.check(config)
+    tokenizer = Tokenizer(directory)
+    check_vocabulary(tokenizer, config)
+    if require_eos and tokenizer.eos_id is None:
+        raise UserError(f"{directory} names no end-of-text token: add eos_token_id to its config.json")
+    return Checkpoint(directory, config, weights, tokenizer)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises UserError if the tokenizer has ids that the embedding lacks."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{tokenizer.directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's "
+                        f"vocabulary only {config.vocab_size:,}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Returns the `weight_map` of an index file, tensor name -> file. Each file must exist in the same directory."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: expected an object 'weight_map' from tensors to files")
+    for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise UserError(f"{index} names the file {file!r}, which would leave the directory")
-        if not (index.parent / file).is_file():
-            raise UserError(f"{index} names the shard {file}, which is missing: download or copy it again")
-    return names
+            raise UserError(f"{path} names the file {file!r}, which would leave the directory")
+        if not (path.parent / file).is_file():
+            raise UserError(f"{path} names the shard {file}, which is missing: download or copy it again")
+    return weight_map
 
 
-def open_shard(path):
-    """Opens a safetensors file; a UserError says that it is truncated or damaged."""
+def open_safetensors(path: Path) -> Any:
+    """Opens a safetensors file for reading. Raises UserError if it is truncated or damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}): download or copy it again") from None
 
 
-def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
-    """Writes weights as `model.safetensors`, or as shards of at most `max_shard_bytes` with an index.
+def convert_bin(directory: Path) -> None:
+    """Converts .bin weights to safetensors in the same directory if it has none. Executes nothing in the pickle."""
+    if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
+        return
+    if (directory / BIN_INDEX).exists():
+        files = sorted(set(read_index(directory / BIN_INDEX).values()))
+    elif (directory / BIN).exists():
+        files = [BIN]
+    else:
+        raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX} or {BIN}")
+    print(f"converting {directory}/{BIN} to safetensors, once", file=sys.stderr)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            # Only the zip format of torch 1.6 and later supports mmap. Older files are read into memory.
+            state = torch.load(directory / file, map_location="cpu", weights_only=True,
+                               mmap=zipfile.is_zipfile(directory / file))
+        except Exception as error:  # UnpicklingError, RuntimeError or EOFError
+            raise UserError(f"{directory / file} is damaged or holds more than tensors ({first_line(error)})") from None
+        tensors |= {name: tensor for name, tensor in state.items() if not LEGACY_BUFFERS.search(name)}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
+            actual = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise UserError(f"{directory}: {name} is {actual}, expected a tensor of {', '.join(DTYPES)}")
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with new_directory(directory / "converted") as folder:
+        write_weights(folder, specs, tensors.items())
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == INDEX):  # the index last
+            path.rename(directory / path.name)
+    (directory / "converted").rmdir()
 
-    specs: name -> (dtype, shape) of every tensor; tensors: pairs (name, tensor) in the same order, which may be a
-    generator, since only one is held at a time.
+
+def write_weights(directory: str | Path, specs: Mapping[str, TensorSpec], tensors: NamedTensors,
+                  max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` with an index.
+
+    `tensors` yields (name, tensor) in the order of `specs`. Only one of them is held at a time.
     """
-    shards, sizes = [[]], [0]
+    shards: list[list[str]] = [[]]
+    sizes = [0]
     for name, (dtype, shape) in specs.items():
         size = dtype.itemsize * torch.Size(shape).numel()
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
@@ -120,45 +193,38 @@ def write_weights(directory, specs, tensors, max_shard_bytes=MAX_SHARD_BYTES):
         [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
     tensors = iter(tensors)
     for file, shard in zip(files, shards):
-        write_tensors(Path(directory) / file, {name: specs[name] for name in shard}, tensors)
+        write_safetensors(Path(directory) / file, {name: specs[name] for name in shard}, tensors)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         write_json(Path(directory) / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 
-def write_tensors(path, specs, tensors):
-    """Writes one safetensors file: specs as above; of `tensors`, an iterator, those that the specs name are taken.
+def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: NamedTensors) -> None:
+    """Writes one safetensors file. It takes as many items from `tensors`, an iterator, as `specs` has names.
 
     The format is described at huggingface.co/docs/safetensors: the header's length (8 bytes, little-endian), a JSON
-    header with the offsets, the data.
+    header with the offsets, and the data.
     """
-    header, size, tensors = {"__metadata__": {"format": "pt"}}, 0, iter(tensors)
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    size, tensors = 0, iter(tensors)
     for name, (dtype, shape) in specs.items():
         end = size + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [size, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [size, end]}
         size = end
-    header = json.dumps(header, separators=(",", ":")).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     with explain_os_errors(path), open(path, "wb") as out:
         out.write(struct.pack("<Q", len(header)) + header)
         for name in specs:
-            given, tensor = next(tensors)
-            assert given == name, (given, name)
+            actual, tensor = next(tensors)
+            assert actual == name, (actual, name)
             assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
-            out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     sync(path)
 
 
-def check_vocabulary(directory, config):
-    """Raises UserError where the tokenizer can give ids that the embedding does not have."""
-    tokenizer = Tokenizer(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's vocabulary "
-                        f"only {config.vocab_size:,}")
-
-
-def assemble(config, tensors):
-    """A Transformer in evaluation mode whose parameters are the given (name, tensor), which are not copied."""
+def materialize_model(config: ModelConfig, tensors: NamedTensors) -> Transformer:
+    """Returns a Transformer in evaluation mode whose parameters are the given (name, tensor), without copies."""
     with torch.device("meta"):
         model = Transformer(config)
     for name, tensor in tensors:
@@ -168,23 +234,24 @@ def assemble(config, tensors):
     return model.eval()
 
 
-def write_checkpoint(directory, config, tensors, tokenizer_source):
+def write_checkpoint(directory: str | Path, config: ModelConfig, tensors: NamedTensors,
+                     tokenizer_source: str | Path) -> None:
     """Writes a checkpoint that any Hugging Face tool can load into an existing directory.
 
-    tensors: pairs (name, tensor) in the order of the model's parameters, all of one dtype; it may be a generator,
-    since one tensor is held at a time.
+    `tensors` yields (name, tensor) in model order, all of one dtype. Only one of them is held at a time. The tokenizer
+    files are copied from the directory `tokenizer_source`.
     """
     tensors = iter(tensors)
     first = next(tensors)
-    specs = {name: (first[1].dtype, shape) for name, shape in parameter_shapes(config).items()}
-    config.write(directory, str(first[1].dtype).removeprefix("torch."))
+    dtype = first[1].dtype
+    config.write(directory, str(dtype).removeprefix("torch."))
     copy_tokenizer(tokenizer_source, directory)
+    specs = {name: (dtype, shape) for name, shape in parameter_shapes(config).items()}
     write_weights(directory, specs, itertools.chain([first], tensors))
 
 
-def checkpoint_digest(directory, beside=()):
-    """SHA-256 over a checkpoint's config.json and weights, and over what fine-tuning has left `beside` them: POSTERIOR,
-    FISHER."""
+def checkpoint_digest(directory: str | Path, side_file: str | None = None) -> str:
+    """Returns the SHA-256 of a checkpoint's config.json and weights, and of its side files of one name, if given."""
     directory = Path(directory)
-    more = [path for name in beside for path in directory.glob(f"{name}-*.safetensors")]
-    return digest([directory / "config.json", *(directory / file for file in Weights(directory).shards), *more])
+    return digest([directory / "config.json", *(directory / file for file in CheckpointReader(directory).shards),
+                   *(directory.glob(f"{side_file}-*.safetensors") if side_file else ())])

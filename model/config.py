@@ -1,14 +1,15 @@
 """The shape of a model: one frozen dataclass, read from and written to a Hugging Face `config.json`."""
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from common.files import UserError, read_json, write_json
 
 MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"
 
-# Options of transformers' configuration that change nothing in the function that the weights compute; names that
-# begin with an underscore are its private notes and are passed over too.
-INERT = {
+# Options of transformers' configuration that do not change the function that the weights compute. Names that begin
+# with an underscore are private to transformers and are ignored too.
+IGNORED_OPTIONS = {
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "pretraining_tp",
     "name_or_path", "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id",
     "task_specific_params", "problem_type", "id2label", "label2id", "return_dict", "output_attentions",
@@ -20,8 +21,8 @@ INERT = {
     "auto_map", "rope_parameters", "hidden_act", "attention_dropout", "attn_implementation",
 }
 
-# Options that may be present only with the value that the decoder computes anyway.
-FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
+# Options that are accepted only with the value that the decoder implements.
+FIXED_OPTIONS = {"hidden_act": "silu", "attention_dropout": 0.0}
 
 ROPE_OPTIONS = {
     "linear": {"factor"},
@@ -31,19 +32,20 @@ ROPE_OPTIONS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of a Llama decoder, under the names of Hugging Face's `config.json`.
+    """Shape and constants of a Llama decoder, with the names of Hugging Face's `config.json`.
 
-    `head_dim` and `num_key_value_heads` default to what the other sizes imply. `rope_scaling` is None or a mapping
-    with `rope_type` "linear" (positions divided by `factor`; Chen et al., arXiv 2306.15595) or "llama3" (per
-    frequency; Llama 3.1). Raises UserError, with every problem in one message, when the sizes do not fit together.
+    `num_key_value_heads` defaults to `num_attention_heads`, `head_dim` to hidden_size / num_attention_heads.
+    `rope_scaling` is None or a mapping with `rope_type` "linear" (divides positions by `factor`; Chen et al., arXiv
+    2306.15595) or "llama3" (scales by frequency; Llama 3.1). Raises UserError with all problems if the sizes do not
+    fit together.
     """
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # set by __post_init__
+    head_dim: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -56,7 +58,7 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [f"{name} is {value!r}, expected a whole number above 0"
                     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                  "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -70,96 +72,93 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                problems.append(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                problems.append(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                                 f"{self.num_attention_heads}, and head_dim is not given")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            problems.append(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+            problems.append(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                             f"{self.num_key_value_heads}")
         if self.head_dim % 2:
-            problems.append(f"head_dim {self.head_dim} is odd; the rotary embedding turns pairs")
+            problems.append(f"head_dim {self.head_dim} is odd; the rotary embedding rotates pairs")
         if self.rope_scaling is not None:
             problems += rope_problems(self.rope_scaling)
         if problems:
             raise UserError("model shape: " + "; ".join(problems))
 
     @property
-    def group_size(self):
-        """Query heads of each key-value head."""
+    def group_size(self) -> int:
+        """Query heads per key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
-    def num_parameters(self):
-        """Number of weights, a tied head counted once."""
+    def num_parameters(self) -> int:
+        """Number of parameters. A tied head is not counted again."""
         C, D, F = self.hidden_size, self.head_dim, self.intermediate_size
         query, key = self.num_attention_heads * D, self.num_key_value_heads * D
         layer = 2 * C * (query + key) + 3 * C * F + 2 * C
         layer += self.attention_bias * (query + 2 * key + C) + self.mlp_bias * (2 * F + C)
         return self.num_hidden_layers * layer + (2 - self.tie_word_embeddings) * self.vocab_size * C + C
 
-    def flops(self, tokens):
-        """Floating-point operations of training on so many tokens: C = 6 N D (Kaplan et al., arXiv 2001.08361, section
-        2.1), attention scores left out, as in the papers on growth."""
+    def flops(self, tokens: float) -> float:
+        """Returns the FLOPs of training on a number of tokens: C = 6 N D (Kaplan et al., arXiv 2001.08361, section
+        2.1), without attention scores, as in the papers on growth."""
         return 6 * self.num_parameters * tokens
 
     @classmethod
-    def read(cls, path):
-        """Reads a `config.json`. Whatever the decoder does not implement is refused by name, with a UserError."""
+    def read(cls, path: str | Path) -> "ModelConfig":
+        """Reads a `config.json`. Raises UserError that names every option the decoder does not implement."""
         raw = read_json(path)
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        if raw.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not implemented; expected {MODEL_TYPE!r}")
-        architectures = raw.get("architectures") or [ARCHITECTURE]
-        if architectures != [ARCHITECTURE]:
-            raise UserError(f"{path}: architectures {architectures} is not implemented; expected ['{ARCHITECTURE}']")
-        known = {field.name for field in fields(cls)}
-        values = {name: raw[name] for name in known if raw.get(name) is not None}
         try:
-            values |= rope_values(raw)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        problems = [f"option {name} = {raw[name]!r} is not implemented (expected {expected!r})"
-                    for name, expected in FIXED.items() if raw.get(name, expected) != expected]
-        problems += [f"option {name} = {value!r} is not implemented" for name, value in raw.items()
-                     if name not in known | INERT and not name.startswith("_") and value not in (None, False, [], {})]
-        needed = [field.name for field in fields(cls)[:5] if field.name not in values]
-        problems += [f"{name} is missing" for name in needed]
-        if problems:
-            raise UserError(f"{path}: " + "; ".join(problems))
-        try:
-            return cls(**values)
+            return cls(**config_values(raw))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
-    def write(self, directory, dtype):
-        """Writes `config.json` for weights of `dtype` ("float32" or "bfloat16") into a directory."""
+    def write(self, directory: str | Path, dtype: str) -> None:
+        """Writes `config.json` into a directory, for weights of `dtype` ("float32" or "bfloat16")."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         head = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "torch_dtype": dtype}
-        write_json(Path(directory) / "config.json", head | FIXED | values)
+        write_json(Path(directory) / "config.json", head | FIXED_OPTIONS | values)
 
 
-def is_number(value):
-    """Whether a JSON value is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def rope_values(raw):
-    """theta and scaling in either spelling: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
-    values = {name: raw[name] for name in ("rope_theta", "rope_scaling") if raw.get(name) is not None}
-    scaling = raw.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"rope_scaling is {scaling!r}, expected an object")
-    scaling = dict(scaling)
-    if "rope_theta" in scaling:
-        values["rope_theta"] = scaling.pop("rope_theta")
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
-    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+def config_values(raw: Any) -> dict:
+    """Returns the fields of ModelConfig that the content of a `config.json` gives."""
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a JSON object, found {type(raw).__name__}")
+    if raw.get("model_type") != MODEL_TYPE:
+        raise UserError(f"model_type {raw.get('model_type')!r} is not implemented; expected {MODEL_TYPE!r}")
+    if (architectures := raw.get("architectures") or [ARCHITECTURE]) != [ARCHITECTURE]:
+        raise UserError(f"architectures {architectures} is not implemented; expected ['{ARCHITECTURE}']")
+    names = [field.name for field in fields(ModelConfig)]
+    values = {name: raw[name] for name in names if raw.get(name) is not None} | rope_values(raw)
+    problems = [f"option {name} = {raw[name]!r} is not implemented (expected {expected!r})"
+                for name, expected in FIXED_OPTIONS.items() if raw.get(name, expected) != expected]
+    problems += [f"option {name} = {value!r} is not implemented" for name, value in raw.items()
+                 if name not in IGNORED_OPTIONS.union(names) and not name.startswith("_")
+                 and value not in (None, False, [], {})]
+    problems += [f"{name} is missing" for name in names[:5] if name not in values]
+    if problems:
+        raise UserError("; ".join(problems))
     return values
 
 
-def rope_problems(scaling):
-    """What is wrong with a `rope_scaling` mapping, as a list of sentences."""
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number, which true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def rope_values(raw: dict) -> dict:
+    """Returns `rope_scaling`, from that name or transformers 5's `rope_parameters`, and `rope_theta` if it is in it."""
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"rope_scaling is {scaling!r}, expected an object")
+    scaling = dict(scaling)
+    theta = {"rope_theta": scaling.pop("rope_theta")} if "rope_theta" in scaling else {}
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    return theta | {"rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+
+
+def rope_problems(scaling: dict) -> list[str]:
+    """Returns the problems of a `rope_scaling` mapping, as sentences."""
     kind = scaling.get("rope_type")
     if kind not in ROPE_OPTIONS:
         return [f"rope_scaling type {kind!r} is not implemented; expected one of {', '.join(ROPE_OPTIONS)}"]
@@ -168,4 +167,4 @@ def rope_problems(scaling):
     wrong = [f"rope_scaling {name} is {scaling[name]!r}, expected a number above 0"
              for name in ROPE_OPTIONS[kind] & scaling.keys() if not is_number(scaling[name]) or scaling[name] <= 0]
     return wrong + ([f"rope_scaling {kind} needs {', '.join(sorted(missing))}"] if missing else []) + \
-           ([f"rope_scaling {kind} knows no {', '.join(sorted(unknown))}"] if unknown else [])
+           ([f"rope_scaling {kind} does not have {', '.join(sorted(unknown))}"] if unknown else [])

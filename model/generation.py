@@ -1,198 +1,150 @@
-"""Batched decoding: greedy, sampling and beam search over a key-value cache that is allocated once.
+"""Batched decoding: greedy, sampling and beam search with a key-value cache that is allocated once.
 
-Prompts of different lengths stand left-aligned in the cache, and behind the longest one come the new tokens, M columns
-a step for M beams. What a beam sees is a row of a mask. Beams that fork have their past in common, as columns of one
-item that both see, so choosing among beams moves rows of the mask and never a key or a value.
+Prompts are left-aligned in the cache. The new tokens follow the longest prompt, M columns per step for M beams. A mask
+says which columns each beam attends to. Beams with a common past attend to the same columns, so reordering beams moves
+rows of the mask and no keys or values.
 
-Dimensions:  B items of a batch, M beams of each, W tokens of the longest prompt, S columns of the cache, otherwise as
+Dimensions:  B items of a batch, M beams per item, W tokens of the longest prompt, S columns of the cache, otherwise as
              in transformer.py. Greedy decoding and sampling have one beam.
 """
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from model.oom import halve, out_of_memory
-from model.prefix_packing import packed_passes, sort_sequences
-from model.transformer import attention, group_bias
+from common.settings import check_values, setting
+from model.kv_cache import KVCache
+from model.oom import halve_batch
+from model.transformer import Transformer
 
-NEVER = -1e9  # the score of what must not be chosen
+NEVER = -1e9  # score of a candidate that must not be chosen
+
+StopCriterion = Callable[[list[int]], bool]  # whether generation ends with these new ids, such as at a stop string
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to decode, under the names and with the meanings of transformers' GenerationConfig."""
-    max_new_tokens: int = 64
-    num_beams: int = 1
-    length_penalty: float = 1.0  # a finished beam's score is its log-likelihood over its length to this power
-    early_stopping: bool | Literal["never"] = False  # true: at M finished beams; "never": when none can become better
-    no_repeat_ngram_size: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    seed: int = 42
+    """Decoding settings, with the names and meanings of transformers' GenerationConfig."""
+    max_new_tokens: int = setting(64, "maximum number of new tokens", at_least=1)
+    num_beams: int = setting(1, "number of beams", at_least=1)
+    length_penalty: float = setting(1.0, "a finished beam's score is its log-likelihood / length ** length_penalty")
+    early_stopping: bool | Literal["never"] = setting(
+        False, "true: stop with num_beams finished beams; never: stop when no better beam is possible")
+    no_repeat_ngram_size: int = setting(0, "block repeated n-grams of this size; 0: off", at_least=0)
+    do_sample: bool = setting(False, "sample instead of taking the most probable token")
+    temperature: float = setting(1.0, "divisor of the logits", above=0)
+    top_k: int = setting(0, "sample from the k most probable tokens; 0: all", at_least=0)
+    top_p: float = setting(1.0, "sample from the most probable tokens with this total probability", above=0, at_most=1)
+    seed: int = setting(42, "seed of sampling", at_least=0)
 
-    def problems(self):
-        """What is wrong with the values, as sentences."""
-        found = [f"{name} is {getattr(self, name)}, expected at least {least}" for name, least in
-                 (("max_new_tokens", 1), ("num_beams", 1), ("no_repeat_ngram_size", 0), ("top_k", 0), ("seed", 0))
-                 if getattr(self, name) < least]
-        found += [f"temperature is {self.temperature}, expected above 0"] if not self.temperature > 0 else []
-        found += [f"top_p is {self.top_p}, expected above 0 and at most 1"] if not 0 < self.top_p <= 1 else []
-        found += ["do_sample and num_beams above 1 exclude each other"] if self.do_sample and self.num_beams > 1 else []
-        return found
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, as sentences."""
+        contradiction = ["do_sample and num_beams above 1 exclude each other"]
+        return check_values(self) + (contradiction if self.do_sample and self.num_beams > 1 else [])
 
 
-class KVCache:
-    """Keys and values of all layers, [B, K, S, D] a layer, filled column by column by all rows alike.
-
-    Before each call of the decoder `see` says where the new tokens stand in their texts and what they see.
-    """
-
-    def __init__(self, config, batch_size, columns, dtype, device):
-        self.config, self.dtype, self.length = config, dtype, 0
-        shape = (batch_size, config.num_key_value_heads, columns, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-
-    def see(self, positions, seen):
-        """The next tokens stand at positions [B, T] and see columns, a boolean [B, T, S]; the last T are their own."""
-        self.positions, self.bias = positions, group_bias(seen, self.config.group_size, self.dtype)
-        self.length = seen.shape[2]
-
-    def attend(self, layer, query, key, value):
-        """Attention of query [B, H, T, D], behind whose key and value [B, K, T, D] are stored in the last columns."""
-        rows, start = len(query), self.length - query.shape[2]
-        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
-            stored[:rows, :, start:self.length] = new
-        return attention(query, self.keys[layer][:rows, :, :self.length], self.values[layer][:rows, :, :self.length],
-                         self.bias)
-
-    def fill(self, row, path):
-        """Copies the keys and values of a packed sequence, pairs (segment, stop), into the first columns of a row."""
-        for segment, stop in path:
-            for layer in range(len(self.keys)):
-                size = stop - segment.start
-                self.keys[layer][row, :, segment.start:stop] = segment.keys[layer][0, :, :size]
-                self.values[layer][row, :, segment.start:stop] = segment.values[layer][0, :, :size]
-
-    def move(self, source, target):
-        """Copies one row over another."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :self.length] = tensor[source, :, :self.length]
+@dataclass(frozen=True)
+class BatchOptions:
+    """How `generate` forms batches."""
+    sample_ids: Sequence[int] | None = None  # of each prompt, default: its index. Sampling depends on it and the seed
+    max_tokens: int = 32768  # columns of the cache, summed over the rows of a batch
+    progress: Callable[[int], object] | None = None  # called with the number of prompts finished since the last call
 
 
 @torch.no_grad()
-def generate(model, prompts, decoding, eos_ids=(), stopped=None, samples=None, budget=32768, progress=None):
-    """Continues each prompt, a list of token ids. Returns the new ids of each, without the one of eos_ids that ends it.
+def generate(model: Transformer, prompts: Sequence[list[int]], config: GenerationConfig,
+             eos_ids: Collection[int] = (), stop: StopCriterion | None = None,
+             options: BatchOptions | None = None) -> list[list[int]]:
+    """Returns the new token ids of each prompt, without the id of `eos_ids` that ends them.
 
-    stopped: a function of the ids so far that says whether they are to end there, such as at a stop string. samples: a
-    number for each prompt; what is drawn for it depends on that and the seed alone. budget: columns of the cache, over
-    all rows of a batch. The longest prompts come first; where memory runs out, the batch is halved. progress: called
-    with a number of prompts whenever so many are done.
+    Batches are formed from the longest prompts to the shortest. If memory runs out, the batch is halved.
     """
-    samples = range(len(prompts)) if samples is None else samples
+    options = options or BatchOptions()
+    sample_ids = range(len(prompts)) if options.sample_ids is None else options.sample_ids
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    outputs, most = [None] * len(prompts), len(prompts)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    max_batch_size = len(prompts)
     while order:
-        columns = len(prompts[order[0]]) + decoding.num_beams * decoding.max_new_tokens
-        batch = order[:min(most, max(1, budget // columns))]
+        columns = len(prompts[order[0]]) + config.num_beams * config.max_new_tokens
+        batch = order[:min(max_batch_size, max(1, options.max_tokens // columns))]
         try:
-            results = decode(model, [prompts[i] for i in batch], decoding, eos_ids, stopped,
-                             [samples[i] for i in batch])
+            results = generate_batch(model, [prompts[index] for index in batch], config, eos_ids, stop,
+                                     [sample_ids[index] for index in batch])
         except Exception as error:
-            if not out_of_memory(error):
-                raise
-            most = halve(len(batch), "prompts", error)
+            max_batch_size = halve_batch(len(batch), "prompts", error)
             continue
         for index, ids in zip(batch, results):
             outputs[index] = ids
         order = order[len(batch):]
-        if progress:
-            progress(len(batch))
+        if options.progress:
+            options.progress(len(batch))
     return outputs
 
 
-def decode(model, prompts, decoding, eos_ids, stopped, samples):
-    """Continues the prompts of one batch; items that are finished leave it."""
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    beams, width = decoding.num_beams, max(map(len, prompts))
-    cache = KVCache(model.config, len(prompts), width + beams * (decoding.max_new_tokens - 1), dtype, device)
-    hidden = prefill(model, prompts, cache)[:, None].expand(-1, beams, -1)  # B M C
-    search = (BeamSearch if beams > 1 else Sampling)(prompts, decoding, eos_ids, stopped, samples, device)
+def generate_batch(model: Transformer, prompts: list[list[int]], config: GenerationConfig, eos_ids: Collection[int],
+                   stop: StopCriterion | None, sample_ids: list[int]) -> list[list[int]]:
+    """Returns the new token ids of each prompt of one batch. Finished items leave the batch."""
+    device, beams, width = model.lm_head.weight.device, config.num_beams, max(map(len, prompts))
+    cache = KVCache(model, len(prompts), width + beams * (config.max_new_tokens - 1))
+    hidden = cache.prefill(prompts)[:, None].expand(-1, beams, -1)  # B M C
+    search = BeamSearch(prompts, config, eos_ids, stop, device) if beams > 1 else \
+        Sampling(prompts, config, eos_ids, stop, device, sample_ids)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    seen = torch.zeros((len(prompts), beams, cache.keys[0].shape[2]), dtype=torch.bool, device=device)
-    seen[:, :, :width] = (torch.arange(width, device=device) < lengths[:, None])[:, None]
-    outputs, items = [None] * len(prompts), list(range(len(prompts)))
-    for step in range(decoding.max_new_tokens):
+    mask = torch.zeros((len(prompts), beams, cache.keys[0].shape[2]), dtype=torch.bool, device=device)  # B M S
+    mask[:, :, :width] = (torch.arange(width, device=device) < lengths[:, None])[:, None]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    items = list(range(len(prompts)))  # the prompt of each row
+    for step in range(config.max_new_tokens):
         tokens, origin, done = search.advance(model.lm_head(hidden).float(), step)
-        done = done.tolist()
         for row, item in enumerate(items):
             if done[row]:
-                outputs[item] = search.result(row, step + 1)
+                outputs[item] = search.result(row)
         if all(done):
             break
-        seen = seen.gather(1, origin[:, :, None].expand_as(seen))
+        mask = mask.gather(1, origin[:, :, None].expand_as(mask))
         if any(done):
-            rows = rows_that_stay(done)
+            rows = rows_to_keep(done)
             for target, source in enumerate(rows):
                 if target != source:
-                    cache.move(source, target)
-            search.keep(rows)
-            items, tokens, seen, lengths = [items[row] for row in rows], tokens[rows], seen[rows], lengths[rows]
+                    cache.copy_row(source, target)
+            search.select_rows(rows)
+            items, tokens, mask, lengths = [items[row] for row in rows], tokens[rows], mask[rows], lengths[rows]
         column = width + step * beams
-        seen[:, :, column:column + beams] = torch.eye(beams, dtype=torch.bool, device=device)
-        cache.see((lengths + step)[:, None].expand(-1, beams), seen[:, :, :column + beams])
+        mask[:, :, column:column + beams] = torch.eye(beams, dtype=torch.bool, device=device)
+        cache.advance((lengths + step)[:, None].expand(-1, beams), mask[:, :, :column + beams])
         hidden = model.model(tokens, cache)
     return outputs
 
 
-def rows_that_stay(done):
-    """The rows that are not done, in an order that moves few: the last ones take the places of those that leave."""
+def rows_to_keep(done: list[bool]) -> list[int]:
+    """Returns the rows that are not done, in an order that moves few: the last ones fill the places of done rows."""
     count = done.count(False)
     last = [row for row in range(count, len(done)) if not done[row]]
     return [last.pop() if done[row] else row for row in range(count)]
 
 
-def prefill(model, prompts, cache, budget=4096):
-    """Runs the prompts through the model, what they begin with in common once, and fills a cache with them.
-
-    Returns the hidden state of each prompt's last token, [B, C].
-    """
-    sequences, places = sort_sequences(prompts)
-    rows = [[] for _ in sequences]
-    for row, place in enumerate(places):
-        rows[place].append(row)
-    last, cache.length = [None] * len(prompts), max(map(len, prompts))
-    for segments, hidden in packed_passes(model, sequences, budget, keep=True):
-        for segment in segments:
-            if segment.stop == len(sequences[segment.sequence]):
-                for row in rows[segment.sequence]:
-                    cache.fill(row, [*segment.path, (segment, segment.stop)])
-                    last[row] = hidden[segment.rows(segment.stop)][-1]
-    return torch.stack(last)
-
-
 class Search:
-    """What greedy decoding, sampling and beam search have in common: the tokens so far, and where they may end.
+    """The tokens of a batch and the rules for their end, shared by greedy decoding, sampling and beam search.
 
-    `tokens` [B, M, W + max_new_tokens] are right-aligned prompts with the new tokens behind them, -1 where none is.
+    `tokens` [B, M, W + max_new_tokens] holds right-aligned prompts followed by the new tokens, and -1 elsewhere.
     """
 
-    def __init__(self, prompts, decoding, eos_ids, stopped, samples, device):
-        self.decoding, self.stopped = decoding, stopped
-        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    def __init__(self, prompts: list[list[int]], config: GenerationConfig, eos_ids: Collection[int],
+                 stop: StopCriterion | None, device: torch.device | str):
+        self.config, self.stop = config, stop
+        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
         self.width = max(map(len, prompts))
-        tokens = np.full((len(prompts), decoding.num_beams, self.width + decoding.max_new_tokens), -1)
+        tokens = np.full((len(prompts), config.num_beams, self.width + config.max_new_tokens), -1)
         for row, prompt in enumerate(prompts):
             tokens[row, :, self.width - len(prompt):self.width] = prompt
         self.tokens = torch.from_numpy(tokens).to(device)
 
-    def block_repeats(self, scores, step):
-        """Scores [B, M, V] with -inf for every token that would repeat an n-gram of prompt and output."""
-        size, length = self.decoding.no_repeat_ngram_size, self.width + step
+    def block_repeats(self, scores: Tensor, step: int) -> Tensor:
+        """Sets the scores [B, M, V] of tokens that would repeat an n-gram of prompt and output to -inf."""
+        size, length = self.config.no_repeat_ngram_size, self.width + step
         if size and length >= size:
             windows = self.tokens[:, :, :length].unfold(2, size, 1)  # B M length-size+1 size
             repeats = (windows[..., :-1] == self.tokens[:, :, None, length - size + 1:length]).all(-1)
@@ -201,122 +153,123 @@ class Search:
             scores[item, beam, windows[..., -1][repeats]] = -torch.inf
         return scores
 
-    def ends(self, tokens, step):
-        """Which of the candidates [B, n, W + max_new_tokens] end with the token of this step: eos, stopped, or full."""
-        found = torch.isin(tokens[:, :, self.width + step], self.eos)
-        if self.stopped:
-            texts = tokens[:, :, self.width:self.width + step + 1].flatten(0, 1).tolist()
-            found |= torch.tensor([self.stopped(ids) for ids in texts], device=found.device).view_as(found)
-        return found | (step + 1 == self.decoding.max_new_tokens)
+    def ends(self, tokens: Tensor, step: int) -> Tensor:
+        """Returns which candidates [B, n, W + max_new_tokens] end at this step: by eos, stop criterion or length."""
+        ends = torch.isin(tokens[:, :, self.width + step], self.eos_ids)
+        if self.stop:
+            new_ids = tokens[:, :, self.width:self.width + step + 1].flatten(0, 1).tolist()
+            ends |= torch.tensor([self.stop(ids) for ids in new_ids], device=ends.device).view_as(ends)
+        return ends | (step + 1 == self.config.max_new_tokens)
 
-    def plan_microbatches(self, ids):
-        """A finished row of new tokens as a list, without what follows its end and without the eos."""
-        ids = [token for token in ids.tolist() if token >= 0]
-        return ids[:-1] if ids and ids[-1] in self.eos.tolist() else ids
+    def new_ids(self, tokens: Tensor) -> list[int]:
+        """Returns the new ids of a finished sequence of tokens [W + max_new_tokens], without the final eos."""
+        ids = [token for token in tokens[self.width:].tolist() if token >= 0]
+        return ids[:-1] if ids and ids[-1] in self.eos_ids.tolist() else ids
 
-    def keep(self, rows):
-        """Drops the state of all rows but these, and puts them in this order."""
+    def select_rows(self, rows: list[int]) -> None:
+        """Keeps the state of the given rows, in their order."""
         for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor) and value is not self.eos:
+            if isinstance(value, Tensor) and value is not self.eos_ids:
                 setattr(self, name, value[rows])
 
 
 class Sampling(Search):
-    """One beam: the most probable token, or one drawn from the filtered distribution."""
+    """One beam: takes the most probable token, or samples from the filtered distribution."""
 
-    def __init__(self, prompts, decoding, eos_ids, stopped, samples, device):
-        super().__init__(prompts, decoding, eos_ids, stopped, samples, device)
-        draws = [np.random.default_rng([decoding.seed, sample]).random(decoding.max_new_tokens) for sample in samples]
-        self.draws = torch.from_numpy(np.stack(draws)).to(device)  # in fp64, so that all tokens can be hit
+    def __init__(self, prompts: list[list[int]], config: GenerationConfig, eos_ids: Collection[int],
+                 stop: StopCriterion | None, device: torch.device | str, sample_ids: Sequence[int]):
+        super().__init__(prompts, config, eos_ids, stop, device)
+        uniform = [np.random.default_rng([config.seed, sample]).random(config.max_new_tokens) for sample in sample_ids]
+        self.uniform = torch.from_numpy(np.stack(uniform)).to(device)  # in fp64, to reach tokens of low probability
 
-    def advance(self, logits, step):
-        """Takes a token for each row of logits [B, 1, V]: returns tokens and origins [B, 1], and who is done [B]."""
+    def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor, list[bool]]:
+        """Chooses a token per row of logits [B, 1, V]. Returns tokens and their beams [B, 1], and who is done."""
         logits = self.block_repeats(logits, step)
-        if self.decoding.do_sample:
-            logits = filtered(logits, self.decoding.temperature, self.decoding.top_k, self.decoding.top_p)
+        if self.config.do_sample:
+            logits = filter_logits(logits, self.config.temperature, self.config.top_k, self.config.top_p)
             cumulative = logits.double().softmax(-1).cumsum(-1)  # B 1 V
-            draws = self.draws[:, None, step, None] * cumulative[:, :, -1:]
-            tokens = torch.searchsorted(cumulative, draws, right=True)[:, :, 0].clamp_(max=logits.shape[-1] - 1)
+            thresholds = self.uniform[:, None, step, None] * cumulative[:, :, -1:]
+            tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, :, 0].clamp_(max=logits.shape[-1] - 1)
         else:
             tokens = logits.argmax(-1)
         self.tokens[:, :, self.width + step] = tokens
-        return tokens, torch.zeros_like(tokens), self.ends(self.tokens, step)[:, 0]
+        return tokens, torch.zeros_like(tokens), self.ends(self.tokens, step)[:, 0].tolist()
 
-    def result(self, row, count):
-        """The new tokens of a row that is done."""
-        return self.cut(self.tokens[row, 0, self.width:self.width + count])
+    def result(self, row: int) -> list[int]:
+        """Returns the new tokens of a row that is done."""
+        return self.new_ids(self.tokens[row, 0])
 
 
-def filtered(logits, temperature, top_k, top_p):
-    """Logits [..., V] over the temperature, -inf beyond the top_k largest and beyond the smallest set of tokens whose
-    probabilities reach top_p (nucleus sampling: Holtzman et al., arXiv 1904.09751). Ties with the k-th are kept."""
+def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Divides logits [..., V] by the temperature, and sets those outside top-k and top-p to -inf.
+
+    Top-k keeps ties with the k-th largest. Top-p keeps the smallest set of tokens whose probabilities reach top_p
+    (nucleus sampling: Holtzman et al., arXiv 1904.09751).
+    """
     logits = logits / temperature
     if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        threshold = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
     if top_p < 1:
         ascending, order = logits.sort(stable=True)
         tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        tail[..., -1] = False  # the most probable token stays in any case
+        tail[..., -1] = False  # always keep the most probable token
         logits = logits.masked_fill(torch.zeros_like(tail).scatter(-1, order, tail), -torch.inf)
     return logits
 
 
 class BeamSearch(Search):
-    """Beam search as transformers defines it, with its rules for when a search is over (`early_stopping`).
+    """Beam search as in transformers: M running beams with their log-likelihoods, and the M best finished beams."""
 
-    Each item keeps M running beams with their scores, and its best M finished ones with theirs over length^penalty.
-    """
-
-    def __init__(self, prompts, decoding, eos_ids, stopped, samples, device):
-        super().__init__(prompts, decoding, eos_ids, stopped, samples, device)
+    def __init__(self, prompts: list[list[int]], config: GenerationConfig, eos_ids: Collection[int],
+                 stop: StopCriterion | None, device: torch.device | str):
+        super().__init__(prompts, config, eos_ids, stop, device)
         shape = self.tokens.shape[:2]
-        self.scores = torch.full(shape, NEVER, device=device)  # all beams begin alike: only the first one counts
+        self.scores = torch.full(shape, NEVER, device=device)  # all beams start equal, so only the first one counts
         self.scores[:, 0] = 0
         self.finished = self.tokens.clone()
         self.finished_scores = torch.full(shape, NEVER, device=device)
         self.is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
 
-    def advance(self, logits, step):
-        """Extends the beams by logits [B, M, V]: returns tokens and origins [B, M], and which items are done [B]."""
+    def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor, list[bool]]:
+        """Extends the beams by logits [B, M, V]. Returns tokens and their beams [B, M], and who is done."""
         beams = logits.shape[1]
-        count = max(2, 1 + len(self.eos)) * beams  # beside the M best, enough others to go on with if those all end
+        count = max(2, 1 + len(self.eos_ids)) * beams  # enough to continue M beams if the M best candidates all end
         top, token = self.block_repeats(logits.log_softmax(-1), step).topk(min(count, logits.shape[2]))  # B M n
-        top, index = (top + self.scores[:, :, None]).flatten(1).topk(count)  # B n: the best of the best of each beam
+        top, index = (top + self.scores[:, :, None]).flatten(1).topk(count)  # B n: the best over all beams
         origin, token = index // token.shape[2], token.flatten(1).gather(1, index)
-        candidates = pick(self.tokens, origin)
+        candidates = gather_beams(self.tokens, origin)
         candidates[:, :, self.width + step] = token
         ends = self.ends(candidates, step)
         self.finish(candidates, top, ends, step + 1)
         self.scores, chosen = (top + ends * NEVER).topk(beams)
-        self.tokens = pick(candidates, chosen)
-        over = self.over(step + 1) | ends.all(1)
-        return token.gather(1, chosen), origin.gather(1, chosen), over
+        self.tokens = gather_beams(candidates, chosen)
+        done = self.is_done(step + 1) | ends.all(1)
+        return token.gather(1, chosen), origin.gather(1, chosen), done.tolist()
 
-    def finish(self, candidates, top, ends, length):
-        """Puts candidates that end, of the M best, among the finished beams where they are better."""
-        scores = top / length ** self.decoding.length_penalty
-        beams = self.decoding.num_beams
+    def finish(self, candidates: Tensor, top: Tensor, ends: Tensor, length: int) -> None:
+        """Replaces finished beams by better ones: those of the M best candidates [B, n, …] that end."""
+        beams = self.config.num_beams
         ends = ends & (torch.arange(top.shape[1], device=top.device) < beams)
-        scores = scores.masked_fill(~ends, NEVER)
+        scores = (top / length ** self.config.length_penalty).masked_fill(~ends, NEVER)
         self.finished_scores, chosen = torch.cat((self.finished_scores, scores), 1).topk(beams)
-        self.finished = pick(torch.cat((self.finished, candidates), 1), chosen)
+        self.finished = gather_beams(torch.cat((self.finished, candidates), 1), chosen)
         self.is_finished = torch.cat((self.is_finished, ends), 1).gather(1, chosen)
 
-    def over(self, length):
-        """Which searches are over: the best running beam, at its best, would not beat the worst finished one; or all M
-        are finished, where that is enough."""
-        rule, penalty = self.decoding.early_stopping, self.decoding.length_penalty
-        at = self.decoding.max_new_tokens if rule == "never" and penalty > 0 else length
-        best = self.scores[:, :1] / at ** penalty
+    def is_done(self, length: int) -> Tensor:
+        """Returns which searches [B] are over: the best possible score of the running beams does not exceed the worst
+        finished score, or all M beams are finished and `early_stopping` is true."""
+        early_stopping, penalty = self.config.early_stopping, self.config.length_penalty
+        best_length = self.config.max_new_tokens if early_stopping == "never" and penalty > 0 else length
+        best = self.scores[:, :1] / best_length ** penalty
         worst = torch.where(self.is_finished, self.finished_scores.min(1, keepdim=True).values, NEVER)
-        return ~(best > worst).any(1) | (self.is_finished.all(1) if rule is True else False)
+        return ~(best > worst).any(1) | (self.is_finished.all(1) if early_stopping is True else False)
 
-    def result(self, row, count):
-        """The new tokens of the best beam of an item that is done."""
-        return self.cut(self.finished[row, 0, self.width:])
+    def result(self, row: int) -> list[int]:
+        """Returns the new tokens of the best beam of an item that is done."""
+        return self.new_ids(self.finished[row, 0])
 
 
-def pick(tokens, beams):
-    """tokens [B, m, L] of the beams [B, n]: [B, n, L]."""
+def gather_beams(tokens: Tensor, beams: Tensor) -> Tensor:
+    """Returns the tokens [B, n, L] of the given beams [B, n] of tokens [B, m, L]."""
     return tokens.gather(1, beams[:, :, None].expand(-1, -1, tokens.shape[2]))

@@ -1,16 +1,18 @@
-"""Draws of the weights from a Gaussian posterior."""
+"""Sampling weights from a Gaussian posterior with a diagonal covariance."""
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
-BLOCK = 1 << 20  # weights whose noise is drawn at once
+BLOCK = 1 << 20  # elements of a parameter whose noise comes from one generator
 
 
-def standard_normal(key, name, size, start, count, device):
-    """Noise for the elements [start, start + count) of a flattened parameter of `size`: triples (low, high, noise).
+def standard_normal(key: object, name: str, size: int, start: int, count: int,
+                    device: torch.device | str) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yields standard normal noise for elements [start, start + count) of a flattened parameter of `size` elements.
 
-    A piece is that of the elements low ≤ i < high, within one block of the parameter; a block's noise is drawn whole,
-    whichever part of it is asked for. CPUs and GPUs draw different numbers.
+    Each item is (low, high, noise) with the noise of elements [low, high), which lie within one block. The noise is a
+    function of (key, name, element): a block is always sampled as a whole. CPUs and GPUs sample different numbers.
     """
     for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
         first = block * BLOCK
@@ -21,9 +23,9 @@ def standard_normal(key, name, size, start, count, device):
         yield low, high, noise[low - first:high - first]
 
 
-def draw(mean, precision, key, name):
-    """One draw of a parameter from its posterior, given mean and precision of the whole of it, flattened."""
-    result = torch.empty_like(mean)
+def sample_posterior(mean: torch.Tensor, precision: torch.Tensor, key: object, name: str) -> torch.Tensor:
+    """Returns a sample of a whole parameter from its posterior. mean and precision are flattened."""
+    sample = torch.empty_like(mean)
     for low, high, noise in standard_normal(key, name, len(mean), 0, len(mean), mean.device):
-        torch.addcdiv(mean[low:high], noise, precision[low:high].sqrt(), out=result[low:high])
-    return result
+        torch.addcdiv(mean[low:high], noise, precision[low:high].sqrt(), out=sample[low:high])
+    return sample

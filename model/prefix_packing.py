@@ -1,152 +1,149 @@
-"""Forward passes over many texts that begin alike: what they have in common is computed once, and nothing is padded.
+"""Forward passes over many sequences with common prefixes: each prefix is computed once, and nothing is padded.
 
-Sequences of token ids, sorted, are a tree walked depth first: each has a prefix in common with the one before it, and
-brings new tokens behind that. The new tokens of one sequence after another are packed into passes of a given number of
-tokens. A token sees the tokens before it in its sequence, its *path*: those of its own pass, and keys and values kept
-from earlier passes. Since the walk is depth first, what has to be kept between two passes is the path of the next
-sequence alone: the memory is that of one pass and of the key-value cache of one sequence, however many there are.
+Sorted sequences of token ids form a prefix tree, which is walked depth first: each sequence shares a prefix with the
+one before it and adds new tokens. The new tokens of consecutive sequences are packed into passes of a given number of
+tokens. A token attends to the tokens before it in its sequence, its *path*: tokens of the same pass, and keys and
+values kept from earlier passes. Between two passes only the path of the next sequence is kept, so the memory is that of
+one pass and of the key-value cache of one sequence, however many sequences there are.
 
 Dimensions:  N tokens of a pass, otherwise as in transformer.py.
 """
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from model.oom import halve, out_of_memory
-from model.transformer import attention, group_bias
+from model.oom import halve_batch
+from model.transformer import Transformer, additive_mask, attention
 
-GROUP_TOKENS = 128  # neighbours below one path attend in one call, up to so many: fewer calls, more masked scores
+MAX_GROUP_TOKENS = 128  # segments under one path attend in one call up to this size: fewer calls, more masked scores
 
 
 @dataclass(eq=False)
 class Segment:
-    """New tokens that one sequence brings to a pass: positions [start, stop) of `sequence`, an index in sorted order.
+    """New tokens that one sequence adds to a pass: positions [start, stop) of `sequence`, an index in sorted order.
 
-    path: pairs (segment, stop) of which the tokens before `start` are made, each up to its position `stop`.
+    The tokens before `start` are its path: pairs (segment, stop), each with the segment's positions up to `stop`.
     """
     sequence: int
     start: int
     stop: int
-    path: list
-    offset: int  # of its first token in its pass
-    keys: list = field(default_factory=list)  # of each layer [1, K, stop - start, D], where they are kept
-    values: list = field(default_factory=list)
+    path: list[tuple["Segment", int]]
+    offset: int  # of its first token in the pass
+    keys: list[torch.Tensor] = field(default_factory=list)  # of each layer [1, K, stop - start, D], if kept
+    values: list[torch.Tensor] = field(default_factory=list)
 
-    def rows(self, stop):
-        """Where its tokens up to a position stand in its pass."""
-        return slice(self.offset, self.offset + stop - self.start)
+    def rows(self, stop: int, origin: int = 0) -> slice:
+        """Returns the rows of the pass, counted from row `origin`, that hold its tokens up to a position."""
+        return slice(self.offset - origin, self.offset - origin + stop - self.start)
 
 
-class Group:
-    """Consecutive segments of a pass below one path; they attend to it, and to one another by a mask, in one call."""
+def group_mask(segments: list[Segment], model: Transformer) -> torch.Tensor | None:
+    """Returns the attention mask of consecutive segments under one path, with keys of the path and the segments.
 
-    def __init__(self, segments, config, dtype, device):
-        first, last = segments[0], segments[-1]
-        self.path, self.rows = first.path, slice(first.offset, last.offset + last.stop - last.start)
-        self.bias = None
-        if len(segments) == 1 and not first.start:
-            return
-        size = self.rows.stop - self.rows.start
-        seen = torch.zeros((size, first.start + size), dtype=torch.bool)
-        seen[:, :first.start] = True
-        shift = first.start - first.offset  # from a row of the pass to its column here
+    Returns None for a single segment without a path, which needs only causal attention.
+    """
+    first, last = segments[0], segments[-1]
+    if len(segments) == 1 and not first.start:
+        return None
+    size = last.rows(last.stop, first.offset).stop
+    mask = torch.zeros((size, first.start + size), dtype=torch.bool)
+    mask[:, :first.start] = True
+    own = mask[:, first.start:]
+    for segment in segments:
+        for part, stop in (*segment.path, (segment, segment.stop)):
+            if part.start >= first.start:
+                own[segment.rows(segment.stop, first.offset), part.rows(stop, first.offset)] = True
+    mask = mask.tril_(first.start)[None].to(model.lm_head.weight.device)
+    return additive_mask(mask, model.config.group_size, model.lm_head.weight.dtype)
+
+
+class PackedPass:
+    """Attention of one packed pass, an AttentionContext."""
+
+    def __init__(self, segments: list[Segment], kept: set[Segment], model: Transformer):
+        positions = torch.cat([torch.arange(segment.start, segment.stop) for segment in segments])
+        self.positions = positions[None].to(model.lm_head.weight.device)  # 1 N
+        self.segments, self.kept = set(segments), [segment for segment in segments if segment in kept]
+        groups: list[list[Segment]] = []
         for segment in segments:
-            rows = slice(segment.offset - first.offset, segment.offset - first.offset + segment.stop - segment.start)
-            for part, stop in segment.path:
-                if part.start >= first.start:
-                    seen[rows, part.offset + shift:part.offset + shift + stop - part.start] = True
-            own = slice(segment.offset + shift, segment.offset + shift + segment.stop - segment.start)
-            seen[rows, own] = torch.ones(segment.stop - segment.start, segment.stop - segment.start).tril_().bool()
-        self.bias = group_bias(seen[None].to(device), config.group_size, dtype)
-
-
-class Pass:
-    """The attention of one packed pass, in the place of a cache: where its tokens stand, and what they see."""
-
-    def __init__(self, segments, kept, config, dtype, device):
-        self.positions = torch.cat([torch.arange(s.start, s.stop) for s in segments])[None].to(device)  # 1 N
-        self.here, self.kept = set(segments), [segment for segment in segments if segment in kept]
-        groups, tokens = [], 0
-        for segment in segments:
-            size = segment.stop - segment.start
-            if groups and segment.start >= groups[-1][0].start and tokens + size <= GROUP_TOKENS:
+            if groups and segment.start >= groups[-1][0].start and \
+                    segment.rows(segment.stop, groups[-1][0].offset).stop <= MAX_GROUP_TOKENS:
                 groups[-1].append(segment)
-                tokens += size
             else:
                 groups.append([segment])
-                tokens = size
-        self.groups = [Group(group, config, dtype, device) for group in groups]
+        self.groups = [(group[0].path, slice(group[0].offset, group[-1].rows(group[-1].stop).stop),
+                        group_mask(group, model)) for group in groups]  # path, rows of the pass, mask
 
-    def attend(self, layer, query, key, value):
-        """Attention of query [1, H, N, D]; keeps keys and values [1, K, N, D] that later passes will see."""
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Returns the attention of query [1, H, N, D]. Keeps the keys and values that later passes attend to."""
         y = torch.empty_like(query)
-        for group in self.groups:
-            seen = [(key[:, :, part.rows(stop)], value[:, :, part.rows(stop)]) if part in self.here else
-                    (part.keys[layer][:, :, :stop - part.start], part.values[layer][:, :, :stop - part.start])
-                    for part, stop in group.path] + [(key[:, :, group.rows], value[:, :, group.rows])]
-            keys, values = (torch.cat(tensors, 2) for tensors in zip(*seen))
-            y[:, :, group.rows] = attention(query[:, :, group.rows], keys, values, group.bias)
+        for path, rows, mask in self.groups:
+            keys_values = [(key[:, :, part.rows(stop)], value[:, :, part.rows(stop)]) if part in self.segments else
+                           (part.keys[layer][:, :, :stop - part.start], part.values[layer][:, :, :stop - part.start])
+                           for part, stop in path] + [(key[:, :, rows], value[:, :, rows])]
+            keys, values = (torch.cat(tensors, 2) for tensors in zip(*keys_values))
+            y[:, :, rows] = attention(query[:, :, rows], keys, values, mask)
         for segment in self.kept:
             segment.keys.append(key[:, :, segment.rows(segment.stop)].clone())
             segment.values.append(value[:, :, segment.rows(segment.stop)].clone())
         return y
 
 
-def sort_sequences(sequences):
-    """Sequences of token ids as arrays, sorted and without repetitions; and the place of each in that order."""
-    keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in sequences]  # big-endian bytes sort as the numbers do
+def sort_sequences(sequences: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
+    """Returns the distinct sequences of token ids as sorted arrays, and the index of each input sequence among them."""
+    keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in sequences]  # big-endian bytes sort like the numbers
     order = {key: place for place, key in enumerate(sorted(set(keys)))}
     return [np.frombuffer(key, dtype=">u4").astype(np.int64) for key in order], [order[key] for key in keys]
 
 
-def common_prefix(first, second):
-    """How many tokens two arrays begin with alike."""
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Returns the length of the common prefix of two arrays."""
     size = min(len(first), len(second))
     differ = np.flatnonzero(first[:size] != second[:size])
     return int(differ[0]) if len(differ) else size
 
 
-def trim(path, length):
-    """The parts of a path, pairs (owner, stop) from left to right, that lie before a position."""
-    kept = []
-    for owner, stop in path:
-        if kept and kept[-1][1] >= length or not length:
-            break
-        kept.append((owner, min(stop, length)))
-    return kept
+def trim_path(path: list[tuple[Any, int]], length: int) -> list[tuple[Any, int]]:
+    """Returns the parts of a path, pairs (owner, stop) from left to right, that lie before a position."""
+    starts = [0, *(stop for _, stop in path)]
+    return [(owner, min(stop, length)) for start, (owner, stop) in zip(starts, path) if start < length]
 
 
-def packed_passes(model, sequences, budget, keep=False):
-    """Runs a model over sorted sequences, in passes of at most `budget` tokens.
+def packed_passes(model: Transformer, sequences: Sequence[np.ndarray], max_tokens: int,
+                  keep: bool = False) -> Iterator[tuple[list[Segment], torch.Tensor]]:
+    """Runs a model over sorted sequences in passes of at most `max_tokens` tokens.
 
-    Yields for each pass its segments and their final hidden states [N, C]. With `keep` every segment keeps its keys and
-    values, for a cache to be filled with. Where memory runs out, the pass is tried again with half the tokens, but not
-    with `keep`: then it is what is kept that fills the memory.
+    Yields the segments of each pass and their final hidden states [N, C]. If memory runs out, a pass is tried again
+    with half the tokens. With `keep`, all segments keep their keys and values, to fill a cache. A pass is then not
+    tried again, because it is the kept tensors that use up the memory.
     """
-    weight = model.lm_head.weight
-    index, path = 0, []
+    index = 0
+    path: list[tuple[Segment, int]] = []
     while index < len(sequences):
-        segments, room, next_index, next_path = [], budget, index, path
+        segments: list[Segment] = []
+        room, next_index, next_path = max_tokens, index, path
         while next_index < len(sequences) and room:
             ids, start = sequences[next_index], next_path[-1][1] if next_path else 0
             stop = min(len(ids), start + room)
-            segments.append(Segment(next_index, start, stop, next_path, budget - room))
+            segments.append(Segment(next_index, start, stop, next_path, max_tokens - room))
             room -= stop - start
             next_path = [*next_path, (segments[-1], stop)]
             if stop == len(ids):
                 next_index += 1
                 shared = common_prefix(ids, sequences[next_index]) if next_index < len(sequences) else 0
-                next_path = trim(next_path, shared)
+                next_path = trim_path(next_path, shared)
         tokens = np.concatenate([sequences[segment.sequence][segment.start:segment.stop] for segment in segments])
         try:
             kept = set(segments) if keep else {segment for segment, _ in next_path}
-            cache = Pass(segments, kept, model.config, weight.dtype, weight.device)
-            hidden = model.model(torch.from_numpy(tokens)[None].to(weight.device), cache)[0]
+            input_ids = torch.from_numpy(tokens)[None].to(model.lm_head.weight.device)
+            hidden = model.model(input_ids, PackedPass(segments, kept, model))[0]
         except Exception as error:
-            if keep or not out_of_memory(error):
+            if keep:
                 raise
-            budget = halve(len(tokens), "tokens", error)
+            max_tokens = halve_batch(len(tokens), "tokens", error)
             continue
         yield segments, hidden
         index, path = next_index, next_path

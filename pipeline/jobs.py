@@ -1,114 +1,122 @@
-"""Stages: what a chain of runs is made of, each a command of its own that makes one directory, whole or not at all.
+"""Jobs: commands that each make one directory, run here or submitted to Slurm.
 
-A chain that was interrupted goes on at the stage where it stopped, since what is there already is not made again.
+The directories appear atomically, so an interrupted sequence of jobs continues with the job that was interrupted.
+Imports the standard library only, since make uses this module before the packages are installed.
 """
-import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import UserError, read_json, write_json
+from common.files import UserError, write_text
 from common.formatting import format_duration
-from common.provenance import changed
-from common.settings import CONFIGS, ROOT, model_shape, read_config, read_toml
-from model.config import ModelConfig
-from model.growth import OPERATORS
+from common.settings import ROOT
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One command and the directory that it makes; `flops` is its work, by which the time left is estimated."""
+class Job:
+    """A command that makes the directory `out`."""
     out: Path
-    command: list
-    flops: float = 0.0
+    command: Sequence[object]
+    flops: float = 0.0  # the work of the command; the remaining time is estimated from it
+    script: str = ""  # the script or module in the command; needed for a Ledger and a Pace only
+    inputs: tuple[str | Path, ...] = ()  # the initial checkpoint, then the files that the result depends on
+
+    @property
+    def argv(self) -> list[str]:
+        """The command as strings."""
+        return [str(word) for word in self.command]
+
+    @property
+    def script_argv(self) -> list[str]:
+        """The command from the script on, without the launcher, which does not change the result."""
+        start = next(index for index, word in enumerate(self.argv) if word.endswith(self.script))
+        end = self.argv.index("--launcher") if "--launcher" in self.argv else None
+        return self.argv[start:end]
 
 
-def run_stages(stages, dry_run=False):
-    """Runs stages in order, each as a process of its own that prints for itself; with `dry_run` prints the commands.
+def run_jobs(jobs: Sequence[Job], dry_run: bool = False) -> None:
+    """Runs jobs in order, each in its own process; with `dry_run` only prints the commands.
 
-    Before each stands which one it is, and how long all that is left will take at the speed so far. A stage that fails
-    has said why: this process ends with its status.
+    Before each job a line says which one it is and how long all remaining jobs will take at the speed so far. If a job
+    fails, its own message has said why, and this process exits with the job's status.
     """
-    began, done, total = time.monotonic(), 0.0, sum(stage.flops for stage in stages)
-    for index, stage in enumerate(stages, 1):
-        took = time.monotonic() - began
-        left = f", about {format_duration(took / done * (total - done))} left in all" if done and not dry_run else ""
-        command = [str(word) for word in stage.command]
-        print(f"[{index}/{len(stages)}] {stage.out}: {stage.flops / 1e12:.1f} of the {(total - done) / 1e12:.1f} TFLOP "
-              f"to come{left}\n{shlex.join(command)}", flush=True)
+    began, done, total = time.monotonic(), 0.0, sum(job.flops for job in jobs)
+    for index, job in enumerate(jobs, 1):
+        seconds = time.monotonic() - began
+        left = f", about {format_duration(seconds / done * (total - done))} left in all" if done and not dry_run else ""
+        print(f"[{index}/{len(jobs)}] {job.out}: {job.flops / 1e12:.1f} of the {(total - done) / 1e12:.1f} TFLOP "
+              f"to come{left}\n{shlex.join(job.argv)}", flush=True)
         if not dry_run:
-            run_command(command)
-        done += stage.flops
+            run_command(job.argv)
+        done += job.flops
 
 
-def run_command(command):
-    """Runs a command and ends this process with its status if that is not 0.
+def run_command(command: Sequence[str]) -> None:
+    """Runs a command and exits with its status if that is not 0.
 
-    SIGTERM and SIGINT are passed on to it: what it does about them is its own affair, and this process waits for it.
+    While the command runs, this process forwards SIGTERM and SIGINT to it, then waits. Raises UserError if the command
+    cannot be started or is killed by a signal.
     """
     try:
         process = subprocess.Popen(command)
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
-    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         status = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if status < 0:
-        raise UserError(f"{shlex.join(command)} was ended by signal {-status} (9: out of memory, or killed)")
+        raise UserError(f"{shlex.join(command)} was killed by signal {-status} (9: probably out of memory)")
     if status:
         sys.exit(status)
 
 
-def claim(path, stages, **settings):
-    """Records in a JSON file what stages are made with, or raises a UserError where some of them were made otherwise.
+def read_slurm_template(path: str) -> str:
+    """The text of a job script with placeholders. Raises UserError if @COMMAND@ is missing."""
+    file = Path(path) if Path(path).exists() else ROOT / path
+    if not file.is_file() or "@COMMAND@" not in (text := file.read_text(encoding="utf-8")):
+        raise UserError(f"{path} is not a job script: expected a file with @COMMAND@ in it, such as "
+                        "configs/slurm/step.sbatch")
+    return text
 
-    The recipe is part of it: the size's tables and the pretraining config. Stages are found again by their names, and
-    those of another recipe have the same.
+
+def submit_command(command: Sequence[str], script: Path, template: str, gpus: int, dependency: str | None) -> str:
+    """Writes the job script of a command and submits it. Returns the number of the Slurm job.
+
+    The log is written next to the script. Raises UserError if the job cannot be submitted.
     """
-    tables = {name: table for name, table in read_config("size", settings["size"]).items()
-              if name in ("model", "base", "stack", "llm")}
-    mine = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
-    if path.exists() and any(stage.out.exists() for stage in stages) and (old := read_json(path)) != mine:
-        raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(changed(old, mine))}. Choose "
-                        "another --out, or remove it")
-    write_json(path, mine)
+    values = {"NAME": script.stem, "LOG": str(script.with_suffix(".log").absolute()), "GPUS": str(gpus),
+              "LOGS": shlex.quote(str(script.parent.absolute())), "FOLDER": shlex.quote(str(Path.cwd())),
+              "COMMAND": f"PYTHON={shlex.quote(sys.executable)} {shlex.join(command)}"}
+    for name, value in values.items():
+        template = template.replace(f"@{name}@", value)
+    write_text(script, template)
+    words = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else []), str(script)]
+    try:
+        result = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"sbatch cannot be started ({error.strerror}): submit from a machine of the cluster") from None
+    if result.returncode:
+        raise UserError(f"{shlex.join(words)} failed: {result.stderr.strip()}")
+    return result.stdout.strip().partition(";")[0]
 
 
-def words(text):
-    """The words of a command line, or a UserError where its quotes do not match."""
+def split_words(text: str) -> list[str]:
+    """The words of a command line. Raises UserError if its quotes do not match."""
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UserError(f"{text!r} is no command line: {error}") from None
+        raise UserError(f"{text!r} is not a command line: {error}") from None
 
 
-def shape(size, depth=None):
-    """The shape that a size preset trains, with `depth` layers instead of its own if given."""
-    return ModelConfig(**model_shape(size, depth))
-
-
-def train_stage(size, data, out, flops, launcher, flags):
-    """One pretraining run with the flags given; `launcher` are the words before train.py, such as those of torchrun."""
-    return Stage(out, [*(launcher or [sys.executable]), ROOT / "train.py", "--config", CONFIGS / "train/pretrain.toml",
-                       "--size", size, "--data", data, "--out", out, *flags], flops)
-
-
-def base_stage(size, data, out, depth, tokens, launcher, flags=()):
-    """The run of the base: `depth` layers, trained on so many tokens until it is grown."""
-    return train_stage(size, data, out, shape(size, depth).flops(tokens), launcher,
-                       ["--phase", "base", "--num_hidden_layers", depth, "--max_tokens", tokens, *flags])
-
-
-def growth_stage(init, out, operator, depth, target):
-    """A growth from `depth` to `target` layers; a UserError where the operator cannot make them."""
-    OPERATORS[operator](depth, target)
-    return Stage(out, [sys.executable, ROOT / "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
-                       "--target_layers", target])
+def optional_flags(**values: object) -> list[str]:
+    """The flags `--name value` of the values that are set."""
+    return [word for name, value in values.items() if value for word in (f"--{name}", str(value))]

@@ -1,10 +1,13 @@
-"""Small checkpoints and a way to run the scripts as a user does. Everything is offline and deterministic."""
+"""Small checkpoints, and helpers that run the scripts as a user does. All tests are offline and deterministic."""
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                "TRANSFORMERS_VERBOSITY": "error"}
@@ -13,20 +16,24 @@ import pytest
 import torch
 
 from common import settings
-from common.distributed import Distributed
+from common.distributed import Distributed, free_port
 from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
+WITHOUT_TRANSFORMERS = {"PYTHONPATH": str(ROOT / "tests/without_transformers")}
 SHAPE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
          "bos_token_id": 1, "eos_token_id": 2}
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+TRAIN_FLAGS = ["--task", "simp", "--global_batch_size", "8", "--learning_rate", "5e-3", "--max_eval_samples", "6",
+               "--max_source_length", "128", "--max_target_length", "64", "--dtype", "fp32"]
 
 
 def random_model(seed=0, **shape):
-    """A model with random weights, of a size that shows in the logits."""
+    """A model with random weights, large enough that errors show in the logits."""
     model = Transformer(ModelConfig(**SHAPE | shape))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -38,23 +45,57 @@ def random_model(seed=0, **shape):
 
 
 def sample_texts(task="simp"):
-    """The source texts of a task of data/sample."""
+    """The source texts of a task in data/sample."""
     folder = {"simp": "wiki_auto", "empd": "empathetic_dialogues", "inqqg": "eli5"}[task]
     return [text for path in sorted((ROOT / "data/sample" / folder).glob("*.json"))
             for text in json.loads(path.read_text())["src"]]
 
 
-def run_script(*words, check=True, launcher=(), **environment):
-    """Runs `python <words>` in the project, without transformers."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests/without_transformers"), **environment}
-    command = [*launcher, *map(str, words)] if launcher else [sys.executable, *map(str, words)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+@functools.cache
+def preloaded():
+    """The process that runs scripts in forks, see tests/preloaded.py."""
+    return subprocess.Popen([sys.executable, "tests/preloaded.py"], cwd=ROOT, env=os.environ | WITHOUT_TRANSFORMERS,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def run_script(*words, check=True, launcher=1, **environment):
+    """Runs `python <words>` in the repository without transformers; returns the finished process.
+
+    launcher: number of ranks, in forks of a process that has imported the libraries; or the words before <words>, such
+    as TORCHRUN or [sys.executable], for new processes.
+    """
+    environment = os.environ | WITHOUT_TRANSFORMERS | environment
+    words = list(map(str, words))
+    if isinstance(launcher, int) and environment["PYTHONPATH"] != WITHOUT_TRANSFORMERS["PYTHONPATH"]:
+        launcher = [sys.executable]
+    if isinstance(launcher, int):
+        result = run_ranks(words, launcher, environment)
+    else:
+        result = subprocess.run([*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True,
+                                timeout=300)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
 
+def run_ranks(words, ranks, environment):
+    """Runs a command line on some ranks; returns their output together, and the status of the first that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free_port())}
+        requests = [{"words": words, "stdout": f"{folder}/{rank}.out", "stderr": f"{folder}/{rank}.err",
+                     "environment": environment | (own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                                                   if ranks > 1 else {})} for rank in range(ranks)]
+        server = preloaded()
+        server.stdin.write(json.dumps(requests) + "\n")
+        server.stdin.flush()
+        statuses = json.loads(server.stdout.readline())
+        stdout, stderr = ("".join(Path(request[name]).read_text() for request in requests)
+                          for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(words, next(filter(None, statuses), 0), stdout, stderr)
+
+
 def error_line(result):
-    """The one line that a refused command prints; checks the status and that there is no traceback."""
+    """The only line `error: …` that a command prints; checks the exit status and that there is no traceback."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     assert len(lines) == 1, result.stderr
@@ -62,12 +103,45 @@ def error_line(result):
     return lines[0]
 
 
+def read_metrics(out):
+    """(training entries, evaluation entries) of a run's metrics.jsonl."""
+    entries = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return tuple([entry for entry in entries if kind in entry] for kind in ("loss", "eval_loss"))
+
+
+def losses(out):
+    """The losses of a run, {(step, "loss" or "eval_loss"): loss}; checks that none is logged twice."""
+    logged = [((entry["step"], kind), entry[kind])
+              for kind, entries in zip(("loss", "eval_loss"), read_metrics(out)) for entry in entries]
+    assert len(dict(logged)) == len(logged)
+    return dict(logged)
+
+
+@pytest.fixture(scope="module")
+def train(request, checkpoint, simp_file):
+    """A function that runs train.py with TRAIN_FLAGS, the FLAGS of the test's module and further flags.
+
+    It returns the process. interrupted: (step, signal, rank) as in tests/interrupted.py; the exit status is not
+    checked then. patch: Python code that runs before train.main.
+    """
+    def call(out, *flags, init=checkpoint, data=simp_file, interrupted=(), patch="", launcher=1, check=True,
+             **environment):
+        script = ["tests/interrupted.py", *interrupted, "train.py"] if interrupted else ["train.py"]
+        if patch:
+            script = ["-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import train\n{patch}\n"
+                            "train.settings.run((train.TrainConfig, train.main), '')"]
+            launcher = launcher if isinstance(launcher, int) else [*launcher, "--no_python", sys.executable]
+        return run_script(*script, "--init", init, "--data", data, "--out", out, *TRAIN_FLAGS, *request.module.FLAGS,
+                          *flags, launcher=launcher, check=check and not interrupted, **environment)
+    return call
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
-    """A function that runs a script in this process and returns the one line with which it refuses."""
+    """A function that runs a script in this process and returns the line `error: …` with which it exits."""
     def call(commands, *words):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-        with pytest.raises(SystemExit) as exit:
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit) as exit:
             settings.dispatch(commands, "")
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert exit.value.code == 2
@@ -78,12 +152,9 @@ def refusal(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def dist():
-    """This process as the only one of a run; the environment is put back."""
-    before = dict(os.environ)
-    with Distributed() as alone:
-        yield alone
-    os.environ.clear()
-    os.environ.update(before)
+    """A process group of one process."""
+    with mock.patch.dict(os.environ), Distributed() as group:  # restores the environment
+        yield group
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +167,7 @@ def tokenizer_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tokenizer_dir, tmp_path_factory):
-    """A checkpoint directory: random weights, two layers, grouped-query attention, and the tokenizer."""
+    """A checkpoint directory: two layers with random weights and grouped-query attention, and the tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = random_model()
     write_checkpoint(folder, model.config, model.named_parameters(), tokenizer_dir)
@@ -105,7 +176,7 @@ def checkpoint(tokenizer_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def simp_file(tmp_path_factory):
-    """The sample's Simp task, preprocessed by the script."""
+    """The Simp task of data/sample, preprocessed by data_prep.py."""
     path = tmp_path_factory.mktemp("prepared") / "simp.json"
     run_script("data_prep.py", "task", "--task", "simp", "--folder_path", "data/sample", "--output_path", path)
     return path
@@ -113,6 +184,7 @@ def simp_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def suite_file(tmp_path_factory):
+    """A suite with one multiple-choice benchmark of ten items."""
     folder = tmp_path_factory.mktemp("suite")
     texts = sample_texts()
     (folder / "items.jsonl").write_text("\n".join(json.dumps(

@@ -1,6 +1,6 @@
-"""train.py with a step before which something happens: `python tests/interrupted.py STEP SIGNAL RANK train.py …`.
+"""train.py, interrupted by a signal: `python tests/interrupted.py STEP SIGNAL RANK train.py …`.
 
-SIGNAL is sent by the process to itself, if its rank is RANK (or that is "all"), before it takes that step.
+The process whose rank is RANK, or every process if RANK is "all", sends SIGNAL to itself before it takes step STEP.
 """
 import os
 import signal
@@ -11,17 +11,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from common import settings
 
-at, name, rank = sys.argv[1:4]
+interrupted_step, signal_name, rank = sys.argv[1:4]
 sys.argv = sys.argv[4:]
 train_step, calls = train.train_step, []
 
 
-def take_step_or_not(*args):
+def interrupted_train_step(*args):
     calls.append(1)
-    if len(calls) == int(at) and rank in ("all", os.environ.get("RANK")):
-        os.kill(os.getpid(), signal.Signals[name])
+    if len(calls) == int(interrupted_step) and rank in ("all", os.environ.get("RANK")):
+        os.kill(os.getpid(), signal.Signals[signal_name])
     return train_step(*args)
 
 
-train.train_step = take_step_or_not
+train.train_step = interrupted_train_step
 settings.run((train.TrainConfig, train.main), train.__doc__)

@@ -1,13 +1,13 @@
-"""The benchmarks still run, and what they compare trains alike. Their speed is looked at in bench/RESULTS.md."""
+"""The benchmarks run, and the models that they compare have the same losses. RESULTS.md has the measured speed."""
 import dataclasses
 import re
 
 import pytest
-from conftest import ROOT, run_script
 
-from bench.timing import random_checkpoint
+from bench.workload import random_checkpoint
 from common.files import UserError
-from pipeline.jobs import shape
+from pipeline.pretraining import size_config
+from tests.conftest import ROOT, run_script
 
 
 def test_benchmarks_can_be_imported():
@@ -16,17 +16,17 @@ def test_benchmarks_can_be_imported():
     assert run_script("-c", code, *scripts, PYTHONPATH="").stdout.strip() == str(len(scripts)) != "0"
 
 
-def test_transformers_trains_alike():
-    """Two steps of the size tiny in both under one DeepSpeed configuration: the losses are the same to rounding."""
+def test_transformers_has_the_same_losses():
+    """Two steps of the size tiny with both, under one DeepSpeed configuration: equal losses up to rounding."""
     result = run_script("bench/gpu.py", "--size", "tiny", "--offload", "false", "--dtype", "fp32", "--steps", 1,
                         "--seq_length", 32, "--global_batch_size", 4, "--max_tokens_per_microbatch", 64,
-                        "--ways", "transformers,ours", PYTHONPATH="")
-    apart = dict(re.findall(r"^(transformers|ours) .* (\S+)$", result.stdout, re.MULTILINE))
-    assert float(apart["transformers"]) == 0 <= float(apart["ours"]) < 2e-6
+                        "--variants", "transformers,ours", PYTHONPATH="")
+    difference = dict(re.findall(r"^(transformers|ours) .* (\S+)$", result.stdout, re.MULTILINE))
+    assert float(difference["transformers"]) == 0 <= float(difference["ours"]) < 2e-6
 
 
-def test_weights_of_another_shape_are_not_measured(tmp_path):
-    config = dataclasses.replace(shape("tiny"), bos_token_id=1, eos_token_id=2)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    config = size_config("tiny")
     folder = random_checkpoint(tmp_path / "tiny", config)
     assert random_checkpoint(folder, config) == folder
     with pytest.raises(UserError, match="another shape"):

@@ -1,30 +1,13 @@
-"""Raw task files, raw text and Hub datasets against the libraries that made their formats."""
+"""data_prep.py on raw task files, raw text and Hub datasets."""
 import json
 
 import datasets
 import numpy as np
 import pytest
 
-from common.files import UserError
 from common.settings import read_config
-from corpus.documents import docstrings, read_text_file
-from corpus.hub_tasks import raw_files
-from corpus.tasks import clean, role, split_indices
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, error_line, run_script
-
-
-@pytest.mark.parametrize(("count", "size"), [(125, 0.1), (4000, 0.1), (17, 0.33), (100, 7), (11, 1)])
-def test_split_equals_datasets(count, size):
-    expected = datasets.Dataset.from_list([{"i": i} for i in range(count)]).train_test_split(
-        test_size=size, shuffle=True, seed=42)
-    train, held_out = split_indices(count, size)
-    assert train == expected["train"]["i"]
-    assert held_out == expected["test"]["i"]
-
-
-def test_brackets():
-    assert clean(" a -LRB- b -RRB- -lsb-c-rsb- -x- \n") == "a ( b ) [c] -x-"
 
 
 def write_raw(folder, name, sources, targets, prompt="simplification_1"):
@@ -35,7 +18,7 @@ def write_raw(folder, name, sources, targets, prompt="simplification_1"):
 
 @pytest.fixture
 def raw(tmp_path):
-    """A root with the raw folder of Simp: two test files, one of a prompt that is not tested on."""
+    """The raw folder of Simp with two test files, one of which has a prompt that is not used for testing."""
     folder = tmp_path / "raw/wiki_auto"
     folder.parent.mkdir()
     write_raw(folder, "simplification_1.train.json", [f"source -LRB- {n} -RRB-" for n in range(30)],
@@ -67,7 +50,7 @@ def test_preprocessed_file(raw, tmp_path):
     assert [item.get("references") for item in splits["test"]] == [["one", "two"], None]
 
 
-def test_the_folder_itself_may_be_named_and_a_second_run_changes_nothing(raw, tmp_path):
+def test_folder_path_may_be_the_task_folder_and_a_second_run_changes_nothing(raw, tmp_path):
     prepare(raw, tmp_path / "1.json")
     prepare(raw, tmp_path / "2.json", folder=raw)
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
@@ -113,15 +96,10 @@ def test_bad_raw_files(raw, tmp_path, spoil, said):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_prompts_name_may_hold_the_words_train_and_test(tmp_path):
-    names = {"constrain_start+make_a_title.test.json": "test", "latest_news.train.json": "train",
-             "generate_a_question_1.test_asks.json": "test", "train.json": "train", "notes.json": None}
-    assert {name: role(tmp_path / name) for name in names} == names
-
-
 @pytest.mark.parametrize(("flags", "said"), [
     (["--task", "smp"], "unknown task 'smp'"), (["--eval_dataset_size", "50"], "takes 50 of 28 training items"),
-    (["--eval_dataset_size", "-1"], "expected a share below 1"), (["--folder_path", "gone"], "gone is no folder")])
+    (["--eval_dataset_size", "-1"], "expected a number above 0"), (["--eval_dataset_size", "inf"], "size is inf"),
+    (["--eval_dataset_size", "1.5"], "expected a share below 1"), (["--folder_path", "gone"], "gone is not a folder")])
 def test_bad_flags(raw, tmp_path, flags, said):
     assert said in error_line(prepare(raw, tmp_path / "out.json", *flags, check=False))
     assert not (tmp_path / "out.json").exists()
@@ -147,12 +125,12 @@ def test_text_to_shards(tmp_path):
     assert 0 < len(found[1]) < 20
     assert json.loads((tmp_path / "out/meta.json").read_text())["documents"] == 400
     again = ["data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--output_path", tmp_path / "out"]
-    assert "is there already" in run_script(*again, "--vocab_size", "320").stdout
+    assert "exists already" in run_script(*again, "--vocab_size", "320").stdout
     line = error_line(run_script(*again, check=False))
     assert "made with other settings: vocab_size is 320 there and 4096 here" in line
 
 
-def test_text_with_a_tokenizer_at_hand(checkpoint, tmp_path):
+def test_text_with_an_existing_tokenizer(checkpoint, tmp_path):
     (tmp_path / "texts").mkdir()
     texts = [f"Text {n}\nof two lines" for n in range(300)]
     for n, text in enumerate(texts):
@@ -163,39 +141,9 @@ def test_text_with_a_tokenizer_at_hand(checkpoint, tmp_path):
     tokenizer = Tokenizer(checkpoint)
     found = tokenizer.fast.decode(train + held_out, skip_special_tokens=False).split("</s>")
     assert sorted(found) == sorted(["", *texts])
-    kept = iter(texts)  # the order is that of the files
+    kept = iter(texts)  # in the order of the files
     assert all(text in kept for text in tokenizer.fast.decode(train, skip_special_tokens=False).split("</s>")[:-1])
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
-
-
-def test_bad_lines_of_a_jsonl_are_named(tmp_path):
-    path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert list(read_text_file(path, "text")) == ["a", "", "b"]
-    for bad in ('{"text": null}', '{"txt": "a"}', "[1]", "no"):
-        path.write_text('{"text": "a"}\n' + bad + "\n")
-        with pytest.raises(UserError, match=r"t\.jsonl, line 2: expected a JSON object with a text as 'text'"):
-            list(read_text_file(path, "text"))
-
-
-def test_a_long_text_becomes_many_documents(tmp_path):
-    lines = [f"Line {n} of a long book.\n" for n in range(3000)]
-    (tmp_path / "book.txt").write_text("".join(lines))
-    pieces = list(read_text_file(tmp_path / "book.txt", "text"))
-    assert "".join(pieces) == "".join(lines)
-    assert len(pieces) > 5
-    assert all(piece.endswith("\n") and len(piece) < 11_000 for piece in pieces)
-    (tmp_path / "book.txt").write_bytes(b"good\n\xff")
-    with pytest.raises(UserError, match=r"book\.txt is not UTF-8"):
-        list(read_text_file(tmp_path / "book.txt", "text"))
-
-
-def test_docstrings_come_in_the_order_of_the_source(tmp_path):
-    (tmp_path / "m.py").write_text('"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n'
-                                   'async def g():\n    """Four."""\ndef h(): pass\n')
-    assert docstrings(tmp_path / "m.py") == ["One.", "Two.", "Three.", "Four."]
-    (tmp_path / "m.py").write_text("def (")
-    assert docstrings(tmp_path / "m.py") == []
 
 
 @pytest.mark.parametrize(("source", "said"), [("nowhere/at-all", "cannot read the split 'train' of nowhere/at-all"),
@@ -222,7 +170,7 @@ ROWS = {
 
 @pytest.mark.parametrize("task", ROWS)
 def test_hub_rows_become_raw_files(task, tmp_path):
-    """The real path through datasets, on local parquet files in place of the Hub's."""
+    """Loads local parquet files through the datasets library, as it does those of the Hub."""
     spec = read_config("task", task)
     rows = datasets.Dataset.from_list(ROWS[task])
     for split in spec["hub"]["splits"].values():
@@ -253,31 +201,11 @@ def test_hub_rows_become_raw_files(task, tmp_path):
     run_script("data_prep.py", "task", "--task", task, "--folder_path", tmp_path / "raw",
                "--output_path", tmp_path / "out.json", "--eval_dataset_size", "1")
     again = run_script("data_prep.py", "hub", "--task", task, "--output_path", tmp_path / "raw")
-    assert "is there already" in again.stdout
+    assert "exists already" in again.stdout
 
 
-def test_no_network_is_one_line(tmp_path):
+def test_a_missing_network_is_reported_in_one_line(tmp_path):
     result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False,
                         HF_HOME=str(tmp_path / "cache"))
     assert "EdinburghNLP/xsum" in error_line(result)
     assert not (tmp_path / "raw").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------ sample
-
-@pytest.mark.parametrize(("task", "train", "test"), [("simp", 120, 40), ("empd", 120, 40), ("inqqg", 120, 40),
-                                                     ("exp", 40, 20), ("hgen", 40, 20)])
-def test_the_sample_is_large_enough_and_has_no_example_twice(task, train, test):
-    spec = read_config("task", task)
-    counts, seen = {}, []
-    for path in sorted((ROOT / "data/sample" / spec["folder"]).glob("*.json")):
-        raw = json.loads(path.read_text())
-        counts["train" if "train" in path.name else "test"] = len(raw["src"])
-        fields = {name for name in raw["src_info"][0] if name not in ("prompt", "prompt_name", "gold_label_prompt",
-                                                                      "context_emotion")}
-        seen += [info[name] for info in raw["src_info"] for name in fields]
-        assert raw == raw_files([{key: value for key, value in info.items() if key not in ("prompt", "prompt_name")}
-                                 for info in raw["src_info"]], spec)[raw["src_info"][0]["prompt_name"]]
-    assert counts["train"] >= train
-    assert counts["test"] >= test
-    assert len(set(seen)) == len(seen)

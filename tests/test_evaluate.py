@@ -1,8 +1,6 @@
-"""evaluate.py on a checkpoint with random weights, by one process and by two."""
+"""evaluate.py on a checkpoint with random weights, with one process and with two."""
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +12,12 @@ from analysis.results import Stage, add_results
 from common.files import UserError, digest, read_json, read_json_lines
 from common.settings import known, read_config
 from corpus.tasks import encode_prompts
-from evaluate import EvaluateConfig, main, prepare, same_run, task_decoding
-from evaluation.lm_eval_files import sample_files
-from evaluation.text_metrics import sari
+from evaluate import EvaluateConfig, main, prepare_evaluation
+from evaluation.metrics import sari
+from evaluation.result_files import is_same_run, sample_files
+from evaluation.test_sets import task_decoding
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT, error_line, run_script, sample_texts
+from tests.conftest import ROOT, TORCHRUN, run_script, sample_texts
 
 SUITE = """
 [[benchmark]]
@@ -29,7 +28,6 @@ doc_to_text = "text"
 doc_to_choice = "choices"
 doc_to_target = "label"
 """
-TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def words(checkpoint, simp_file, suite_file):
 
 @pytest.fixture(scope="module")
 def done(words, tmp_path_factory):
-    """(folder of the results, what was printed)."""
+    """(folder of the results, printed output)."""
     out = tmp_path_factory.mktemp("eval")
     return out, run_script(*words, "--out", out).stdout
 
@@ -82,8 +80,8 @@ def test_predictions_and_metrics(done, checkpoint, simp_file):
     assert metrics["run"]["decoding"]["num_beams"] == 3
 
 
-def test_items_of_benchmarks_lie_beside_their_figures(done):
-    """As lm-eval names them; from both the report knows which items a figure is the mean of."""
+def test_items_of_benchmarks_are_saved(done):
+    """The report reads the items of each result from lm-eval's sample files."""
     out, _ = done
     file, = out.glob("results_*.json")
     items = read_json_lines(out / file.name.replace("results", "samples_continuation").replace(".json", ".jsonl"))
@@ -97,11 +95,6 @@ def test_items_of_benchmarks_lie_beside_their_figures(done):
     assert (name, count) == ("continuation", len(part)) == ("continuation", len(items))
 
 
-def test_weight_samples_need_a_posterior(words, tmp_path):
-    line = error_line(run_script(*words, "--out", tmp_path, "--posterior_samples", "2", check=False))
-    assert "has no posterior to draw weights from: it was not fine-tuned with IVON" in line
-
-
 def test_the_table(done):
     out, text = done
     lines = text.splitlines()
@@ -111,36 +104,37 @@ def test_the_table(done):
     row, = [line for line in lines if line.startswith("Rs ")]
     assert f"{100 * results(out)['results']['continuation']['acc,none']:.1f}" in row.split()
     tokens = results(out)["tokens"]
-    assert f"tokens computed {tokens['computed']:,} of {tokens['asked']:,}" in text
+    assert f"tokens computed: {tokens['computed']:,} of {tokens['asked']:,}" in text
 
 
-def test_what_is_there_is_not_done_again(done, words, checkpoint, suite_file):
+def test_existing_results_are_kept(done, words, checkpoint, suite_file):
     out, text = done
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = run_script(*words, "--out", out).stdout
     lines = again.splitlines()
-    assert sum("is there already, of the same model, data and settings" in line for line in lines) == 2
+    assert sum("already exists, with the same model, data and settings" in line for line in lines) == 2
     assert lines[3:] == text.splitlines()[1:]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     run = read_json(out / "metrics-simp.json")["run"]
-    assert same_run(run, run | {"checkpoint": "moved", "commit": "later"})
-    assert not same_run(run, run | {"limit": 7})
+    assert is_same_run(run, run | {"checkpoint": "moved", "commit": "later"})
+    assert not is_same_run(run, run | {"limit": 7})
     assert run["tokenizer_digest"] == digest(checkpoint.glob("tokenizer*.json"))
     assert results(out)["run"]["suite"][0]["file"] == digest([suite_file.parent / "items.jsonl"])
-    assert not same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
+    assert not is_same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
 
 
-def test_newer_results_take_the_place_of_older_ones(done, words, tmp_path):
+def test_newer_results_replace_older_ones(done, checkpoint, suite_file, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "eval")
-    (out / "results_mine.json").write_text('{"results": {"continuation": {"acc": 1.0}}}')  # not this program's
-    run_script(*words, "--out", out, "--limit", "3")
+    (out / "results_mine.json").write_text('{"results": {"continuation": {"acc": 1.0}}}')  # written by another program
+    run_script("evaluate.py", "--checkpoint", checkpoint, "--suite", suite_file, "--limit", "3", "--dtype", "fp32",
+               "--out", out)
     ours = [path for path in out.glob("results_*.json") if path.name != "results_mine.json"]
     assert [read_json(path)["run"]["limit"] for path in ours] == [3]
     assert (out / "results_mine.json").exists()
-    assert list(out.glob("samples_*")) == sample_files(ours[0]) != []
+    assert list(out.glob("samples_*")) == list(sample_files(ours[0]).values()) != []
 
 
-def test_two_processes_give_the_same(done, words, tmp_path):
+def test_two_processes_give_the_same_results(done, words, tmp_path):
     out, _ = done
     run_script(*words, "--out", tmp_path, launcher=[*TORCHRUN])
     assert (tmp_path / "predictions-simp.jsonl").read_bytes() == (out / "predictions-simp.jsonl").read_bytes()
@@ -150,15 +144,15 @@ def test_two_processes_give_the_same(done, words, tmp_path):
     assert results(tmp_path)["tokens"]["asked"] == results(out)["tokens"]["asked"]
 
 
-def test_one_line_from_two_processes(checkpoint, tmp_path, suite_file):
-    """A continuation longer than the context is found by rank 0 when the others wait for their shares."""
+def test_two_processes_print_one_error_line(checkpoint, tmp_path, suite_file):
+    """Rank 0 finds a continuation longer than the context while the others wait for their shares."""
     (tmp_path / "items.jsonl").write_text(json.dumps({"text": "a", "choices": ["b", "c" * 9000], "label": 0}))
     result = run_script("evaluate.py", "--checkpoint", checkpoint, "--suite", suite_file, "--suite_files", tmp_path,
                         "--out", tmp_path / "out", launcher=TORCHRUN, check=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert "longer than the model's context of 2,048: 'ccc" in lines[0]
-    assert "[rank1]" not in result.stderr  # no traceback of the other
+    assert "[rank1]" not in result.stderr  # no traceback of the other rank
     assert not (tmp_path / "out").exists()
 
 
@@ -168,10 +162,10 @@ def damaged(checkpoint, folder, damage):
     return folder
 
 
-def test_bad_input(checkpoint, simp_file, tmp_path):
+def test_invalid_input(checkpoint, simp_file, tmp_path):
     def refused(**given):
         with pytest.raises(UserError) as error:
-            prepare(EvaluateConfig(**{"checkpoint": str(checkpoint), "data": str(simp_file.parent),
+            prepare_evaluation(EvaluateConfig(**{"checkpoint": str(checkpoint), "data": str(simp_file.parent),
                                         "tasks": ("simp",)} | given))
         return str(error.value)
 
@@ -185,6 +179,7 @@ def test_bad_input(checkpoint, simp_file, tmp_path):
     assert "2000 + max_new_tokens 184 of simp is more than" in refused(max_source_length=2000)
     endless = damaged(checkpoint, tmp_path / "endless", without_eos)
     assert "names no end-of-text token" in refused(checkpoint=str(endless))
+    assert "no posterior to sample weights from: it was not fine-tuned with IVON" in refused(posterior_samples=2)
 
 
 def without_eos(folder):
@@ -198,12 +193,12 @@ def without_eos(folder):
 def test_contradictions(refusal):
     line = refusal((EvaluateConfig, main), "--tasks", "smp", "--limit", "0", "--bertscore_model", "x")
     for said in ("--checkpoint is missing", "unknown task 'smp'", "--tasks needs --data", "limit is 0",
-                 "bertscore_model and bertscore_layer go together"):
+                 "bertscore_model and bertscore_layer must be given together"):
         assert said in line
     assert "there is nothing to evaluate" in refusal((EvaluateConfig, main), "--checkpoint", "x")
 
 
-def test_every_task_says_how_it_is_decoded_and_compared():
+def test_decoding_and_source_field_of_every_task():
     published = {"simp": (3, 0.8, 184), "inqqg": (4, 0.9, 64)}
     for task in known("task"):
         decoding, spec = task_decoding(task, 7), read_config("task", task)

@@ -1,137 +1,153 @@
-"""The experiment: which steps it consists of, that it does what is missing, and nothing twice."""
+"""The experiment: its jobs, and that it runs those that are missing and none twice."""
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 import experiment
 from common.files import UserError
-from experiment import ExperimentConfig, Ledger, Pace, Step, inputs_digest, plan
+from common.settings import load
+from experiment import ExperimentConfig, model_jobs
+from pipeline.costs import Pace, numeric_flag
+from pipeline.jobs import Job
+from pipeline.ledger import Ledger, ledger_entry
 from tests.conftest import run_script
 
 
 def settings(checkpoint, tasks, out, **given):
     return ExperimentConfig(**{"data": str(tasks), "out": str(out), "init_llm": str(checkpoint),
-                                 "init_stack": str(checkpoint), "order": ("simp", "empd", "simp")} | given)
+                               "init_stack": str(checkpoint), "order": ("simp", "empd", "simp")} | given)
 
 
-def test_the_steps_in_order(checkpoint, tasks, tmp_path):
-    steps = plan(settings(checkpoint, tasks, tmp_path, seeds=(42, 7), models=("stack",)))
+def jobs_of(cfg):
+    return [job for model in cfg.models for job in model_jobs(cfg, model)]
+
+
+def test_the_jobs_in_order(checkpoint, tasks, tmp_path):
+    jobs = jobs_of(settings(checkpoint, tasks, tmp_path, seeds=(42, 7), models=("stack",)))
     place = tmp_path / "stack"
     chain = [f"{folder}{name}{end}" for folder in ("", "seed-7/") for name in ("m1-simp", "m2-empd", "m3-simp")
              for end in ("", "/eval")]
-    assert [str(step.out.relative_to(place)) for step in steps] == ["m0/eval", *chain]
-    words = [[str(word) for word in step.command] for step in steps]
+    assert [str(job.out.relative_to(place)) for job in jobs] == ["m0/eval", *chain]
+    words = [job.argv for job in jobs]
     init = [command[command.index("--init") + 1] for command in words if "--init" in command]
     assert init == [str(checkpoint), f"{place}/m1-simp", f"{place}/m2-empd", str(checkpoint),
                     f"{place}/seed-7/m1-simp", f"{place}/seed-7/m2-empd"]
     assert [command[command.index("--seed") + 1] for command in words if "--seed" in command] == ["42"] * 3 + ["7"] * 3
     assert all(command[command.index("--tasks") + 1] == "simp,empd" for command in words if "--tasks" in command)
-    assert all(step.flops > 0 for step in steps)
+    assert all(job.flops > 0 for job in jobs)
 
 
 def test_a_chain_for_each_method(checkpoint, tasks, tmp_path):
     methods = ("finetune", "rehearsal:rehearsal=0.1", "vcl:tau=0.5:learning_rate=0.2")
-    steps = plan(settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp", "empd"), methods=methods,
-                          train_args="--learning_rate 1e-4"))
+    jobs = jobs_of(settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp", "empd"), methods=methods,
+                             train_args="--learning_rate 1e-4"))
     folders = ["finetune", "rehearsal-rehearsal=0.1", "vcl-tau=0.5-learning_rate=0.2"]
-    assert [str(step.out.relative_to(tmp_path / "llm")) for step in steps] == ["m0/eval"] + [
+    assert [str(job.out.relative_to(tmp_path / "llm")) for job in jobs] == ["m0/eval"] + [
         f"{folder}/{name}{end}" for folder in folders for name in ("m1-simp", "m2-empd") for end in ("", "/eval")]
-    words = [" ".join(map(str, step.command)) for step in steps]
-    assert words[1].endswith("--learning_rate 1e-4 --method constant")
-    assert words[5].endswith("--method rehearsal --rehearsal 0.1 --rehearsal 0")  # there is no task before the first
+    words = [" ".join(job.argv) for job in jobs]
+    assert words[1].endswith("--learning_rate 1e-4 --method finetune")
+    assert words[5].endswith("--method rehearsal --rehearsal 0.1 --rehearsal 0")  # the first stage has no earlier task
     assert words[7].endswith("--method rehearsal --rehearsal 0.1")
     assert words[9].endswith("--learning_rate 1e-4 --method vcl --tau 0.5 --learning_rate 0.2")
     assert [f"--init {checkpoint}" in text for text in words[1::2]] == [True, False] * 3
     assert ["--posterior_samples 4" in text for text in words[::2]] == [False] * 5 + [True] * 2
-    assert any("method/rehearsal.toml" in str(path) for path in steps[7].inputs)
+    cosine = jobs_of(settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp",), methods=(
+        "finetune:lr_scheduler_type=cosine:weight_decay=0.01",)))[1]
+    assert cosine.argv[-6:] == ["--method", "finetune", "--lr_scheduler_type", "cosine", "--weight_decay", "0.01"]
+    assert cosine.out == tmp_path / "llm/finetune-lr_scheduler_type=cosine-weight_decay=0.01/m1-simp"
+    assert any("method/rehearsal.toml" in str(path) for path in jobs[7].inputs)
 
 
 def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
-    found = plan(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp",)))
-    assert [step.script for step in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
-    assert "--size tiny" in " ".join(map(str, found[2].command))
-    found = plan(ExperimentConfig(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
-    assert [str(word) for word in found[0].command[1:]] == ["-m", "model.hub", "llm-stacking/LLM_7B_300BToken",
-                                                            f"{tmp_path}/llm/m0"]
+    found = jobs_of(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path),
+                                     order=("simp",)))
+    assert [job.script for job in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
+    assert "--size tiny" in " ".join(found[2].argv)
+    found = jobs_of(ExperimentConfig(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
+    assert found[0].argv[1:] == ["-m", "model.hub", "llm-stacking/LLM_7B_300BToken", f"{tmp_path}/llm/m0"]
     experiment.main(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path / "out"),
-                                       order=("simp",), dry_run=True))
-    assert re.search(r"8 steps, 8 of them to do; about \d+:\d\d:\d\d at 30%", capsys.readouterr().out)
+                                     order=("simp",), dry_run=True))
+    assert re.search(r"8 jobs, 8 of them to do; about \d+:\d\d:\d\d at 30%", capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="m0 of llm has to be pretrained: give --text, or --init_llm"):
-        plan(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path)))
+        jobs_of(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path)))
 
 
-def test_a_step_is_done_again_where_its_command_or_its_inputs_changed(checkpoint, tmp_path):
+def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_path):
     weights, data, out = tmp_path / "weights", tmp_path / "data.json", tmp_path / "out"
     shutil.copytree(checkpoint, weights)
     data.write_text("{}")
-    def make(*command):
-        return Step(out, command, script="train.py", inputs=(weights, data))
 
-    ledger, step = Ledger(tmp_path), make("python", "a/train.py", "--seed", "1")
-    ledger.add(step)
-    assert not ledger.unchanged(step)  # its result is not there
+    def make(*command):
+        return Job(out, command, script="train.py", inputs=(weights, data))
+
+    ledger, job = Ledger(tmp_path), make("python", "a/train.py", "--seed", "1")
+    ledger.add(job)
+    assert not ledger.unchanged(job)  # its result is missing
     out.mkdir()
-    assert Ledger(tmp_path).unchanged(step)
-    assert ledger.unchanged(make("torchrun", "--nproc", "2", "a/train.py", "--seed", "1"))  # the same numbers
+    assert Ledger(tmp_path).unchanged(job)
+    assert ledger.unchanged(make("torchrun", "--nproc", "2", "a/train.py", "--seed", "1"))  # the same result
     assert not ledger.unchanged(make("python", "a/train.py", "--seed", "2"))
     data.write_text("{} ")
-    assert not ledger.unchanged(step)
+    assert not ledger.unchanged(job)
     data.write_text("{}")
     (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
-    assert not ledger.unchanged(step)
-    gone = Step(out, ["train.py"], script="train.py", inputs=(tmp_path / "gone",))
-    assert inputs_digest(gone) == {str(tmp_path / "gone"): None}
+    assert not ledger.unchanged(job)
+    gone = Job(out, ["train.py"], script="train.py", inputs=(tmp_path / "gone",))
+    assert ledger_entry(gone)["inputs"] == {str(tmp_path / "gone"): None}
     ledger.add(gone)
-    assert not ledger.unchanged(gone)  # what is not known may have changed
+    assert not ledger.unchanged(gone)  # a missing input may have changed
 
 
 def test_flags_that_a_cost_depends_on():
-    assert experiment.flag("--limit 5 --dtype fp32", "limit", None) == 5
-    assert experiment.flag("--dtype fp32 --limit=7", "limit", None) == 7
-    assert experiment.flag("--max_train_samples none", "max_train_samples", 100) is None
-    assert experiment.flag("", "limit", 3) == 3
+    assert numeric_flag("--limit 5 --dtype fp32", "limit", None) == 5
+    assert numeric_flag("--dtype fp32 --limit=7", "limit", None) == 7
+    assert numeric_flag("--max_train_samples none", "max_train_samples", 100) is None
+    assert numeric_flag("", "limit", 3) == 3
     for args in ("--limit", "--limit few"):
         with pytest.raises(UserError, match="--limit is '(few)?' in .*, expected a number"):
-            experiment.flag(args, "limit", None)
+            numeric_flag(args, "limit", None)
 
 
-def test_a_recipe_that_changed_makes_a_step_anew(checkpoint, tasks, tmp_path):
-    steps = plan(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",),
-                                    init_llm=str(checkpoint)))
-    names = [[str(path).rpartition("configs/")[2] for path in step.inputs if "configs/" in str(path)] for step in steps]
+def test_a_changed_recipe_repeats_a_job(checkpoint, tasks, tmp_path):
+    jobs = jobs_of(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",),
+                                   init_llm=str(checkpoint)))
+    names = [[str(path).rpartition("configs/")[2] for path in job.inputs if "configs/" in str(path)] for job in jobs]
     assert names == [["task/simp.toml", "eval/sample.toml"], ["train/finetune.toml", "size/tiny.toml"],
                      ["task/simp.toml", "eval/sample.toml"]]
 
 
-def test_time_left_follows_what_each_script_took():
-    pace, train = Pace(100.0), Step(None, [], 1000.0, "train.py")
-    assert pace.left([train, train]) == 20  # at the speed given
+def test_the_time_left_follows_each_scripts_measured_speed():
+    pace, train = Pace(100.0), Job(None, [], 1000.0, "train.py")
+    assert pace.seconds([train, train]) == 20  # at the speed given
     pace.add(train, 50)
-    assert pace.left([train, Step(None, [], 300.0, "evaluate.py")]) == 50 + 3
+    assert pace.seconds([train, Job(None, [], 300.0, "evaluate.py")]) == 50 + 3
 
 
-def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tasks, suite_file, tmp_path):
+def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, tasks, suite_file, tmp_path, capfd):
     words = ["experiment.py", "--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data", tasks, "--out",
              tmp_path / "runs", "--report", tmp_path / "report", "--suite", suite_file, "--train_args",
              "--max_steps 2 --max_train_samples 8 --max_eval_samples 2 --dtype fp32", "--evaluate_args",
              "--limit 2 --dtype fp32"]
-    refused = run_script(*words[:-1], "--limit 2 --dtype fp16", check=False)  # which evaluate.py does not know
-    assert re.search(r"3 steps, 3 of them to do; about \d+:\d\d:\d\d", refused.stdout)
-    assert refused.returncode == 2
+    cfg = load(ExperimentConfig, map(str, words[1:]))
+    with pytest.raises(SystemExit) as refused:
+        experiment.main(replace(cfg, evaluate_args="--limit 2 --dtype fp16"))  # an unknown dtype
+    assert refused.value.code == 2
+    assert re.search(r"3 jobs, 3 of them to do; about \d+:\d\d:\d\d", capfd.readouterr().out)
     assert not (tmp_path / "runs/llm").exists()
-    more = suite_file.with_name("more.toml")  # with a benchmark whose dataset cannot be had without a network
+    more = suite_file.with_name("more.toml")  # with a benchmark whose dataset needs a network
     more.write_text(suite_file.read_text() + '[[benchmark]]\nname = "piqa"\ncategory = "Rs"\n')
     stopped = run_script(*[more if word == suite_file else word for word in words], check=False)
     assert stopped.returncode == 2
     assert "2 evaluations are incomplete" in stopped.stderr.splitlines()[-1]
-    assert "3 steps, 2 of them to do" in run_script(*words).stdout
+    assert "3 jobs, 2 of them to do" in run_script(*words).stdout
     page = (tmp_path / "report/report.html").read_bytes()
     assert b"m1-simp" in page
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    text = run_script(*words).stdout
-    assert "3 steps, 0 of them to do" in text
+    experiment.main(cfg)
+    assert "3 jobs, 0 of them to do" in capfd.readouterr().out
     assert (tmp_path / "report/report.html").read_bytes() == page
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
     assert {path.name for path in (tmp_path / "runs/experiment").iterdir()} == {
@@ -139,17 +155,17 @@ def test_from_nothing_to_the_report_and_on_from_where_it_stopped(checkpoint, tas
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown model 'big'"),
-    (["--methods", "ewk"], "unknown method 'ewk', expected one of averaging"),
-    (["--methods", "ewc:seed=3"], "'seed=3' of the method 'ewc:seed=3' is no name=value of a setting"),
-    (["--methods", "vcl:tau=2"], "the method 'vcl:tau=2': tau is 2.0, expected a number above 0"),
+    (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown models 'big'"),
+    (["--methods", "ewk"], "the method 'ewk': unknown method 'ewk', expected one of ewc"),
+    (["--methods", "ewc:seed=3"], "'seed=3' of the method 'ewc:seed=3' is not name=value of a setting"),
+    (["--methods", "vcl:tau=2"], "the method 'vcl:tau=2': tau is 2.0, expected a number above 0 and at most 1"),
     (["--posterior_samples", "-1"], "posterior_samples is -1, expected at least 0"),
-    (["--methods", "ewc:strength=3"], "'strength=3' of the method 'ewc:strength=3' is no name=value of a setting"),
+    (["--methods", "ewc:strength=3"], "'strength=3' of the method 'ewc:strength=3' is not name=value of a setting"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
-    (["--seeds", "1,1"], "seeds is empty or names one twice"), ([], "llm has no --init_llm, and --size is missing"),
+    (["--seeds", "1,1"], "seeds names one twice"), ([], "llm has no --init_llm, and --size is missing"),
     (["--size", "tiny", "--text", "x", "--suite", "smple"], "unknown suite 'smple', expected one of local, paper"),
     (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])
-def test_an_experiment_that_cannot_be(refusal, tmp_path, flags, said):
+def test_invalid_experiments(refusal, tmp_path, flags, said):
     words = ["--data", tmp_path, "--out", tmp_path / "out", *flags]
     assert said in refusal((ExperimentConfig, experiment.main), *words)
     assert not (tmp_path / "out").exists()

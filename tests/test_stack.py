@@ -1,4 +1,4 @@
-"""Growth: layer maps by hand, weights bit for bit, and the planner against the published table."""
+"""Growth: layer maps by hand, weights bit for bit, and the growth plan compared with the published table."""
 import json
 import os
 import re
@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.files import UserError
-from model.checkpoint import Weights, checkpoint_digest
+from model.checkpoint import CheckpointReader, checkpoint_digest
 from model.growth import grow_model, interleave, middle, partial, solar, stack
 from model.hub import load_model
-from stack import COMMANDS, GrowConfig, growth_timing, layer_map_of
+from pipeline.growth_timing import growth_timing
+from stack import COMMANDS, GrowConfig, layer_map_of
 from tests.conftest import error_line, random_model, run_script
 
 
@@ -39,7 +40,7 @@ def test_growth_that_does_not_divide_evenly():
                                    (solar, 9, "cannot make 9: choose an even number from 7 to 12")):
         with pytest.raises(UserError, match=said):
             operator(6, target)
-    with pytest.raises(UserError, match="block 4,6 is no block of the base's layers 0 to 5"):
+    with pytest.raises(UserError, match="block 4,6 is not a block of the base's layers 0 to 5"):
         partial(6, 12, 4, 6)
 
 
@@ -50,7 +51,7 @@ def test_how_deep():
         (24, 12, 15, 12)
     assert layer_map_of(GrowConfig(layers=(0, 5, 0)), 6) == [0, 5, 0]
     assert layer_map_of(GrowConfig(operator="partial", block=(1, 2), target_layers=8), 6) == partial(6, 8, 1, 2)
-    for given, said in (({"factor": 2.3}, "2.3 times 6 layers are no whole number"),
+    for given, said in (({"factor": 2.3}, "2.3 times 6 layers are not a whole number"),
                         ({"target_layers": 6}, "target_layers is 6, expected more than the 6 of the base"),
                         ({"layers": (0, 6, -1)}, "layers names 6, -1, but the base has the layers 0 to 5")):
         with pytest.raises(UserError, match=said):
@@ -70,7 +71,7 @@ def test_grown_checkpoint(checkpoint, tmp_path, flags, layer_map):
     (base / "run.json").write_text('{"lineage": {"flops": 12.5}}')
     result = run_script("stack.py", "grow", "--init", base, "--out", out, *flags)
     assert f"2 layers grown to {len(layer_map)}" in result.stdout
-    weights, grown = Weights(base), Weights(out)
+    weights, grown = CheckpointReader(base), CheckpointReader(out)
     assert len(grown.files) == len(layer_map) * 9 + 3
     for name in grown.files:
         assert torch.equal(grown[name], weights[sources(name, layer_map)]), name
@@ -100,7 +101,7 @@ def test_zero_initialised_growth_computes_what_the_base_does(shape, layer_map):
 
 
 def test_zero_initialisation_needs_every_layer_in_order():
-    with pytest.raises(UserError, match="zero_init preserves the function only where every layer of the base comes"):
+    with pytest.raises(UserError, match="zero_init preserves the function only if the map contains every layer"):
         grow_model(random_model(), [1, 0, 1], zero_init=True)
 
 
@@ -134,20 +135,20 @@ def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(check
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--factor", "1"], "factor is 1, expected 2 or more"),
-    (["--factor", "1.5"], "factor is 1.5, expected 2 or more; smaller growth is set by target_layers"),
+    (["--factor", "1"], "factor is 1.0, expected at least 2"),
+    (["--factor", "1.5"], "factor is 1.5, expected at least 2"),
     (["--factor", "2", "--init", "nowhere"], "nowhere is neither a checkpoint directory nor a Hub id"),
     (["--target_layers", "5"], "cannot make 5: choose a multiple of 2"),
     (["--layers", "0,2"], "layers names 2, but the base has the layers 0 to 1"),
-    (["--layers", "0,x"], "layers is '0,x', expected whole numbers with commas between them"),
-    (["--layers", "0,1", "--factor", "2"], "factor and layers each say how deep"),
+    (["--layers", "0,x"], "layers is '0,x', expected whole numbers separated by commas"),
+    (["--layers", "0,1", "--factor", "2"], "factor and layers each give the depth"),
     (["--operator", "solar"], "cannot make 8: choose an even number from 3 to 4"),
-    (["--operator", "partial"], "block (two numbers, first and last layer) goes with the operator partial"),
-    (["--operator", "partial", "--block", "0,4"], "block 0,4 is no block"),
-    (["--operator", "double"], "operator is 'double', expected one of stack, interleave, middle, partial, solar"),
-    (["--layers", "1,0", "--zero_init"], "zero_init preserves the function only where"),
+    (["--operator", "partial"], "block (two numbers, first and last layer) is for the operator partial"),
+    (["--operator", "partial", "--block", "0,4"], "block 0,4 is not a block"),
+    (["--operator", "double"], "unknown operator 'double', expected one of stack, interleave, middle, partial, solar"),
+    (["--layers", "1,0", "--zero_init"], "zero_init preserves the function only if"),
     (["--layers", "1,0", "--operator", "solar"], "layers and operator solar both say which layers to repeat"),
-    (["--noise", "-1"], "noise is -1.0"),
+    (["--noise", "-1"], "noise is -1.0, expected at least 0"),
 ])
 def test_bad_input(checkpoint, tmp_path, refusal, flags, said):
     assert said in refusal(COMMANDS, "grow", "--init", checkpoint, "--out", tmp_path / "grown", *flags)
@@ -176,7 +177,7 @@ def test_an_incomplete_base(checkpoint, tmp_path, refusal, damage):
 
 
 def test_a_full_disk(checkpoint, tmp_path):
-    """A real limit on the size of a file, below what the grown weights need."""
+    """With a real limit on the size of a file, below that of the grown weights."""
     code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
             "sys.argv = sys.argv[1:]; runpy.run_path('stack.py', run_name='__main__')")
     result = run_script("-c", code, "stack.py", "grow", "--init", checkpoint, "--out", tmp_path / "grown", check=False)
@@ -184,7 +185,7 @@ def test_a_full_disk(checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_planner_equals_the_published_table():
+def test_the_growth_plan_equals_the_published_table():
     """Du et al., arXiv 2405.15319: d in billions of tokens, as printed."""
     for params, tokens, published in ((8e9, 15e12, "6.58"), (7e9, 2e12, "11.11"), (13e9, 2e12, "15.84"),
                                       (70e9, 2e12, "42.48")):
@@ -213,8 +214,9 @@ def test_a_plan_by_hand():
     (["--params", "7e9"], "a plan needs the size of the model (--params or --size) and --tokens"),
     (["--tokens", "7e9"], "a plan needs the size of the model (--params or --size) and --tokens"),
     (["--params", "-1", "--tokens", "1e9"], "params is -1.0, expected a number above 0"),
-    (["--params", "7e9", "--tokens", "1e9", "--factor", "1"], "factor is 1, expected 2 or more"),
-    (["--params", "7e9", "--tokens", "1e9", "--factor", "5", "--num_hidden_layers", "32"], "no multiple of the factor"),
-    (["--size", "410m", "--tokens", "1e9"], "410m.toml says no shape of the model")])
-def test_a_plan_that_cannot_be(refusal, flags, said):
+    (["--params", "7e9", "--tokens", "1e9", "--factor", "1"], "factor is 1, expected at least 2"),
+    (["--params", "7e9", "--tokens", "1e9", "--factor", "5", "--num_hidden_layers", "32"],
+     "not a multiple of the factor"),
+    (["--size", "410m", "--tokens", "1e9"], "410m.toml gives no model shape")])
+def test_invalid_plans(refusal, flags, said):
     assert said in refusal(COMMANDS, "plan", *flags)

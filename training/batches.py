@@ -1,10 +1,14 @@
-"""What a step sees: samples, their order, and global batches cut into micro-batches.
+"""Global batches and how they are cut into micro-batches.
 
-A sample is a pair (tokens, first): an array of token ids, and the index of the first token that is a target. The
-model reads tokens[:-1] and is asked for tokens[1:]; its length is the number of tokens that it reads. Fine-tuning
-and pretraining differ in where their samples come from and in nothing else.
+A sample is a pair (tokens, first): an array of token ids and the index of the first token that is a target. The model
+reads tokens[:-1] and its targets are tokens[1:]; the length of a sample is the number of tokens read.
+
+Dimensions:  B rows of a micro-batch, T tokens of the longest row, P tokens of a common prefix.
 """
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,67 +16,97 @@ import torch
 from model.loss import IGNORE_INDEX
 from model.prefix_packing import common_prefix
 
+Sample = tuple[np.ndarray, int]
+Microbatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input_ids [B, T], targets [B, T], prefix [P]
+
+
+class SampleDataset(Protocol):
+    """A sequence of samples, such as SFTDataset and ShardDataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples of one step, over all ranks."""
+    indices: list[int]  # in the training data
+    samples: list[Sample]
+    ends_epoch: bool
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads."""
+        return count_tokens(self.samples)[0]
+
 
 @lru_cache(maxsize=2)
-def epoch_order(seed, epoch, size):
-    """The order of the samples in one epoch: a function of these three numbers alone."""
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of the samples in one epoch, a function of the three arguments."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def global_batch(seed, size, start, stop):
-    """Indices of the samples at the places start ≤ i < stop of the endless stream of shuffled epochs."""
+def sample_indices(seed: int, size: int, start: int, stop: int) -> list[int]:
+    """Indices of the samples at positions start ≤ i < stop in the infinite stream of shuffled epochs."""
     return [int(epoch_order(seed, place // size, size)[place % size]) for place in range(start, stop)]
 
 
-def plan_microbatches(lengths, budget, step_slots):
-    """Where to cut rows, sorted from long to short, into micro-batches: [0, …, len(lengths)].
+def plan_microbatches(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[int]:
+    """Boundaries [0, …, len(lengths)] that cut rows, sorted from long to short, into micro-batches.
 
-    Minimises padded slots plus `step_slots` for each micro-batch, by dynamic programming over the cuts: a micro-step
-    has a fixed price (kernel launches, a pass over the weights, from ZeRO-2 on a reduction of all gradients), and the
-    padding that one more micro-batch saves has to be worth it. No micro-batch has more than `budget` slots, except a
-    single row that is longer than that.
+    Minimizes the padded tokens plus `overhead` for each micro-batch, by dynamic programming over the boundaries. A
+    micro-step has a fixed cost (kernel launches, a pass over the weights, with ZeRO-2 and 3 a reduction of all
+    gradients), which the padding saved by one more micro-batch has to exceed. A micro-batch has at most `max_tokens`
+    padded tokens, unless a single row is longer.
     """
-    best, previous = [0] + [None] * len(lengths), [0] * (len(lengths) + 1)
+    best: list[float] = [0] + [float("inf")] * len(lengths)
+    previous = [0] * (len(lengths) + 1)
     for start, length in enumerate(lengths):
         for stop in range(start + 1, len(lengths) + 1):
-            slots = (stop - start) * length
-            if slots > budget and stop > start + 1:
+            padded = (stop - start) * length
+            if padded > max_tokens and stop > start + 1:
                 break
-            cost = best[start] + slots + step_slots
-            if best[stop] is None or cost < best[stop]:
+            if (cost := best[start] + padded + overhead) < best[stop]:
                 best[stop], previous[stop] = cost, start
-    cuts = [len(lengths)]
-    while cuts[-1]:
-        cuts.append(previous[cuts[-1]])
-    return cuts[::-1]
+    boundaries = [len(lengths)]
+    while boundaries[-1]:
+        boundaries.append(previous[boundaries[-1]])
+    return boundaries[::-1]
 
 
-def make_microbatches(samples, budget, step_slots, rank=0, world_size=1):
-    """Cuts a global batch, and returns this rank's micro-batches: (input_ids, targets) [B, T] and the prefix [P] that
-    stands before each row of all of them, the beginning that the prompts of the global batch have in common.
+def make_microbatches(samples: Sequence[Sample], max_tokens: int, overhead: int, rank: int = 0,
+                      world_size: int = 1) -> list[Microbatch]:
+    """Cuts a global batch into the micro-batches of one rank.
 
-    The samples are sorted by length and dealt out in turn, so every rank has nearly the same lengths; all are cut at
-    the same places, those that suit rank 0, and so run the same number of micro-steps. A rank with no sample left
-    gets a row without a target.
+    Returns triples (input_ids [B, T], targets [B, T], prefix [P]). The prefix, which is the same for all micro-batches,
+    is what the prompts of the global batch have in common at their start; it precedes every row.
+
+    The samples are sorted by length and dealt to the ranks one by one, so that all ranks have nearly the same lengths.
+    All ranks use the boundaries planned for rank 0 and so run the same number of micro-steps. A rank without a sample
+    left gets a row without targets.
     """
     samples = sorted(samples, key=lambda sample: -len(sample[0]))
     prefix = shared_prefix(samples)
     shared = len(prefix)
-    cuts = plan_microbatches([len(tokens) - 1 - shared for tokens, _ in samples[::world_size]], budget - shared, step_slots + shared)
-    mine = [(tokens[shared:], first - shared) for tokens, first in samples[rank::world_size]]
-    return [(*collate(mine[start:stop]), torch.from_numpy(prefix)) for start, stop in zip(cuts, cuts[1:])]
+    boundaries = plan_microbatches([len(tokens) - 1 - shared for tokens, _ in samples[::world_size]],
+                                   max_tokens - shared, overhead + shared)
+    own = [(tokens[shared:], first - shared) for tokens, first in samples[rank::world_size]]
+    return [(*collate(own[start:stop]), torch.from_numpy(prefix)) for start, stop in zip(boundaries, boundaries[1:])]
 
 
-def shared_prefix(samples):
-    """The tokens that all samples begin with before the last of their prompt, which is asked for the first target; none
-    for a single sample."""
+def shared_prefix(samples: Sequence[Sample]) -> np.ndarray:
+    """The common beginning of all prompts, without the last prompt token, which predicts the first target.
+
+    Empty for a single sample.
+    """
     tokens, first = min(samples, key=lambda sample: sample[1])
     prompt = tokens[:first - 1]
     return prompt[:min(common_prefix(prompt, other) for other, _ in samples) if len(samples) > 1 else 0]
 
 
-def collate(samples):
-    """Pads samples on the right: input_ids and targets [B, T], IGNORE_INDEX where there is no target."""
+def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads samples on the right: input_ids and targets [B, T], with IGNORE_INDEX where there is no target."""
     width = max((len(tokens) - 1 for tokens, _ in samples), default=1)
     input_ids = np.zeros((max(1, len(samples)), width), dtype=np.int64)
     targets = np.full(input_ids.shape, IGNORE_INDEX, dtype=np.int64)
@@ -82,6 +116,6 @@ def collate(samples):
     return torch.from_numpy(input_ids), torch.from_numpy(targets)
 
 
-def count_tokens(samples):
-    """(tokens read, tokens with a target) of samples, in all."""
+def count_tokens(samples: Sequence[Sample]) -> tuple[int, int]:
+    """(tokens read, target tokens) of all samples."""
     return sum(len(tokens) - 1 for tokens, _ in samples), sum(len(tokens) - first for tokens, first in samples)

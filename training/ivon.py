@@ -1,115 +1,131 @@
 """Variational fine-tuning: a Gaussian over every weight, by the improved variational online Newton method (IVON).
 
 Shen et al., Variational Learning is Effective for Large Deep Networks, arXiv 2402.17641, algorithm 1. The posterior is
-q(w) = N(m, 1 / s) for each weight by itself, with the precision s = λ (h + δ): h is the curvature of the loss, λ the
-number of samples that the loss, a mean, stands for, and δ = p / λ what a prior N(m₀, 1 / p) adds. In each step the
-gradient is taken at one draw of the weights, and moves both m and h.
+q(w) = N(m, 1 / s), independently for each weight, with precision s = λ (h + δ): h is the Hessian estimate, λ the
+effective sample size (ess) of the mean loss, and δ = p / λ the contribution of a prior N(m₀, 1 / p). Each step takes
+the gradient at one sample of the weights and updates both m and h.
 
-The noise of a draw is a function of a key, such as (seed, step), and of the parameter's name alone: every process and
-every micro-step see the same weights, however the parameters are cut into pieces.
+The noise of a sample is a function of a key, such as (seed, step), and of the parameter's name (model/posterior.py):
+all ranks and micro-steps use the same weights, no matter how the parameters are sharded.
 """
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import torch
 
 from model.posterior import standard_normal
+from training.zero_shards import Fragment
+
+Prior = Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor | float]]
 
 
 class IVON(torch.optim.Optimizer):
-    """IVON over the pieces of the parameters that this process keeps (partitions.Fragment).
+    """IVON over the fragments of the parameters that this rank stores.
 
-    begin() has to be called with them once they are known. A step is perturb(key), which gives the model a draw of the
-    weights, gradients at that draw, and step(), which may be called for one parameter group at a time. State by flat
-    tensor: "momentum", "curvature" (h) and "step".
+    Call `begin` once with the fragments. A step is `perturb`, which gives the model sampled weights, then the gradients
+    at them, then `step`, which may be called for one parameter group at a time. State by flat tensor: "momentum",
+    "hess" (h) and "step".
 
-    lr: the most that a weight moves in a step, α · ξ of the paper, so that it compares with AdamW's; samples: λ;
-    curvature: h at the start; betas: decay rates of momentum and curvature; clip_radius: ξ, the most that a weight's
-    gradient over h + δ counts; noise: False takes the gradients at the mean, and leaves the curvature as it is.
+    Args:
+        params: parameter groups.
+        lr: the most that a weight moves in a step (α · ξ in the paper), which makes it comparable to AdamW's.
+        ess: effective sample size λ.
+        hess_init: initial value of h.
+        betas: decay rates of momentum and Hessian estimate.
+        clip_radius: ξ, bound on the absolute value of a gradient divided by h + δ.
+        sample_params: False takes the gradients at the mean and leaves h unchanged.
     """
 
-    def __init__(self, params, lr, samples, curvature, betas, clip_radius, noise=True):
+    def __init__(self, params: Any, lr: float, ess: float, hess_init: float, betas: tuple[float, float],
+                 clip_radius: float, sample_params: bool = True):
         super().__init__(params, {"lr": lr})
-        self.samples, self.start, self.betas = samples, curvature, betas
-        self.clip_radius, self.noise = clip_radius, noise
-        self.places, self.prior, self.means, self.key = {}, {}, {}, None
+        self.ess, self.hess_init, self.betas = ess, hess_init, betas
+        self.clip_radius, self.sample_params = clip_radius, sample_params
+        self.fragments: dict[torch.Tensor, list[Fragment]] = {}
+        self.prior: Prior = {}
+        self.means: dict[torch.Tensor, torch.Tensor] = {}
+        self.key: Any = None
 
     @torch.no_grad()
-    def begin(self, fragments, prior):
-        """Takes up the pieces; the flat tensors hold the means.
+    def begin(self, fragments: Iterable[Fragment], prior: Prior) -> None:
+        """Sets the fragments and the prior; the flat tensors hold the means.
 
-        prior: flat -> (mean, precision), each as long as the flat tensor, or a number for all of its weights.
+        prior: flat tensor -> (mean, precision), each of the flat tensor's length; the precision may be one number.
         """
-        self.prior, self.places = prior, {}
+        self.prior, self.fragments = prior, {}
         for fragment in fragments:
-            self.places.setdefault(fragment.flat, []).append(fragment)
-        for flat, pieces in self.places.items():
+            self.fragments.setdefault(fragment.flat, []).append(fragment)
+        for flat, pieces in self.fragments.items():
             self.state[flat] = {"momentum": torch.zeros_like(flat), "step": torch.tensor(0.0),
-                                "curvature": torch.full_like(flat, self.start)}
-            if pieces[0].shared:  # the model computes with the flat tensor itself: a draw overwrites the mean
+                                "hess": torch.full_like(flat, self.hess_init)}
+            if pieces[0].shared:  # the model computes with the flat tensor itself: sampling overwrites the mean
                 self.means[flat] = torch.empty_like(flat)
 
-    def blocks(self, fragment):
-        """(places in the flat tensor, noise) of the pieces that a fragment is worked on by."""
-        moved = fragment.offset - fragment.start
+    def blocks(self, fragment: Fragment) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(slice of the flat tensor, noise) of the blocks of a fragment."""
+        shift = fragment.offset - fragment.start
         for low, high, noise in standard_normal(self.key, fragment.name, fragment.size, fragment.start, fragment.count,
                                                 fragment.flat.device):
-            yield slice(low + moved, high + moved), noise
+            yield slice(low + shift, high + shift), noise
 
-    def mean(self, flat):
-        """The means while there is a draw, flattened."""
+    def mean(self, flat: torch.Tensor) -> torch.Tensor:
+        """The means while the model has sampled weights, flattened."""
         return self.means.get(flat, flat).detach().view(-1)
 
-    def delta(self, flat, at):
-        """δ = p / λ of the prior at some places."""
+    def delta(self, flat: torch.Tensor, at: slice) -> torch.Tensor | float:
+        """δ = p / λ of the prior for a slice of a flat tensor."""
         precision = self.prior[flat][1]
-        return (precision.view(-1)[at] if isinstance(precision, torch.Tensor) else precision) / self.samples
+        return (precision.view(-1)[at] if isinstance(precision, torch.Tensor) else precision) / self.ess
 
-    def precision(self, flat, at):
-        """The posterior's precision at some places: λ (h + δ)."""
-        return (self.state[flat]["curvature"].view(-1)[at] + self.delta(flat, at)) * self.samples
+    def precision(self, flat: torch.Tensor, at: slice) -> torch.Tensor:
+        """Precision of the posterior, λ (h + δ), for a slice of a flat tensor."""
+        return (self.state[flat]["hess"].view(-1)[at] + self.delta(flat, at)) * self.ess
 
     @torch.no_grad()
-    def perturb(self, fragments, key):
-        """Draws the weights that the model computes with, and remembers the key of their noise."""
+    def perturb(self, fragments: Iterable[Fragment], key: Any) -> None:
+        """Samples the weights that the model computes with, and stores the key of the noise."""
         self.key = key
         for flat, mean in self.means.items():
             mean.copy_(flat)
-        for fragment in fragments if self.noise else ():
-            flat, weights, moved = fragment.flat, fragment.weights, fragment.offset
+        for fragment in fragments if self.sample_params else ():
+            flat, weights, shift = fragment.flat, fragment.weights, fragment.offset
             for at, noise in self.blocks(fragment):
-                drawn = torch.addcdiv(self.mean(flat)[at], noise, self.precision(flat, at).sqrt_())
-                weights[at.start - moved:at.stop - moved].copy_(drawn)
+                sample = torch.addcdiv(self.mean(flat)[at], noise, self.precision(flat, at).sqrt_())
+                weights[at.start - shift:at.stop - shift].copy_(sample)
 
     @torch.no_grad()
-    def restore(self, fragments):
-        """Gives the model the means again, in place of a draw that no step came of."""
+    def restore(self, fragments: Iterable[Fragment]) -> None:
+        """Gives the model the means again, after a sample whose step was skipped."""
         for fragment in fragments:
             fragment.weights.copy_(fragment.of(self.mean(fragment.flat)))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Moves mean and curvature by the gradients at the last draw."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates means and Hessian estimates by the gradients at the last sample."""
         for group in self.param_groups:
             for flat in group["params"]:
-                if flat.grad is None or flat not in self.places:  # a piece of padding alone
+                if flat.grad is None or flat not in self.fragments:  # padding
                     continue
                 if flat in self.means:
                     flat.copy_(self.means[flat])
                 self.state[flat]["step"] += 1
-                for fragment in self.places[flat]:
+                for fragment in self.fragments[flat]:
                     for at, noise in self.blocks(fragment):
                         self.update(flat, at, noise, group["lr"])
 
-    def update(self, flat, at, noise, lr):
-        """Lines 3 to 6 of the algorithm for some places of a flat tensor, with the prior's own mean in place of 0."""
+    def update(self, flat: torch.Tensor, at: slice, noise: torch.Tensor, lr: float) -> None:
+        """Lines 3 to 6 of the algorithm for a slice of a flat tensor, with the prior's mean instead of 0."""
         state, prior_mean = self.state[flat], self.prior[flat][0].view(-1)[at]
+        assert flat.grad is not None
         mean, gradient = flat.view(-1)[at], flat.grad.view(-1)[at]
-        momentum, curvature = state["momentum"].view(-1)[at], state["curvature"].view(-1)[at]
+        momentum, hess = state["momentum"].view(-1)[at], state["hess"].view(-1)[at]
         delta, (beta1, beta2) = self.delta(flat, at), self.betas
-        if self.noise:
-            whole = curvature + delta  # h + δ
-            # Price's theorem: the gradient times noise / variance estimates the Hessian's diagonal
-            gap = (whole * self.samples).sqrt_().mul_(noise).mul_(gradient).sub_(curvature)
-            curvature.add_(gap, alpha=1 - beta2)
-            curvature.addcdiv_(gap.square_(), whole, value=(1 - beta2) ** 2 / 2)  # which keeps h + δ above 0
+        if self.sample_params:
+            total = hess + delta  # h + δ
+            # Price's theorem: gradient times noise over variance estimates the Hessian's diagonal
+            gap = (total * self.ess).sqrt_().mul_(noise).mul_(gradient).sub_(hess)
+            hess.add_(gap, alpha=1 - beta2)
+            hess.addcdiv_(gap.square_(), total, value=(1 - beta2) ** 2 / 2)  # keeps h + δ positive
         momentum.lerp_(gradient, 1 - beta1)
         move = (mean - prior_mean).mul_(delta).add_(momentum, alpha=1 / (1 - beta1 ** float(state["step"])))
-        mean.sub_(move.div_(curvature + delta).div_(self.clip_radius).clamp_(-1, 1), alpha=lr)
+        mean.sub_(move.div_(hess + delta).div_(self.clip_radius).clamp_(-1, 1), alpha=lr)

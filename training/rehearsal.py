@@ -1,38 +1,46 @@
-"""Rehearsal: samples of earlier tasks that are trained on again."""
+"""Rehearsal: training again on samples of earlier tasks."""
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.files import UserError
 from common.provenance import data_digest
 from corpus.tasks import read_task
+from training.train_config import TrainConfig
 
 
-def earlier_tasks(cfg, past):
-    """The tasks that rehearsal takes samples of, as the checkpoint's lineage has them: all but the run's own, each as
-    it was learned last. Raises UserError where there is none."""
-    if not past.get("tasks"):
-        raise UserError(f"rehearsal is set, but {cfg.init} was fine-tuned on no task before: leave it out for the first "
+def earlier_tasks(cfg: TrainConfig, digest: str, lineage: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tasks to rehearse, from the lineage of the initial checkpoint; empty without rehearsal.
+
+    The run's own task (data with the same digest) is left out, and a task learned twice counts once. Raises UserError
+    if the initial checkpoint has not been fine-tuned on any task.
+    """
+    if not cfg.rehearsal:
+        return []
+    if not lineage.get("tasks"):
+        raise UserError(f"rehearsal is set, but {cfg.init} was not fine-tuned on any task: leave it out for the first "
                         "task (--rehearsal 0)")
-    found = {task["data_digest"]: task for task in past["tasks"]}
-    return [task for key, task in found.items() if key != data_digest(cfg.data)]
+    tasks = {task["data_digest"]: task for task in lineage["tasks"]}
+    return [task for key, task in tasks.items() if key != digest]
 
 
-def check_earlier_tasks(cfg, past):
-    """Raises UserError where the data of a task that is to be rehearsed is gone, or has changed."""
-    for task in earlier_tasks(cfg, past) if cfg.rehearsal else ():
-        path = task["data"]
-        if not Path(path).is_file() or data_digest(path) != task["data_digest"]:
-            what = "has changed since" if Path(path).is_file() else "does not exist any more"
-            raise UserError(f"rehearsal needs {path}, which {task['task']} was learned from, but it {what}: make it as "
-                            "it was")
+def check_earlier_tasks(tasks: Iterable[dict[str, Any]]) -> None:
+    """Raises UserError if the data of a task to rehearse does not exist any more or has changed."""
+    for task in tasks:
+        path = Path(task["data"])
+        if not path.is_file() or data_digest(path) != task["data_digest"]:
+            what = "has changed since" if path.is_file() else "does not exist any more"
+            raise UserError(f"rehearsal needs {path}, which {task['task']} was learned from, but it {what}: restore it")
 
 
-def rehearsed(cfg, past):
-    """The training items of the earlier tasks that are trained on again: of each the share that was asked for."""
+def rehearsed_items(cfg: TrainConfig, tasks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training items of the earlier tasks: a random share `cfg.rehearsal` of each, and at least one."""
     items = []
-    for number, task in enumerate(earlier_tasks(cfg, past) if cfg.rehearsal else ()):
-        there = read_task(task["data"])[0]["train"][:task["max_train_samples"]]
-        count = max(1, round(cfg.rehearsal * len(there)))
-        items += [there[index] for index in np.random.default_rng([cfg.seed, number]).permutation(len(there))[:count]]
+    for number, task in enumerate(tasks):
+        available = read_task(task["data"])[0]["train"][:task["max_train_samples"]]
+        count = max(1, round(cfg.rehearsal * len(available)))
+        order = np.random.default_rng([cfg.seed, number]).permutation(len(available))
+        items += [available[index] for index in order[:count]]
     return items

@@ -1,164 +1,192 @@
-"""The state of an unfinished run, written and read so that the run goes on as if it had never stopped.
+"""The state of an unfinished run: saved so that the resumed run computes the same as an uninterrupted one.
 
-In the run's directory stands at most one `resume/step-<n>/`, whole or absent:
+The run's directory has at most one `resume/step-<n>/`, which appears atomically:
 
-    rank-<r>.safetensors    fp32 master weights and the optimizer's state, the fragments that process r kept
-    state.json              steps done, the loop's counters, the digests of the files, and which run they belong to
+    rank-<r>.safetensors    fp32 master weights and optimizer state: the fragments of rank r
+    state.json              the loop's counters, digests of the files, and the run that they belong to
 
-Any number of processes under any ZeRO stage can read what any other has written. There is no random state: the order of
-the samples is a function of (seed, step).
+Any number of ranks under any ZeRO stage can read what others have written. There is no random state: the order of the
+samples is a function of (seed, step).
 """
 import hashlib
 import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.files import UserError, digest, explain_os_errors, read_json, sync, write_json
 from common.provenance import identity
 from model.parameter_files import ParameterFiles, write_parameter_file
-from training.zero_shards import base_optimizer, fragments, update_weights
+from training.run import Run
+from training.run_directory import continue_run
+from training.train_state import TrainState
+from training.zero_shards import Fragment, base_optimizer, local_fragments, update_weights
 
-STOPPED = 75  # exit status of a run that was stopped and goes on when started again (EX_TEMPFAIL of sysexits.h)
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-MASTER = "master"  # the kind of the fp32 weights; the others have the optimizer's own names, such as exp_avg
+STOPPED = 75  # exit status of a stopped run that resumes when started again (EX_TEMPFAIL of sysexits.h)
+MASTER = "master"  # kind of the fp32 weights; the other kinds have the optimizer's names, such as exp_avg
 
 
-class Saving:
-    """When to save: after so many minutes, and where a signal asks the run to end (a StopRequest)."""
+class StateSaver:
+    """Saves the state every `save_minutes`, and when a signal asks the run to stop."""
 
-    def __init__(self, minutes, request, dist):
-        self.minutes, self.request, self.dist, self.saved = minutes, request, dist, time.monotonic()
+    def __init__(self, run: Run, engine: "DeepSpeedEngine"):
+        self.run, self.engine, self.saved = run, engine, time.monotonic()
 
-    def check(self, step, steps, save):
-        """Calls `save()` on all processes if it is time, and ends the run if that was asked of any of them."""
-        due = self.dist.rank == 0 and time.monotonic() - self.saved >= 60 * self.minutes
-        stopping, due = self.dist.all_reduce_sum(self.request.signal is not None, due)
-        if stopping or due:
-            save()
+    def check(self, state: TrainState, steps: int, save: bool = True) -> None:
+        """Saves the state if it is time, and ends the process if any rank was asked to stop."""
+        dist = self.run.dist
+        elapsed = time.monotonic() - self.saved
+        stopping, due = dist.all_reduce_sum(self.run.request.signal is not None,
+                                            dist.rank == 0 and elapsed >= 60 * self.run.cfg.save_minutes)
+        if save and (stopping or due):
+            save_state(self.run, self.engine, state)
             self.saved = time.monotonic()
         if stopping:
-            self.dist.print0(f"stopped by a signal after step {step} of {steps}: the same command goes on from there")
+            dist.print0(f"stopped by a signal after step {state.step} of {steps}: the same command resumes from there")
             sys.exit(STOPPED)
 
 
-def save_state(engine, directory, run, progress, dist):
-    """Writes the state after `progress["step"]` steps; what was saved before goes when it is complete.
+def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
+    """Saves the state, then removes the one saved before.
 
-    Every process writes its own file, one fragment at a time, without talking to the others.
+    Every rank writes its own file, one fragment at a time, without communication.
     """
-    folder = directory / "resume" / f"step-{progress['step']}"
+    folder = run.directory / "resume" / f"step-{state.step}"
     partial = folder.with_name(folder.name + ".writing")
 
-    def make():
+    def make() -> None:
         with explain_os_errors(partial):
             shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
             partial.mkdir(parents=True)
 
-    def complete():
-        write_json(partial / "state.json", {"progress": progress, "run": fingerprint(run),
-                                            "optimizer_step": optimizer_step(engine), "files": dict(files)})
+    def complete() -> None:
+        write_json(partial / "state.json", {"progress": asdict(state), "run": fingerprint(run.record),
+                                            "optimizer_step": optimizer_updates(engine), "files": dict(files)})
         with explain_os_errors(folder):
             sync(partial)
             partial.rename(folder)
             sync(folder.parent)
-            sync(directory / "metrics.jsonl")
+            sync(run.directory / "metrics.jsonl")
             for old in folder.parent.iterdir():
                 if old != folder:
                     shutil.rmtree(old)
 
-    dist.on_rank0(make)
+    run.dist.on_rank0(make)
     try:
-        files = dist.gather(dist.on_all_ranks(lambda: write_fragments(engine, partial, dist.rank)))
-        dist.on_rank0(complete)
-    except UserError:  # known to all of them, so nobody writes there any more
+        files = run.dist.gather(run.dist.on_all_ranks(lambda: write_fragments(engine, partial, run.dist.rank)))
+        run.dist.on_rank0(complete)
+    except UserError:  # raised on all ranks, so none of them writes there any more
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def write_fragments(engine, folder, rank):
-    """Writes this process's file; returns its name and digest."""
+def write_fragments(engine: "DeepSpeedEngine", folder: Path, rank: int) -> tuple[str, str]:
+    """Writes this rank's file; returns its name and digest."""
     path, state = folder / f"rank-{rank}.safetensors", base_optimizer(engine).state
-    mine = fragments(engine) if engine.zero_optimization() or rank == 0 else []  # without ZeRO all keep the same
-    kinds = {MASTER: lambda fragment: fragment.of(fragment.flat)}
-    for kind in {kind: None for fragment in mine for kind, value in state.get(fragment.flat, {}).items()
-                 if value.shape == fragment.flat.shape}:
-        kinds[kind] = lambda fragment, kind=kind: fragment.of(state[fragment.flat][kind])
-    write_parameter_file(path, mine, kinds)
+    fragments = local_fragments(engine) if engine.zero_optimization() or rank == 0 else []  # without ZeRO all are equal
+    names = {kind: None for fragment in fragments for kind, value in state.get(fragment.flat, {}).items()
+             if value.shape == fragment.flat.shape}
+    kinds = {MASTER: lambda fragment: fragment.of(fragment.flat)} | {kind: state_reader(state, kind) for kind in names}
+    write_parameter_file(path, fragments, kinds)
     return path.name, digest([path])
 
 
-def optimizer_step(engine):
-    """How often the optimizer has updated the weights; steps that were passed over do not count."""
+def state_reader(state: Mapping[torch.Tensor, Any], kind: str) -> Callable[[Fragment], torch.Tensor]:
+    """A function from a fragment to its elements of one kind of optimizer state."""
+    return lambda fragment: fragment.of(state[fragment.flat][kind])
+
+
+def optimizer_updates(engine: "DeepSpeedEngine") -> int:
+    """How often the optimizer has updated the weights; skipped steps do not count."""
     return max((int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state), default=0)
 
 
-def fingerprint(run):
-    """A digest of what a run is made of."""
-    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """A digest of what identifies a run."""
+    return hashlib.sha256(json.dumps(identity(record), sort_keys=True).encode()).hexdigest()
 
 
-def find_state(directory, run):
-    """The folder of the saved state of an unfinished run, None if there is none.
+def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
+    """The folder of the saved state of an unfinished run, or None.
 
-    Raises UserError where it is that of another run or incomplete.
+    Raises UserError if the state belongs to another run or is incomplete.
     """
-    found = [path for path in (Path(directory) / "resume").glob("step-*") if path.suffix != ".writing"]
-    if not found:
+    folders = [path for path in (directory / "resume").glob("step-*") if path.suffix != ".writing"]
+    if not folders:
         return None
-    folder = max(found, key=lambda path: int(path.name.removeprefix("step-")))
-    state = read_state(folder)
-    if state["run"] != fingerprint(run):
-        raise UserError(f"{folder} is the state of another run than {directory}/run.json says: remove it to train anew")
-    if missing := [name for name in state["files"] if not (folder / name).is_file()]:
-        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train anew")
+    folder = max(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    saved = read_state(folder)
+    if saved["run"] != fingerprint(record):
+        raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
+    if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")
     return folder
 
 
-def read_state(folder):
-    """state.json of a saved state, checked."""
-    state = read_json(folder / "state.json")
-    if not isinstance(state, dict) or not {"progress", "run", "optimizer_step", "files"} <= state.keys():
-        raise UserError(f"{folder}/state.json does not say what a saved state has to: remove {folder} to train anew")
-    return state
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a saved state. Raises UserError if it lacks an entry."""
+    saved = read_json(folder / "state.json")
+    if not isinstance(saved, dict) or not {"progress", "run", "optimizer_step", "files"} <= saved.keys():
+        raise UserError(f"{folder}/state.json lacks entries of a saved state: remove {folder} to train again")
+    return saved
 
 
-def load_state(engine, folder, dist):
-    """Puts a saved state into a freshly built engine; returns the loop's progress. Raises UserError for damaged files.
+def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None:
+    """Restores the state of an unfinished run; returns the run, with the restart in its record, and its progress.
 
-    The files' digests are checked before anything is read, by all processes together.
+    Returns None if no state was saved.
     """
-    state = read_state(folder)
-    names = sorted(state["files"])
+    folder = run.dist.on_rank0(lambda: find_state(run.directory, run.record))
+    if folder is None:
+        return None
+    state = TrainState(**load_state(run, engine, folder))
+    run.dist.print0(f"resuming after step {state.step}, from {folder}")
+    record = run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))
+    return replace(run, record=record), state
 
-    def check():
+
+def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> dict[str, Any]:
+    """Loads a saved state into a new engine; returns the loop's counters. Raises UserError for damaged files.
+
+    The ranks first check the digests of all files.
+    """
+    saved, dist = read_state(folder), run.dist
+    names = sorted(saved["files"])
+
+    def check() -> None:
         for name in names[dist.rank::dist.world_size]:
-            if digest([folder / name]) != state["files"][name]:
-                raise UserError(f"{folder / name} is damaged, its digest is not the one that state.json gives: remove "
-                                f"{folder} to train anew")
+            if digest([folder / name]) != saved["files"][name]:
+                raise UserError(f"{folder / name} is damaged, its digest is not the one in state.json: remove "
+                                f"{folder} to train again")
 
     dist.on_all_ranks(check)
-    saved = dist.on_all_ranks(lambda: ParameterFiles([folder / name for name in names], "the saved state"))
-    dist.on_all_ranks(lambda: restore(engine, saved, state["optimizer_step"]))
+    files = dist.on_all_ranks(lambda: ParameterFiles([folder / name for name in names], "the saved state"))
+    dist.on_all_ranks(lambda: restore(engine, files, saved["optimizer_step"]))
     update_weights(engine)
-    return state["progress"]
+    return saved["progress"]
 
 
 @torch.no_grad()
-def restore(engine, saved, step):
-    """Fills master weights and optimizer state of this process, and its share of the weights."""
-    optimizer, mine = base_optimizer(engine), fragments(engine)
-    for fragment in mine:
-        if step and fragment.flat not in optimizer.state:
+def restore(engine: "DeepSpeedEngine", files: ParameterFiles, updates: int) -> None:
+    """Fills this rank's master weights and optimizer state from files."""
+    optimizer = base_optimizer(engine)
+    for fragment in local_fragments(engine):
+        if updates and fragment.flat not in optimizer.state:
             optimizer.state[fragment.flat] = {"step": torch.tensor(0.0, device=fragment.flat.device),
                                               **{kind: torch.zeros_like(fragment.flat)
-                                                 for kind in sorted(saved.kinds - {MASTER})}}
+                                                 for kind in sorted(files.kinds - {MASTER})}}
         state = optimizer.state.get(fragment.flat, {})
         if "step" in state:
-            state["step"].fill_(step)
-        saved.read(MASTER, fragment.name, fragment.start, fragment.of(fragment.flat))
-        for kind in saved.kinds - {MASTER}:
-            saved.read(kind, fragment.name, fragment.start, fragment.of(state[kind]))
+            state["step"].fill_(updates)
+        files.read(MASTER, fragment.name, fragment.start, fragment.of(fragment.flat))
+        for kind in files.kinds - {MASTER}:
+            files.read(kind, fragment.name, fragment.start, fragment.of(state[kind]))

@@ -1,85 +1,217 @@
-"""What is checked and resolved once, before a training run starts."""
+"""A training run: everything it depends on is checked and resolved once, before anything is loaded."""
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.distributed import resolve_dtype
+import torch
+
+from common.distributed import Distributed, StopRequest, resolve_dtype
 from common.files import UserError, read_json
-from common.metrics_log import optional
+from common.metrics_log import check_services
 from common.provenance import data_digest, describe, lineage
+from common.settings import model_shape
 from corpus.tasks import read_task
-from model.checkpoint import Weights, check_vocabulary, checkpoint_digest
+from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
 from model.config import ModelConfig
-from model.hub import locate
+from model.hub import fetch_checkpoint
+from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer
-from training.data import first_sample, samples_to_train
-from training.engine import deepspeed_config, new_config, zero_stage
-from training.methods import check_method, side_files
+from training.deepspeed_config import deepspeed_config, resolve_zero_stage
+from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
-from training.run_directory import is_finished
+from training.run_directory import drop_state, is_finished, lock, partial_directory
+from training.train_config import TrainConfig
 
 
-def prepare(cfg, dist):
-    """Rank 0's work before anything is loaded: checks data and weights.
+@dataclass(frozen=True)
+class Run:
+    """What a run depends on.
 
-    Returns what run.json will say of the run, and whether it was finished before.
+    Attributes:
+        cfg: the settings, with `dtype` and `zero` resolved.
+        dist: the process group.
+        request: whether a signal has asked this process to stop.
+        source: directory of the initial checkpoint, or, for new weights, of the tokenizer.
+        data_digest: digest of the training data.
+        lineage: training that the initial checkpoint has had (see common.provenance.lineage).
+        record: the content of run.json so far.
+        first_sample: position in the sample stream where the run starts.
     """
-    data = Path(cfg.data)
-    if cfg.tensorboard:
-        optional("tensorboard")
-    if cfg.wandb:
-        optional("wandb")
-    if cfg.task and not data.is_file():
+    cfg: TrainConfig
+    dist: Distributed
+    request: StopRequest
+    source: Path
+    model_config: ModelConfig
+    data_digest: str
+    lineage: dict[str, Any]
+    record: dict[str, Any]
+    first_sample: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
+
+    @property
+    def directory(self) -> Path:
+        """The directory that the run writes to until it is finished."""
+        return partial_directory(self.cfg.out)
+
+    def lineage_after(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The lineage of the finished checkpoint."""
+        if self.cfg.task:
+            task = {"task": self.cfg.task, "data": str(self.cfg.data), "data_digest": self.data_digest,
+                    "max_train_samples": self.cfg.max_train_samples}
+            own: dict[str, Any] = {"tasks": [*self.lineage.get("tasks", []), task]}
+        else:
+            own = {"text": text_key(self.cfg, self.data_digest) | {"samples": result["last_sample"]}}
+        return self.lineage | {"flops": result["flops"]} | own
+
+
+def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
+    """Checks settings, checkpoint and data, resolves what depends on them, and locks the run's directory.
+
+    Returns None if the run is finished already. Raises UserError, before anything is written, if it cannot start.
+    """
+    checked = dist.on_rank0(lambda: check_run(cfg, dist))
+    if checked is None:
+        dist.print0(f"{cfg.out} is finished already, nothing to do")
+        dist.on_rank0(lambda: drop_state(cfg.out))
+        return None
+    source = dist.local_rank0_first(lambda: find_source(cfg))
+    run = Run(dist=dist, request=request, source=source, model_config=read_model_config(cfg, source), **checked)
+    earlier = earlier_tasks(cfg, run.data_digest, run.lineage)
+    for path in (cfg.data, *(task["data"] for task in earlier)):
+        check_same_on_all_ranks(path, dist)
+    dist.on_rank0(lambda: lock(run.directory) if run.directory.exists() else None)
+    return run
+
+
+def check_run(cfg: TrainConfig, dist: Distributed) -> dict[str, Any] | None:
+    """The checks of rank 0; returns the fields of Run that it has resolved, or None if the run is finished.
+
+    Raises UserError for the first check that fails.
+    """
+    check_services(cfg.tensorboard, cfg.wandb)
+    if cfg.task and not Path(cfg.data).is_file():
         raise UserError(f"{cfg.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
                         "`make data`")
     digest = data_digest(cfg.data)
-    defaults = dataclasses.asdict(type(cfg)())
-    resolved = dataclasses.asdict(cfg) | {"dtype": resolve_dtype(cfg.dtype), "zero": zero_stage(cfg, dist)}
-    facts = {"processes": dist.world_size, "device": dist.device.type}
-    if Path(cfg.out).exists() and cfg.init and not Path(cfg.init).is_dir():  # a finished stage outlives what it came from
+    choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
+    resolved = dataclasses.replace(cfg, **choices)
+    settings, defaults = dataclasses.asdict(resolved), dataclasses.asdict(TrainConfig())
+    if Path(cfg.out).exists() and cfg.init and not Path(cfg.init).is_dir():  # finished, and its parent was removed
         recorded = read_json(Path(cfg.out) / "run.json")
-        run = describe(resolved, recorded.get("parent_digest"), digest, rehearsed=recorded.get("rehearsed"))
-        return None, is_finished(cfg.out, run, defaults)
-    if cfg.task and (dropped := read_task(cfg.data)[1]):
+        record = describe(settings, recorded.get("parent_digest"), digest, rehearsed=recorded.get("rehearsed"))
+        is_finished(cfg.out, record, defaults)
+        return None
+    if cfg.task:
+        report_dropped(cfg.data)
+    deepspeed_config(resolved)
+    source = find_source(cfg)
+    config = check_source(cfg, source)
+    past = lineage(source) if cfg.init else {}
+    check_length(cfg, config, digest, past)
+    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
+    if cfg.rehearsal:
+        facts["rehearsed"] = [task["data_digest"] for task in earlier_tasks(cfg, digest, past)]
+    parent = checkpoint_digest(source, side_file(cfg)) if cfg.init else None
+    record = describe(settings, parent, digest, **facts)
+    if is_finished(cfg.out, record, defaults):
+        return None
+    check_earlier_tasks(earlier_tasks(cfg, digest, past))
+    open_side_files(find_side_files(cfg, source, past), side_file(cfg), source, config)
+    return {"cfg": resolved, "data_digest": digest, "lineage": past, "record": record,
+            "first_sample": first_sample(cfg, digest, past)}
+
+
+def report_dropped(path: str) -> None:
+    """Prints which samples of a task file have no target."""
+    if dropped := read_task(path)[1]:
         more = f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
-        print(f"{cfg.data}: {len(dropped)} samples have no target and are left out: {', '.join(dropped[:20])}{more}")
-    deepspeed_config(cfg, dist)
-    source = find_weights(cfg)
-    config = ModelConfig.read(source / "config.json") if cfg.init else new_config(cfg, Tokenizer(source))
-    check_vocabulary(source, config)
+        print(f"{path}: {len(dropped)} samples have no target and are left out: {', '.join(dropped[:20])}{more}")
+
+
+def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:
+    """Checks the initial checkpoint, or the tokenizer for new weights, against settings and data."""
     if cfg.init:
-        Weights(source).check(config)
-    if cfg.task and Tokenizer(source).eos_id is None:
-        raise UserError(f"{source} names no end-of-text token: add eos_token_id to its config.json")
-    if not cfg.task and not same_tokenizer(source, data):
-        raise UserError(f"{cfg.data} was made with another tokenizer than that of {cfg.init}: make it anew with "
+        config = open_checkpoint(source, require_eos=cfg.task is not None).config
+    else:
+        config = read_model_config(cfg, source)
+        check_vocabulary(Tokenizer(source), config)
+    if not cfg.task and not same_tokenizer(source, Path(cfg.data)):
+        raise UserError(f"{cfg.data} was made with a tokenizer other than that of {cfg.init}: make it again with "
                         f"data_prep.py text --tokenizer {cfg.init}")
     longest = cfg.max_source_length + cfg.max_target_length if cfg.task else cfg.seq_length
     if longest > config.max_position_embeddings:
         names = "max_source_length + max_target_length" if cfg.task else "seq_length"
         raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
                         f"{config.max_position_embeddings}: lower it")
-    past = lineage(source) if cfg.init else {}
-    if cfg.max_flops and not samples_to_train(cfg, config, 0, past):
+    return config
+
+
+def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, past: dict[str, Any]) -> None:
+    """Checks that the run has at least one step, and reports where in its text it starts."""
+    if cfg.max_flops and not num_samples(cfg, config, 0, past):
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs "
-                        f"{config.flops(cfg.global_batch_size * cfg.seq_length):.4g} and what was spent on --init before "
+                        f"{config.flops(cfg.global_batch_size * cfg.seq_length):.4g} and --init has cost "
                         f"{past.get('flops', 0):.4g}: raise it")
-    if not cfg.task and cfg.skip_samples is None and "text" in past and not first_sample(cfg, past):
-        print(f"{cfg.init} was trained on another text, or on this one in other samples (seed, seq_length): starting at "
-              "the first sample")
-    if cfg.rehearsal:
-        facts["rehearsed"] = [task["data_digest"] for task in earlier_tasks(cfg, past)]
-    run = describe(resolved, checkpoint_digest(source, side_files(cfg)) if cfg.init else None, digest, **facts)
-    finished = is_finished(cfg.out, run, defaults)
-    if not finished:
-        check_earlier_tasks(cfg, past)
-        check_method(cfg, source, config, past)
-    return run, finished
+    if not cfg.task and cfg.skip_samples is None and "text" in past and not first_sample(cfg, digest, past):
+        print(f"{cfg.init} was trained on another text, or on this one in other samples (seed, seq_length): starting "
+              "at the first sample")
 
 
-def find_weights(cfg):
-    """The directory that weights and tokenizer come from, downloaded and converted to safetensors where needed."""
-    if not cfg.init:
-        return Path(cfg.data)  # new weights: only the tokenizer, which lies beside the text
-    source = locate(cfg.init)
-    Weights(source)
-    return source
+def find_source(cfg: TrainConfig) -> Path:
+    """The directory of initial weights and tokenizer, downloaded and converted to safetensors if needed."""
+    return fetch_checkpoint(cfg.init) if cfg.init else Path(cfg.data)  # a text has its tokenizer with it
+
+
+def read_model_config(cfg: TrainConfig, source: Path) -> ModelConfig:
+    """The model's shape: that of the initial checkpoint, or the size's for new weights."""
+    if cfg.init:
+        return ModelConfig.read(source / "config.json")
+    tokenizer = Tokenizer(source)
+    return ModelConfig(**model_shape(cfg.size or "", cfg.num_hidden_layers), bos_token_id=tokenizer.bos_id,
+                       eos_token_id=tokenizer.eos_id)
+
+
+def check_same_on_all_ranks(path: str, dist: Distributed) -> None:
+    """Raises UserError if the ranks have different data at a path, such as an old copy on one node's disk."""
+    digests = dist.gather(dist.on_all_ranks(lambda: data_digest(path)))
+    dist.on_rank0(lambda: compare_digests(path, digests))
+
+
+def compare_digests(path: str, digests: list[str]) -> None:
+    """Raises UserError if the ranks found different digests for the same data."""
+    other = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if other:
+        raise UserError(f"{path} is not the same on all nodes: digest {digests[0]:.12} on rank 0, "
+                        f"{digests[other[0]]:.12} on rank {other[0]}: copy it there again, or use a shared folder")
+
+
+def text_key(cfg: TrainConfig, digest: str) -> dict[str, Any]:
+    """What identifies a stream of pretraining samples: positions are comparable only if all of this is equal."""
+    return {"data_digest": digest, "seed": cfg.seed, "seq_length": cfg.seq_length,
+            "max_train_samples": cfg.max_train_samples}
+
+
+def first_sample(cfg: TrainConfig, digest: str, past: dict[str, Any]) -> int:
+    """Position in the sample stream where a run starts: in pretraining, after the samples --init was trained on."""
+    text = past.get("text", {})
+    same_text = {**text_key(cfg, digest), "samples": text.get("samples")} == text
+    if cfg.skip_samples is not None or cfg.task or not same_text:
+        return cfg.skip_samples or 0
+    return text["samples"]
+
+
+def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, past: dict[str, Any]) -> int:
+    """How many samples a run takes from the stream, given the size of the training split."""
+    if cfg.max_steps:
+        return cfg.max_steps * cfg.global_batch_size
+    if cfg.max_tokens:
+        return cfg.max_tokens // cfg.seq_length
+    if cfg.max_flops:  # whole batches
+        steps = (cfg.max_flops - past.get("flops", 0)) // config.flops(cfg.global_batch_size * cfg.seq_length)
+        return max(0, int(steps)) * cfg.global_batch_size
+    return max(1, round(cfg.num_train_epochs * size))

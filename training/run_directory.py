@@ -1,94 +1,119 @@
-"""Run directories: what a run is made of, whether it is finished, its log of steps, and its result.
+"""Run directories and run.json.
 
-A stage is whole or absent. Training works in `<out>.partial/`, which takes the name `<out>` when the final weights are
-on disk; `run.json` in either says what the run is made of.
+A run writes to `<out>.partial/`, which is renamed to `<out>/` when the final weights are on disk: run directories
+appear atomically. `run.json` in either records what the run depends on.
 """
 import fcntl
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.files import UserError, explain_os_errors, read_json, write_json
-from common.formatting import format_duration, show
+from common.formatting import format_duration, format_loss
+from common.metrics_log import MetricsLog, open_services
 from common.provenance import differences
 
-
-def is_finished(out, run, defaults):
-    """Whether this run was finished before. Raises UserError where its directory belongs to other settings."""
-    out = Path(out)
-    partial = partial_directory(out)
-    if out.exists() and not (out / "run.json").exists():
-        raise UserError(f"{out} exists and is no run of this program: remove it or choose another --out")
-    for directory in (out, partial):
-        if (directory / "run.json").exists() and (found := differences(run, directory / "run.json", defaults)):
-            raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
-                            "Choose another --out, or remove it to train anew")
-    return out.exists()
+if TYPE_CHECKING:
+    from training.run import Run
 
 
-def partial_directory(out):
-    """The directory that a run works in until it is finished."""
+def partial_directory(out: str | Path) -> Path:
+    """The directory that a run writes to until it is finished."""
     return Path(out).with_name(Path(out).name + ".partial")
 
 
-def start_run(out, run):
-    """Makes `<out>.partial/`, the directory that a run works in, with its run.json; returns it.
+def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Whether this run is finished. Raises UserError if its directory belongs to a run with other settings."""
+    out, partial = Path(out), partial_directory(out)
+    if out.exists() and not (out / "run.json").exists():
+        raise UserError(f"{out} exists and is not a run of this program: remove it or choose another --out")
+    for directory in (out, partial):
+        if (directory / "run.json").exists() and (found := differences(record, directory / "run.json", defaults)):
+            raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
+                            "Choose another --out, or remove it to train again")
+    return out.exists()
 
-    What an unfinished run that saved no state has left there goes, but for checkpoints: those are kept under
+
+def start_run(directory: Path, record: Mapping[str, Any]) -> None:
+    """Makes the directory of a run, with its run.json.
+
+    Removes what an unfinished run without a saved state left there. Its epoch checkpoints are kept, in
     `<out>.partial.old/`.
     """
-    partial = partial_directory(out)
-    if partial.exists():
-        old = partial.with_name(partial.name + ".old")
-        print(f"{partial} was left by a run that did not finish: starting again from its beginning", flush=True)
-        if list(partial.glob("checkpoint-*")):
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        print(f"{directory} was left by a run that did not finish: starting from the beginning", flush=True)
+        if list(directory.glob("checkpoint-*")):
             print(f"its checkpoints are kept in {old}", flush=True)
             shutil.rmtree(old, ignore_errors=True)
-            partial.rename(old)
+            directory.rename(old)
         else:
-            shutil.rmtree(partial)
-    with explain_os_errors(partial):
-        partial.mkdir(parents=True)
-    lock(partial)
-    write_json(partial / "run.json", run)
-    return partial
+            shutil.rmtree(directory)
+    with explain_os_errors(directory):
+        directory.mkdir(parents=True)
+    lock(directory)
+    write_json(directory / "run.json", record)
 
 
-def continue_run(partial, run, step):
-    """Notes in run.json that a run goes on after so many steps, and who carries it out now; returns what it says."""
-    recorded = read_json(partial / "run.json")
-    now = {"after_step": step} | {key: run[key] for key in ("commit", "processes", "device")}
-    recorded["resumed"] = [*recorded.get("resumed", []), now]
-    write_json(partial / "run.json", recorded)
+def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Records in run.json that the run was resumed after a step; returns the new content."""
+    recorded = read_json(directory / "run.json")
+    resumed = {"after_step": step} | {key: record[key] for key in ("commit", "processes", "device")}
+    recorded["resumed"] = [*recorded.get("resumed", []), resumed]
+    write_json(directory / "run.json", recorded)
     return recorded
 
 
-def finish_run(out, partial, run):
-    """Gives a run whose final weights are on disk its name, with the result in run.json and no saved state."""
-    write_json(partial / "run.json", run)
+def open_log(run: "Run", step: int) -> MetricsLog:
+    """The log of a run that starts or resumes after a step; ranks other than 0 log nothing."""
+    if run.dist.rank:
+        return MetricsLog(None)
+    return MetricsLog(run.directory, step, open_services(run.cfg, run.directory, run.record))
+
+
+def finish_run(run: "Run", result: dict[str, Any]) -> None:
+    """Records the result in run.json and renames the directory, whose final weights are on disk, to `<out>`."""
+    out = Path(run.cfg.out)
+    write_json(run.directory / "run.json",
+               run.record | {"result": result, "lineage": run.lineage_after(result)})
     with explain_os_errors(out):
-        partial.rename(out)
+        run.directory.rename(out)
     drop_state(out)
 
 
-def drop_state(out):
-    """Removes the saved state of a finished run, also where an earlier attempt was killed in between."""
+def drop_state(out: str | Path) -> None:
+    """Removes the saved state of a finished run; an earlier call may have been killed."""
     shutil.rmtree(Path(out) / "resume", ignore_errors=True)
 
 
-def lock(directory):
-    """Keeps a directory for this process, for as long as it lives; a UserError where another one works in it."""
+def lock(directory: Path) -> None:
+    """Locks a directory for the lifetime of this process. Raises UserError if another process has it locked."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process works in {directory}: wait until it has ended, or stop it") from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         os.close(descriptor)
 
 
-def print_result(out):
-    """Prints what a finished run came to: three test examples, eval loss before and after, the path."""
+def prune_checkpoints(directory: Path, limit: int) -> None:
+    """Removes the oldest epoch checkpoints beyond a limit."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    for path in found[:max(0, len(found) - limit)]:
+        shutil.rmtree(path)
+
+
+def last_checkpoint(directory: Path) -> str:
+    """The newest epoch checkpoint of an unfinished run, for messages."""
+    kept = sorted(directory.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    return str(kept[-1]) if kept else "the initial checkpoint"
+
+
+def print_result(out: str | Path) -> None:
+    """Prints the result of a finished run: test examples, speed, eval loss before and after, the path."""
     result = read_json(Path(out) / "run.json")["result"]
     for index, example in enumerate(result["examples"], 1):
         for name, text in (("input", example["input"]), ("reference", example["output"]),
@@ -97,5 +122,5 @@ def print_result(out):
     print(f"{result['steps']} steps, {result['tokens']:,} tokens in {format_duration(result['seconds'])} "
           f"({result['tokens_per_s']:,.0f} tokens/s), "
           f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
-    print(f"eval loss before {show(result['eval_loss_before'])}, after {show(result['eval_loss_after'])}")
+    print(f"eval loss before {format_loss(result['eval_loss_before'])}, after {format_loss(result['eval_loss_after'])}")
     print(f"checkpoint: {out}", flush=True)

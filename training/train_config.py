@@ -16,8 +16,8 @@ class TrainConfig:
     init: str | None = setting(None, "initial checkpoint: a directory or a Hub id; none: new weights")
     num_hidden_layers: int | None = setting(None, "layers of new weights, if not the size's: a base to grow later",
                                             at_least=1)
-    data: str | None = setting(None, "preprocessed task file, or directory of token shards", required=True)
-    out: str | None = setting(None, "directory of the run", required=True)
+    data: str = setting(None, "preprocessed task file, or directory of token shards", required=True)
+    out: str = setting(None, "directory of the run", required=True)
     seed: int = setting(42, "seed of new weights and of the sample order", at_least=0)
     # the batch
     global_batch_size: int = setting(32, "samples in a step, over all ranks", at_least=1)

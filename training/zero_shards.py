@@ -1,20 +1,25 @@
-"""What each process keeps of the fp32 master weights and of the optimizer's state, by the names of the parameters.
+"""Where each rank stores the fp32 master weights and the optimizer state of a parameter, under every ZeRO stage.
 
-Without ZeRO a process keeps all of every parameter. ZeRO-1 and 2 lay the parameters of a group end to end and give each
-process a slice of the whole; ZeRO-3 gives it a slice of every parameter. What the optimizer sees is the flat tensor of
-the slices, so whoever wants to know a parameter's state has to know where in it the parameter lies.
+Without ZeRO every rank stores all parameters. ZeRO-1 and 2 concatenate the parameters of a group and give each rank a
+slice of the result; ZeRO-3 gives each rank a slice of every parameter. The optimizer updates the flat tensor of a
+rank's slices. To find the state of one parameter, its position in the flat tensor has to be known: a Fragment.
 """
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter that this process keeps: elements [start, start + count) of the flattened parameter.
+    """The part of a parameter that this rank stores: elements [start, start + count) of the flattened parameter.
 
-    They are elements [offset, offset + count) of `flat`, the tensor that the optimizer updates and has its state by.
+    They are elements [offset, offset + count) of `flat`, the tensor that the optimizer updates and keys its state by.
     """
     name: str
     parameter: torch.nn.Parameter
@@ -25,39 +30,39 @@ class Fragment:
     size: int  # of the whole parameter
 
     @property
-    def shared(self):
+    def shared(self) -> bool:
         """Whether the model computes with `flat` itself, as it does without ZeRO."""
         return self.flat is self.parameter
 
     @property
-    def weights(self):
-        """The fragment's elements of what the model computes with, in the model's dtype: a view [count]."""
+    def weights(self) -> torch.Tensor:
+        """The fragment of the tensor that the model computes with, in the model's dtype: a view [count]."""
         if hasattr(self.parameter, "ds_tensor"):
             return self.parameter.ds_tensor.detach().view(-1)[:self.count]
         return self.parameter.detach().view(-1)[self.start:self.start + self.count]
 
-    def of(self, tensor):
-        """The fragment's elements of a tensor that is laid out as `flat` is: a view [count]."""
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fragment of a tensor with the layout of `flat`: a view [count]."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
 
-def fragments(engine):
-    """The fragments of this process under the ZeRO stage of a DeepSpeed engine, in the order of the model."""
+def local_fragments(engine: "DeepSpeedEngine") -> list[Fragment]:
+    """The fragments of this rank, in the order of the model."""
     return [fragment for name, parameter in engine.module.named_parameters()
             if (fragment := find_fragment(engine, name, parameter)).count]
 
 
-def flats(mine):
-    """The flat tensors that fragments lie in, each once."""
-    return list(dict.fromkeys(fragment.flat for fragment in mine))
+def flat_tensors(fragments: Iterable[Fragment]) -> list[torch.Tensor]:
+    """The flat tensors of fragments, each once."""
+    return list(dict.fromkeys(fragment.flat for fragment in fragments))
 
 
-def find_fragment(engine, name, parameter):
-    """The fragment of one parameter; one without elements if this process keeps nothing of it."""
+def find_fragment(engine: "DeepSpeedEngine", name: str, parameter: Any) -> Fragment:
+    """The fragment of one parameter; its count is 0 if this rank stores nothing of it."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         return Fragment(name, parameter, parameter, 0, 0, parameter.numel(), parameter.numel())
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; the last processes' slices are padded
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; the last ranks' slices are padded
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = engine.global_rank * size
         count = max(0, min(size, parameter.ds_numel - start))
@@ -70,33 +75,33 @@ def find_fragment(engine, name, parameter):
                     mapping.lp_fragment_address.numel, parameter.numel())
 
 
-def base_optimizer(engine):
-    """The torch optimizer that the engine steps, with its state by flat tensors."""
+def base_optimizer(engine: "DeepSpeedEngine") -> Any:
+    """The PyTorch optimizer inside the engine, whose state is keyed by flat tensors."""
     return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
 
 
 @contextlib.contextmanager
-def changing_weights(engine):
-    """The fragments of this process, whose `weights` the block may change; then every process gets all changes.
+def changing_weights(engine: "DeepSpeedEngine") -> Iterator[list[Fragment]]:
+    """Yields this rank's fragments, whose `weights` the block may change; then all ranks get all changes.
 
-    What the optimizer has by `flat` is not changed by that, but for fragments whose weights are `flat` itself.
+    The flat tensors do not change, except where they are the weights themselves.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:  # forget the small parameters that are kept whole beside the slices: they are gathered when needed
+    if stage == 3:  # drop the small parameters that are kept gathered: they are gathered again when needed
         optimizer.checkpoint_event_prologue()
-    yield fragments(engine)
+    yield local_fragments(engine)
     if stage in (0, 3):
         return
     from deepspeed.runtime.utils import all_gather_dp_groups
     names = ("bf16_groups_flat", "bf16_partitioned_groups") if hasattr(optimizer, "bf16_groups_flat") else \
-        ("bit16_groups_flat", "parallel_partitioned_bit16_groups")  # of ZeRO-1 in bf16, and of ZeRO-1 and 2
+        ("bit16_groups_flat", "parallel_partitioned_bit16_groups")  # ZeRO-1 in bf16; ZeRO-1 in fp32 and ZeRO-2
     with torch.no_grad():
         all_gather_dp_groups(*(getattr(optimizer, name) for name in names), optimizer.real_dp_process_group,
                              optimizer.nccl_start_alignment_factor, optimizer.allgather_bucket_size)
 
 
-def update_weights(engine):
-    """Gives the model what the optimizer has in `flat`."""
-    with changing_weights(engine) as mine:
-        for fragment in mine:
+def update_weights(engine: "DeepSpeedEngine") -> None:
+    """Copies the optimizer's flat tensors to the weights that the model computes with."""
+    with changing_weights(engine) as fragments:
+        for fragment in fragments:
             fragment.weights.copy_(fragment.of(fragment.flat))

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Atomic writes, and errors in one line."""
 import errno
 import hashlib
 
@@ -7,7 +7,7 @@ import pytest
 from common.files import UserError, digest, explain_os_errors, new_directory, read_json, read_json_lines, write_json
 
 
-def test_a_directory_appears_whole(tmp_path):
+def test_a_directory_appears_atomically(tmp_path):
     with new_directory(tmp_path / "new") as folder:
         (folder / "file").write_text("x")
         assert not (tmp_path / "new").exists()
@@ -15,7 +15,7 @@ def test_a_directory_appears_whole(tmp_path):
     assert (tmp_path / "new/file").read_text() == "x"
 
 
-def test_or_not_at_all(tmp_path):
+def test_a_directory_is_removed_after_an_error(tmp_path):
     (tmp_path / "new.writing").mkdir()
     (tmp_path / "new.writing/left by a killed process").touch()
 
@@ -30,17 +30,17 @@ def test_or_not_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_left_alone(tmp_path):
+def test_an_existing_directory_is_refused(tmp_path):
     (tmp_path / "old").mkdir()
     with pytest.raises(UserError, match="old exists already"), new_directory(tmp_path / "old"):
         pass
     assert (tmp_path / "old").exists()
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "permission denied"),
-                                              (errno.EROFS, "the file system is read-only")])
-def test_os_errors_become_one_line(tmp_path, number, said):
-    with pytest.raises(UserError, match=f"write here: {said}"), explain_os_errors("here"):
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "permission denied"),
+                                                (errno.EROFS, "the file system is read-only")])
+def test_os_errors_become_one_line(tmp_path, number, reason):
+    with pytest.raises(UserError, match=f"write here: {reason}"), explain_os_errors("here"):
         raise OSError(number, "x")
     with pytest.raises(OSError, match="x"), explain_os_errors("here"):
         raise OSError(errno.EIO, "x")

@@ -1,16 +1,19 @@
-"""Settings: defaults, files, flags; and all problems at once."""
+"""Settings from defaults, files and flags, and the messages that refuse them."""
 import re
+import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
 
 from common.files import UserError
-from common.settings import CONFIGS, known, load, read_config, read_toml, setting
+from common.settings import CONFIGS, dispatch, known, load, read_config, read_toml, setting
 from data_prep import HubDataConfig, TaskDataConfig, TextDataConfig
+from model.config import ModelConfig
 from pipeline.growth_study import GrowthStudyConfig
+from pipeline.growth_timing import GrowthPlanConfig
 from pretrain import PretrainConfig
-from stack import GrowConfig, GrowthPlanConfig
+from stack import GrowConfig
 from tests.conftest import ROOT, error_line, run_script
 from training.train_config import TrainConfig
 
@@ -27,98 +30,156 @@ class Example:
     names: tuple[str, ...] = setting(("x",), "a list of words")
 
 
-def test_flags_win_over_files_and_later_files_over_earlier(tmp_path):
+@dataclass(frozen=True)
+class Checked:
+    out: str = setting(None, "a required text", required=True)
+    share: float = setting(0.5, "bounds included", at_least=0, at_most=1)
+    beta: float = setting(0.9, "upper bound excluded", at_least=0, below=1)
+    tau: float = setting(1.0, "lower bound excluded", above=0, at_most=1)
+    rate: float | None = setting(None, "one bound", above=0)
+    scale: float = setting(1.0, "no bounds")
+    factors: tuple[int, ...] = setting((2,), "bounds of each number", at_least=2)
+    task: str | None = setting(None, "a file in configs/task", names="task")
+    operators: tuple[str, ...] = setting(("stack",), "a list of names", names=("stack", "middle"))
+
+
+def test_flags_override_files_and_later_files_override_earlier_ones(tmp_path):
     (tmp_path / "1.toml").write_text("steps = 10\nrate = 2\nkind = 'b'\n")
     (tmp_path / "2.toml").write_text("steps = 20\n")
     files = ["--config", str(tmp_path / "1.toml"), "--config", str(tmp_path / "2.toml")]
-    assert load(Example, [], "") == Example()
-    assert load(Example, files, "") == Example(steps=20, rate=2.0, kind="b")
+    assert load(Example, []) == Example()
+    assert load(Example, files) == Example(steps=20, rate=2.0, kind="b")
     flags = [*files, "--steps", "30", "--flag", "--name=x", "--limit", "none"]
-    assert load(Example, flags, "") == Example(30, 2.0, "b", True, "x", None)
-    assert load(Example, ["--flag", "false"], "") == Example()
+    assert load(Example, flags) == Example(30, 2.0, "b", True, "x", None)
+    assert load(Example, ["--flag", "false"]) == Example()
 
 
 def test_lists(tmp_path):
     (tmp_path / "1.toml").write_text("steps_at = [1, 2_000]\nnames = ['a', 'b']\n")
-    assert load(Example, ["--config", str(tmp_path / "1.toml")], "") == Example(steps_at=(1, 2000), names=("a", "b"))
-    assert load(Example, ["--steps_at", "3, 4", "--names", "c"], "") == Example(steps_at=(3, 4), names=("c",))
-    assert load(Example, ["--steps_at", "none"], "") == Example()
+    assert load(Example, ["--config", str(tmp_path / "1.toml")]) == Example(steps_at=(1, 2000), names=("a", "b"))
+    assert load(Example, ["--steps_at", "3, 4", "--names", "c"]) == Example(steps_at=(3, 4), names=("c",))
+    assert load(Example, ["--steps_at", "none"]) == Example()
     for value in ("3,,4", "3;4", "[3]", ""):
         with pytest.raises(UserError, match="steps_at is .*, expected whole numbers separated by commas"):
-            load(Example, ["--steps_at", value], "")
+            load(Example, ["--steps_at", value])
     for value in ("3", "[1.5]", "[[1]]"):
         (tmp_path / "1.toml").write_text(f"steps_at = {value}\n")
         with pytest.raises(UserError, match="steps_at is .*, expected whole numbers separated by commas"):
-            load(Example, ["--config", str(tmp_path / "1.toml")], "")
+            load(Example, ["--config", str(tmp_path / "1.toml")])
 
 
 def test_all_problems_in_one_message(tmp_path):
     (tmp_path / "1.toml").write_text("stps = 10\nrate = 'fast'\nflag = 1\n")
     with pytest.raises(UserError) as error:
-        load(Example, ["--config", str(tmp_path / "1.toml"), "--steps", "1.5", "--kind", "c", "--wrong", "1"], "")
-    for said in ("unknown setting 'stps'", "did you mean 'steps'?", "rate is 'fast', expected a number",
-                 "flag is 1, expected true or false", "steps is '1.5', expected a whole number",
-                 "kind is 'c', expected one of a, b", "unknown flag '--wrong'"):
-        assert said in str(error.value), said
+        load(Example, ["--config", str(tmp_path / "1.toml"), "--steps", "1.5", "--kind", "c", "--wrong", "1"])
+    for message in ("unknown setting 'stps'", "did you mean 'steps'?", "rate is 'fast', expected a number",
+                    "flag is 1, expected true or false", "steps is '1.5', expected a whole number",
+                    "kind is 'c', expected one of a, b", "unknown flag '--wrong'"):
+        assert message in str(error.value), message
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--out", ""], "--out is missing"),
+    (["--share", "1.1"], "share is 1.1, expected a number from 0 to 1"),
+    (["--beta", "1"], "beta is 1.0, expected a number from 0 to below 1"),
+    (["--tau", "0"], "tau is 0.0, expected a number above 0 and at most 1"),
+    (["--rate", "0"], "rate is 0.0, expected a number above 0"),
+    (["--rate", "inf"], "rate is inf, expected a number above 0"),
+    (["--scale", "nan"], "scale is nan, expected a finite number"),
+    (["--scale=-inf"], "scale is -inf, expected a finite number"),
+    (["--factors", "2,1,0,1"], "factors is 1, expected at least 2; factors is 0, expected at least 2"),
+    (["--task", "smp"], "unknown task 'smp', expected one of empd, exp, hgen, inqqg, simp"),
+    (["--operators", "stack,x"], "unknown operators 'x', expected one of stack, middle"),
+    (["--share", "-1", "--beta", "nan"], "share is -1.0, expected a number from 0 to 1; beta is nan, expected a number "
+                                         "from 0 to below 1")])
+def test_values_out_of_range_and_unknown_names(flags, message):
+    with pytest.raises(UserError) as error:
+        load(Checked, ["--out", "x", *flags])
+    assert str(error.value) == message
+
+
+def test_bounds_are_accepted():
+    flags = ["--out", "x", "--share", "1", "--beta", "0", "--tau", "1", "--rate", "none", "--factors", "2,3",
+             "--task", "simp", "--operators", "middle,stack"]
+    assert load(Checked, flags) == Checked("x", 1.0, 0.0, 1.0, None, 1.0, (2, 3), "simp", ("middle", "stack"))
+
+
+def test_show_settings(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "c.toml"
+    file.write_text("seed = 7\nnum_train_epochs = 2\nlearning_rate = 0.1\n")
+    flags = ["--config", str(file), "--size", "tiny", "--phase", "finetune", "--task", "simp", "--method", "vcl",
+             "--init", "i", "--data", "d", "--out", "o", "--global_batch_size", "4", "--show_settings"]
+    with pytest.raises(SystemExit) as exit:
+        load(TrainConfig, flags)
+    assert exit.value.code == 0
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, *_ in lines] == [field.name for field in fields(TrainConfig)]
+    shown = {name: (value, origin) for name, value, origin in lines}
+    expected = {"adam_beta1": ("0.9", "default"), "max_steps": ("None", "default"), "seed": ("7", str(file)),
+                "num_train_epochs": ("10.0", "configs/size/tiny.toml [finetune]"),
+                "learning_rate": ("0.001", "configs/size/tiny.toml [finetune]"),
+                "optimizer": ("ivon", "configs/method/vcl.toml"), "max_grad_norm": ("1.0", "configs/method/vcl.toml"),
+                "global_batch_size": ("4", "flag")}
+    assert expected.items() <= shown.items()
+    with pytest.raises(UserError, match="seed is -1, expected at least 0"):
+        load(TrainConfig, [*flags, "--seed", "-1"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "--steps_at", "1,2", "--show_settings"])
+    with pytest.raises(SystemExit):
+        dispatch((Example, pytest.fail), "")  # the script does not run
+    assert re.search(r"^steps_at +1,2 +flag$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_file_that_is_not_toml(tmp_path):
     (tmp_path / "1.toml").write_text("steps = \n")
     with pytest.raises(UserError, match=r"1\.toml is not TOML"):
-        load(Example, ["--config", str(tmp_path / "1.toml")], "")
+        load(Example, ["--config", str(tmp_path / "1.toml")])
     with pytest.raises(UserError, match="does not exist"):
-        load(Example, ["--config", str(tmp_path / "2.toml")], "")
+        load(Example, ["--config", str(tmp_path / "2.toml")])
 
 
 @pytest.mark.parametrize("size", known("size"))
-def test_every_shipped_size_parses(size):
+def test_shipped_sizes_parse(size):
     tables = read_config("size", size)
     assert "model" in tables or "hub" in tables
-    phases = ["base", "stack", "llm"] if "model" in tables else []
-    for phase in phases:
-        flags = ["--config", str(CONFIGS / "train/pretrain.toml"), "--data", "d", "--out", "o"]
-        settings = load(TrainConfig, [*flags, "--size", size, "--phase", phase], "")
-        assert settings.max_tokens == tables[phase].get("max_tokens")
-        assert settings.max_flops == tables[phase].get("max_flops")
-        assert settings.weight_decay == 0.1  # of pretrain.toml
-    flags = ["--config", str(CONFIGS / "train/finetune.toml"), "--data", "d", "--out", "o", "--init", "i"]
-    settings = load(TrainConfig, [*flags, "--task", "simp", "--size", size], "")
-    assert settings.global_batch_size == tables["finetune"]["global_batch_size"]
-    assert settings.weight_decay == 0.01  # of finetune.toml
+    flags = ["--data", "d", "--out", "o", "--size", size]
+    for phase in ("base", "stack", "llm") if "model" in tables else ():
+        cfg = load(TrainConfig, [*flags, "--config", str(CONFIGS / "train/pretrain.toml"), "--phase", phase])
+        assert cfg.max_tokens == tables[phase].get("max_tokens")
+        assert cfg.max_flops == tables[phase].get("max_flops")
+        assert cfg.weight_decay == 0.1  # of pretrain.toml
+    cfg = load(TrainConfig, [*flags, "--config", str(CONFIGS / "train/finetune.toml"), "--init", "i", "--task", "simp"])
+    assert cfg.global_batch_size == tables["finetune"]["global_batch_size"]
+    assert cfg.weight_decay == 0.01  # of finetune.toml
     if "model" in tables:
-        pretraining = load(PretrainConfig, ["--data", "d", "--out", "o", "--size", size], "")
-        assert list(pretraining.at_tokens) == tables["growth"]["at_tokens"]
-        name = "max_tokens" if "hub" in tables else "max_flops"
-        assert tables["stack"][name] == tables["llm"][name] > 0  # as published; and at equal cost where it is ours
+        assert list(load(PretrainConfig, flags).at_tokens) == tables["growth"]["at_tokens"]
+        name = "max_tokens" if "hub" in tables else "max_flops"  # published recipes compare at equal tokens
+        assert tables["stack"][name] == tables["llm"][name] > 0
     if "study" in tables:
-        assert load(GrowthStudyConfig, ["--data", "d", "--out", "o", "--size", size], "").max_flops > 0
+        assert load(GrowthStudyConfig, flags).max_flops > 0
 
 
-def test_sizes_are_what_they_say():
-    from model.config import ModelConfig
+def test_parameters_of_the_small_sizes():
     assert ModelConfig(**read_config("size", "tiny")["model"]).num_parameters <= 5_000_000
     assert round(ModelConfig(**read_config("size", "small")["model"]).num_parameters / 1e6, 1) == 13.9
 
 
 @pytest.mark.parametrize("task", known("task"))
-def test_every_shipped_task_names_fields_that_its_prompts_use(task):
+def test_prompts_of_shipped_tasks_use_existing_fields(task):
     spec = read_config("task", task)
     assert (ROOT / "data/sample" / spec["folder"]).is_dir()
-    named = {*spec["hub"]["columns"], *([spec["hub"]["labels"]["field"]] if "labels" in spec["hub"] else [])}
+    existing = {*spec["hub"]["columns"], *([spec["hub"]["labels"]["field"]] if "labels" in spec["hub"] else [])}
     if "dialogue" in spec["hub"]:
-        named |= {"input_text", "output_text"}
-    assert spec["target"] in named
-    for wording in (wording for wordings in spec["prompts"].values() for wording in wordings):
-        assert set(re.findall(r"\[(\w+)\]", wording)) <= named
+        existing |= {"input_text", "output_text"}
+    assert spec["target"] in existing
+    for prompt in (prompt for prompts in spec["prompts"].values() for prompt in prompts):
+        assert set(re.findall(r"\[(\w+)\]", prompt)) <= existing
 
 
-def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown task 'smp', expected one of empd, exp, hgen, inqqg, simp"):
-        load(TrainConfig, ["--task", "smp", "--data", "d", "--out", "o", "--init", "i"], "")
+def test_unknown_sizes_and_phases():
     with pytest.raises(UserError, match="unknown size 'huge', expected one of 3b, 410m, 7b, small, tiny"):
-        load(TrainConfig, ["--size", "huge", "--phase", "base", "--data", "d", "--out", "o"], "")
+        load(TrainConfig, ["--size", "huge", "--phase", "base", "--data", "d", "--out", "o"])
     with pytest.raises(UserError, match="size 410m has no table \\[llm\\]"):
-        load(TrainConfig, ["--size", "410m", "--phase", "llm", "--data", "d", "--out", "o"], "")
+        load(TrainConfig, ["--size", "410m", "--phase", "llm", "--data", "d", "--out", "o"])
 
 
 def test_contradictions_are_found_before_anything_runs():
@@ -126,11 +187,11 @@ def test_contradictions_are_found_before_anything_runs():
              "--zero", "0", "--dtype", "bf16", "--warmup_steps", "-1", "--seed", "-1", "--adam_beta1", "1",
              "--weight_decay", "nan"]
     with pytest.raises(UserError) as error:
-        load(TrainConfig, flags, "")
-    for said in ("--data is missing", "--out is missing", "neither --init nor --size", "max_steps and max_tokens and",
-                 "learning_rate is 0.0", "warmup_steps is -1", "seed is -1", "adam_beta1 is 1.0",
-                 "weight_decay is nan", "ZeRO 0 keeps no fp32 master weights"):
-        assert said in str(error.value), said
+        load(TrainConfig, flags)
+    for message in ("--data is missing", "--out is missing", "neither --init nor --size",
+                    "max_steps and max_tokens and", "learning_rate is 0.0", "warmup_steps is -1", "seed is -1",
+                    "adam_beta1 is 1.0", "weight_decay is nan", "ZeRO 0 keeps no fp32 master weights"):
+        assert message in str(error.value), message
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, GrowConfig, GrowthPlanConfig, PretrainConfig, GrowthStudyConfig,
@@ -148,13 +209,10 @@ def test_every_script_has_help(words):
     assert "python " in run_script(*words, "--help").stdout
 
 
-def test_a_script_says_what_is_wrong_in_one_line():
+def test_a_script_prints_errors_in_one_line(refusal, tmp_path):
     assert "unknown flag '--nonsense'" in error_line(run_script("train.py", "--nonsense", "1", check=False))
-    assert "expected one argument" in error_line(run_script("train.py", "--task", check=False))
-
-
-def test_a_config_file_with_an_unknown_key_is_refused(tmp_path):
+    script = TrainConfig, pytest.fail
+    assert "expected one argument" in refusal(script, "--task")
     (tmp_path / "c.toml").write_text("learning_rat = 1\n")
-    assert "did you mean 'learning_rate'" in error_line(
-        run_script("train.py", "--config", tmp_path / "c.toml", check=False))
+    assert "did you mean 'learning_rate'" in refusal(script, "--config", tmp_path / "c.toml")
     assert read_toml(tmp_path / "c.toml") == {"learning_rat": 1}

@@ -1,8 +1,8 @@
-"""The items of the sample suite."""
+"""Items of the sample suite."""
 import random
 
 from common.files import read_json_lines
-from corpus.sample_suite import build_suite, prose
+from corpus.sample_suite import build_suite, prose_words
 from tests.conftest import ROOT
 
 SUBJECTS = {"age", "autre", "disability", "gender", "nationality", "physical-appearance", "race-color", "religion",
@@ -10,7 +10,7 @@ SUBJECTS = {"age", "autre", "disability", "gender", "nationality", "physical-app
 
 
 def documents():
-    """Texts of made-up words: some in all documents, some in one alone."""
+    """Texts of made-up words: some occur in all documents, some in only one."""
     rng = random.Random(0)
     common = ["of", "the", "which", "about"]
     for _ in range(6):
@@ -19,14 +19,14 @@ def documents():
             "\n\nx = 1; y[2] = f(x, *z) + 3 == 4 ** 5 and code(that) is not __prose__"
 
 
-def test_prose_leaves_code_and_short_lines_out():
+def test_prose_words_skip_code_and_short_lines():
     text = "These are eight words of quite plain prose.\n\nA title\n\nx = f(1) + y[2]; z == 3 and __code__ is 4 or 5"
-    assert " ".join(prose(text)) == "These are eight words of quite plain prose."
+    assert " ".join(prose_words(text)) == "These are eight words of quite plain prose."
 
 
-def test_items_have_one_choice_that_is_right():
+def test_items_have_one_right_choice():
     texts = list(documents())
-    streams = [" ".join(prose(text)) for text in texts]
+    streams = [" ".join(prose_words(text)) for text in texts]
     questions = [{"text": f"Passage {n} tells of it.", "question": f"What does passage {n} tell?"} for n in range(5)]
     suite = build_suite(texts, questions)
     assert suite == build_suite(texts, questions)

@@ -1,4 +1,4 @@
-"""Benchmarks against lm-eval's own Hugging Face backend, on random weights and local items."""
+"""Benchmarks compared with lm-eval's Hugging Face backend, on random weights and local items."""
 import json
 import shutil
 
@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.files import UserError
 from common.settings import known
-from evaluation import benchmarks
-from evaluation.benchmarks import figures, run_suite
-from evaluation.harness import HarnessModel, harness_decoding
-from evaluation.lm_eval_tasks import local_task, read_suite
+from evaluation.benchmarks import quiet, run_suite
+from evaluation.harness import HarnessModel, harness_generation_config
+from evaluation.lm_eval_tasks import local_task, read_suite, task_manager, with_parts
 from evaluation.parallel import ParallelModel
 from evaluation.suites import Benchmark, open_suite
+from evaluation.summary import benchmark_scores
 from model.checkpoint import write_checkpoint
 from model.hub import load_model
 from model.posterior import standard_normal
@@ -33,11 +33,11 @@ CONTEXT = 96  # tokens
 
 @pytest.fixture(scope="module", params=[False, True], ids=["without bos", "with bos"])
 def models(request, tokenizer_dir, tmp_path_factory, dist):
-    """Our model for lm-eval and lm-eval's own, of one checkpoint; its tokenizer puts <s> before a text, or not."""
+    """HarnessModel and lm-eval's HFLM of one checkpoint, with a tokenizer that adds <s> and with one that does not."""
     folder = tmp_path_factory.mktemp("models")
     model = random_model(max_position_embeddings=CONTEXT)
     with torch.no_grad():
-        model.lm_head.weight[2] += 0.5 * model.lm_head.weight[7]  # so that some texts end early
+        model.lm_head.weight[2] += 0.5 * model.lm_head.weight[7]  # makes some texts end early
     write_checkpoint(folder, model.config, model.named_parameters(), tokenizer_dir)
     if request.param:
         fast = Fast.from_file(str(folder / "tokenizer.json"))
@@ -48,8 +48,13 @@ def models(request, tokenizer_dir, tmp_path_factory, dist):
     return HarnessModel(ParallelModel(dist, load_model(folder), Tokenizer(folder))), theirs
 
 
+@pytest.fixture(scope="module")
+def model(checkpoint, dist):
+    return ParallelModel(dist, load_model(checkpoint), Tokenizer(checkpoint))
+
+
 def instances(kind, arguments):
-    return [Instance(kind, {}, arguments=given, idx=0) for given in arguments]
+    return [Instance(kind, {}, arguments=one, idx=0) for one in arguments]
 
 
 def test_log_likelihoods_equal_the_backend(models):
@@ -62,7 +67,7 @@ def test_log_likelihoods_equal_the_backend(models):
     found, expected = (model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for model in models)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    blank, = models[0].loglikelihood(instances("loglikelihood", [(" ", "a word")]))  # an assertion fails in the backend
+    blank, = models[0].loglikelihood(instances("loglikelihood", [(" ", "a word")]))  # the backend fails an assertion
     assert blank == (pytest.approx(found[0][0], abs=1e-4), found[0][1])
 
 
@@ -79,13 +84,13 @@ def test_generated_texts_equal_the_backend(models):
     whole = models[1].generate_until(instances("generate_until", [(prompt, plain) for prompt in prompts]))
     stop = whole[3][4:7]  # the text ends before it
     options = [plain, plain | {"until": [stop, "§"]}, {"until": "§", "max_gen_toks": 7, "temperature": 0.0}]
-    asked = instances("generate_until", [(prompt, given) for given in options for prompt in prompts])
-    found, expected = (model.generate_until(asked, disable_tqdm=True) for model in models)
+    requests = instances("generate_until", [(prompt, option) for option in options for prompt in prompts])
+    found, expected = (model.generate_until(requests, disable_tqdm=True) for model in models)
     assert found == expected
     assert found[8 + 3] == whole[3][:whole[3].index(stop)] != whole[3]
 
 
-def test_a_continuation_longer_than_the_context_is_refused(models):
+def test_continuation_longer_than_the_context_is_rejected(models):
     with pytest.raises(UserError, match="longer than the model's context of 96: 'word word"):
         models[0].loglikelihood(instances("loglikelihood", [("a", " word" * 300)]))
     with pytest.raises(UserError, match="96 new tokens leave no room"):
@@ -93,12 +98,12 @@ def test_a_continuation_longer_than_the_context_is_refused(models):
 
 
 def test_generation_settings():
-    assert harness_decoding({"max_gen_toks": 9, "do_sample": False, "temperature": 0.0}).max_new_tokens == 9
-    assert harness_decoding({"max_gen_toks": 9, "do_sample": True, "top_p": 0.5}).top_p == 0.5
-    with pytest.raises(UserError, match="not implemented: repetition_penalty"):
-        harness_decoding({"max_gen_toks": 9, "repetition_penalty": 2.0})
+    assert harness_generation_config({"max_gen_toks": 9, "do_sample": False, "temperature": 0.0}).max_new_tokens == 9
+    assert harness_generation_config({"max_gen_toks": 9, "do_sample": True, "top_p": 0.5}).top_p == 0.5
+    with pytest.raises(UserError, match="unsupported setting 'repetition_penalty'"):
+        harness_generation_config({"max_gen_toks": 9, "repetition_penalty": 2.0})
     with pytest.raises(UserError, match="temperature is 0.0"):
-        harness_decoding({"max_gen_toks": 9, "do_sample": True, "temperature": 0.0})
+        harness_generation_config({"max_gen_toks": 9, "do_sample": True, "temperature": 0.0})
 
 
 # --------------------------------------------------------------------------------------------------------- suites
@@ -138,7 +143,7 @@ def write_lines(path, items):
 
 @pytest.fixture
 def suite_file(tmp_path):
-    """A suite of local files, beside its TOML file."""
+    """The TOML file of a suite, with the suite's local files in the same folder."""
     texts = sample_texts()
     write_lines(tmp_path / "questions.jsonl", [
         {"text": text[:60], "choices": [texts[n + 1][:n % 7 + 4], texts[n + 2][:9], "a" * (n % 5 + 1)], "label": n % 3,
@@ -149,21 +154,21 @@ def suite_file(tmp_path):
     return tmp_path / "suite.toml"
 
 
-def test_figures_equal_those_of_the_backend(models, suite_file):
+def test_results_equal_the_backend(models, suite_file):
     suite = read_suite(str(suite_file))
     assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
-    found, _, missing = run_suite(suite, models[0].scorer)
-    with benchmarks.quiet():
+    found, _, missing = run_suite(suite, models[0].parallel_model)
+    with quiet():
         expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite],
-                                           task_manager=benchmarks.task_manager())
+                                           task_manager=task_manager())
     assert not missing
     for name, values in expected["results"].items():
         for key, value in values.items():
             assert found["results"][name][key] == (value if isinstance(value, str) else pytest.approx(value)), key
     assert found["n-shot"] == {"questions": 2, "questions_even_ones": 2, "questions_odd": 2, "continuation": 0,
                                "pairs": 0}
-    whole, even, odd = (row["items"] for row in figures(suite, found)[:3])
-    assert (whole, even, odd) == (38, 19, 19)  # the first two are the examples
+    whole, even, odd = (score.items for score in benchmark_scores(suite, found)[:3])
+    assert (whole, even, odd) == (38, 19, 19)  # the first two are few-shot examples
     samples = expected["samples"]["questions"]
     p = [np.exp([score for score, _ in sample["filtered_resps"]]) for sample in samples]
     p = [row / row.sum() for row in p]
@@ -177,8 +182,8 @@ def test_figures_equal_those_of_the_backend(models, suite_file):
     assert "ece,none" not in found["results"]["pairs"]
 
 
-def test_probabilities_over_draws_of_the_weights(checkpoint, suite_file, dist, tmp_path):
-    """Accuracy and calibration of the options' mean probabilities, each draw scored by transformers."""
+def test_probabilities_over_posterior_samples(checkpoint, suite_file, model, tmp_path):
+    """Accuracy and calibration of the averaged probabilities; transformers scores each sample of the weights."""
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     mean = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
     precision = {name: torch.full((tensor.numel(),), 400.0) for name, tensor in mean.items()}
@@ -187,11 +192,10 @@ def test_probabilities_over_draws_of_the_weights(checkpoint, suite_file, dist, t
               tmp_path / "posterior-00001-of-00001.safetensors")
     suite = [benchmark for benchmark in read_suite(str(suite_file)) if benchmark.name in ("continuation", "pairs")]
     keys = [("weights", 42, number) for number in range(2)]
-    scorer = ParallelModel(dist, load_model(checkpoint), Tokenizer(checkpoint))
-    found, samples, _ = run_suite(suite, scorer, draws=[(tmp_path, key) for key in keys])
+    sampled = ParallelModel(model.dist, load_model(checkpoint), model.tokenizer)
+    found, samples, _ = run_suite(suite, sampled, posterior_samples=[(tmp_path, key) for key in keys])
     plain = found["results"]["continuation"]
-    assert plain["ece,none"] == run_suite(suite, ParallelModel(dist, load_model(checkpoint), Tokenizer(checkpoint)))[0][
-        "results"]["continuation"]["ece,none"]
+    assert plain["ece,none"] == run_suite(suite, model)[0]["results"]["continuation"]["ece,none"]
     labels, probabilities = [sample["doc"]["label"] for sample in samples["continuation"]], 0
     for key in keys:
         with torch.no_grad():
@@ -200,9 +204,9 @@ def test_probabilities_over_draws_of_the_weights(checkpoint, suite_file, dist, t
                                                                         parameter.numel(), "cpu")])
                 parameter.copy_(mean[name] + noise.view_as(parameter) / 20)
         backend = HFLM(theirs, tokenizer=AutoTokenizer.from_pretrained(checkpoint), batch_size=5)
-        with benchmarks.quiet():
+        with quiet():
             answers = lm_eval.simple_evaluate(backend, tasks=[local_task(suite[0])],
-                                              task_manager=benchmarks.task_manager())["samples"]["continuation"]
+                                              task_manager=task_manager())["samples"]["continuation"]
         p = np.exp([[score for score, _ in sample["filtered_resps"][:3]] for sample in answers])
         probabilities = probabilities + p / p.sum(1, keepdims=True) / 2
     right = [row[label] for row, label in zip(probabilities, labels)]
@@ -210,22 +214,22 @@ def test_probabilities_over_draws_of_the_weights(checkpoint, suite_file, dist, t
     assert plain["acc,sampled"] == np.mean(probabilities.argmax(1) == labels)
     assert plain["nll,sampled"] != pytest.approx(plain["nll,none"], rel=1e-2)
     assert "acc,sampled" not in found["results"]["pairs"]
-    row, = [row for row in figures(suite, found) if row["name"] == "continuation"]
-    assert row["sampled"]["nll"] == plain["nll,sampled"]
+    score, = [score for score in benchmark_scores(suite, found) if score.benchmark.name == "continuation"]
+    assert score.sampled["nll"] == plain["nll,sampled"]
 
 
-def test_tokens_that_requests_have_in_common_are_computed_once_over_all_tasks(models, suite_file):
+def test_common_prefixes_are_computed_once_over_all_tasks(model, suite_file):
     suite = read_suite(str(suite_file))
-    scorer = ParallelModel(models[0].scorer.world, models[0].scorer.model, models[0].scorer.tokenizer)
-    run_suite(suite[:1], scorer)
-    once = dict(scorer.counts)
-    run_suite(suite[:3], scorer)  # with its two halves as tasks of their own
-    assert scorer.counts["computed"] == 2 * once["computed"]
-    assert scorer.counts["asked"] == 3 * once["asked"]
+    model = ParallelModel(model.dist, model.model, model.tokenizer)  # with its own counts
+    run_suite(suite[:1], model)
+    once = dict(model.counts)
+    run_suite(suite[:3], model)  # also its two parts as separate tasks
+    assert model.counts["computed"] == 2 * once["computed"]
+    assert model.counts["asked"] == 3 * once["asked"]
 
 
-def test_a_group_and_a_dataset_that_cannot_be_had(models, monkeypatch):
-    def load_dataset(path, name=None, **_):  # in the place of the Hub
+def test_group_and_missing_dataset(model, monkeypatch):
+    def load_dataset(path, name=None, **_):  # replaces the Hub
         if path != "cais/mmlu":
             raise ConnectionError(f"Couldn't reach {path!r}\nand more")
         rows = [{"question": f"{name}: {n} + {n}?", "choices": ["1", "2", "3", "4"], "answer": n % 4, "subject": name}
@@ -236,23 +240,24 @@ def test_a_group_and_a_dataset_that_cannot_be_had(models, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     suite = [Benchmark("mmlu_other", "DK", num_fewshot=1), Benchmark("piqa", "Rs"), Benchmark("boolq", "Rs")]
-    results, _, missing = run_suite(suite, models[0].scorer, limit=2)
+    results, _, missing = run_suite(suite, model, limit=2)
     assert missing == {"piqa": "Couldn't reach 'baber/piqa'", "boolq": "Couldn't reach 'aps/super_glue'"}
-    row, = figures(suite, results)
+    score, = benchmark_scores(suite, results)
     subjects = results["group_subtasks"]["mmlu_other"]
     assert len(subjects) == 13
-    assert row["items"] == 26
-    assert row["value"] == pytest.approx(np.mean([results["results"][name]["acc,none"] for name in subjects]))
+    assert score.items == 26
+    assert score.value == pytest.approx(np.mean([results["results"][name]["acc,none"] for name in subjects]))
     assert {results["n-shot"][name] for name in subjects} == {1}
-    assert row["nll"] == pytest.approx(np.mean([results["results"][name]["nll,none"] for name in subjects]))
+    nll = [results["results"][name]["nll,none"] for name in subjects]
+    assert score.calibration["nll"] == pytest.approx(np.mean(nll))
     assert datasets.config.HF_HUB_OFFLINE  # no more retries after the first
     suite = [Benchmark("mmlu", "DK")]
-    row, = figures(suite, run_suite(suite, models[0].scorer, limit=1)[0])  # a group of groups
-    assert row["items"] == 57
+    score, = benchmark_scores(suite, run_suite(suite, model, limit=1)[0])  # a group of groups
+    assert score.items == 57
     for more, said in ((Benchmark("mmlu_stem", "DK"), "mmlu_anatomy is in both mmlu and mmlu_stem: leave one out"),
                        (Benchmark("mmlu_stem", "DK", "r@1"), "mmlu_anatomy has no metric 'r@1', expected one of acc")):
         with pytest.raises(UserError, match=said):
-            run_suite([*suite, more], models[0].scorer, limit=1)
+            run_suite([*suite, more], model, limit=1)
 
 
 def test_parts_by_a_field(tmp_path):
@@ -260,8 +265,8 @@ def test_parts_by_a_field(tmp_path):
     write_lines(tmp_path / "items.jsonl", items)
     whole = Benchmark("q", "Rs", num_fewshot=1, file=str(tmp_path / "items.jsonl"), by="year", options={
         "doc_to_text": "text", "doc_to_choice": "choices", "doc_to_target": "label"})
-    parts = benchmarks.expand(whole)
-    assert [part.name for part in parts] == ["q", "q_2000", "q_2001"]  # 1999 is in the example alone
+    parts = with_parts(whole)
+    assert [part.name for part in parts] == ["q", "q_2000", "q_2001"]  # 1999 is only in the few-shot example
     assert [len(local_task(part).test_docs()) for part in parts] == [3, 1, 2]
 
 
@@ -277,40 +282,40 @@ def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
 
 PROBLEMS = {
     'file = "pairs.jsonl"': ('file = "none.jsonl"', r"pairs: \S+none.jsonl does not exist"),
-    'name = "pairs"': ('name = "continuation"', "continuation stands there twice"),
-    'file = "pairs.jsonl"\npairs = true': ("", "lm-eval 0.4.13 knows no task pairs"),
+    'name = "pairs"': ('name = "continuation"', "continuation is listed twice"),
+    'file = "pairs.jsonl"\npairs = true': ("", "lm-eval 0.4.13 has no task pairs"),
     'doc_to_text = "text"': ("doc_to_txt = 1", "unknown key 'doc_to_txt'; .*continuation has no doc_to_text"),
     'category = "Bias"': ("", "pairs has no category"),
-    SUITE: ("", r"names no \[\[benchmark\]\]"),
+    SUITE: ("", r"has no \[\[benchmark\]\]"),
     'metric = "acc_mutual_info"': ('metric = "acu"', "continuation has the metric 'acu', expected acc or acc_norm or"),
-    'doc_to_choice = "choices"': ('doc_to_choice = "{{"', r"questions.jsonl: questions makes no task"),
-    'by = "kind"': ('by = "sort"', r"an item has no 'sort', by which questions is parted"),
+    'doc_to_choice = "choices"': ('doc_to_choice = "{{"', r"questions.jsonl: questions is not a valid task"),
+    'by = "kind"': ('by = "sort"', r"an item has no 'sort', by which questions is divided"),
     "num_fewshot = 2": ("num_fewshot = -1", "questions: num_fewshot is below 0"),
     "pairs = true": ("pairs = 3", "pairs is 3, expected true or false"),
     "[[benchmark]]": ("[benchmark]", "is not TOML|expected a list of"),
-    'category = "Rs"': ('category = "Rs"\npart_of = "all"', "continuation is part of all, which does not stand there"),
+    'category = "Rs"': ('category = "Rs"\npart_of = "all"', "continuation is part of all, which is not listed"),
     'name = "questions"': ('folde = "x"\n[[benchmark]]\nname = "questions"', "unknown key 'folde'"),
 }
 
 
 @pytest.mark.parametrize("old", PROBLEMS)
-def test_a_suite_that_cannot_be(suite_file, models, old):
+def test_invalid_suite(suite_file, model, old):
     new, said = PROBLEMS[old]
     suite_file.write_text(suite_file.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=said):
-        run_suite(read_suite(str(suite_file)), models[0].scorer)
+        run_suite(read_suite(str(suite_file)), model)
 
 
-def test_a_local_file_without_items(suite_file):
+def test_invalid_local_file(suite_file):
     suite = read_suite(str(suite_file))
     shutil.copy(suite_file.parent / "pairs.jsonl", suite_file.parent / "copy.jsonl")
     write_lines(suite_file.parent / "questions.jsonl", [{"kind": "odd"}, {"kind": "odd"}])
-    with pytest.raises(UserError, match=r"questions.jsonl holds no item for questions beside its 2 examples"):
+    with pytest.raises(UserError, match=r"questions.jsonl has no items for questions after its 2 few-shot examples"):
         local_task(suite[0])
     good = {"text": "a", "choices": ["b", "c"], "kind": "odd", "label": 0}
     for bad in ({"label": 2}, {"label": -1}, {"label": "A"}, {"label": None}, {"choices": None}, {"choices": ["b", 1]}):
         write_lines(suite_file.parent / "questions.jsonl", [good, good, good, good | bad])
-        with pytest.raises(UserError, match=r"questions.jsonl: questions makes no task: .*"):
+        with pytest.raises(UserError, match=r"questions.jsonl: questions is not a valid task: .*"):
             local_task(suite[0])
     write_lines(suite_file.parent / "questions.jsonl", [good, good, good | {"label": "c"}])
     assert len(local_task(suite[0]).test_docs()) == 1

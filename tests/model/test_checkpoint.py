@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out, and everything that can be wrong with one."""
+"""Reading and writing Hugging Face directories, and rejecting damaged ones."""
 import json
 import pickle
 import shutil
@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.files import UserError, new_directory
-from model.checkpoint import INDEX, WEIGHTS, Weights, check_vocabulary, write_checkpoint, write_weights
-from model.config import ModelConfig
-from model.hub import load_model
+from model.checkpoint import INDEX, WEIGHTS, CheckpointReader, open_checkpoint, write_checkpoint, write_weights
+from model.hub import fetch_checkpoint, load_model
 from tests.conftest import error_line, random_model, run_script
 
 IDS = torch.arange(3, 120)[None]
@@ -22,7 +21,7 @@ IDS = torch.arange(3, 120)[None]
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A copy of the checkpoint, to be damaged."""
+    """A copy of the checkpoint that a test may damage."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
@@ -102,7 +101,7 @@ def test_a_bin_with_other_things_than_weights(copy, value, said):
     torch.save(load_file(copy / WEIGHTS) | {"model.norm.weight": value}, copy / "pytorch_model.bin")
     (copy / WEIGHTS).unlink()
     with pytest.raises(UserError, match=said):
-        Weights(copy)
+        fetch_checkpoint(copy)
 
 
 class Bomb:
@@ -115,12 +114,12 @@ def test_nothing_in_a_pickle_is_executed(copy, capsys):
     with open(copy / "pytorch_model.bin", "wb") as file:
         pickle.dump({"weight": Bomb()}, file, protocol=2)
     with pytest.raises(UserError, match="damaged or holds more than tensors"):
-        Weights(copy)
+        fetch_checkpoint(copy)
     assert "executed" not in capsys.readouterr().out
     assert not (copy / WEIGHTS).exists()
 
 
-def test_inv_freq_and_a_tied_head_are_passed_over(checkpoint, tmp_path):
+def test_inv_freq_and_a_tied_head_are_ignored(checkpoint, tmp_path):
     ours = random_model(tie_word_embeddings=True)
     write_checkpoint(tmp_path, ours.config, ours.named_parameters(), checkpoint)
     state = load_file(tmp_path / WEIGHTS) | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -153,10 +152,10 @@ def index_with(copy, file):
 @pytest.mark.parametrize(("file", "said"), [("../secret.safetensors", "would leave the directory"),
                                             ("/etc/passwd", "would leave the directory"),
                                             ("model-00002-of-00002.safetensors", "is missing")])
-def test_an_index_may_name_only_files_beside_it(copy, file, said):
+def test_an_index_may_name_only_files_of_its_directory(copy, file, said):
     index_with(copy, file)
     with pytest.raises(UserError, match=said):
-        Weights(copy)
+        CheckpointReader(copy)
 
 
 @pytest.mark.parametrize("keep", [4, 100, 20_000])
@@ -168,15 +167,27 @@ def test_a_truncated_file(copy, keep):
         load_model(copy)
 
 
-def test_vocabulary_smaller_than_the_tokenizers(checkpoint, tmp_path):
+def test_open_checkpoint_checks_the_parts_together(checkpoint, copy, tmp_path):
+    opened = open_checkpoint(checkpoint, require_eos=True)
+    assert (opened.directory, opened.config, opened.tokenizer.eos_id) == (checkpoint, load_model(checkpoint).config, 2)
+    parameters = dict(load_model(checkpoint).named_parameters())
+    tensors = dict(opened.weights.named_tensors(opened.config))
+    assert list(tensors) == list(parameters)
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in tensors.items())
+    for file in ("config.json", "tokenizer_config.json"):
+        values = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps({name: value for name, value in values.items() if "eos" not in name}))
+    assert open_checkpoint(copy).tokenizer.eos_id is None
+    with pytest.raises(UserError, match=r"names no end-of-text token: add eos_token_id to its config\.json"):
+        open_checkpoint(copy, require_eos=True)
     ours = random_model(vocab_size=500)
-    write_checkpoint(tmp_path, ours.config, ours.named_parameters(), checkpoint)
+    write_checkpoint(copy, ours.config, ours.named_parameters(), checkpoint)
     with pytest.raises(UserError, match="tokenizer has 512 tokens, but the model's vocabulary only 500"):
-        check_vocabulary(tmp_path, ModelConfig.read(tmp_path / "config.json"))
+        open_checkpoint(copy)
 
 
 def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):
-    """A real limit on what the process may write, reached in the middle of the weights."""
+    """The process has a file size limit, which is reached in the middle of the weights."""
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
             "sys.argv = sys.argv[1:]; import runpy; runpy.run_module('model.hub', run_name='__main__')")
     result = run_script("-c", code, "checkpoint", checkpoint, tmp_path / "out", check=False)
@@ -185,7 +196,7 @@ def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What of the Hub's interface a download of a model needs."""
+    """The part of the Hub's API that the download of a model uses."""
 
     def __init__(self, root, *args):
         self.root = root
@@ -223,7 +234,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_a_hub_id_is_downloaded(checkpoint, tmp_path):
-    """The real download, from a small server that stands in for the Hub."""
+    """The real download code, with a local server in place of the Hub."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, checkpoint))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
@@ -234,5 +245,5 @@ def test_a_hub_id_is_downloaded(checkpoint, tmp_path):
     finally:
         server.shutdown()
     assert torch.equal(logits(tmp_path / "out"), logits(checkpoint))
-    assert "owner/other is no directory here and cannot be downloaded" in error_line(result)
+    assert "owner/other is not a directory here and cannot be downloaded" in error_line(result)
     assert not (tmp_path / "other").exists()

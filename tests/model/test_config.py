@@ -1,4 +1,4 @@
-"""config.json in and out, and what is refused."""
+"""Reading and writing config.json, and rejecting options that are not implemented."""
 import json
 
 import pytest
@@ -31,7 +31,7 @@ def test_read_what_transformers_writes_and_it_reads_ours(tmp_path, rope):
     ours.write(tmp_path / "ours", "bfloat16")
     again = LlamaConfig.from_pretrained(tmp_path / "ours")
     assert again.dtype == torch.bfloat16
-    theirs.rope_parameters.pop("type", None)  # the old name of rope_type, which transformers keeps beside the new one
+    theirs.rope_parameters.pop("type", None)  # the old name of rope_type, which transformers keeps too
     for name in ("hidden_size", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps"):
         assert getattr(again, name) == getattr(theirs, name), name
 
@@ -53,7 +53,7 @@ def test_read_what_transformers_writes_and_it_reads_ours(tmp_path, rope):
     ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor is '2'"),
     ({"rope_interleaved": True}, "rope_interleaved = True"),
 ])
-def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, named):
+def test_options_that_are_not_implemented_are_rejected_by_name(tmp_path, changes, named):
     path = written(tmp_path, **changes)
     with pytest.raises(UserError) as error:
         ModelConfig.read(path)
@@ -61,7 +61,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, named):
     assert str(path) in str(error.value)
 
 
-def test_what_changes_nothing_is_passed_over(tmp_path):
+def test_options_without_effect_are_ignored(tmp_path):
     notes = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "pruned_heads": {}, "_note": "x",
              "num_return_sequences": 1, "rope_interleaved": False, "sliding_window": None}
     assert ModelConfig.read(written(tmp_path, **notes)) == ModelConfig.read(written(tmp_path))

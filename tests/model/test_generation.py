@@ -1,4 +1,4 @@
-"""Decoding against transformers' generate and its filters."""
+"""Decoding compared with transformers' generate and logits warpers."""
 import pytest
 import torch
 from transformers import (
@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from model import generation as module
-from model.generation import GenerationConfig, filtered, generate, rows_that_stay
+from model.generation import BatchOptions, GenerationConfig, filter_logits, generate, rows_to_keep
 from model.hub import load_model
 
 LENGTHS = (1, 5, 23, 40, 8, 31, 23)
@@ -22,33 +22,34 @@ def models(checkpoint):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Prompts of mixed length, two of which begin alike and two of which are the same."""
+    """Prompts of mixed length. Two share a prefix, and two are equal."""
     generator = torch.Generator().manual_seed(5)
-    found = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in LENGTHS]
-    found[5][:20] = found[3][:20]
-    found[6] = list(found[2])
-    return found
+    ids = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in LENGTHS]
+    ids[5][:20] = ids[3][:20]
+    ids[6] = list(ids[2])
+    return ids
 
 
 def theirs(model, prompt, eos, **options):
-    """transformers' continuation of one prompt, without the eos."""
+    """The new ids of one prompt by transformers, without the eos."""
     new = model.generate(torch.tensor([prompt]), eos_token_id=eos, pad_token_id=0, do_sample=False, **options)
     ids = new[0, len(prompt):].tolist()
     return ids[:ids.index(eos)] if eos in ids else ids
 
 
-@pytest.mark.parametrize("budget", [32768, 150])
-def test_greedy_equals_transformers_on_prompts_of_mixed_length(models, prompts, budget):
+@pytest.mark.parametrize("max_tokens", [32768, 150])
+def test_greedy_equals_transformers_on_prompts_of_mixed_length(models, prompts, max_tokens):
     ours, other = models
+    options = BatchOptions(max_tokens=max_tokens)
     expected = [theirs(other, prompt, None, max_new_tokens=24) for prompt in prompts]
-    assert generate(ours, prompts, GenerationConfig(24), budget=budget) == expected
-    end = expected[2][6]  # as if this token ended the text
+    assert generate(ours, prompts, GenerationConfig(24), options=options) == expected
+    end = expected[2][6]  # treat this token as eos
     cut = [ids[:ids.index(end)] if end in ids else ids for ids in expected]
     assert len(cut[2]) <= 6
-    assert generate(ours, prompts, GenerationConfig(24), {end}, budget=budget) == cut
+    assert generate(ours, prompts, GenerationConfig(24), {end}, options=options) == cut
 
 
-def test_a_prompt_that_ends_at_once_leaves_its_row_to_another(models, prompts):
+def test_the_row_of_a_prompt_that_ends_at_once_is_reused(models, prompts):
     ours, other = models
     end = theirs(other, prompts[0], None, max_new_tokens=1)[0]
     expected = [theirs(other, prompt, end, max_new_tokens=12) for prompt in prompts]
@@ -68,7 +69,7 @@ def test_searches_equal_transformers(models, prompts, options):
     assert generate(ours, prompts, GenerationConfig(20, **options)) == plain
     end = plain[0][3]
     expected = [theirs(other, prompt, end, max_new_tokens=20, **options) for prompt in prompts]
-    assert min(map(len, expected)) < 20  # some end early, and leave the batch
+    assert min(map(len, expected)) < 20  # some end early and leave the batch
     assert generate(ours, prompts, GenerationConfig(20, **options), {end}) == expected
 
 
@@ -77,40 +78,41 @@ def test_searches_equal_transformers(models, prompts, options):
 def test_filtered_probabilities_equal_transformers(temperature, top_k, top_p):
     logits = 3 * torch.randn(6, 200, generator=torch.Generator().manual_seed(0))
     if top_p == 1:
-        logits[0, :20] = logits[0].max()  # ties with the k-th are kept; which of those at top_p are, nobody says
+        logits[0, :20] = logits[0].max()  # ties with the k-th are kept; ties at top_p are not defined
     expected = TemperatureLogitsWarper(temperature)(None, logits)
     expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
     expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
-    torch.testing.assert_close(filtered(logits, temperature, top_k, top_p).softmax(-1), expected.softmax(-1))
+    torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p).softmax(-1), expected.softmax(-1))
 
 
-def test_draws_follow_the_filtered_probabilities(models):
+def test_samples_follow_the_filtered_probabilities(models):
     ours, _ = models
     decoding = GenerationConfig(1, do_sample=True, temperature=3.0, top_k=8)
     with torch.no_grad():
-        p = filtered(ours(torch.tensor([[5, 6, 7]]))[0, -1], 3.0, 8, 1.0).softmax(-1)
-    drawn = torch.tensor(generate(ours, [[5, 6, 7]] * 3000, decoding)).flatten()
-    shares = torch.bincount(drawn, minlength=512) / 3000
+        p = filter_logits(ours(torch.tensor([[5, 6, 7]]))[0, -1], 3.0, 8, 1.0).softmax(-1)
+    sampled = torch.tensor(generate(ours, [[5, 6, 7]] * 3000, decoding)).flatten()
+    shares = torch.bincount(sampled, minlength=512) / 3000
     assert (shares[p == 0] == 0).all()
     assert ((shares - p).abs() < 4 * (p * (1 - p) / 3000).sqrt() + 1e-9).all()  # four standard errors
 
 
-def test_a_sample_depends_on_its_number_and_the_seed_alone(models, prompts):
+def test_a_sample_depends_only_on_its_id_and_the_seed(models, prompts):
     ours, _ = models
     decoding = GenerationConfig(12, do_sample=True, temperature=2.0, seed=7)
     together = generate(ours, prompts, decoding)
-    assert together[2] != together[6]  # the same prompt, another number
-    assert [generate(ours, [prompt], decoding, samples=[i])[0] for i, prompt in enumerate(prompts)] == together
-    assert generate(ours, prompts[::-1], decoding, samples=range(6, -1, -1)) == together[::-1]
+    assert together[2] != together[6]  # the same prompt with another sample id
+    alone = [generate(ours, [prompt], decoding, options=BatchOptions([i]))[0] for i, prompt in enumerate(prompts)]
+    assert alone == together
+    assert generate(ours, prompts[::-1], decoding, options=BatchOptions(range(6, -1, -1))) == together[::-1]
     assert generate(ours, prompts, GenerationConfig(12, do_sample=True, temperature=2.0, seed=8)) != together
 
 
-def test_stops_where_it_is_told_to(models, prompts):
+def test_stop_criterion(models, prompts):
     ours, _ = models
     for options in ({}, {"num_beams": 3}):
         whole = generate(ours, prompts, GenerationConfig(16, **options))
         end = whole[3][5:7]
-        found = generate(ours, prompts, GenerationConfig(16, **options), stopped=lambda ids, end=end: ids[-2:] == end)
+        found = generate(ours, prompts, GenerationConfig(16, **options), stop=lambda ids, end=end: ids[-2:] == end)
         assert found[3][-2:] == end
         assert len(found[3]) <= 7
 
@@ -118,34 +120,35 @@ def test_stops_where_it_is_told_to(models, prompts):
 def test_out_of_memory_halves_the_batch(models, prompts, monkeypatch, capsys):
     ours, _ = models
     expected = generate(ours, prompts, GenerationConfig(8))
-    real = module.decode
+    real = module.generate_batch
 
     def limited(model, prompts, *rest):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")  # as a GPU would
         return real(model, prompts, *rest)
 
-    monkeypatch.setattr(module, "decode", limited)
+    monkeypatch.setattr(module, "generate_batch", limited)
     assert generate(ours, prompts, GenerationConfig(8)) == expected
     assert "out of memory with 7 prompts at once: trying again with 3" in capsys.readouterr().err
-    monkeypatch.setattr(module, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(module, "generate_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         generate(ours, prompts, GenerationConfig(8))
 
 
-def test_no_token_is_taken_for_a_repetition_because_of_padding():
-    search = module.Sampling([[5], [6, 7]], GenerationConfig(2, no_repeat_ngram_size=1), (), None, (0, 1), "cpu")
+def test_padding_is_not_counted_as_a_repetition():
+    search = module.Sampling([[5], [6, 7]], GenerationConfig(2, no_repeat_ngram_size=1), (), None, "cpu", (0, 1))
     blocked = search.block_repeats(torch.zeros(2, 1, 9), 0).isinf()[:, 0]
     assert blocked.nonzero().tolist() == [[0, 5], [1, 6], [1, 7]]
 
 
-def test_rows_that_leave_are_filled_from_the_end():
-    assert rows_that_stay([False, True, False, True, False]) == [0, 4, 2]
-    assert rows_that_stay([True, False]) == [1]
-    assert rows_that_stay([False, False, True]) == [0, 1]
+def test_done_rows_are_filled_from_the_end():
+    assert rows_to_keep([False, True, False, True, False]) == [0, 4, 2]
+    assert rows_to_keep([True, False]) == [1]
+    assert rows_to_keep([False, False, True]) == [0, 1]
 
 
-def test_settings_that_contradict():
+def test_invalid_settings():
     assert GenerationConfig().problems() == []
     assert len(GenerationConfig(0, 0, no_repeat_ngram_size=-1, temperature=0.0, top_p=0.0, top_k=-1).problems()) == 6
-    assert GenerationConfig(do_sample=True, num_beams=2).problems() == ["do_sample and num_beams above 1 exclude each other"]
+    problems = GenerationConfig(do_sample=True, num_beams=2).problems()
+    assert problems == ["do_sample and num_beams above 1 exclude each other"]

@@ -1,21 +1,21 @@
-"""Log-likelihoods with shared prefixes against transformers' logits of each request by itself."""
+"""Log-likelihoods with shared prefixes, compared with transformers on each request alone."""
 import random
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluation.parallel import prefix_shares, restore
+from evaluation.parallel import partition_by_prefix, restore_order
 from model import prefix_packing
 from model.checkpoint import write_checkpoint
 from model.hub import load_model
-from model.loglikelihood import cut_left, log_likelihoods
+from model.loglikelihood import log_likelihoods, truncate_left
 from model.prefix_packing import packed_passes, sort_sequences
 from tests.conftest import random_model
 
 
 def requests(seed=0):
-    """Few-shot headers, questions under them, options under those; some are longer than 64 tokens."""
+    """Few-shot headers, each with questions, each with options. Some are longer than 64 tokens."""
     rng = random.Random(seed)
     words = lambda least, most, kinds: [rng.randrange(3, 3 + kinds) for _ in range(rng.randrange(least, most))]  # noqa: E731
     found = []
@@ -29,22 +29,23 @@ def requests(seed=0):
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "attention_bias": True}])
-@pytest.mark.parametrize("budget", [4096, 70, 1])
-def test_equals_transformers(shape, budget, tokenizer_dir, tmp_path):
+@pytest.mark.parametrize("max_tokens", [4096, 70, 1])
+def test_equals_transformers(shape, max_tokens, tokenizer_dir, tmp_path):
     ours = random_model(max_position_embeddings=64, **shape)
     write_checkpoint(tmp_path, ours.config, ours.named_parameters(), tokenizer_dir)
     theirs, pairs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), requests()
-    pairs = pairs[:12] if budget == 1 else pairs
-    found, tokens = log_likelihoods(load_model(tmp_path), pairs, budget)
+    pairs = pairs[:12] if max_tokens == 1 else pairs
+    found, tokens = log_likelihoods(load_model(tmp_path), pairs, max_tokens)
     for (context, continuation), (value, greedy) in zip(pairs, found):
         ids = (context + continuation)[-65:]
         with torch.no_grad():
             log_p = theirs(torch.tensor([ids[:-1]])).logits[0, -len(continuation):].log_softmax(-1)
         assert value == pytest.approx(float(log_p[range(len(continuation)), continuation].sum()), abs=1e-4)
         assert greedy == (log_p.argmax(-1).tolist() == continuation)
-    read = [tuple(cut_left(*pair, 64)[0]) for pair in pairs]
+    read = [tuple(truncate_left(*pair, 64)) for pair in pairs]
     assert tokens["asked"] == sum(map(len, read))
-    assert tokens["computed"] == len({ids[:end] for ids in read for end in range(1, len(ids) + 1)})  # nodes of the tree
+    nodes = {ids[:end] for ids in read for end in range(1, len(ids) + 1)}  # of the prefix tree
+    assert tokens["computed"] == len(nodes)
 
 
 def test_options_of_one_token_are_one_pass():
@@ -66,14 +67,14 @@ def test_only_the_next_path_is_kept_between_passes():
 def test_out_of_memory_halves_the_pass(monkeypatch, capsys):
     model, pairs = random_model(), requests()
     expected, _ = log_likelihoods(model, pairs)
-    real = prefix_packing.Pass.attend
+    real = prefix_packing.PackedPass.attend
 
     def limited(self, layer, query, key, value):
         if query.shape[2] > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")  # as a GPU would
         return real(self, layer, query, key, value)
 
-    monkeypatch.setattr(prefix_packing.Pass, "attend", limited)
+    monkeypatch.setattr(prefix_packing.PackedPass, "attend", limited)
     found, _ = log_likelihoods(model, pairs)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
     assert "tokens at once: trying again with" in capsys.readouterr().err
@@ -81,11 +82,12 @@ def test_out_of_memory_halves_the_pass(monkeypatch, capsys):
 
 def test_shares_keep_prefixes_together_and_balance_new_tokens():
     sequences = [[1] * 90 + [option] for option in range(10)] + [[2, option] for option in range(100)]
-    shares = prefix_shares(sequences, 2)
+    shares = partition_by_prefix(sequences, 2)
     assert sorted(shares[0] + shares[1]) == list(range(110))
     assert set(shares[0]) == set(range(10)) | set(shares[0])  # the long prefix is in one share
     new = [len({tuple(sequences[i][:end]) for i in share for end in range(1, len(sequences[i]) + 1)})
            for share in shares]
     assert max(new) < 1.2 * sum(new) / 2
-    assert restore(shares, [[f"a{i}" for i in share] for share in shares]) == [f"a{i}" for i in range(110)]
-    assert restore(prefix_shares([[1]], 3), [["only"], [], []]) == ["only"] or prefix_shares([[1]], 3)[2] == [0]
+    assert restore_order(shares, [[f"a{i}" for i in share] for share in shares]) == [f"a{i}" for i in range(110)]
+    shares = partition_by_prefix([[1]], 3)
+    assert restore_order(shares, [["only"], [], []]) == ["only"] or shares[2] == [0]

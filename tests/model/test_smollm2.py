@@ -1,4 +1,4 @@
-"""Real weights: `make test SMOLLM2=<directory of SmolLM2-135M> ARGS=tests/test_smollm2.py`; skipped without."""
+"""Real weights: `make test SMOLLM2=<directory of SmolLM2-135M> ARGS=tests/model/test_smollm2.py`; otherwise skipped."""
 import os
 
 import pytest
@@ -10,7 +10,7 @@ from model.tokenizer import Tokenizer
 from tests.conftest import sample_texts
 
 DIRECTORY = os.environ.get("SMOLLM2")
-pytestmark = pytest.mark.skipif(not DIRECTORY, reason="SMOLLM2 names no directory")
+pytestmark = pytest.mark.skipif(not DIRECTORY, reason="SMOLLM2 is not set")
 
 
 def test_tokens_and_logits_equal_transformers():

@@ -1,4 +1,4 @@
-"""Tokenization against transformers."""
+"""Tokenization compared with transformers."""
 import json
 import shutil
 
@@ -20,7 +20,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def spm_dir(tmp_path_factory, texts):
-    """A directory with a SentencePiece model as Llama's: BPE, byte fallback, a dummy prefix."""
+    """A directory with a SentencePiece model like that of Llama: BPE, byte fallback, a dummy prefix."""
     folder = tmp_path_factory.mktemp("spm")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=800, model_type="bpe",
@@ -39,7 +39,7 @@ def test_tokenizer_json_equals_transformers(tokenizer_dir, texts):
     assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, None, len(theirs))
 
 
-def test_the_start_and_the_ends_of_texts(tokenizer_dir, spm_dir, tmp_path):
+def test_bos_and_eos(tokenizer_dir, spm_dir, tmp_path):
     assert not Tokenizer(tokenizer_dir).adds_bos
     assert Tokenizer(spm_dir).adds_bos
     fast = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
@@ -56,8 +56,8 @@ def test_the_start_and_the_ends_of_texts(tokenizer_dir, spm_dir, tmp_path):
 
 def test_sentencepiece_equals_transformers(spm_dir, texts):
     ours, theirs = Tokenizer(spm_dir), LlamaTokenizer.from_pretrained(spm_dir)
-    # Where transformers 5 departs from sentencepiece itself: it reads an end token out of the text, and gives a text
-    # that begins with a space no second one.
+    # transformers 5 differs from sentencepiece on these texts: it reads "</s>" in a text as the end token, and adds no
+    # dummy prefix to a text that begins with a space.
     texts = [text for text in texts if "</s>" not in text and not text.startswith(" ")]
     expected = [theirs.encode(text, add_special_tokens=False) for text in texts]
     assert sum(map(len, expected)) > 10_000
@@ -77,8 +77,8 @@ def test_special_ids_come_from_the_directorys_own_files(spm_dir, tmp_path):
     assert Tokenizer(tmp_path).eos_id == 9
 
 
-def test_special_tokens_that_are_no_pieces(spm_dir, tmp_path):
-    """sentencepiece answers unk for them; the directory of a fine-tuned checkpoint has them in added_tokens.json."""
+def test_special_tokens_that_are_not_pieces(spm_dir, tmp_path):
+    """sentencepiece returns unk for them. Fine-tuned checkpoints list them in added_tokens.json."""
     (tmp_path / "tokenizer.model").write_bytes((spm_dir / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
     with pytest.raises(UserError, match=r"pad_token '\[PAD\]' is not in the vocabulary"):
@@ -87,8 +87,8 @@ def test_special_tokens_that_are_no_pieces(spm_dir, tmp_path):
     assert Tokenizer(tmp_path).pad_id == 800
 
 
-def test_ids_beyond_the_tokenizer_leave_no_trace(spm_dir):
-    """Fine-tuned checkpoints of the original tool have one more token, for padding."""
+def test_ids_beyond_the_tokenizer_are_skipped(spm_dir):
+    """Fine-tuned checkpoints of the original tool have an additional token for padding."""
     ours = Tokenizer(spm_dir)
     ids = ours.encode("a small house")
     assert ours.decode([*ids, 800]) == "a small house"

@@ -1,4 +1,4 @@
-"""The decoder against transformers' Llama, in fp32."""
+"""The decoder compared with transformers' Llama, in fp32."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model.loss
 import model.transformer
-from model.generation import KVCache
+from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import attention, group_bias
+from model.transformer import additive_mask, attention
 from tests.conftest import SHAPE, random_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def twins(**shape):
-    """Our model and transformers', with the same weights."""
+    """Our model and that of transformers, with the same weights."""
     ours = random_model(**shape)
     given = SHAPE | shape
     rope = given.pop("rope_scaling", None) or {"rope_type": "default"}
@@ -113,32 +113,32 @@ def test_memory_savers_change_nothing(change, monkeypatch):
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None:
                         (heads.append(len(x)) if len(weight) == SHAPE["vocab_size"] else 0) or linear(x, weight, bias))
     saving(input_ids, targets).backward()
-    wanted = int((targets != IGNORE_INDEX).sum())
-    assert max(heads) == (5 if change == "chunks" else wanted)
+    num_targets = int((targets != IGNORE_INDEX).sum())
+    assert max(heads) == (5 if change == "chunks" else num_targets)
     for ours, expected in zip(saving.parameters(), plain.parameters()):
         assert (ours.grad - expected.grad).abs().max() < 1e-5 * expected.grad.abs().max()
 
 
-def test_training_takes_the_flash_kernel():
+def test_training_uses_the_flash_kernel():
     input_ids, targets, *_ = padded_batch()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other is an error
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other kernel is an error
         random_model()(input_ids, targets).backward()
         random_model()(input_ids, targets, input_ids[0, :5]).backward()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize(("queries", "biased"), [(20, False), (7, False), (1, False), (7, True)])
-def test_attention_is_a_softmax_over_what_is_seen(dtype, tolerance, queries, biased):
+@pytest.mark.parametrize(("queries", "masked"), [(20, False), (7, False), (1, False), (7, True)])
+def test_attention_is_a_softmax_over_the_unmasked_keys(dtype, tolerance, queries, masked):
     generator = torch.Generator().manual_seed(5)
     query, key, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
                          for shape in ((2, 4, queries, 16), (2, 2, 20, 16), (2, 2, 20, 16)))
-    seen = torch.ones(2, queries, 20, dtype=torch.bool).tril(20 - queries)
-    if biased:
-        seen &= torch.rand(seen.shape, generator=generator) < 0.5
-        seen[:, :, 0] = True
+    mask = torch.ones(2, queries, 20, dtype=torch.bool).tril(20 - queries)
+    if masked:
+        mask &= torch.rand(mask.shape, generator=generator) < 0.5
+        mask[:, :, 0] = True
     scores = query.double() @ key.double().repeat_interleave(2, 1).mT / 4
-    expected = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value.double().repeat_interleave(2, 1)
-    result = attention(query, key, value, group_bias(seen, 2, dtype) if biased else None)
+    expected = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ value.double().repeat_interleave(2, 1)
+    result = attention(query, key, value, additive_mask(mask, 2, dtype) if masked else None)
     weight = torch.randn(expected.shape, generator=generator).double()
     for ours, reference in zip((result, *torch.autograd.grad(result, (query, key, value), weight.to(dtype))),
                                (expected, *torch.autograd.grad(expected, (query, key, value), weight))):
@@ -156,11 +156,11 @@ def test_no_target_has_zero_loss_and_gradient():
 def test_cache_gives_the_logits_of_the_whole_sequence():
     ours = random_model()
     ids = torch.randint(SHAPE["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(3))
-    cache, pieces = KVCache(ours.config, 2, 30, torch.float32, "cpu"), []
+    cache, pieces = KVCache(ours, 2, 30), []
     with torch.no_grad():
         for start, stop in ((0, 17), (17, 18), (18, 25), (25, 30)):
             positions = torch.arange(start, stop).expand(2, -1)
-            cache.see(positions, torch.arange(stop) <= positions[:, :, None])
+            cache.advance(positions, torch.arange(stop) <= positions[:, :, None])
             pieces.append(ours.lm_head(ours.model(ids[:, start:stop], cache)))
         torch.testing.assert_close(torch.cat(pieces, 1), ours(ids), atol=1e-5, rtol=0)
 

@@ -1,14 +1,16 @@
-"""Pretraining recipes as stages, gradual growth, and the growth study."""
+"""Pretraining recipes as jobs, gradual growth, and the growth study."""
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 import pretrain
+from common.settings import load
 from pipeline import growth_study
-from pipeline.growth_study import GrowthStudyConfig, crossing, study_table, summary
-from pretrain import PretrainConfig, recipe
-from tests.conftest import error_line, run_script
+from pipeline.growth_study import GrowthStudyConfig, flops_to_loss, study_table, summarize_runs
+from pretrain import PretrainConfig, pretraining_jobs
+from tests.conftest import run_script
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +25,25 @@ def text(tmp_path_factory):
     return folder / "shards"
 
 
-def flags_of(stage):
-    """{flag: value} of a stage's command."""
-    words = [str(word) for word in stage.command]
+def flags_of(job):
+    """{flag: value} of a job's command."""
+    words = job.argv
     return {name.removeprefix("--"): value for name, value in zip(words, words[1:]) if name.startswith("--")}
 
 
 def test_recipes_by_hand():
-    def stages(**given):
+    def jobs(**given):
         cfg = PretrainConfig(size="tiny", data="d", out="o", **given)
-        return [(stage.out.name, flags_of(stage)) for stage in recipe(cfg)]
+        return [(job.out.name, flags_of(job)) for job in pretraining_jobs(cfg)]
 
-    (name, llm), = stages(model="llm", args="--seed 3")
+    (name, llm), = jobs(model="llm", args="--seed 3")
     assert (name, llm["phase"], llm["seed"]) == ("m0", "llm", "3")
-    base, grown, last = stages(at_tokens=(9000,), args="--seed 3")
+    base, grown, last = jobs(at_tokens=(9000,), args="--seed 3")
     assert (base[0], base[1]["num_hidden_layers"], base[1]["max_tokens"]) == ("base", "2", "9000")
     assert base[1]["seed"] == "42"
     assert (grown[0], grown[1]["init"], grown[1]["target_layers"]) == ("grown-8", "o/base", "8")
     assert (last[0], last[1]["init"], last[1]["phase"], last[1]["seed"]) == ("m0", "o/grown-8", "stack", "3")
-    gradual = stages(factors=(2, 2), at_tokens=(9000, 15000), operator="interleave")
+    gradual = jobs(factors=(2, 2), at_tokens=(9000, 15000), operator="interleave")
     assert [name for name, _ in gradual] == ["base", "grown-4", "trained-4", "grown-8", "m0"]
     assert [flags.get("operator") for _, flags in gradual] == [None, "interleave", None, "interleave", None]
     assert (gradual[0][1]["num_hidden_layers"], gradual[2][1]["max_tokens"]) == ("2", "6000")
@@ -49,23 +51,25 @@ def test_recipes_by_hand():
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--factors", "2,2"], "2 factors and 1 at_tokens, expected one of each a growth"),
-    (["--factors", "2,2", "--at_tokens", "9,9"], "at_tokens is 9, 9, expected rising numbers above 0"),
-    (["--factors", "1"], "factors has 1, expected numbers of 2 or more"),
-    (["--factors", "3"], "8 layers are no multiple of the growth factors 3"),
-    (["--factors", "2,2", "--at_tokens", "9000,9900000"], "the stages before m0 cost"),
+    (["--factors", "2,2"], "2 factors and 1 at_tokens, expected one of each per growth"),
+    (["--factors", "2,2", "--at_tokens", "9,9"], "at_tokens is 9, 9, expected increasing numbers"),
+    (["--factors", "2,2", "--at_tokens", "0,9"], "at_tokens is 0, expected at least 1"),
+    (["--factors", "1"], "factors is 1, expected at least 2"),
+    (["--factors", "3"], "8 layers are not a multiple of the growth factors 3"),
+    (["--factors", "2,2", "--at_tokens", "9000,9900000"], "the jobs before m0 cost"),
     (["--size", "7b", "--factors", "2,2", "--at_tokens", "9,99", "--operator", "middle"], "cannot make 32"),
-    (["--args", "'x"], "is no command line: No closing quotation"),
+    (["--operator", "partial"], "unknown operator 'partial', expected one of stack, interleave, middle, solar"),
+    (["--args", "'x"], "is not a command line: No closing quotation"),
     ([], "d does not exist or is not a directory of token shards"),
-    (["--size", "410m", "--at_tokens", "9"], "the size 410m has no recipe [growth]")])
-def test_recipes_that_cannot_be(refusal, tmp_path, flags, said):
+    (["--size", "410m", "--at_tokens", "9"], "the size 410m has no table [growth]")])
+def test_invalid_recipes(refusal, tmp_path, flags, said):
     words = ["--size", "tiny", "--data", "d", "--out", tmp_path / "o", *flags]
     assert said in refusal((PretrainConfig, pretrain.main), *words)
     assert not list(tmp_path.iterdir())
 
 
-def test_gradual_growth(text, tmp_path):
-    """Grown twice; every stage goes on in the text where the one before it stopped, and what is there is kept."""
+def test_gradual_growth(text, tmp_path, refusal):
+    """Grows twice. Each run continues in the text where the one before it stopped, and finished runs are kept."""
     words = ["pretrain.py", "--size", "tiny", "--data", text, "--out", tmp_path, "--factors", "2,2",
              "--at_tokens", "4096,8192", "--args", "--max_flops none --max_tokens 2048"]
     result = run_script(*words)
@@ -78,30 +82,31 @@ def test_gradual_growth(text, tmp_path):
     assert results[-1]["flops"] == 6 * (4096 * sizes[0] + 4096 * sizes[1] + 2048 * sizes[2])
     assert "[5/5]" in result.stdout
     assert "left in all" in result.stdout
-    (tmp_path / "base").rename(tmp_path / "gone")  # what follows it is there
+    (tmp_path / "base").rename(tmp_path / "gone")  # the runs after it exist
     result = run_script(*words)
     assert "m0 is finished already, nothing to do" in result.stdout
     assert "[1/1]" in result.stdout
-    line = error_line(run_script(*words[:-2], "--operator", "interleave", check=False))
+    line = refusal((PretrainConfig, pretrain.main), *words[1:-2], "--operator", "interleave")
     assert "holds stages made with other settings: operator is 'stack' there and 'interleave' here" in line
-    line = error_line(run_script(*words[:5], "--out", tmp_path / "x", "--launcher", "no-such-launcher", check=False))
+    line = refusal((PretrainConfig, pretrain.main), *words[1:5], "--out", tmp_path / "x", "--launcher",
+                   "no-such-launcher")
     assert "no-such-launcher cannot be started" in line
 
 
-def test_where_a_curve_comes_down_to_a_loss_by_hand():
+def test_flops_to_reach_a_loss_by_hand():
     points = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.5)]
-    assert crossing(points, 4.25) == 17.5
-    assert crossing(points, 4.0) == 20
-    assert crossing(points, 3.75) == 37.5
-    assert crossing(points, 3.0) is None
-    assert crossing(points, 6.0) == 10
+    assert flops_to_loss(points, 4.25) == 17.5
+    assert flops_to_loss(points, 4.0) == 20
+    assert flops_to_loss(points, 3.75) == 37.5
+    assert flops_to_loss(points, 3.0) is None
+    assert flops_to_loss(points, 6.0) == 10
 
 
 def test_the_table_by_hand():
     one = {"base": [(0, 9.0), (2e14, 5.0)], "stack": [(2e14, 5.5), (3e14, 4.5), (4e14, 3.5)],
            "interleave": [(2e14, 5.2), (4e14, 4.4)], "scratch": [(0, 9.0), (4e14, 4.0)]}
     two = {"stack": [(2e14, 5.7), (4e14, 3.7)], "scratch": [(0, 9.0), (4e14, 4.7)]}
-    rows = {row["name"]: row for row in summary({1: one, 2: two})}
+    rows = {row["name"]: row for row in summarize_runs({1: one, 2: two})}
     assert rows["stack"]["to_scratch"] == [3.5e14, 3e14]
     assert rows["stack"]["speed_up"] == pytest.approx([4 / 3.5 - 1, 4 / 3 - 1])
     assert rows["stack"]["after_growth"] == [5.5, 5.7]
@@ -114,10 +119,10 @@ def test_the_table_by_hand():
     assert "| scratch | 2 | – | 4.350 ± 0.495 | 0.4000 ± 0.0000 | – |" in lines
 
 
-def test_a_study(text, tmp_path):
-    words = ["-m", "pipeline.growth_study", "--size", "tiny", "--data", text, "--out", tmp_path / "study", "--operators", "stack",
-             "--base_tokens", "8192", "--max_flops", "1e11", "--eval_steps", "2", "--max_eval_samples", "8",
-             "--warmup_steps", "1"]
+def test_a_study(text, tmp_path, refusal, capsys):
+    words = ["-m", "pipeline.growth_study", "--size", "tiny", "--data", text, "--out", tmp_path / "study",
+             "--operators", "stack", "--base_tokens", "8192", "--max_flops", "1e11", "--eval_steps", "2",
+             "--max_eval_samples", "8", "--warmup_steps", "1"]
     result = run_script(*words)
     study = tmp_path / "study"
     logs = {name: [json.loads(line) for line in (study / "seed-42" / name / "metrics.jsonl").read_text().splitlines()]
@@ -133,25 +138,29 @@ def test_a_study(text, tmp_path):
     assert (study / "growth-study.png").read_bytes()[:4] == b"\x89PNG"
     for said in ("stack: ", "scratch: ", "training compute, base included (PFLOP, 6ND)"):
         assert f"<!-- {said}" in (study / "growth-study.svg").read_text()
-    # a second call trains nothing; an interrupted study goes on where it stopped; another study is refused
-    assert "[1/" not in run_script(*words).stdout
+    # a second call trains nothing; an interrupted study continues where it stopped; another study is refused
+    again = load(GrowthStudyConfig, map(str, words[2:]))
+    growth_study.main(again)
+    assert "[1/" not in capsys.readouterr().out
     (study / "seed-42/scratch").rename(tmp_path / "scratch")
-    assert re.search(r"\[1/1\] \S+/seed-42/scratch: 0.1 of the 0.1 TFLOP", run_script(*words, "--dry_run").stdout)
-    line = run_script(*words, "--max_flops", "2e11", check=False).stderr
+    growth_study.main(replace(again, dry_run=True))
+    assert re.search(r"\[1/1\] \S+/seed-42/scratch: 0.1 of the 0.1 TFLOP", capsys.readouterr().out)
+    line = refusal((GrowthStudyConfig, growth_study.main), *words[2:], "--max_flops", "2e11")
     assert "holds stages made with other settings: max_flops is 100000000000.0 there and 200000000000.0 here" in line
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--operators", "stack,double"], "unknown operator 'double', expected some of stack, interleave, middle"),
+    (["--operators", "stack,double"], "unknown operators 'double', expected one of stack, interleave, middle, solar"),
     (["--max_flops", "1e9"], "the base alone costs"),
-    (["--factor", "3"], "8 layers are no multiple of the factor 3"),
-    (["--size", "7b"], "the size 7b has no recipe [study]"),
-    (["--operators", "stack,stack"], "operators is stack, stack, expected one or more, each once"),
+    (["--factor", "3"], "8 layers are not a multiple of the factor 3"),
+    (["--size", "7b"], "the size 7b has no table [study]"),
+    (["--operators", "stack,stack"], "operators is stack, stack, expected each once"),
     (["--operators", "stack,middle"], "middle repeats 2 layers as stack does"),
-    (["--seeds", "1,1"], "seeds is 1, 1, expected one or more, each once"),
-    (["--eval_steps", "0"], "eval_steps is 0, expected 1 or more"),
+    (["--seeds", "1,1"], "seeds is 1, 1, expected each once"),
+    (["--eval_steps", "0"], "eval_steps is 0, expected at least 1"),
+    (["--operators", ""], "unknown operators ''"), (["--seeds", "-1"], "seeds is -1, expected at least 0"),
     ([], "d does not exist or is not a directory of token shards")])
-def test_a_study_that_cannot_be(refusal, tmp_path, flags, said):
+def test_invalid_studies(refusal, tmp_path, flags, said):
     words = ["--size", "tiny", "--data", "d", "--out", tmp_path / "o", *flags]
     assert said in refusal((GrowthStudyConfig, growth_study.main), *words)
     assert not list(tmp_path.iterdir())

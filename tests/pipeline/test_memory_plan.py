@@ -1,4 +1,4 @@
-"""The planner: against what PyTorch keeps for the backward pass, and against values by hand."""
+"""The memory plan: compared with what PyTorch keeps for the backward pass, and with values by hand."""
 import dataclasses
 from functools import partial
 
@@ -10,13 +10,13 @@ import model.loss
 import model.transformer
 from model.config import ModelConfig
 from model.transformer import Block, rotary_table
-from pipeline.jobs import shape
 from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan
+from pipeline.pretraining import size_config
 from tests.conftest import SHAPE
 
 
 def kept_for_backward(config, dtype, tokens=64):
-    """Bytes that autograd keeps of one block, a token, the weights and the rotary table left out."""
+    """Bytes per token that autograd keeps for one block, without the weights and the rotary table."""
     block = Block(config, 0).to(dtype)
     x = torch.zeros(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     rotary = rotary_table(config, torch.arange(tokens)[None], dtype)
@@ -36,8 +36,8 @@ def kept_for_backward(config, dtype, tokens=64):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
-def test_activations_are_those_that_autograd_keeps(device, dtype, heads, monkeypatch):
-    if device == "cuda":  # by the kernel, which attention in bf16 on CPUs does without
+def test_activations_equal_those_that_autograd_keeps(device, dtype, heads, monkeypatch):
+    if device == "cuda":  # by the fused kernel, which bf16 attention on CPUs does not use
         monkeypatch.setattr(model.transformer, "attention", partial(F.scaled_dot_product_attention, is_causal=True,
                                                                     enable_gqa=True))
     config = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
@@ -46,7 +46,7 @@ def test_activations_are_those_that_autograd_keeps(device, dtype, heads, monkeyp
 
 
 def test_the_published_7b_by_hand():
-    plan = MemoryPlan(shape("7b"), 8, 3, False, "bf16", 16_384, True)
+    plan = MemoryPlan(size_config("7b"), 8, 3, False, "bf16", 16_384, True)
     rows, parameters = plan.memory(), 5_933_109_248
     assert rows["weights"] == parameters * 2 / 8
     assert rows["fp32 weights and moments"] == parameters * 12 / 8
@@ -68,7 +68,7 @@ def test_the_published_7b_by_hand():
     assert stage2.host() - plan.host() == pytest.approx(18 * parameters)
 
 
-def test_what_is_not_given_is_the_recipes():
+def test_defaults_come_from_the_recipe():
     plan, recipe = read_plan(MemoryPlanConfig(size="7b", processes=8))
     assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (2, 16_384, True)
     assert recipe["max_train_samples"] == 100_000
@@ -78,7 +78,7 @@ def test_what_is_not_given_is_the_recipes():
     assert read_plan(MemoryPlanConfig(size="small", recipe="llm"))[0].sample_tokens == 256
 
 
-def test_it_says_what_to_change(capsys):
+def test_it_suggests_what_to_change(capsys):
     main(MemoryPlanConfig(size="7b", processes=8, zero=3))
     assert "it fits, with " in capsys.readouterr().out
     main(MemoryPlanConfig(size="7b", processes=8, zero=1, gpu_memory=60))
@@ -89,18 +89,18 @@ def test_it_says_what_to_change(capsys):
     assert "it does not fit: take more processes, or GPUs with more memory" in capsys.readouterr().out
 
 
-def test_alternatives_need_no_more():
-    plan = MemoryPlan(shape("7b"), 8, 1, False, "bf16", 16_384, False)
+def test_alternatives_need_at_most_as_much():
+    plan = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 16_384, False)
     assert all(one.total() <= plan.total() for one in alternatives(plan))
     assert plan.total() / GIB > 80
-    small = MemoryPlan(shape("7b"), 8, 1, False, "bf16", 1024, False)
+    small = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 1024, False)
     assert {one.max_tokens_per_microbatch for one in alternatives(small)} == {1024}
 
 
 @pytest.mark.parametrize(("flags", "said"), [
     ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
-    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a share"),
+    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number above 0 and at most 1"),
     (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
     (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
-def test_a_plan_that_cannot_be(refusal, flags, said):
+def test_invalid_plans(refusal, flags, said):
     assert said in refusal((MemoryPlanConfig, main), *flags)

@@ -1,5 +1,4 @@
-"""Jobs of a Slurm cluster, run for real by stand-ins for Slurm's own commands (tests/slurm)."""
-import json
+"""Jobs of a Slurm cluster, run with replacements of Slurm's commands (tests/slurm)."""
 import os
 import subprocess
 import sys
@@ -10,15 +9,14 @@ import pytest
 import experiment
 from common.files import UserError
 from experiment import ExperimentConfig
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, TRAIN_FLAGS, losses, run_script
 
-FLAGS = ["--task", "simp", "--global_batch_size", "8", "--max_steps", "9", "--max_eval_samples", "6",
-         "--max_source_length", "128", "--max_target_length", "64", "--dtype", "fp32"]
+FLAGS = [*TRAIN_FLAGS, "--max_steps", "9"]
 
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """The commands of a cluster with one node of two tasks; what they are asked stands in the file returned."""
+    """The commands of a cluster with one node of two tasks. Returns the file that records their calls."""
     asked = tmp_path / "asked"
     for name, value in {"PATH": f"{ROOT}/tests/slurm:{os.environ['PATH']}", "ASKED": asked, "SLURM_JOB_ID": 7,
                         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2,
@@ -28,13 +26,8 @@ def cluster(tmp_path, monkeypatch):
 
 
 def batch(script, *words, **environment):
-    """Runs a job script as Slurm does, from the project's folder."""
+    """Runs a job script as Slurm does, in the project's folder."""
     return run_script(script, *words, launcher=["bash"], check=False, **environment)
-
-
-def steps(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/slurm").iterdir()), ids=lambda path: path.name)
@@ -42,7 +35,7 @@ def test_scripts_are_bash(path):
     subprocess.run(["bash", "-n", path], check=True)
 
 
-def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on(cluster, checkpoint, simp_file, tmp_path):
+def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, checkpoint, simp_file, tmp_path):
     words = ["configs/slurm/train.sbatch", "--init", checkpoint, "--data", simp_file, *FLAGS]
     assert batch(*words, "--out", tmp_path / "whole").returncode == 0
     out = tmp_path / "m1"
@@ -50,17 +43,17 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on(cluster, checkp
     assert stopped.returncode == 75
     assert cluster.read_text() == "scontrol requeue 7\n"
     logs = [(tmp_path / f"logs/job-7-rank{rank}.log").read_text() for rank in (0, 1)]
-    assert "of 9: the same command goes on from there" in logs[0]
+    assert "of 9: the same command resumes from there" in logs[0]
     assert "Traceback" not in logs[0] + logs[1]
     assert batch(*words, "--out", out).returncode == 0
     assert cluster.read_text() == "scontrol requeue 7\n"
-    assert "going on after step" in (tmp_path / "logs/job-7-rank0.log").read_text()
-    assert steps(out) == steps(tmp_path / "whole")
+    assert "resuming after step" in (tmp_path / "logs/job-7-rank0.log").read_text()
+    assert losses(out) == losses(tmp_path / "whole")
 
 
 def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_path):
-    """The other gives up after its timeout, in DeepSpeed's collectives too, and says so in one line; srun ends the
-    rest."""
+    """The other process gives up after its timeout, also in DeepSpeed's collectives, and says so on one line. srun ends
+    the rest."""
     result = batch("configs/slurm/launch.sh", "tests/interrupted.py", "3", "SIGSTOP", "1", "train.py", "--init",
                    checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.1",
                    "--zero", "2", "--max_tokens_per_microbatch", "200")
@@ -68,7 +61,7 @@ def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_p
     lines = (tmp_path / "logs/job-7-rank0.log").read_text().splitlines()
     errors = [line for line in lines if "rror" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("error: lost touch with another process, which died or hangs")
+    assert errors[0].startswith("error: lost the connection to another process, which has died or hangs")
 
 
 def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_path, monkeypatch, capsys):
@@ -94,6 +87,6 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_p
     assert "#SBATCH --gpus-per-node=2" in (place / "report.sh").read_text()
     result = batch(place / "llm-m0-eval.sh", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the job has recorded its step
+    assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the Slurm job has recorded its job
     assert "2 × cpu" in (place / "job-7-rank0.log").read_text()
     assert not (tmp_path / "report").exists()

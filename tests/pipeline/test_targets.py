@@ -1,97 +1,125 @@
-"""The Makefile builds what is missing, in order."""
+"""The targets of make: their commands, in order, and how variables arrive."""
+import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
+from common.files import UserError
+from common.settings import known
+from pipeline import targets
+from pipeline.targets import COMMANDS, Variables, target_commands
 from tests.conftest import ROOT
 
+# `make test` exports variables to this process that would change the targets.
+ENVIRON = {name: value for name, value in os.environ.items()
+           if name not in ("ARGS", "DRY_RUN", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SMOLLM2")}
 
-def make(*words, check=True):
-    result = subprocess.run(["make", "--no-print-directory", "-n", *words], cwd=ROOT, capture_output=True, text=True,
-                            timeout=60)
+
+def make(*words, check=True, **environment):
+    """Runs make without running the commands of the target."""
+    result = subprocess.run(["make", "--no-print-directory", f"PYTHON={sys.executable}", *words], cwd=ROOT,
+                            env=ENVIRON | {"DRY_RUN": "1"} | environment, capture_output=True, text=True, timeout=60)
     assert not check or result.returncode == 0, result.stderr
     return result
 
 
-def scripts(*words):
-    """(script, out) of each command that make would run."""
-    lines = make(*words).stdout.replace("\\\n", " ").splitlines()
-    found = [(re.search(r"(\w+)\.py|-m (model\.hub)", line), re.search(r"--out(?:put_path)? +(\S+)", line))
-             for line in lines if ".py" in line or "-m model" in line]
+def commands(target, **variables):
+    """The commands of a target as lines."""
+    return [shlex.join(command) for command in target_commands(target, variables)]
+
+
+def scripts(target, **variables):
+    """(script, out) of each command of a target."""
+    lines = commands(target, **variables)
+    found = [(re.search(r"(\w+)\.py|-m (model\.hub)", line), re.search(r"--out(?:put_path)? (\S+)", line))
+             for line in lines]
     return [(script[1] or script[2], out[1] if out else "") for script, out in found]
 
 
 def test_everything_missing_is_built_in_order(tmp_path):
-    out = tmp_path / "stack"
-    found = scripts("train", "TASK=empd", f"OUT={out}")
-    assert [where for script, where in found if script in ("pretrain", "train")] == [
-        f"{out}", f"{out}/m1-simp", f"{out}/m2-empd"]
-    assert ("data_prep", "a/text") in scripts("pretrain", "TEXT=a/text", f"OUT={out}")
+    out, text = tmp_path / "stack", tmp_path / "text"
+    assert scripts("train", TASK="empd", OUT=f"{out}", TEXT=f"{text}") == [
+        ("data_prep", "data/prepared/sample/simp.json"), ("data_prep", "data/prepared/sample/empd.json"),
+        ("data_prep", f"{text}"), ("pretrain", f"{out}"), ("train", f"{out}/m1-simp"), ("train", f"{out}/m2-empd")]
+    assert ("data_prep", "a/text") in scripts("pretrain", TEXT="a/text", OUT=f"{out}")
 
 
-def test_what_is_there_is_not_built_again(tmp_path):
+def test_what_exists_is_not_built_again(tmp_path):
     for name in ("m0", "m1-simp"):
         (tmp_path / name).mkdir()
-    ran = scripts("train", "TASK=empd", f"OUT={tmp_path}")
+    ran = scripts("train", TASK="empd", OUT=f"{tmp_path}")
     assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
+    (tmp_path / "m0").rmdir()  # a finished stage needs no earlier one
+    ran = scripts("train", TASK="empd", OUT=f"{tmp_path}")
+    assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
+    assert "pretrain" not in dict(ran)
     (tmp_path / "m2-empd").mkdir()
-    (tmp_path / "m1-simp").rmdir()  # a finished stage needs no earlier one; train.py sees that it is finished
-    ran = scripts("train", "TASK=empd", f"OUT={tmp_path}")
-    assert [where for script, where in ran if script == "train"] == [f"{tmp_path}/m2-empd"]
+    (tmp_path / "m1-simp").rmdir()  # train.py notices that the stage is finished
+    assert scripts("train", TASK="empd", OUT=f"{tmp_path}") == [
+        ("data_prep", "data/prepared/sample/empd.json"), ("train", f"{tmp_path}/m2-empd")]
 
 
-def test_pretraining_and_the_study_call_their_scripts():
-    text = make("pretrain", "MODEL=llm", "NPROC=2", "ARGS=--seed 3", "TEXT=my/text").stdout
+def test_a_task_may_come_again():
+    assert [where for script, where in scripts("train", ORDER="simp empd simp", OUT="o") if script == "train"] == [
+        "o/m1-simp", "o/m2-empd", "o/m3-simp"]
+    assert "--tasks simp,empd --" in commands("evaluate", ORDER="simp empd simp", OUT="o")[-1]
+
+
+def test_pretraining_and_the_study_call_their_scripts(tmp_path):
+    text = commands("pretrain", MODEL="llm", NPROC="2", ARGS="--seed 3", TEXT="my/text")[-1]
     assert "pretrain.py --size tiny --model llm --data my/text --out runs/tiny/llm" in text
-    assert '--launcher ".venv/bin/torchrun --standalone --nproc_per_node 2"' in text
-    assert '--args="--seed 3"' in text
-    text = make("growth-study", "SIZE=small", "SEEDS=1,2", "ARGS=--dry_run").stdout.replace("\\\n", " ")
-    assert "-m pipeline.growth_study --size small --data data/text/small --out runs/small/growth-study" in text
-    assert re.search("--seeds 1,2 +--dry_run", text)
-    text = make("growth-plan", "SIZE=7b", "TOKENS=300e9").stdout.replace("\\\n", " ")
-    assert re.search("stack.py plan +--size 7b +--tokens 300e9", text)
-    text = make("growth-plan", "PARAMS=7e9", "TOKENS=300e9").stdout.replace("\\\n", " ")
-    assert re.search("stack.py plan --params 7e9 +--tokens 300e9", text)
+    assert "--launcher '.venv/bin/torchrun --standalone --nproc_per_node 2' '--args=--seed 3'" in text
+    text = commands("growth-study", SIZE="small", SEEDS="1,2", ARGS="--dry_run")[-1]
+    assert ("-m pipeline.growth_study --size small --data data/text/small --out runs/small/growth-study --seeds 1,2 "
+            "--dry_run") in text
+    assert commands("growth-plan", SIZE="7b", TOKENS="300e9") == [
+        ".venv/bin/python stack.py plan --size 7b --tokens 300e9"]
+    assert commands("growth-plan", PARAMS="7e9", TOKENS="300e9") == [
+        ".venv/bin/python stack.py plan --params 7e9 --tokens 300e9"]
 
 
-def test_a_plan_before_a_node_is_booked():
-    text = " ".join(make("plan", "SIZE=7b", "NPROC=8", "ZERO=3", "GPU_MEMORY=80").stdout.replace("\\\n", " ").split())
+def test_a_plan_of_a_size_and_of_a_checkpoint():
+    text, = commands("plan", SIZE="7b", NPROC="8", ZERO="3", GPU_MEMORY="80")
     assert "pipeline.memory_plan --size 7b --processes 8 --zero 3 --gpu_memory 80" in text
-    assert "pipeline.memory_plan --init some/dir --processes 1" in make("plan", "INIT=some/dir").stdout
+    assert "pipeline.memory_plan --init some/dir --processes 1" in commands("plan", INIT="some/dir")[0]
 
 
-def test_an_order_of_ones_own_needs_no_task():
-    assert "--order empd,inqqg" in make("experiment", "ORDER=empd inqqg").stdout
+def test_an_order_needs_no_task():
+    assert "--order empd,inqqg" in commands("experiment", ORDER="empd inqqg")[-1]
 
 
 def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
-    text = make("evaluate", "TASK=empd", f"OUT={tmp_path}", "ARGS=--limit 3").stdout.replace("\\\n", " ")
-    assert f"--out {tmp_path}/m2-empd" in text  # trained before, since it is missing
-    assert re.search(rf"evaluate.py --checkpoint {tmp_path}/m2-empd --data data/prepared/sample +"
-                     "--tasks simp,empd,inqqg,exp,hgen +--suite sample +--limit 3", text)
-    ran = scripts("evaluate", "CHECKPOINT=some/dir", "SUITE=local", "FILES=my/files", "TASKS=", "NPROC=2")
+    *before, text = commands("evaluate", TASK="empd", OUT=f"{tmp_path}", ARGS="--limit 3")
+    assert any(line.endswith(f"--out {tmp_path}/m2-empd") for line in before)  # trained first, since it is missing
+    assert len(set(before)) == len(before)
+    assert text.endswith(f"evaluate.py --checkpoint {tmp_path}/m2-empd --data data/prepared/sample --tasks "
+                         "simp,empd,inqqg,exp,hgen --suite sample --limit 3")
+    (tmp_path / "m2-empd").mkdir()
+    assert "train" not in dict(scripts("evaluate", TASK="empd", OUT=f"{tmp_path}"))
+    ran = scripts("evaluate", CHECKPOINT="some/dir", SUITE="local", FILES="my/files", TASKS="", NPROC="2")
     assert ran == [("evaluate", "")]
-    text = make("evaluate", "CHECKPOINT=some/dir", "SUITE=none", "TASKS=simp", "NPROC=2").stdout.replace("\\\n", " ")
+    text = commands("evaluate", CHECKPOINT="some/dir", SUITE="none", TASKS="simp", NPROC="2")[-1]
     assert "torchrun --standalone --nproc_per_node 2 evaluate.py --checkpoint some/dir" in text
     assert "--suite" not in text
 
 
 def test_the_experiment_and_its_report():
-    text = re.sub(r"[\\\s]+", " ", make("experiment", "SEEDS=1,2", "NPROC=2").stdout)
-    assert ("experiment.py --size tiny --data data/prepared/sample --out runs/tiny --suite sample "
-            '--text data/text/tiny --seeds 1,2 --launcher ".venv/bin/torchrun --standalone --nproc_per_node 2"') in text
-    text = re.sub(r"[\\\s]+", " ", make("experiment", "SIZE=", "RUNS=runs/x", "INIT_LLM=a", "INIT_STACK=b",
-                                        "RAW=my/raw", "ORDER=simp exp simp", "SUITE=local", "FILES=my/files").stdout)
-    assert ("experiment.py --data data/prepared/raw --out runs/x --suite local --order simp,exp,simp --init_llm a "
-            "--init_stack b --suite_files my/files") in text
-    assert "--launcher slurm" in make("experiment", "LAUNCHER=slurm").stdout
-    assert "report.py --runs runs/small" in make("report", "SIZE=small").stdout
+    text = commands("experiment", SEEDS="1,2", NPROC="2")[-1]
+    assert text.endswith("experiment.py --size tiny --data data/prepared/sample --out runs/tiny --suite sample --text "
+                         "data/text/tiny --seeds 1,2 --launcher '.venv/bin/torchrun --standalone --nproc_per_node 2'")
+    text = commands("experiment", SIZE="", RUNS="runs/x", INIT_LLM="a", INIT_STACK="b", RAW="my/raw",
+                    ORDER="simp exp simp", SUITE="local", FILES="my/files")[-1]
+    assert text.endswith("experiment.py --data data/prepared/raw --out runs/x --suite local --order simp,exp,simp "
+                         "--init_llm a --init_stack b --suite_files my/files")
+    assert "--launcher slurm" in commands("experiment", LAUNCHER="slurm")[-1]
+    assert commands("report", SIZE="small") == [".venv/bin/python report.py --runs runs/small"]
 
 
-def test_a_checkpoint_of_ones_own_takes_the_place_of_m0():
-    text = make("train", "TASK=empd", "MODEL=llm", "INIT=some/where/Smol", "RAW=my/raw").stdout
+def test_a_checkpoint_instead_of_m0():
+    text = " ".join(commands("train", TASK="empd", MODEL="llm", INIT="some/where/Smol", RAW="my/raw"))
     assert "--init some/where/Smol" in text
     assert "--init runs/Smol/llm/m1-simp" in text
     assert "--folder_path my/raw" in text
@@ -100,40 +128,126 @@ def test_a_checkpoint_of_ones_own_takes_the_place_of_m0():
 
 
 def test_published_weights_come_from_the_hub(tmp_path):
-    text = make("train", "SIZE=7b", f"OUT={tmp_path}/7b", "NPROC=8").stdout
-    assert f"-m model.hub llm-stacking/StackLLM_7B_300BToken {tmp_path}/7b/m0" in text
-    assert "data_prep.py hub --task simp --output_path data/raw" in text
-    assert "torchrun --standalone --nproc_per_node 8 train.py --config configs/train/finetune.toml --size 7b" in text
+    lines = commands("train", SIZE="7b", OUT=f"{tmp_path}/7b", NPROC="8")
+    assert lines[0].endswith("data_prep.py hub --task simp --output_path data/raw")
+    assert lines[2].endswith(f"-m model.hub llm-stacking/StackLLM_7B_300BToken {tmp_path}/7b/m0")
+    assert ("torchrun --standalone --nproc_per_node 8 train.py --config configs/train/finetune.toml --size 7b"
+            in lines[3])
+    assert "pretrain.py --size 7b" in commands("pretrain", SIZE="7b", HUB="")[-1]
+    (tmp_path / "7b/m0").mkdir(parents=True)
+    assert commands("pretrain", SIZE="7b", OUT=f"{tmp_path}/7b") == []
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["train", "TASK=smp"], "unknown TASK 'smp', expected one of: simp empd inqqg exp hgen"),
-    (["train", "MODEL=big"], "unknown MODEL 'big', expected one of: stack llm"),
-    (["pretrain", "SIZE=huge"], "unknown SIZE 'huge', expected one of: 3b 410m 7b small tiny"),
-    (["data", "SOURCE=web"], "unknown SOURCE 'web', expected one of: sample raw hub")])
-def test_unknown_words(words, said):
-    result = make(*words, check=False)
-    assert result.returncode == 2
-    assert said in result.stderr
-
-
-def test_every_command_of_the_readme_is_one_that_make_knows():
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    commands = re.findall(r"^make ([^\n#]+)", "".join(blocks), flags=re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        make(*shlex.split(command))
-
-
-def test_the_stages_of_a_method_lie_in_its_folder(tmp_path):
-    lines = make("train", "TASK=empd", "METHOD=rehearsal", f"OUT={tmp_path}").stdout.replace("\\\n", " ")
-    lines = " ".join(lines.split())
-    first, second = (re.search(f"--out {tmp_path}/rehearsal/{name} (.*?) ?(\\.venv|$)", lines)[1]
-                     for name in ("m1-simp", "m2-empd"))
-    assert first == "--method rehearsal --rehearsal 0"  # there is no task before
-    assert second == "--method rehearsal"
-    assert f"--init {tmp_path}/m0 " in lines
-    assert f"--init {tmp_path}/rehearsal/m1-simp " in lines
-    text = make("experiment", "METHOD=finetune,ewc:ewc_strength=3").stdout
+def test_the_stages_of_a_method_have_a_folder(tmp_path):
+    first, second = commands("train", TASK="empd", METHOD="rehearsal", OUT=f"{tmp_path}")[-2:]
+    # the first stage has no earlier task
+    assert first.endswith(f"--out {tmp_path}/rehearsal/m1-simp --method rehearsal --rehearsal 0")
+    assert second.endswith(f"--out {tmp_path}/rehearsal/m2-empd --method rehearsal")
+    assert f"--init {tmp_path}/m0 " in first
+    assert f"--init {tmp_path}/rehearsal/m1-simp " in second
+    text = commands("experiment", METHOD="finetune,ewc:ewc_strength=3")[-1]
     assert "--methods finetune,ewc:ewc_strength=3" in text
-    assert "unknown METHOD 'ewk', expected one of: averaging" in make("train", "METHOD=ewk", check=False).stderr
+
+
+def test_tests_and_style():
+    assert commands("test", ARGS="-k 'a or b'", SMOLLM2="/w") == [
+        "env OMP_NUM_THREADS=1 SMOLLM2=/w .venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile "
+        "-k 'a or b'"]
+    assert commands("lint") == [".venv/bin/ruff check .", ".venv/bin/python -m mypy"]
+    assert commands("bench", FILES="f")[-1].endswith(
+        "bench/run_all.py --data data/prepared/sample/simp.json --folder runs/bench --files f")
+
+
+@pytest.mark.parametrize(("target", "variables", "said"), [
+    ("train", {"TASK": "smp"}, "unknown TASK 'smp', expected one of simp, empd, inqqg, exp, hgen"),
+    ("train", {"TASK": ""}, "unknown TASK '', expected one of simp, empd"),
+    ("train", {"TASK": "exp", "ORDER": "simp empd simp"}, "unknown TASK 'exp', expected one of simp, empd"),
+    ("train", {"ORDER": "simp smp"}, "unknown ORDER 'smp', expected one of empd, exp, hgen, inqqg, simp"),
+    ("train", {"MODEL": "big"}, "unknown MODEL 'big', expected one of stack, llm"),
+    ("pretrain", {"SIZE": "huge"}, "unknown SIZE 'huge', expected one of 3b, 410m, 7b, small, tiny"),
+    ("data", {"SOURCE": "web"}, "unknown SOURCE 'web', expected one of sample, raw, hub"),
+    ("evaluate", {"TASKS": "simp smp"}, "unknown TASKS 'smp'"),
+    ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, finetune"),
+    ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
+    ("plan", {"NPROC": "x"}, "NPROC is 'x', expected a whole number of at least 1"),
+    ("train", {"ARGS": "'x"}, 'ARGS: "\'x" is not a command line: No closing quotation'),
+    ("trian", {}, "unknown target 'trian', expected one of train, pretrain"),
+    ("train", {"MODEL": "big", "TASK": "smp", "NPROC": "-1"}, "unknown MODEL 'big', expected one of stack, llm; "
+     "unknown TASK 'smp', expected one of simp, empd, inqqg, exp, hgen; NPROC is '-1'")])
+def test_wrong_variables_are_all_reported(target, variables, said):
+    with pytest.raises(UserError) as error:
+        target_commands(target, variables)
+    assert said in str(error.value)
+
+
+def test_make_prints_the_commands_and_reports_errors_on_one_line():
+    result = make("train", "TASK=empd", "OUT=o")
+    assert result.stdout.splitlines() == commands("train", TASK="empd", OUT="o")
+    assert make("train", TASK="empd", OUT="o").stdout == result.stdout  # variables in the environment
+    result = make("train", "TASK=", "NPROC=0", check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert [line for line in result.stderr.splitlines() if not line.startswith("make: ")] == [
+        "error: unknown TASK '', expected one of simp, empd, inqqg, exp, hgen; NPROC is '0', expected a whole number "
+        "of at least 1"]
+
+
+@pytest.mark.parametrize("in_environment", [False, True])
+def test_values_arrive_unchanged_and_nothing_is_executed(tmp_path, in_environment):
+    """From the command line or the environment, through make and the shell."""
+    probe = tmp_path / "probe"
+    values = {"INIT": "a b'c", "OUT": f"$(shell touch {probe})", "RAW": f'r`touch {probe}`"; touch {probe}; "',
+              "FILES": f"x' ; touch {probe}; '", "CHECKPOINT": f"$$(touch {probe}) ${{HOME}} $HOME #c\\ \t\n|& ü",
+              "ARGS": f"--limit '1 2' \"$(touch {probe})\""}
+    words = [] if in_environment else [f"{name}={value}" for name, value in values.items()]
+    environment = values if in_environment else {}
+    expected = commands("evaluate", **values)
+    assert make("evaluate", *words, **environment).stdout == "\n".join(expected) + "\n"
+    evaluate = shlex.split(expected[-1])
+    assert evaluate[evaluate.index("--checkpoint") + 1] == values["CHECKPOINT"]
+    assert evaluate[-3:] == ["--limit", "1 2", f"$(touch {probe})"]
+    train = commands("train", **values)[-1]
+    assert shlex.quote(values["INIT"]) in train
+    assert f"'$(shell touch {probe})/m1-simp'" in train
+    model = f'x" ; touch {probe}; "'
+    result = make("train", *([] if in_environment else [f"MODEL={model}"]), check=False,
+                  **({"MODEL": model} if in_environment else {}))
+    assert f"error: unknown MODEL {model!r}, expected one of stack, llm\n" in result.stderr
+    assert not probe.exists()
+
+
+def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
+    monkeypatch.setattr(targets, "PYTHON", sys.executable)
+    monkeypatch.setenv("INIT", "a b'$(touch x)")
+    monkeypatch.delenv("DRY_RUN", raising=False)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        targets.main("plan")
+    assert stopped.value.code == 2
+    printed = capfd.readouterr()
+    assert "-m pipeline.memory_plan --init 'a b'\"'\"'$(touch x)' --processes 1\n" in printed.out
+    assert "error: a b'$(touch x) is neither a checkpoint directory nor a Hub id" in printed.err
+
+
+def test_help_needs_no_packages():
+    result = subprocess.run([sys.executable, "-S", "-m", "pipeline.targets", "help"], cwd=ROOT, env=ENVIRON,
+                            capture_output=True, text=True, check=True)
+    assert make("help").stdout == result.stdout
+    for name in (*COMMANDS, *known("size"), *known("method"), *known("eval"), *known("task")):
+        assert re.search(rf"\b{name}\b", result.stdout), name
+    names = re.findall(r'get\("(\w+)"', (ROOT / "pipeline/targets.py").read_text())
+    assert not {name for name in names if name not in result.stdout} - {"HUB", "SMOLLM2"}
+
+
+def test_every_target_is_one_that_make_knows():
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert set(phony) == {*COMMANDS, "help", "clean"}
+
+
+def test_defaults():
+    v = Variables({})
+    assert (v.task, v.model, v.size, v.source, v.raw, str(v.out), v.runs, v.text, v.nproc, v.suite) == (
+        "simp", "stack", "tiny", "sample", "data/raw", "runs/tiny/stack", "runs/tiny", "data/text/tiny", "1", "sample")
+    assert Variables({"INIT": "a/b/"}).size == "b"
+    assert [Variables(given).source for given in ({"SIZE": "410m"}, {"SIZE": "7b", "RAW": "r"}, {"SIZE": "small"})] == [
+        "hub", "raw", "sample"]

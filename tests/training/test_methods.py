@@ -1,68 +1,60 @@
-"""Methods against forgetting: under every ZeRO stage, against plain PyTorch, and what they refuse."""
+"""Methods against forgetting equal plain PyTorch under every ZeRO stage, and refuse what they cannot use."""
 import dataclasses
 import json
 import shutil
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from common import settings
 from common.files import UserError
-from common.provenance import describe, identity, lineage
+from common.provenance import data_digest, describe, identity, lineage
 from corpus.tasks import SFTDataset, read_task
 from model.checkpoint import checkpoint_digest
 from model.config import ModelConfig
 from model.hub import load_model
-from model.parameter_files import ParameterFiles, find_parameter_files
+from model.parameter_files import ParameterFiles, find_parameter_files, open_side_files
 from model.posterior import standard_normal
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT, run_script
-from training.batches import global_batch
-from training.data import task_of
-from training.methods import AnchoredAdamW, check_method, prior_files, side_files
-from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed
+from tests.conftest import ROOT, losses, read_metrics
+from training.batches import sample_indices
+from training.methods import find_side_files, side_file
+from training.optimizers import AnchoredAdamW
+from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed_items
 from training.train_config import TrainConfig
 
-TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-FLAGS = ["--task", "simp", "--global_batch_size", "8", "--learning_rate", "5e-3", "--max_eval_samples", "6",
-         "--max_source_length", "128", "--max_target_length", "64", "--max_train_samples", "60", "--dtype", "fp32"]
-PROBABILISTIC = ["--optimizer", "ivon", "--learning_rate", "0.02", "--max_grad_norm", "1", "--prior_precision",
-                 "1e4", "--clip_radius", "1"]
+FLAGS = ["--max_train_samples", "60"]
+IVON = ["--optimizer", "ivon", "--learning_rate", "0.02", "--max_grad_norm", "1", "--prior_precision", "1e4",
+        "--clip_radius", "1"]
 
 
 @pytest.fixture(scope="module")
-def train(checkpoint, simp_file):
-    """A function that runs train.py for some steps, from the checkpoint or from another one."""
-    def call(out, *flags, init=checkpoint, steps=4, interrupted=None, launcher=()):
-        script = ["tests/interrupted.py", *interrupted, "train.py"] if interrupted else ["train.py"]
-        run_script(*script, "--init", init, "--data", simp_file, "--out", out, *FLAGS, "--max_steps", steps,
-                   *flags, launcher=launcher, check=not interrupted)
+def run(train):
+    """A function that trains for some steps and returns the run's directory."""
+    def call(out, *flags, steps=4, **options):
+        train(out, "--max_steps", steps, *flags, **options)
         return out
     return call
 
 
 @pytest.fixture(scope="module")
-def first(train, tmp_path_factory):
-    """A stage that was trained with IVON, in one process without ZeRO."""
-    return train(tmp_path_factory.mktemp("first") / "m1-simp", *PROBABILISTIC, "--zero", "0")
+def ivon_stage(run, tmp_path_factory):
+    """A stage trained with IVON, in one process without ZeRO."""
+    return run(tmp_path_factory.mktemp("ivon") / "m1-simp", *IVON, "--zero", "0")
 
 
-def losses(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("loss", line.get("eval_loss")) for line in lines]
+def read_values(stage, name, kind):
+    """The values of one kind in a stage's side files, {parameter: flattened tensor}."""
+    files = ParameterFiles(find_parameter_files(stage, name), "it")
+    values = {key: torch.empty(shape.numel()) for key, shape in shapes_of(stage).items()}
+    for key, into in values.items():
+        files.read(kind, key, 0, into)
+    return values
 
 
-def values(directory, name, kind, shapes):
-    """What a stage has written of a kind, by parameters."""
-    parts = ParameterFiles(find_parameter_files(directory, name), "it")
-    found = {key: torch.empty(shape.numel()) for key, shape in shapes.items()}
-    for key, into in found.items():
-        parts.read(kind, key, 0, into)
-    return found
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in b) and a.keys() == b.keys()
 
 
 def shapes_of(directory):
@@ -73,47 +65,47 @@ def close(a, b, tolerance=1e-4):
     return all((a[name] - b[name]).norm() <= tolerance * b[name].norm() for name in b) and a.keys() == b.keys()
 
 
-# ------------------------------------------------------------------------------------------------------- probabilistic
+# ---------------------------------------------------------------------------------------------------------------- IVON
 
-@pytest.mark.parametrize(("zero", "launcher"), [("2", TORCHRUN), ("3", TORCHRUN)], ids=["ZeRO 2", "ZeRO 3"])
-def test_two_tasks_are_the_same_whatever_carries_them_out(train, first, tmp_path, zero, launcher):
-    """The second task's prior is the first one's posterior, written by one process and read by two, or otherwise."""
-    shapes, expected = shapes_of(first), first.with_name("m2-simp")
-    again = train(tmp_path / "m1-simp", *PROBABILISTIC, "--zero", zero, launcher=launcher)
-    assert losses(again) == pytest.approx(losses(first), rel=2e-6)
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_two_tasks_do_not_depend_on_processes_and_zero_stage(run, ivon_stage, tmp_path, zero):
+    """The first task's posterior is the second one's prior, also if other numbers of processes write and read it."""
+    second = *IVON, "--tau", "0.3", "--zero"
+    m1 = run(tmp_path / "m1-simp", *IVON, "--zero", zero, launcher=2)
+    assert losses(m1) == pytest.approx(losses(ivon_stage), rel=2e-6)
     for kind in ("mean", "precision"):
-        assert close(values(again, "posterior", kind, shapes), values(first, "posterior", kind, shapes))
-    if not expected.exists():
-        train(expected, *PROBABILISTIC, "--tau", "0.3", "--zero", "0", init=first)
-    found = train(tmp_path / "m2-simp", *PROBABILISTIC, "--tau", "0.3", "--zero", zero, init=first, launcher=launcher)
-    assert losses(found) == pytest.approx(losses(expected), rel=2e-6)
+        assert close(read_values(m1, "posterior", kind), read_values(ivon_stage, "posterior", kind))
+    if not (expected := ivon_stage.with_name("m2-simp")).exists():
+        run(expected, *second, "0", init=ivon_stage)
+    m2 = run(tmp_path / "m2-simp", *second, zero, init=ivon_stage, launcher=2)
+    assert losses(m2) == pytest.approx(losses(expected), rel=2e-6)
     if zero == "3":
-        found = train(tmp_path / "m3-simp", *PROBABILISTIC, "--tau", "0.3", "--zero", "0", init=again)
-        assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+        other = run(tmp_path / "m3-simp", *second, "0", init=m1)
+        assert losses(other) == pytest.approx(losses(expected), rel=1e-5)
 
 
-def test_the_first_step_by_hand(train, checkpoint, simp_file, tmp_path):
-    """One step: the loss is that of the weights with the noise of (seed, step), the update IVON's at their gradient."""
-    out = train(tmp_path / "m1", *PROBABILISTIC, "--max_grad_norm", "0", steps=1)
-    model, samples = load_model(checkpoint), 1e7
-    delta = 1e4 / samples
+def test_the_first_ivon_step(run, checkpoint, simp_file, tmp_path):
+    """The loss is that of the weights with the noise of (seed, step); the update is IVON's with their gradient."""
+    out = run(tmp_path / "m1", *IVON, "--max_grad_norm", "0", steps=1)
+    model, ess = load_model(checkpoint), 1e7
+    delta = 1e4 / ess
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     noise = {name: torch.cat([part for *_, part in standard_normal((42, 0), name, p.numel(), 0, p.numel(), "cpu")])
              .view_as(p) for name, p in before.items()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter += noise[name] / (samples * (1e-3 + delta)) ** 0.5
-    loss = mean_loss(model, checkpoint, simp_file, global_batch(42, 60, 0, 8))
+            parameter += noise[name] / (ess * (1e-3 + delta)) ** 0.5
+    loss = mean_loss(model, checkpoint, simp_file, sample_indices(42, 60, 0, 8))
     loss.backward()
-    assert losses(out)[1] == pytest.approx(loss.item(), rel=1e-5)
-    mean, precision = (values(out, "posterior", kind, shapes_of(out)) for kind in ("mean", "precision"))
+    assert losses(out)[1, "loss"] == pytest.approx(loss.item(), rel=1e-5)
+    mean, precision = (read_values(out, "posterior", kind) for kind in ("mean", "precision"))
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        estimate = gradient * noise[name] * (samples * (1e-3 + delta)) ** 0.5
-        curvature = 1e-3 + 1e-3 * (estimate - 1e-3) + 0.5e-6 * (estimate - 1e-3) ** 2 / (1e-3 + delta)
-        expected = before[name] - 0.02 * (gradient / (curvature + delta)).clamp(-1, 1)
+        estimate = gradient * noise[name] * (ess * (1e-3 + delta)) ** 0.5
+        hess = 1e-3 + 1e-3 * (estimate - 1e-3) + 0.5e-6 * (estimate - 1e-3) ** 2 / (1e-3 + delta)
+        expected = before[name] - 0.02 * (gradient / (hess + delta)).clamp(-1, 1)
         assert torch.allclose(mean[name].view_as(expected), expected, rtol=1e-3, atol=1e-4), name
-        assert torch.allclose(precision[name].view_as(expected), samples * (curvature + delta), rtol=1e-2), name
+        assert torch.allclose(precision[name].view_as(expected), ess * (hess + delta), rtol=1e-2), name
 
 
 def mean_loss(model, checkpoint, simp_file, indices):
@@ -128,134 +120,127 @@ def mean_loss(model, checkpoint, simp_file, indices):
     return total / sum(len(tokens) - start for tokens, start in samples)
 
 
-@pytest.mark.parametrize(("zero", "launcher"), [("0", ()), ("2", TORCHRUN), ("3", TORCHRUN)])
-def test_the_noise_is_taken_back_bit_for_bit(train, checkpoint, tmp_path, zero, launcher):
-    """At a rate at which no weight moves, three steps leave the weights as they were."""
-    out = train(tmp_path / "m1", *PROBABILISTIC, "--learning_rate", "1e-30", "--zero", zero, steps=3, launcher=launcher)
-    before, after = (load_file(path / "model.safetensors") for path in (checkpoint, out))
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    found = losses(out)
-    assert found[0] == found[-1]  # evaluated on the same weights
-    assert len(set(found[1:-1])) == 3
+@pytest.mark.parametrize(("zero", "launcher"), [("0", 1), ("2", 2), ("3", 2)])
+def test_the_noise_is_removed_bit_for_bit(run, checkpoint, tmp_path, zero, launcher):
+    """With a learning rate too small to change any weight, three steps leave the weights unchanged."""
+    out = run(tmp_path / "m1", *IVON, "--learning_rate", "1e-30", "--zero", zero, steps=3, launcher=launcher)
+    assert equal(*(load_file(path / "model.safetensors") for path in (out, checkpoint)))
+    logged = losses(out)
+    assert logged[0, "eval_loss"] == logged[3, "eval_loss"]
+    assert len({logged[step, "loss"] for step in (1, 2, 3)}) == 3
 
 
-def test_what_a_killed_attempt_has_left_is_not_read(train, tmp_path):
-    """Such as the parts that two processes wrote, where one goes on."""
-    flags = *PROBABILISTIC, "--save_minutes", "0"
-    train(tmp_path / "m1", *flags, steps=3, interrupted=(3, "SIGKILL", 0))
+def test_side_files_of_a_killed_run_are_removed(run, tmp_path):
+    """Two processes have written them, and one process resumes."""
+    flags = *IVON, "--save_minutes", "0"
+    run(tmp_path / "m1", *flags, steps=3, interrupted=(3, "SIGKILL", 0))
     (tmp_path / "m1.partial/posterior-00002-of-00002.safetensors").write_bytes(b"half")
-    out = train(tmp_path / "m1", *flags, steps=3)
+    out = run(tmp_path / "m1", *flags, steps=3)
     assert [path.name for path in find_parameter_files(out, "posterior")] == ["posterior-00001-of-00001.safetensors"]
 
 
 @pytest.mark.parametrize("zero", ["0", "1"])
-def test_a_batch_that_is_passed_over_leaves_the_mean(train, tmp_path, zero):
-    """From the eleventh step on every loss is above the limit: the weights stay those of ten steps."""
-    flags = *PROBABILISTIC, "--skip_loss_above", "1e-9", "--zero", zero
-    ten, more = train(tmp_path / "ten", *flags, steps=10), train(tmp_path / "more", *flags, steps=12)
-    a, b = (load_file(out / "model.safetensors") for out in (ten, more))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    lines = [json.loads(line) for line in (more / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "skipped_samples" in line] == [11, 12]
+def test_a_skipped_step_leaves_the_mean_unchanged(run, tmp_path, zero):
+    """From the eleventh step on, every loss is above the limit, so the weights are those of ten steps."""
+    flags = *IVON, "--skip_loss_above", "1e-9", "--zero", zero
+    ten, twelve = run(tmp_path / "ten", *flags, steps=10), run(tmp_path / "twelve", *flags, steps=12)
+    assert equal(*(load_file(out / "model.safetensors") for out in (ten, twelve)))
+    assert [entry["step"] for entry in read_metrics(twelve)[0] if "skipped_samples" in entry] == [11, 12]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(train, first, tmp_path):
-    flags = *PROBABILISTIC, "--zero", "2", "--dtype", "bf16", "--save_minutes", "0", "--tau", "0.5"
-    whole = train(tmp_path / "whole", *flags, init=first, launcher=TORCHRUN)
-    train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN, interrupted=(3, "SIGKILL", "all"))
-    cut = train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN)
-    assert json.loads((cut / "run.json").read_text())["resumed"][0]["after_step"] == 2
-    assert losses(cut) == losses(whole)
+def test_a_killed_ivon_run_resumes_bit_for_bit(run, ivon_stage, tmp_path):
+    flags = *IVON, "--zero", "2", "--dtype", "bf16", "--save_minutes", "0", "--tau", "0.5"
+    uninterrupted = run(tmp_path / "uninterrupted", *flags, init=ivon_stage, launcher=2)
+    run(tmp_path / "resumed", *flags, init=ivon_stage, launcher=2, interrupted=(3, "SIGKILL", "all"))
+    resumed = run(tmp_path / "resumed", *flags, init=ivon_stage, launcher=2)
+    assert json.loads((resumed / "run.json").read_text())["resumed"][0]["after_step"] == 2
+    assert losses(resumed) == losses(uninterrupted)
     for kind in ("mean", "precision"):
-        a, b = (values(out, "posterior", kind, shapes_of(whole)) for out in (cut, whole))
-        assert all(torch.equal(a[name], b[name]) for name in b)
+        assert equal(*(read_values(out, "posterior", kind) for out in (resumed, uninterrupted)))
 
 
-def test_the_prior_is_the_posterior_before_in_full_precision_and_tempered(train, tmp_path):
-    """The first task in bf16, whose checkpoint is rounded; the second one moves nothing and keeps the curvature."""
-    first = train(tmp_path / "m1", *PROBABILISTIC, "--dtype", "bf16", "--zero", "1", steps=2)
-    second = train(tmp_path / "m2", *PROBABILISTIC, "--learning_rate", "1e-30", "--sample_params", "false", "--tau",
-                   "0.3", init=first, steps=1)
-    shapes, weights = shapes_of(first), load_file(first / "model.safetensors")
-    for name, mean in values(first, "posterior", "mean", shapes).items():
-        assert torch.equal(values(second, "posterior", "mean", shapes)[name], mean)
-        assert not torch.equal(weights[name].float().view(-1), mean)
-    before, after = (values(stage, "posterior", "precision", shapes) for stage in (first, second))
+def test_the_prior_is_the_tempered_fp32_posterior_of_the_stage_before(run, tmp_path):
+    """The first task's bf16 checkpoint is rounded. The second task changes no weight and keeps the Hessian estimate."""
+    m1 = run(tmp_path / "m1", *IVON, "--dtype", "bf16", "--zero", "1", steps=2)
+    m2 = run(tmp_path / "m2", *IVON, "--learning_rate", "1e-30", "--sample_params", "false", "--tau", "0.3", init=m1,
+             steps=1)
+    means, weights = read_values(m1, "posterior", "mean"), load_file(m1 / "model.safetensors")
+    assert equal(read_values(m2, "posterior", "mean"), means)
+    assert not any(torch.equal(weights[name].float().view(-1), mean) for name, mean in means.items())
+    before, after = (read_values(stage, "posterior", "precision") for stage in (m1, m2))
     for name, precision in after.items():
         torch.testing.assert_close(precision, 1e7 * 1e-3 + 0.3 * before[name])
 
 
-def test_the_posterior_is_part_of_what_a_checkpoint_is(first, tmp_path):
-    """Of one that a run reads it from: another run's parent is the same without it."""
-    copy = shutil.copytree(first, tmp_path / "copy")
+def test_the_parent_digest_covers_the_side_files_that_a_run_reads(ivon_stage, tmp_path):
+    copy = shutil.copytree(ivon_stage, tmp_path / "copy")
     path, = find_parameter_files(copy, "posterior")
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    probabilistic, ewc = TrainConfig(optimizer="ivon"), TrainConfig(ewc_strength=1.0)
-    assert checkpoint_digest(copy, side_files(probabilistic)) != checkpoint_digest(first, side_files(probabilistic))
-    for cfg in (ewc, TrainConfig(), dataclasses.replace(probabilistic, prior="weights")):
-        assert checkpoint_digest(copy, side_files(cfg)) == checkpoint_digest(first, side_files(cfg))
+    ivon, ewc = TrainConfig(optimizer="ivon"), TrainConfig(ewc_strength=1.0)
+    assert checkpoint_digest(copy, side_file(ivon)) != checkpoint_digest(ivon_stage, side_file(ivon))
+    for cfg in (ewc, TrainConfig(), dataclasses.replace(ivon, prior="weights")):
+        assert checkpoint_digest(copy, side_file(cfg)) == checkpoint_digest(ivon_stage, side_file(cfg))
 
 
-# ------------------------------------------------------------------------------------------------------- deterministic
+# ------------------------------------------------------------------------------------------------------------ anchored
 
-def test_fisher_information_averaging_and_pulls_under_other_stages(train, checkpoint, simp_file, tmp_path):
+def test_fisher_information_wise_ft_and_l2_sp_under_other_zero_stages(run, checkpoint, simp_file, tmp_path):
     flags = ["--ewc_strength", "1", "--l2_sp_rate", "0.1", "--wise_ft_alpha", "0.7", "--fisher_samples", "5"]
-    runs = [train(tmp_path / "one", *flags, "--zero", "0"), train(tmp_path / "two", *flags, "--zero", "3",
-                                                                  launcher=TORCHRUN)]
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-6)
-    found = [values(run, "fisher", "fisher", shapes_of(run)) for run in runs]
-    assert close(found[1], found[0], 1e-3)
-    model = load_model(runs[0])
+    m1, m1_zero3 = (run(tmp_path / "m1", *flags, "--zero", "0"),
+                    run(tmp_path / "m1-zero3", *flags, "--zero", "3", launcher=2))
+    assert losses(m1_zero3) == pytest.approx(losses(m1), rel=2e-6)
+    fisher = read_values(m1, "fisher", "fisher")
+    assert close(read_values(m1_zero3, "fisher", "fisher"), fisher, 1e-3)
+    model = load_model(m1)
     expected = {name: torch.zeros(parameter.numel()) for name, parameter in model.named_parameters()}
     data = SFTDataset(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
-    for index in global_batch(42, 60, 0, 5):
+    for index in sample_indices(42, 60, 0, 5):
         model.zero_grad()
-        tokens = len(data[index][0]) - data[index][1]
-        (mean_loss(model, checkpoint, simp_file, [index]) * tokens).backward()
+        num_targets = len(data[index][0]) - data[index][1]
+        (mean_loss(model, checkpoint, simp_file, [index]) * num_targets).backward()
         for name, parameter in model.named_parameters():
             expected[name] += parameter.grad.view(-1) ** 2 / 5
-    assert close(found[0], expected, 1e-3)
-    seconds = [train(tmp_path / "second", *flags, init=runs[0], steps=2),
-               train(tmp_path / "other", *flags, "--zero", "2", init=runs[0], steps=2, launcher=TORCHRUN)]
-    assert losses(seconds[1]) == pytest.approx(losses(seconds[0]), rel=2e-6)
-    more, other = (values(second, "fisher", "fisher", shapes_of(second)) for second in seconds)
-    assert close(other, more, 1e-3)  # to which the new task's is added
-    assert all((more[name] >= found[0][name]).all() for name in more)
-    assert any((more[name] > found[0][name]).any() for name in more)
+    assert close(fisher, expected, 1e-3)
+    m2 = run(tmp_path / "m2", *flags, init=m1, steps=2)
+    m2_zero2 = run(tmp_path / "m2-zero2", *flags, "--zero", "2", init=m1, steps=2, launcher=2)
+    assert losses(m2_zero2) == pytest.approx(losses(m2), rel=2e-6)
+    total = read_values(m2, "fisher", "fisher")  # the sum over both tasks
+    assert close(read_values(m2_zero2, "fisher", "fisher"), total, 1e-3)
+    assert all((total[name] >= fisher[name]).all() for name in total)
+    assert any((total[name] > fisher[name]).any() for name in total)
 
 
-def test_a_killed_run_with_pulls_goes_on_bit_for_bit(train, tmp_path):
+def test_a_killed_anchored_run_resumes_bit_for_bit(run, tmp_path):
     flags = ["--ewc_strength", "10", "--l2_sp_rate", "0.1", "--wise_ft_alpha", "0.7", "--fisher_samples", "3",
              "--zero", "1", "--dtype", "bf16", "--save_minutes", "0"]
-    first = train(tmp_path / "first", *flags, launcher=TORCHRUN, steps=2)
-    whole = train(tmp_path / "whole", *flags, init=first, launcher=TORCHRUN)
-    train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN, interrupted=(3, "SIGKILL", "all"))
-    cut = train(tmp_path / "cut", *flags, init=first, launcher=TORCHRUN)
-    assert losses(cut) == losses(whole)
-    a, b = (values(out, "fisher", "fisher", shapes_of(whole)) for out in (cut, whole))
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    m1 = run(tmp_path / "m1", *flags, launcher=2, steps=2)
+    uninterrupted = run(tmp_path / "uninterrupted", *flags, init=m1, launcher=2)
+    run(tmp_path / "resumed", *flags, init=m1, launcher=2, interrupted=(3, "SIGKILL", "all"))
+    resumed = run(tmp_path / "resumed", *flags, init=m1, launcher=2)
+    assert losses(resumed) == losses(uninterrupted)
+    assert equal(*(read_values(out, "fisher", "fisher") for out in (resumed, uninterrupted)))
 
 
-def test_averaging_after_training(train, checkpoint, tmp_path):
-    trained = load_file(train(tmp_path / "trained") / "model.safetensors")
-    averaged = train(tmp_path / "averaged", "--wise_ft_alpha", "0.25")
-    before, found = load_file(checkpoint / "model.safetensors"), load_file(averaged / "model.safetensors")
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * trained[name])
-    assert losses(averaged)[1:-1] == losses(tmp_path / "trained")[1:-1]
-    assert losses(averaged)[-1] != losses(tmp_path / "trained")[-1]  # the eval loss is that of the result
+def test_wise_ft_averages_after_training(run, checkpoint, tmp_path):
+    trained, averaged = run(tmp_path / "trained"), run(tmp_path / "averaged", "--wise_ft_alpha", "0.25")
+    initial, last, average = (load_file(path / "model.safetensors") for path in (checkpoint, trained, averaged))
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, 0.75 * initial[name] + 0.25 * last[name])
+    expected, actual = losses(trained), losses(averaged)
+    assert actual.pop((4, "eval_loss")) != expected.pop((4, "eval_loss"))  # the eval loss is that of the average
+    assert actual == expected
 
 
-def test_pulls_by_hand():
-    """AdamW at the gradient of the loss and the penalty; then a share of the way back."""
+def test_anchored_adamw_equals_adamw_on_the_penalized_loss():
+    """AdamW on the loss plus the EWC penalty, then L2-SP's interpolation towards the initial weights."""
     start, fisher = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, 4.0])
     w, v = torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0])), torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0]))
-    ours, plain = AnchoredAdamW([w], 0.1), torch.optim.AdamW([v], 0.1)
-    ours.anchors, ours.fisher, ours.strength, ours.rate = {w: start}, {w: fisher}, 3.0, 0.2
+    anchored, plain = AnchoredAdamW([w], 0.1), torch.optim.AdamW([v], 0.1)
+    anchored.anchors, anchored.fisher, anchored.strength, anchored.rate = {w: start}, {w: fisher}, 3.0, 0.2
     for _ in range(3):
         w.grad = torch.cos(w.detach())
-        ours.step()
+        anchored.step()
         plain.zero_grad()
         (torch.sin(v).sum() + 3.0 / 2 * (fisher * (v - start) ** 2).sum()).backward()
         plain.step()
@@ -268,19 +253,23 @@ def test_pulls_by_hand():
 
 @pytest.fixture
 def chain(checkpoint, simp_file, tmp_path):
-    """A stage that was trained on two files of their own, as its run.json has it."""
-    items, tasks = read_task(simp_file)[0], []
+    """A stage whose run.json says that it was trained on two tasks."""
+    splits, tasks = read_task(simp_file)[0], []
     for task, limit in (("simp", 40), ("empd", None)):
         data, stage = tmp_path / f"{task}.json", tmp_path / "m2-empd"
-        split = [item | {"output": f"{task} {index}"} for index, item in enumerate(items["train"])]
-        data.write_text(json.dumps(items | {"train": split}))
-        tasks.append(task_of(TrainConfig(task=task, data=str(data), max_train_samples=limit)))
+        items = [item | {"output": f"{task} {index}"} for index, item in enumerate(splits["train"])]
+        data.write_text(json.dumps(splits | {"train": items}))
+        tasks.append({"task": task, "data": str(data), "data_digest": data_digest(data), "max_train_samples": limit})
     shutil.copytree(checkpoint, stage)
     (stage / "run.json").write_text(json.dumps({"lineage": {"tasks": tasks}}))
     return stage
 
 
-def test_a_share_of_every_earlier_task_is_trained_on_again(chain, simp_file):
+def rehearsed(cfg, past):
+    return rehearsed_items(cfg, earlier_tasks(cfg, data_digest(cfg.data), past))
+
+
+def test_rehearsal_samples_every_earlier_task(chain, simp_file):
     cfg, past = TrainConfig(data=str(simp_file), rehearsal=0.05), lineage(chain)
     picked = [item["output"].split() for item in rehearsed(cfg, past)]
     assert [task for task, _ in picked] == ["simp"] * 2 + ["empd"] * round(0.05 * 112)
@@ -289,105 +278,111 @@ def test_a_share_of_every_earlier_task_is_trained_on_again(chain, simp_file):
     assert rehearsed(cfg, past) == rehearsed(cfg, past)
     assert rehearsed(dataclasses.replace(cfg, seed=1), past) != rehearsed(cfg, past)
     assert rehearsed(dataclasses.replace(cfg, rehearsal=0.0), past) == []
-    own = dataclasses.replace(cfg, data=past["tasks"][1]["data"])  # a task that comes again rehearses the others
+    own = dataclasses.replace(cfg, data=past["tasks"][1]["data"])  # a task learned again
     assert {item["output"].split()[0] for item in rehearsed(own, past)} == {"simp"}
-    again = {"tasks": [*past["tasks"], past["tasks"][0] | {"max_train_samples": 20}]}  # and counts from its last time
-    assert [task["max_train_samples"] for task in earlier_tasks(cfg, again)] == [20, None]
+    repeated = {"tasks": [*past["tasks"], past["tasks"][0] | {"max_train_samples": 20}]}  # the last time counts
+    assert [task["max_train_samples"] for task in earlier_tasks(cfg, data_digest(simp_file), repeated)] == [20, None]
 
 
-def test_rehearsal_that_cannot_be(chain, checkpoint, simp_file, tmp_path):
+def test_rehearsal_needs_the_data_of_earlier_tasks(chain, checkpoint, simp_file, tmp_path):
     cfg = TrainConfig(init=str(checkpoint), data=str(simp_file), rehearsal=0.05)
-    with pytest.raises(UserError, match="was fine-tuned on no task before: leave it out for the first task"):
-        earlier_tasks(cfg, lineage(checkpoint))
-    path, past = tmp_path / "simp.json", lineage(chain)
-    check_earlier_tasks(cfg, past)
+    with pytest.raises(UserError, match="was not fine-tuned on any task: leave it out for the first task"):
+        earlier_tasks(cfg, "digest", lineage(checkpoint))
+    path, tasks = tmp_path / "simp.json", earlier_tasks(cfg, "digest", lineage(chain))
+    check_earlier_tasks(tasks)
     path.write_text(path.read_text() + " ")
     with pytest.raises(UserError, match=r"simp.json, which simp was learned from, but it has changed since"):
-        check_earlier_tasks(cfg, past)
+        check_earlier_tasks(tasks)
     path.unlink()
     with pytest.raises(UserError, match="but it does not exist any more"):
-        check_earlier_tasks(cfg, past)
+        check_earlier_tasks(tasks)
 
 
-def test_rehearsal_in_a_run(train, chain, checkpoint, tmp_path):
-    out = train(tmp_path / "m3", "--rehearsal", "0.1", init=chain, steps=2, launcher=TORCHRUN)
-    run, before = (json.loads((path / "run.json").read_text()) for path in (out, chain))
-    assert run["rehearsed"] == [task["data_digest"] for task in before["lineage"]["tasks"]]
-    assert [task["task"] for task in run["lineage"]["tasks"]] == ["simp", "empd", "simp"]
-    words = ["train.py", "--init", chain, "--out", tmp_path / "m4", *FLAGS, "--max_steps", "1", "--rehearsal", "0.1"]
-    result = run_script(*words, "--data", tmp_path / "simp.json")
-    assert "71 training samples, 11 of them of earlier tasks" in result.stdout  # not of its own
-    (tmp_path / "empd.json").unlink()  # of no use to a stage that is finished
-    assert "is finished already" in run_script(*words, "--data", tmp_path / "simp.json").stdout
+def test_rehearsal_in_a_run(run, train, chain, tmp_path):
+    out = run(tmp_path / "m3", "--rehearsal", "0.1", init=chain, steps=2, launcher=2)
+    record, before = (json.loads((path / "run.json").read_text()) for path in (out, chain))
+    assert record["rehearsed"] == [task["data_digest"] for task in before["lineage"]["tasks"]]
+    assert [task["task"] for task in record["lineage"]["tasks"]] == ["simp", "empd", "simp"]
+    flags, data = ["--max_steps", "1", "--rehearsal", "0.1"], tmp_path / "simp.json"
+    result = train(tmp_path / "m4", *flags, init=chain, data=data)
+    assert "71 training samples, 11 of them from earlier tasks" in result.stdout  # none of the run's own task
+    (tmp_path / "empd.json").unlink()  # a finished stage does not need it
+    assert "is finished already" in train(tmp_path / "m4", *flags, init=chain, data=data).stdout
 
 
-# -------------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------------------------------- refusals
 
-@pytest.mark.parametrize(("flags", "said"), [
+@pytest.mark.parametrize(("flags", "message"), [
     (["--tau", "0"], "tau is 0.0, expected a number above 0 and at most 1"),
     (["--tau", "1.5"], "tau is 1.5"), (["--tau", "nan"], "tau is nan"),
-    (["--method", "ewk"], "unknown method 'ewk', expected one of averaging, constant"),
+    (["--method", "ewk"], "unknown method 'ewk', expected one of ewc, finetune, l2_sp"),
     (["--rehearsal", "1.1"], "rehearsal is 1.1, expected a number from 0 to 1"),
-    (["--optimizer", "ivon", "--weight_decay", "0.1"], "weight_decay is 0.1, but with IVON the prior"),
-    (["--method", "vcl", "--ewc_strength", "1"], "ewc_strength pull towards the weights of --init, as the "),
-    (["--method", "vcl", "--task", "none"], "mode is for fine-tuning: give --task"),
+    (["--optimizer", "ivon", "--weight_decay", "0.1"], "weight_decay is 0.1, but IVON's prior takes its place"),
+    (["--method", "vcl", "--ewc_strength", "1"], "ewc_strength pull towards the weights of --init, as IVON's prior"),
+    (["--method", "vcl", "--task", "none"], "optimizer ivon is for fine-tuning: give --task"),
     (["--fisher_samples", "0"], "fisher_samples is 0, expected at least 1"),
-    (["--curvature", "0"], "curvature is 0.0, expected a number above 0")])
-def test_settings_that_contradict_one_another(flags, said):
-    with pytest.raises(UserError) as caught:
-        settings.load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", *flags], "")
-    assert said in str(caught.value)
+    (["--hess_init", "0"], "hess_init is 0.0, expected a number above 0")])
+def test_bad_settings_are_refused(flags, message):
+    with pytest.raises(UserError) as error:
+        settings.load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", *flags])
+    assert message in str(error.value)
 
 
-def test_a_method_lies_between_the_sizes_recipe_and_the_flags():
+def test_a_method_overrides_the_recipe_of_the_size_and_flags_override_the_method():
     words = ["--config", "configs/train/finetune.toml", "--size", "tiny", "--task", "simp", "--init", "x", "--data",
              "x", "--out", "x", "--method", "vcl"]
-    cfg = settings.load(TrainConfig, words, "")
+    cfg = settings.load(TrainConfig, words)
     assert (cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.num_train_epochs) == ("ivon", 1e-3, 0.0, 10.0)
-    assert settings.load(TrainConfig, [*words, "--learning_rate", "0.5"], "").learning_rate == 0.5
-    run = describe(dataclasses.asdict(cfg), "parent", "data")  # a run is its settings, by whatever name they came
-    assert identity(run) == identity(describe(dataclasses.asdict(cfg) | {"method": None}, "parent", "data"))
+    assert settings.load(TrainConfig, [*words, "--learning_rate", "0.5"]).learning_rate == 0.5
+    record = describe(dataclasses.asdict(cfg), "parent", "data")  # settings identify a run, the method's name does not
+    assert identity(record) == identity(describe(dataclasses.asdict(cfg) | {"method": None}, "parent", "data"))
     for path in (ROOT / "configs/method").glob("*.toml"):
-        assert settings.load(TrainConfig, [*words[:-1], path.stem], "").method == path.stem
+        assert settings.load(TrainConfig, [*words[:-1], path.stem]).method == path.stem
 
 
-def test_priors_that_cannot_be(checkpoint, first, tmp_path):
+def open_required(cfg, source, config, lineage):
+    """Opens the side files that a run reads from its initial checkpoint, as training.run does."""
+    return open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
+
+
+def test_priors_that_do_not_fit_are_refused(checkpoint, ivon_stage, tmp_path):
     config = ModelConfig.read(checkpoint / "config.json")
     cfg = TrainConfig(optimizer="ivon", prior="posterior")
-    with pytest.raises(UserError, match="has no posterior to be the prior: fine-tune it with IVON first"):
-        check_method(cfg, checkpoint, config, {})
-    assert prior_files(dataclasses.replace(cfg, prior="auto"), checkpoint) == []
-    assert prior_files(dataclasses.replace(cfg, prior="weights"), first) == []
-    assert prior_files(dataclasses.replace(cfg, prior="auto"), first) == find_parameter_files(first, "posterior") != []
-    check_method(cfg, first, config, {})
+    with pytest.raises(UserError, match="no posterior to use as the prior: fine-tune it with --optimizer ivon"):
+        open_required(cfg, checkpoint, config, {})
+    auto, posterior = dataclasses.replace(cfg, prior="auto"), find_parameter_files(ivon_stage, "posterior")
+    assert find_side_files(auto, checkpoint, {}) == []
+    assert find_side_files(dataclasses.replace(cfg, prior="weights"), ivon_stage, {}) == []
+    assert find_side_files(auto, ivon_stage, {}) == posterior != []
+    open_required(cfg, ivon_stage, config, {})
     with pytest.raises(UserError, match="is that of another model: 1,536 values of mean of model.layers.0.mlp.down_pro"
                                         "j.weight, expected 2,048"):
-        check_method(cfg, first, dataclasses.replace(config, intermediate_size=64), {})
-    tensors = load_file(find_parameter_files(first, "posterior")[0])
-    name = tmp_path / "posterior-00001-of-00001.safetensors"
-    save_file({key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}, name)
+        open_required(cfg, ivon_stage, dataclasses.replace(config, intermediate_size=64), {})
+    tensors = load_file(posterior[0])
+    path = tmp_path / "posterior-00001-of-00001.safetensors"
+    save_file({key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}, path)
     with pytest.raises(UserError, match="0 values of mean of model.layers.1.input_layernorm.weight, expected 32"):
-        check_method(cfg, tmp_path, config, {})
-    name.rename(tmp_path / "posterior-00001-of-00002.safetensors")
+        open_required(cfg, tmp_path, config, {})
+    path.rename(tmp_path / "posterior-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="holds 1 of the 2 files posterior-"):
-        check_method(cfg, tmp_path, config, {})
-    save_file({"mean": torch.zeros(3)}, name)
-    with pytest.raises(UserError, match="is no file of this program: it holds 'mean'"):
-        ParameterFiles([name], "it")
+        open_required(cfg, tmp_path, config, {})
+    save_file({"mean": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="was not written by this program: it holds 'mean'"):
+        ParameterFiles([path], "it")
 
 
-def test_ewc_needs_what_the_stage_before_measured(chain, checkpoint):
+def test_ewc_needs_the_fisher_information_of_the_stage_before(chain, checkpoint):
     config, cfg = ModelConfig.read(checkpoint / "config.json"), TrainConfig(ewc_strength=1.0)
-    check_method(cfg, checkpoint, config, lineage(checkpoint))  # the first task
+    open_required(cfg, checkpoint, config, lineage(checkpoint))  # the first task
     with pytest.raises(UserError, match="has no Fisher information of empd, which it was trained on: train it "):
-        check_method(cfg, chain, config, lineage(chain))
+        open_required(cfg, chain, config, lineage(chain))
 
 
-def test_parts_are_read_across_files(tmp_path):
+def test_values_are_read_across_files(tmp_path):
     save_file({"fisher/w@0": torch.arange(4.0)}, tmp_path / "fisher-00001-of-00002.safetensors")
     save_file({"fisher/w@4": torch.arange(4.0, 10.0)}, tmp_path / "fisher-00002-of-00002.safetensors")
-    parts = ParameterFiles(find_parameter_files(tmp_path, "fisher"), "it")
-    parts.check(("fisher",), {"w": 10})
+    files = ParameterFiles(find_parameter_files(tmp_path, "fisher"), "it")
+    files.check(("fisher",), {"w": 10})
     into = torch.empty(5)
-    parts.read("fisher", "w", 2, into)
-    assert into.tolist() == np.arange(2.0, 7.0).tolist()
+    files.read("fisher", "w", 2, into)
+    assert into.tolist() == [2, 3, 4, 5, 6]

@@ -1,0 +1,167 @@
+"""Raw task files: one JSON object with the parallel lists src, tgt and src_info. Writer, from Hub datasets, and reader.
+
+The folder of a task holds a file for each prompt and split, with "train" or "test" in its name. `spec` is the content
+of configs/task/<name>.toml.
+"""
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.files import UserError, new_directory, read_json, write_json
+from corpus.documents import load_hub_dataset
+
+LISTS = ("src", "tgt", "src_info")
+BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank escapes; both cases occur
+
+
+def read_hub_task(spec: dict[str, Any], dataset: str | None, max_train: int, max_test: int) -> dict[str, list[dict]]:
+    """{"train", "test"}: the src_info fields of at most `max_train` and `max_test` samples of a task on the Hub.
+
+    `dataset` replaces the Hub id in `spec`, the task's configuration. If the dataset has no test split, the last tenth
+    of the training samples (at most `max_test`) becomes the test split.
+    """
+    hub = spec["hub"]
+    columns = [*hub["columns"].values(), *(hub[key] for key in ("dialogue", "references") if key in hub),
+               *([hub["labels"]["column"]] if "labels" in hub else [])]
+    limits = {"train": max_train, "test": max_test} if "test" in hub["splits"] else {"train": max_train + max_test}
+    splits = {}
+    for split, hub_split in hub["splits"].items():
+        rows = load_hub_dataset(dataset or hub["dataset"], hub_split, columns, hub.get("config"), hub.get("revision"))
+        samples = chain.from_iterable(row_samples(row, hub) for row in tqdm(rows, split, disable=None))
+        splits[split] = list(islice(samples, limits[split]))
+    if "test" not in splits:
+        num_test = max(1, min(max_test, len(splits["train"]) // 10))
+        splits = {"train": splits["train"][:-num_test], "test": splits["train"][-num_test:]}
+    return splits
+
+
+def row_samples(row: dict[str, Any], hub: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the src_info fields of each sample in a row of a Hub dataset, as [hub] in configs/task describes it."""
+    info = {field: row[column] or "" for field, column in hub["columns"].items()}
+    if "labels" in hub:
+        label = row[hub["labels"]["column"]]
+        if label is None or label < 0:  # datasets mark a missing label with -1
+            return
+        info[hub["labels"]["field"]] = hub["labels"]["names"][label]
+    if "references" in hub and len(row[hub["references"]] or []) > 1:
+        info["references"] = row[hub["references"]]
+    if "dialogue" not in hub:
+        yield info
+        return
+    turns = [turn["content"].strip() for turn in row[hub["dialogue"]]]
+    for index in range(1, len(turns), 2):  # the listener's turns
+        yield info | {"input_text": "\n".join(f"- {turn}" for turn in turns[:index]), "output_text": turns[index]}
+
+
+def restore_brackets(text: str) -> str:
+    """The text with brackets in place of -LRB-, -RRB-, -LSB- and -RSB-, stripped of surrounding whitespace."""
+    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
+
+
+def write_raw_task(folder: Path, splits: dict[str, list[dict]], spec: dict[str, Any]) -> None:
+    """Writes the raw folder of a task atomically. `splits` maps "train" and "test" to lists of src_info fields."""
+    with new_directory(folder) as partial:
+        for split, samples in splits.items():
+            for prompt_name, raw in build_raw_files(samples, spec).items():
+                write_json(partial / f"{prompt_name}.{split}.json", raw)
+
+
+def build_raw_files(samples: Iterable[dict], spec: dict[str, Any]) -> dict[str, dict[str, list]]:
+    """Raw files {prompt_name: {src, tgt, src_info}}; the samples cycle through the task's prompt templates."""
+    templates = [(name, template) for name, templates in spec["prompts"].items() for template in templates]
+    files: dict[str, dict[str, list]] = {name: {"src": [], "tgt": [], "src_info": []} for name in spec["prompts"]}
+    for index, info in enumerate(samples):
+        name, template = templates[index % len(templates)]
+        files[name]["src"].append(fill_template(template, info))
+        files[name]["tgt"].append(info.get("references", info[spec["target"]]))
+        files[name]["src_info"].append(info | {"prompt": template, "prompt_name": name})
+    return files
+
+
+def fill_template(template: str, fields: dict[str, str]) -> str:
+    """The prompt template with the value of each [field] inserted."""
+    return re.sub(r"\[(\w+)\]", lambda match: fields[match[1]], template)
+
+
+def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], list[dict]]:
+    """(training, test) items {input, output, src_info, index}; several targets add `references`.
+
+    The raw files are in the task's folder in `path` or in `path` itself. If the task has a `test_prompt`, only the test
+    items with this prompt are returned.
+    """
+    folder = Path(path) / spec["folder"] if (Path(path) / spec["folder"]).is_dir() else Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: expected the raw files of the task, or a folder {spec['folder']} "
+                        "with them")
+    train, test = (read_raw_split(folder, split) for split in ("train", "test"))
+    if "test_prompt" in spec:
+        prompt_names = sorted({str(item["src_info"].get("prompt_name")) for item in test})
+        test = [item for item in test if item["src_info"].get("prompt_name") == spec["test_prompt"]]
+        if not test:
+            raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found "
+                            + ", ".join(prompt_names))
+    return train, test
+
+
+def read_raw_split(folder: Path, split: str) -> list[dict]:
+    """The items of all files of a split, in the order of the names. Reports and skips items without a target."""
+    paths = [path for path in sorted(folder.glob("*.json")) if split_of_file(path) == split]
+    if not paths:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise UserError(f"{folder} holds no {split} file: expected a *.json with {split!r} in its name; found {names}")
+    items: list[dict] = []
+    skipped: list[str] = []
+    for path in paths:
+        for number, (source, targets, info) in enumerate(read_raw_file(path)):
+            references = [restore_brackets(text) for text in targets]
+            if not references or not references[0]:
+                skipped.append(f"{path.name}[{number}]")
+                continue
+            item = {"input": restore_brackets(source), "output": references[0], "src_info": info,
+                    "index": len(items) + len(skipped)}  # skipped items count
+            items.append(item | ({"references": references} if len(references) > 1 else {}))
+    if skipped:
+        more = f" and {len(skipped) - 20} more" if len(skipped) > 20 else ""
+        print(f"{folder}: {len(skipped)} {split} items have an empty target and are skipped: "
+              f"{', '.join(skipped[:20])}{more}", file=sys.stderr)
+    if not items:
+        raise UserError(f"{folder}: its {split} files hold no item with a target")
+    return items
+
+
+def read_raw_file(path: Path) -> Iterator[tuple[str, list[str], dict]]:
+    """Yields (source, targets, src_info) of each item. A missing target (null) becomes an empty text."""
+    raw = read_json(path)
+    lists: dict[str, Any] = {key: raw.get(key) if isinstance(raw, dict) else None for key in LISTS}
+    if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
+        raise UserError(f"{path} lacks the list {', '.join(missing)}: expected one object with the lists "
+                        + ", ".join(LISTS))
+    lengths = {key: len(value) for key, value in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{path}: the lists differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
+    for number, (source, target, info) in enumerate(zip(*lists.values())):
+        targets = [text or "" for text in (target if isinstance(target, list) else [target])]
+        if not isinstance(info, dict) or not all(isinstance(text, str) for text in (source, *targets)):
+            raise UserError(f"{path}: item {number}: expected a text as src, a text or a list of texts as tgt, and "
+                            "an object as src_info")
+        yield source, targets, info
+
+
+def split_of_file(path: Path) -> str | None:
+    """"train", "test" or None, from the name of a raw file.
+
+    The name starts with the prompt's name, which may contain either word: constrain_start+make_a_title.test.json is a
+    test file. The part after the first dot is therefore searched first.
+    """
+    for part in (path.name.partition(".")[2], path.name):
+        splits = [split for split in ("train", "test") if split in part]
+        if len(splits) == 2:
+            raise UserError(f"{path} has both train and test in its name: rename it")
+        if splits:
+            return splits[0]
+    return None

@@ -1,0 +1,82 @@
+"""Printed tables of evaluation results."""
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from common.files import UserError
+from evaluation.metrics import CALIBRATION_METRICS
+from evaluation.result_files import metric_value
+from evaluation.suites import Benchmark
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """Results of one benchmark."""
+    benchmark: Benchmark
+    value: float  # of the primary metric
+    stderr: float  # NaN if unknown
+    items: int
+    calibration: dict[str, float]  # empty if the benchmark is not multiple-choice
+    sampled: dict[str, float]  # accuracy and calibration over posterior samples; empty without samples
+
+
+def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> list[BenchmarkScore]:
+    """The scores of all benchmarks of a suite that were run. `results` is the content of a results file."""
+    def num_items(name: str) -> int:
+        parts = results.get("group_subtasks", {}).get(name)
+        return sum(map(num_items, parts)) if parts else results["n-samples"][name]["effective"]
+
+    scores = []
+    for benchmark in (benchmark for benchmark in suite if benchmark.name in results["results"]):
+        entry = results["results"][benchmark.name]
+        if (measured := metric_value(entry, benchmark.metric)) is None:
+            names = [key.removesuffix(",none") for key, value in entry.items() if isinstance(value, float)]
+            raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
+        calibration = {key: entry[f"{key},none"] for key in CALIBRATION_METRICS if f"{key},none" in entry}
+        sampled = {key: entry[f"{key},sampled"] for key in ("acc", *CALIBRATION_METRICS) if f"{key},sampled" in entry}
+        scores.append(BenchmarkScore(benchmark, *measured, num_items(benchmark.name), calibration, sampled))
+    return scores
+
+
+def print_tasks(results: Iterable[dict[str, Any]]) -> None:
+    """Prints a line for each task: its metrics with their 95% intervals. `results` are contents of metrics files."""
+    print(f"\n{'task':<8} {'items':>5}  {'BLEU':>18} {'ROUGE-1':>18} {'ROUGE-L':>18} {'SARI':>18}  words  empty copied")
+    for result in results:
+        metrics = result["metrics"]
+        cells = [f"{value['mean']:5.1f} [{value['low']:4.1f}, {value['high']:4.1f}]" if value else "–"
+                 for value in map(metrics.get, ("bleu", "rouge1", "rougeL", "sari"))]
+        words, empty, copied = (metrics[name]["mean"] for name in ("words", "empty", "copied"))
+        print(f"{result['task']:<8} {result['samples']:>5}  " + " ".join(f"{cell:>18}" for cell in cells)
+              + f" {words:6.1f} {empty:5.1f}% {copied:5.1f}%")
+
+
+def print_suite(suite: Iterable[Benchmark], results: dict[str, Any]) -> None:
+    """Prints a line for each benchmark, grouped by category with the category's mean: percentages, and calibration.
+
+    Benchmarks that also ran over posterior samples have a second line.
+    """
+    scores = benchmark_scores(suite, results)
+    print(f"\n{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5}  {'metric':<15} {'%':>6} {'±':>4}  "
+          + "  ".join(f"{name.upper():>6}" for name in CALIBRATION_METRICS))
+    for category in dict.fromkeys(score.benchmark.category for score in scores):
+        in_category = [score for score in scores if score.benchmark.category == category]
+        for score in in_category:
+            benchmark = score.benchmark
+            label = ("  " if benchmark.part_of else "") + (benchmark.label or benchmark.name)
+            error = f"{'–':>4}" if math.isnan(score.stderr) else f"{100 * score.stderr:4.1f}"
+            calibration = "  ".join(f"{score.calibration[key]:6.3f}" if key in score.calibration else f"{'–':>6}"
+                                    for key in CALIBRATION_METRICS)
+            print(f"{category:<9} {label:<36} {score.items:>6} {benchmark.num_fewshot:>5}  {benchmark.metric:<15} "
+                  f"{100 * score.value:6.1f} {error}  {calibration}")
+            if score.sampled:
+                label = f"  over {results['run']['posterior_samples']} posterior samples"
+                print(f"{'':<9} {label:<36} {'':>6} {'':>5}  {'acc':<15} {100 * score.sampled['acc']:6.1f} {'':>4}  "
+                      + "  ".join(f"{score.sampled[key]:6.3f}" for key in CALIBRATION_METRICS))
+        wholes = [score.value for score in in_category if not score.benchmark.part_of]
+        if len(wholes) > 1:
+            print(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(wholes) / len(wholes):6.1f}")
+    tokens = results["tokens"]
+    if tokens["computed"]:
+        print(f"tokens computed: {tokens['computed']:,} of {tokens['asked']:,} requested; sharing prefixes saved a "
+              f"factor of {tokens['asked'] / tokens['computed']:.1f}")

@@ -1,0 +1,66 @@
+"""The chain of stages: the order of the tasks, and the directory, initial checkpoint and command of each stage.
+
+Imports the standard library only, since make uses this module before the packages are installed.
+"""
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.settings import CONFIGS, ROOT, read_config
+from pipeline.jobs import optional_flags
+
+ORDER = "simp", "empd", "inqqg", "exp", "hgen"
+SAMPLE_ORDER = ORDER[:3]  # the tasks that data/sample holds
+MODELS = "llm", "stack"
+
+
+@dataclass(frozen=True)
+class FinetuneStage:
+    """Fine-tuning of the checkpoint `parent` on a task makes the checkpoint `out`."""
+    task: str
+    parent: str | Path
+    out: Path
+
+
+def finetune_stages(order: Iterable[str], start: str | Path, folder: Path) -> list[FinetuneStage]:
+    """The stages of a chain: the first starts from the checkpoint `start`, each later one from the stage before it."""
+    stages: list[FinetuneStage] = []
+    for number, task in enumerate(order, 1):
+        stages.append(FinetuneStage(task, stages[-1].out if stages else start, folder / f"m{number}-{task}"))
+    return stages
+
+
+def chain_folder(folder: Path, method: str | None = None, seed: int | None = None) -> Path:
+    """The folder of a chain's stages, given the folder of the model. A method or seed has its own folder."""
+    folder = folder / method.replace(":", "-") if method else folder
+    return folder if seed is None else folder / f"seed-{seed}"
+
+
+def finetune_command(launcher: Sequence[str], stage: FinetuneStage, data: str | Path, size: str | None,
+                     flags: Sequence[object]) -> list[object]:
+    """The command of a stage. `launcher` holds the words before train.py; data: the preprocessed task file."""
+    return [*launcher, ROOT / "train.py", "--config", CONFIGS / "train/finetune.toml", *optional_flags(size=size),
+            "--task", stage.task, "--init", stage.parent, "--data", data, "--out", stage.out, *flags]
+
+
+def hub_id(size: str | None, model: str) -> str | None:
+    """The Hub id of the published m0 of a size, or None if m0 has to be pretrained."""
+    return read_config("size", size).get("hub", {}).get(model) if size else None
+
+
+def download_command(python: str, hub: str, out: Path) -> list[object]:
+    """The command that makes m0 from published weights."""
+    return [python, "-m", "model.hub", hub, out]
+
+
+def pretrain_command(python: str, size: str, model: str, text: str | Path, folder: Path, launcher: str) -> list[object]:
+    """The command that pretrains m0 in the folder of a model, on a directory of token shards."""
+    return [python, ROOT / "pretrain.py", "--size", size, "--model", model, "--data", text, "--out", folder,
+            *optional_flags(launcher=launcher)]
+
+
+def evaluate_command(launcher: Sequence[str], checkpoint: str | Path, out: Path | None, data: str | Path,
+                     tasks: Iterable[str], flags: Sequence[object]) -> list[object]:
+    """The command that evaluates a checkpoint. data: the folder of the preprocessed task files."""
+    return [*launcher, ROOT / "evaluate.py", *optional_flags(
+        checkpoint=checkpoint, out=out, data=data, tasks=",".join(dict.fromkeys(tasks))), *flags]

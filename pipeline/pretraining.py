@@ -1,0 +1,56 @@
+"""Jobs of pretraining: training runs of a size, and growth."""
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import UserError, read_json, write_json
+from common.provenance import changed
+from common.settings import CONFIGS, ROOT, model_shape, read_config, read_toml
+from model.config import ModelConfig
+from model.growth import BLOCK_OPERATORS, OPERATORS
+from pipeline.jobs import Job, split_words
+
+# The operators that need the two depths only.
+DEPTH_OPERATORS = [name for name in OPERATORS if name not in BLOCK_OPERATORS]
+
+
+def size_config(size: str, depth: int | None = None) -> ModelConfig:
+    """The model configuration of a size preset, with `depth` layers instead of its own if given."""
+    return ModelConfig(**model_shape(size, depth))
+
+
+def training_job(cfg: Any, out: Path, flops: float, flags: Sequence[object]) -> Job:
+    """A pretraining run with additional flags. cfg: settings with size, data and launcher."""
+    return Job(out, [*(split_words(cfg.launcher) or [sys.executable]), ROOT / "train.py", "--config",
+                     CONFIGS / "train/pretrain.toml", "--size", cfg.size, "--data", cfg.data, "--out", out, *flags],
+               flops)
+
+
+def base_job(cfg: Any, out: Path, depth: int, tokens: int, flags: Sequence[object]) -> Job:
+    """A pretraining run of a base: a model of `depth` layers, trained on `tokens` tokens and then grown."""
+    return training_job(cfg, out, size_config(cfg.size, depth).flops(tokens), [
+        "--phase", "base", "--num_hidden_layers", depth, "--max_tokens", tokens, *flags])
+
+
+def growth_job(init: Path, out: Path, operator: str, depth: int, target: int) -> Job:
+    """Growth from `depth` to `target` layers. Raises UserError if the operator cannot make that many."""
+    OPERATORS[operator](depth, target)
+    return Job(out, [sys.executable, ROOT / "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
+                     "--target_layers", target])
+
+
+def record_recipe(path: Path, jobs: Sequence[Job], **settings: Any) -> None:
+    """Writes to a JSON file what jobs are made with: settings, the tables of the size and the pretraining config.
+
+    Raises UserError if the file names another recipe and some job is finished: jobs are identified by their directory,
+    and those of another recipe have the same directories.
+    """
+    tables = {name: table for name, table in read_config("size", settings["size"]).items()
+              if name in ("model", "base", "stack", "llm")}
+    recipe = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
+    if path.exists() and any(job.out.exists() for job in jobs) and (recorded := read_json(path)) != recipe:
+        raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(changed(recorded, recipe))}. "
+                        "Choose another --out, or remove it")
+    write_json(path, recipe)

@@ -1,0 +1,262 @@
+"""The targets of make: the commands that each one runs, from the variables in the environment.
+
+    python -m pipeline.targets train               `make train`, with variables such as TASK in the environment
+    DRY_RUN=1 python -m pipeline.targets train     prints the commands and runs none
+
+Imports the standard library only, since `make help` runs it before the packages are installed.
+"""
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from common.files import UserError
+from common.settings import ROOT, known, unknown_name
+from pipeline import chain
+from pipeline.jobs import optional_flags, run_command, split_words
+
+Command = list[object]
+PYTHON, TORCHRUN, RUFF = ".venv/bin/python", ".venv/bin/torchrun", ".venv/bin/ruff"
+SAMPLE_SUITE = Path("data/eval/sample")
+
+HELP = """\
+make train TASK=simp MODEL=stack        fine-tune, after building whatever is missing before
+make pretrain MODEL=stack|llm           build m0, the checkpoint that fine-tuning starts from
+make data TASK=simp                     prepare a task
+make evaluate TASK=simp MODEL=stack     test sets and benchmarks of a stage, or of CHECKPOINT=dir
+make experiment SIZE=tiny               both models through the tasks, every stage evaluated, and the report
+make report RUNS=runs/tiny              tables and figures of a folder of evaluated runs, in report/
+make growth-study SIZE=small            loss over FLOPs, from scratch and grown: figure and table (SEEDS, STUDY)
+make plan SIZE=7b NPROC=8               whether a run fits and how long it takes (ZERO=3 GPU_MEMORY=80 TOKENS=1e9)
+make growth-plan SIZE=7b TOKENS=300e9   when to grow, and what it saves (PARAMS=7e9 instead of SIZE)
+make bench                              speed compared with other programs: bench/RESULTS.md (INIT, RAW, FILES)
+make test | lint | clean                run the tests; check style and types; remove the environment and prepared data
+
+TASK    {order} (ORDER: the order of the stages)
+MODEL   stack (grown) or llm (full size from the start)
+SIZE    {sizes} (now {size})
+SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)
+RAW     folder of raw task folders
+INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
+TEXT    directory of token shards to pretrain on
+OUT     folder of the stages (now {out})
+RUNS    folder of the models, with experiment and report (now {runs})
+NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
+SEEDS   seeds, with experiment and growth-study: 42,43,44
+METHOD  against forgetting: {methods};
+        with experiment one or more, with their settings: finetune,ewc:ewc_strength=10
+SUITE   benchmarks: {suites}, a .toml file, or none; FILES: folder of their local files
+TASKS   test sets of make evaluate (now {tasks})
+ARGS    more flags for the script of the target: ARGS="--learning_rate 1e-5". With train they go to all missing
+        stages, with pretrain to its last run. `.venv/bin/python train.py --help` lists the flags of train.py.
+DRY_RUN 1: print the commands and run none"""
+
+
+class Variables:
+    """The variables of make, with their defaults."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        self.given = environ
+        self.task, self.model, self.init = self.get("TASK", "simp"), self.get("MODEL", "stack"), self.get("INIT")
+        self.size = self.get("SIZE", Path(self.init).name or "tiny")
+        self.preset = self.size if self.size in known("size") else None
+        self.hub = self.get("HUB", chain.hub_id(self.preset, self.model) or "")  # HUB= forces pretraining
+        published = any(chain.hub_id(self.preset, model) for model in chain.MODELS)
+        self.source = self.get("SOURCE") or ("raw" if self.get("RAW") else "hub" if published else "sample")
+        self.raw = self.get("RAW") or "data/raw"
+        self.data = Path("data/prepared", self.source)
+        self.text = self.get("TEXT") or str(Path("data/text", self.size))
+        self.runs = self.get("RUNS") or str(Path("runs", self.size))
+        self.out = Path(self.get("OUT") or Path("runs", self.size, self.model))
+        self.m0 = self.out / "m0"
+        self.order = self.get("ORDER").split() or list(chain.ORDER)
+        self.tasks = self.get("TASKS", " ".join(self.order)).split()
+        self.method, self.suite, self.files = self.get("METHOD"), self.get("SUITE", "sample"), self.get("FILES")
+        self.nproc, self.args = self.get("NPROC") or "1", self.get("ARGS")
+
+    def get(self, name: str, default: str = "") -> str:
+        """The value of a variable; the default if it is not set."""
+        return self.given.get(name, default)
+
+    def problems(self, target: str) -> list[str]:
+        """What is wrong with the variables that a target uses, as sentences."""
+        stages = "train", "data", "evaluate"
+        building = *stages, "experiment", "pretrain", "growth-study"
+        has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
+        checks = [(building, "MODEL", [self.model], ("stack", "llm")),
+                  (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
+                  (building, "SIZE", [] if has_init else [self.size], known("size")),
+                  ((*stages, "experiment"), "ORDER", self.order, known("task")),
+                  (("data",), "TASK", [self.task], known("task")),
+                  (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
+                  (("evaluate",), "TASKS", self.tasks, known("task")),
+                  (("train", "evaluate"), "METHOD", [self.method] if self.method else [], known("method"))]
+        found = [problem for targets, variable, values, accepted in checks if target in targets
+                 for value in values for problem in unknown_name(variable, value, accepted)]
+        if not self.nproc.isdecimal() or int(self.nproc) < 1:
+            found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
+        try:
+            split_words(self.args)
+        except UserError as error:
+            found.append(f"ARGS: {error}")
+        return found
+
+    @property
+    def torchrun(self) -> list[str]:
+        """The words before a script that several processes run; empty for one process."""
+        return [] if int(self.nproc) == 1 else [TORCHRUN, "--standalone", "--nproc_per_node", self.nproc]
+
+    @property
+    def stages(self) -> list[chain.FinetuneStage]:
+        """The stages of the chain, up to the last one of TASK."""
+        stages = chain.finetune_stages(self.order, self.init or self.m0, chain.chain_folder(self.out, self.method))
+        while stages[-1].task != self.task:
+            stages.pop()
+        return stages
+
+
+def script_command(v: Variables, *script: str, **flags: object) -> Command:
+    """The command of a target's script, with the flags that are set and those of ARGS."""
+    return [PYTHON, *script, *optional_flags(**flags), *split_words(v.args)]
+
+
+def data_commands(v: Variables, tasks: Iterable[str]) -> list[Command]:
+    """Prepares tasks. data_prep.py notices which ones are up to date."""
+    folder, commands = "data/sample" if v.source == "sample" else v.raw, list[Command]()
+    for task in dict.fromkeys(tasks):
+        if v.source == "hub":
+            commands.append([PYTHON, "data_prep.py", "hub", "--task", task, "--output_path", v.raw])
+        commands.append([PYTHON, "data_prep.py", "task", "--task", task, "--folder_path", folder, "--output_path",
+                         v.data / f"{task}.json"])
+    return commands
+
+
+def text_commands(v: Variables) -> list[Command]:
+    """Makes the token shards if they are missing."""
+    if Path(v.text).exists():
+        return []
+    return [[PYTHON, "data_prep.py", "text", "--size", v.size, "--output_path", v.text]]
+
+
+def suite_commands(suite: str) -> list[Command]:
+    """Makes the items of the sample suite if `suite` is that one and they are missing."""
+    if suite != "sample" or SAMPLE_SUITE.exists():
+        return []
+    return [[PYTHON, "data_prep.py", "suite", "--output_path", SAMPLE_SUITE]]
+
+
+def m0_commands(v: Variables, args: str = "") -> list[Command]:
+    """Makes m0. pretrain.py notices if it is finished. args: flags for the last run of train.py."""
+    if v.hub:
+        return [] if v.m0.exists() else [chain.download_command(PYTHON, v.hub, v.m0)]
+    command = chain.pretrain_command(PYTHON, v.size, v.model, v.text, v.out, shlex.join(v.torchrun))
+    return [*([] if v.m0.exists() else text_commands(v)), [*command, *([f"--args={args}"] if args else [])]]
+
+
+def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
+    """Makes the stage of TASK and what is missing before it. train.py notices if the stage is finished."""
+    stages = v.stages
+    made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
+    missing = stages[made + 1:]
+    tasks = [stage.task for stage in (stages if missing else stages[-1:])]
+    commands = m0_commands(v) if made < 0 and not v.init and not v.m0.exists() else []
+    for stage in missing or stages[-1:]:
+        method = ["--method", v.method, *(["--rehearsal", "0"] if stage is stages[0] else [])] if v.method else []
+        commands.append(chain.finetune_command(v.torchrun or [PYTHON], stage, v.data / f"{stage.task}.json", v.preset,
+                                               [*method, *args]))
+    return data_commands(v, tasks) + commands
+
+
+def evaluate_commands(v: Variables) -> list[Command]:
+    """Evaluates CHECKPOINT or the stage of TASK, which is made if it is missing."""
+    checkpoint = v.get("CHECKPOINT") or v.stages[-1].out
+    commands = data_commands(v, v.tasks)
+    if not v.get("CHECKPOINT") and not v.stages[-1].out.exists():
+        commands += [command for command in train_commands(v) if command not in commands]
+    flags = optional_flags(suite=v.suite if v.suite != "none" else "", suite_files=v.files)
+    return [*commands, *suite_commands(v.suite), chain.evaluate_command(
+        v.torchrun or [PYTHON], checkpoint, None, v.data, v.tasks, [*flags, *split_words(v.args)])]
+
+
+def experiment_commands(v: Variables) -> list[Command]:
+    """Runs the experiment, after making its data."""
+    order = v.get("ORDER").split()
+    pretrains = not (v.hub or v.get("INIT_LLM") and v.get("INIT_STACK"))
+    return [*data_commands(v, order or chain.SAMPLE_ORDER), *(text_commands(v) if pretrains else []),
+            *suite_commands(v.suite), script_command(
+                v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite,
+                text=v.text if pretrains else "", order=",".join(order), init_llm=v.get("INIT_LLM"),
+                init_stack=v.get("INIT_STACK"), seeds=v.get("SEEDS"), methods=v.method, suite_files=v.files,
+                launcher=v.get("LAUNCHER") or shlex.join(v.torchrun))]
+
+
+def study_commands(v: Variables) -> list[Command]:
+    """Runs the growth study, after making its text."""
+    out = v.get("STUDY") or Path("runs", v.size, "growth-study")
+    return [*text_commands(v), script_command(v, "-m", "pipeline.growth_study", size=v.size, data=v.text, out=out,
+                                              launcher=shlex.join(v.torchrun), seeds=v.get("SEEDS"))]
+
+
+def bench_commands(v: Variables) -> list[Command]:
+    """Runs the benchmarks, after making their data."""
+    return [*data_commands(v, ["simp"]), *suite_commands("" if v.files else "sample"),
+            script_command(v, "bench/run_all.py", data=v.data / "simp.json", folder="runs/bench", checkpoint=v.init,
+                           files=v.files)]
+
+
+def test_commands(v: Variables) -> list[Command]:
+    """Runs the tests: up to four processes, one thread each."""
+    weights = os.path.abspath(v.get("SMOLLM2")) if v.get("SMOLLM2") else ""
+    return [["env", "OMP_NUM_THREADS=1", f"SMOLLM2={weights}", PYTHON, "-m", "pytest", "-q", "-n", "logical",
+             "--maxprocesses", "4", "--dist", "loadfile", *split_words(v.args)]]
+
+
+COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
+    "train": lambda v: train_commands(v, split_words(v.args)),
+    "pretrain": lambda v: m0_commands(v, v.args),
+    "data": lambda v: data_commands(v, [v.task]),
+    "evaluate": evaluate_commands,
+    "experiment": experiment_commands,
+    "report": lambda v: [script_command(v, "report.py", runs=v.runs)],
+    "growth-study": study_commands,
+    "plan": lambda v: [script_command(v, "-m", "pipeline.memory_plan", init=v.init, size="" if v.init else v.size,
+                                      processes=v.nproc, zero=v.get("ZERO"), gpu_memory=v.get("GPU_MEMORY"),
+                                      tokens=v.get("TOKENS"))],
+    "growth-plan": lambda v: [script_command(v, "stack.py", "plan", params=v.get("PARAMS"), size=v.get("SIZE"),
+                                             tokens=v.get("TOKENS"))],
+    "bench": bench_commands,
+    "test": test_commands,
+    "lint": lambda v: [[RUFF, "check", "."], [PYTHON, "-m", "mypy"]],
+}
+
+
+def target_commands(target: str, environ: Mapping[str, str]) -> list[list[str]]:
+    """The commands of a target, in order. Raises UserError with everything that is wrong with its variables."""
+    variables = Variables(environ)
+    if problems := unknown_name("target", target, COMMANDS) or variables.problems(target):
+        raise UserError("; ".join(problems))
+    return [[str(word).removeprefix(f"{ROOT}/") for word in command] for command in COMMANDS[target](variables)]
+
+
+def main(target: str) -> None:
+    """Runs a target: prints and runs each of its commands."""
+    v = Variables(os.environ)
+    if target == "help":
+        return print(HELP.format(
+            order=" ".join(chain.ORDER), sizes=" ".join(known("size")), methods=" ".join(known("method")),
+            suites=", ".join(known("eval")), size=v.size, out=v.out, runs=v.runs, tasks=" ".join(v.tasks)))
+    for command in target_commands(target, os.environ):
+        print(shlex.join(command), flush=True)
+        if not os.environ.get("DRY_RUN"):
+            run_command(command)
+    if target == "pretrain":
+        print(f"m0: {v.m0}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,136 @@
+"""The report script."""
+import json
+import re
+import shutil
+
+import pytest
+
+import report
+from common import settings
+from common.files import UserError
+from report import ReportConfig
+from tests.analysis.conftest import VALUES, write_stage
+from tests.conftest import run_script
+
+
+def make_report(out, **options):
+    """The text of report.md."""
+    report.main(ReportConfig(out=str(out), **{name: str(value) for name, value in options.items()}))
+    return (out / "report.md").read_text()
+
+
+def cells(line):
+    """The cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_models_with_different_stages_are_not_compared(runs, tmp_path):
+    (runs / "stack/m2-empd").rename(runs / "gone")
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "FG, DK: not compared, the models do not have the same stages and benchmarks" in text
+    assert "stack: the stage m2-empd is missing" in text
+    assert "| average performance | 40.00 [38.61, 41.39] | – | – |" in text  # after m2: simp 30, empd 50
+
+
+def test_commands_are_listed_in_the_order_of_the_stages(runs, tmp_path):
+    for name in ("llm-m1-simp-eval", "llm-m1-simp", "llm-m0-eval", "llm-m0", "llm-m9-left-over"):
+        path = runs / f"experiment/{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"command": ["train.py", "--made", name]}))
+    text = make_report(tmp_path / "out", runs=runs)
+    assert re.findall(r"--made (\S+)", text) == ["llm-m0", "llm-m0-eval", "llm-m1-simp", "llm-m1-simp-eval"]
+    assert "python train.py --task empd" in text  # a stage without a recorded command
+
+
+def test_a_single_model_is_reported_but_not_compared(tmp_path):
+    for number, value in enumerate((0.5, 0.4)):
+        (tmp_path / f"runs/stack/m{number}").mkdir(parents=True)
+        (tmp_path / f"runs/stack/m{number}/results_1.json").write_text(json.dumps(
+            {"results": {"piqa": {"acc,none": value, "acc_stderr,none": 0.1}}}))
+    with pytest.raises(UserError, match="unknown model llm2, expected some of stack"):
+        make_report(tmp_path / "out", results=tmp_path / "runs", grown="stack", reference="llm2")
+    text = make_report(tmp_path / "out", results=tmp_path / "runs")
+    assert "- The models are stack." in text
+    assert "| Rs | 20.0 [" in text
+
+
+def test_pages_and_figures(runs, tmp_path):
+    out = tmp_path / "report"
+    printed = run_script("report.py", "--runs", runs, "--out", out).stdout
+    assert "FG, Rs: stack and llm cannot be told apart from noise" in printed or "FG, Rs: stack forgets less" in printed
+    text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
+    assert re.search(r"\| DK \| 30\.0 \[\S+ \S+ \| 0\.0 \[\S+ \S+ \| -30\.0 \[", text)
+    assert "FG, DK: stack forgets less than llm (-30.0 points" in text
+    assert "Backward transfer: stack forgets less than llm (+8.0 points" in text
+    assert "c0ffee" in text
+    assert "python train.py --task simp" in text
+    names = {"benchmarks", "forgetting", "bias", "tasks", "losses", "calibration"}
+    assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == names
+    assert page.count("data:image/png;base64,") == 6
+    assert not re.search(r'(src|href)="(?!data:)', page)  # the page loads nothing
+    assert "<table>" in page
+    assert "| " not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda runs: (runs / "llm/m1-simp/eval/results_2.json").write_text(json.dumps(
+        {"results": {"terms": {"acc,none": 0.41}}})),
+     r"llm m1-simp has two results for terms that disagree: .*results_1.*results_2"),
+    (lambda runs: [path.unlink() for path in runs.rglob("eval/*")], "holds no evaluated runs"),
+    (lambda runs: write_stage(runs / "other/llm", 0, VALUES["llm"][0], (1, 1)), "there are two stages 0 of llm"),
+    (lambda runs: (runs / "llm/m0/eval/results_1.json").write_text("{}"), "is not a results file of lm-eval"),
+    (lambda runs: None, "unknown category XX, expected some of DK, Rs, Bias")])
+def test_errors(runs, tmp_path, spoil, message):
+    spoil(runs)
+    with pytest.raises(UserError, match=message):
+        report.main(ReportConfig(runs=str(runs), out=str(tmp_path / "out"), categories=("XX",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_compared_with_the_baseline(method_runs, tmp_path):
+    text = make_report(tmp_path / "out", runs=method_runs)
+    assert text.startswith("# Forgetting of llm over 3 stages with the method finetune\n")
+    levels, gaps = (part.splitlines() for part in text.split("## Methods: llm")[1].split("## Methods minus finetune"))
+    assert cells(next(line for line in gaps if line.startswith("| method"))) == [
+        "method", "FG DK", "FG Rs", "FG Bias", "average performance", "backward transfer",
+        "forgetting from the best stage"]
+    rows = {cells(line)[0]: cells(line) for line in levels if line.startswith("| ")}
+    assert rows["averaged over posterior samples"][-3:] == ["0.040", "0.900", "–"]
+    finetune, ewc = rows["finetune"], rows["ewc"]
+    assert finetune[1].startswith("30.00 [")
+    assert ewc[1].startswith("0.00 [")
+    assert (finetune[5].split()[0], ewc[5].split()[0]) == ("-10.00", "-2.00")  # simp 40 to 30, 40 to 38
+    assert finetune[-3:] == ["0.300", "1.000", "2.0"]  # both stages took a minute
+    assert ewc[-1] == "3.0"
+    # DK: each FG has the start's 0.02, times what is left of it, and the mean's over two stages, over 0.5
+    error = 100 / 0.5 * 0.02 * (2 * 0.5 + 0.7 ** 2 + 1) ** 0.5
+    assert cells(next(line for line in gaps if line.startswith("| ewc")))[1] == \
+        f"-30.00 [{-30 - 1.96 * error:.2f}, {-30 + 1.96 * error:.2f}]"
+    assert "- llm, ewc compared with finetune: better by FG DK (-30.00 [" in text
+    assert "- llm, vcl-tau=0.5 compared with finetune: nothing can be told apart from noise." in text
+
+
+def test_the_method_and_the_baseline_can_be_chosen(method_runs, tmp_path):
+    text = make_report(tmp_path / "out", runs=method_runs, method="ewc", baseline="ewc")
+    assert "with the method ewc" in text
+    assert "llm, finetune compared with ewc: worse by FG DK (+30.00" in text
+    assert text.index("| ewc |") < text.index("| finetune |")
+    cfg = settings.load(ReportConfig, ["--runs", str(method_runs), "--method", "ewc"], "")
+    assert cfg.method == "ewc"  # configs/method/ewc.toml, which has settings of training, is not read
+    with pytest.raises(UserError, match="unknown method 'best', expected one of finetune, ewc, vcl-tau=0.5"):
+        make_report(tmp_path / "out", runs=method_runs, method="best")
+
+
+def test_methods_are_compared_only_where_both_were_measured(method_runs, tmp_path):
+    shutil.rmtree(method_runs / "llm/ewc/m2-empd")
+    (method_runs / "llm/vcl-tau=0.5/m2-empd/eval/metrics-simp.json").unlink()
+    text = make_report(tmp_path / "out", runs=method_runs)
+    assert "- llm, ewc compared with finetune: not compared, they do not have the same stages or measures." in text
+    row = next(line for line in text.split("## Methods minus")[1].splitlines() if line.startswith("| vcl"))
+    assert cells(row)[1].startswith("+0.00 [")
+    assert cells(row)[4:] == ["–"] * 3
+
+
+def test_stages_without_a_method_are_one_too(mixed_runs, tmp_path):
+    with pytest.raises(UserError, match="unknown method 'x', expected one of finetune, ewc, none, rehearsal, vcl"):
+        make_report(tmp_path / "out", runs=mixed_runs, method="x")

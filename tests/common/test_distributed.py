@@ -1,0 +1,75 @@
+"""Process groups, requests to stop, and the data type of a machine."""
+import re
+import sys
+
+import pytest
+import torch
+
+from common.distributed import Distributed, resolve_dtype
+from common.files import UserError
+from tests.conftest import TORCHRUN, run_script
+
+COLLECTIVES = """
+import sys, time
+from pathlib import Path
+from common.distributed import Distributed
+from common.files import UserError
+
+def fail():
+    raise UserError("the disk is full")
+
+with Distributed() as dist:
+    path = Path(sys.argv[1])
+    assert dist.all_reduce_sum(dist.rank + 1, 0.5) == [3.0, 1.0]
+    assert dist.scatter([5, 6] if dist.rank == 0 else None) == 5 + dist.rank
+    assert dist.gather(10 * dist.rank) == ([0, 10] if dist.rank == 0 else [])
+    assert dist.on_rank0(lambda: dist.rank) == 0
+    assert dist.on_all_ranks(lambda: dist.rank) == dist.rank
+    assert dist.local_rank0_first(lambda: dist.rank == 0 and (time.sleep(0.2) or path.touch()) or path.exists())
+    dist.print0(f"{dist.world_size} processes")
+    dist.on_all_ranks(fail if dist.rank == 1 else str)
+"""
+
+
+def test_collectives_and_an_error_of_one_rank(tmp_path):
+    result = run_script("-c", COLLECTIVES, tmp_path / "file", check=False,
+                        launcher=[*TORCHRUN, "--no_python", sys.executable])
+    assert (result.stdout, result.returncode) == ("2 processes\n", 1), result.stderr
+    assert re.findall("UserError: .*", result.stderr) == ["UserError: the disk is full (on rank 1)"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes on a node with 1 GPUs: start one for each GPU"), Distributed():
+        pass
+
+
+def test_omp_num_threads_is_respected():
+    code = "import torch; from common.distributed import Distributed\n" \
+           "with Distributed(): print(torch.get_num_threads())"
+    assert run_script("-c", code, OMP_NUM_THREADS="1").stdout.strip() == "1"
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = ("import os, signal, time; from common.distributed import StopRequest\n"
+            "with StopRequest() as request:\n"
+            "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5)\n"
+            "    print(request.signal, flush=True)  # a launcher's copy of the first signal does not count\n"
+            "    request.since -= 3\n"
+            "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still running')")
+    result = run_script("-c", code, check=False)
+    assert (result.returncode, result.stdout) == (128 + 15, "SIGINT\n")
+
+
+@pytest.mark.parametrize(("gpu", "supported", "dtype"), [
+    (False, {}, "fp32"), (False, {"avx512_bf16": False}, "fp32"), (False, {"avx512_bf16": True}, "bf16"),
+    (False, {"amx_bf16": True}, "bf16"), (True, False, "fp32"), (True, True, "bf16")])
+def test_auto_dtype_is_bf16_if_the_hardware_multiplies_it(monkeypatch, gpu, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: supported)
+    assert resolve_dtype("auto") == dtype
+    assert (resolve_dtype("bf16"), resolve_dtype("fp32")) == ("bf16", "fp32")

@@ -1,0 +1,98 @@
+"""Text metrics and calibration, compared with their libraries and with values computed by hand."""
+import sys
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu
+
+from common.files import UserError
+from evaluation import metrics
+from tests.conftest import sample_texts
+
+# Scores by size of n-gram. Counts of source and prediction are doubled, since there are two references:
+#   a b c → a b; a b, a c: keep 3/4, 2/3, 1, 1; delete 1/2, 1, 1, 1; add 1, 0 (of nothing added, a c is missing), 1, 1
+#   a b → a x; a x, y:     keep 2/3, 1, 1, 1;   delete 1, 1, 1, 1;   add 2/3 (x is right, y is missing), 1, 1, 1
+#   a a b → a a c; a d, b: keep 1/3, 0, 1, 1;   delete 1/2, 1, 1, 1; add 0, 0, 0, 1
+BY_HAND = [(("a b c", "a b", ["a b", "a c"]), (41 / 48 + 7 / 8 + 3 / 4) / 3),
+           (("A b", "a X", ["a x", "y"]), (11 / 12 + 1 + 11 / 12) / 3),
+           (("a a b", "a a c", ["a d", "b"]), (7 / 12 + 7 / 8 + 1 / 4) / 3)]
+
+
+@pytest.mark.parametrize(("texts", "expected"), BY_HAND)
+def test_sari_by_hand(texts, expected):
+    assert metrics.sari(*texts) == pytest.approx(100 * expected)
+
+
+def test_sari_equals_the_published_example():
+    references = ["About 95 species are currently known.", "About 95 species are now accepted.",
+                  "95 species are now accepted."]
+    value = metrics.sari("About 95 species are currently accepted.", "About 95 you now get in.", references)
+    assert value == pytest.approx(26.953601953601954, abs=1e-9)  # from the documentation of Hugging Face's metric
+
+
+def texts():
+    """Predictions that differ from their references; each has one to three."""
+    sources = sample_texts()
+    references = [sources[i:i + 1 + i % 3] for i in range(60)]
+    predictions = [" ".join(source.split()[i % 4:]) for i, source in enumerate(sources[:60])]
+    predictions[7] = ""
+    return predictions, references
+
+
+def test_bleu_equals_sacrebleu():
+    predictions, references = texts()
+    single = [options[:1] for options in references]
+    expected = corpus_bleu(predictions, [[options[0] for options in single]]).score
+    assert metrics.bleu(predictions, single)["mean"] == pytest.approx(expected, abs=1e-9)
+    streams = [[options[i] if i < len(options) else None for options in references] for i in range(3)]
+    found = metrics.bleu(predictions, references)
+    assert found["mean"] == pytest.approx(corpus_bleu(predictions, streams).score, abs=1e-9)
+    assert found["low"] < found["mean"] < found["high"]
+
+
+def test_rouge_equals_rouge_score():
+    predictions, references = texts()
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for name, values in metrics.rouge(predictions, references).items():
+        expected = [100 * max(scorer.score(option, prediction)[name].fmeasure for option in options)
+                    for prediction, options in zip(predictions, references)]
+        assert values == pytest.approx(expected)
+        assert values[7] == 0 < max(values)
+    assert metrics.rouge(["running dogs"], [["run dog"]])["rouge1"] == [0]  # no stemming
+
+
+def test_bootstrap_interval_of_the_mean():
+    values = np.random.default_rng(1).normal(5, 2, 4000)
+    found, error = metrics.bootstrap_interval(values), values.std() / 4000 ** 0.5
+    assert found["mean"] == pytest.approx(values.mean())
+    assert (found["mean"] - found["low"]) / error == pytest.approx(1.96, abs=0.15)
+    assert (found["high"] - found["mean"]) / error == pytest.approx(1.96, abs=0.15)
+    assert metrics.bootstrap_interval([3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0}
+
+
+def test_sanity_metrics():
+    assert metrics.sanity_metrics(["a  b", "", "see this"], ["a b", "", "see that"]) == {
+        "words": [2, 0, 2], "empty": [0, 100, 0], "copied": [100, 0, 0]}
+
+
+def test_calibration_by_hand():
+    questions = [np.log([0.74, 0.26]), np.log([0.1, 0.13, 0.77]) - 50, np.log([0.95, 0.05])]
+    found = metrics.calibration_metrics(questions, [0, 1, 0])
+    # 0.74 right and 0.77 wrong are in one of the 15 bins, 0.95 right in another
+    assert found["ece"] == pytest.approx((abs(1 - 0.74 - 0.77) + abs(1 - 0.95)) / 3)
+    assert found["nll"] == pytest.approx(-np.log([0.74, 0.13, 0.95]).mean())
+    squares = [2 * 0.26 ** 2, 0.1 ** 2 + 0.87 ** 2 + 0.77 ** 2, 2 * 0.05 ** 2]
+    assert found["brier"] == pytest.approx(np.mean(squares))
+
+
+def test_probabilities_are_averaged_over_samples_of_the_weights():
+    samples = [np.log([0.9, 0.1]) - 3, np.log([0.2, 0.8]) + 7]  # log-likelihoods up to a constant each
+    assert metrics.average_log_probs(samples) == pytest.approx(np.log([0.55, 0.45]))
+    assert metrics.average_log_probs(samples[:1]) == pytest.approx(np.log([0.9, 0.1]))
+
+
+def test_bertscore_names_the_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bert_score", None)
+    with pytest.raises(UserError, match="pip install bert-score"):
+        metrics.bertscore(["a"], [["b"]], "some/encoder", 4)

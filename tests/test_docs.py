@@ -1,0 +1,201 @@
+"""The commands in README and docs work, and the flags, settings, files and functions that they name exist.
+
+Code blocks are `sh`, `python`, `text`, `toml` or `json`. Blocks of `sh` and `python` are run in a temporary folder in
+which `my/base` is a small checkpoint. An HTML comment on the line before a block says otherwise: after
+`<!-- checked: reason -->` commands are only parsed (make prints the commands that it would run, and these and other
+scripts print their settings), after `<!-- not run: reason -->` nothing is done.
+"""
+import ast
+import functools
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common import settings
+from tests.conftest import ROOT
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [path for path in ROOT.glob("**/*") if path.suffix in (".py", ".toml", ".sbatch")
+           and path.relative_to(ROOT).parts[0] not in (".venv", "runs", "data", "tests")]
+BLOCK = re.compile(r"(?:^<!-- (not run|checked): ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+PACKAGES = "common", "model", "corpus", "training", "evaluation", "analysis", "pipeline"
+
+# Flags of torchrun, deepspeed and sbatch.
+LAUNCHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown-timeout", "num_gpus", "nodes"}
+
+
+@dataclass(frozen=True)
+class Block:
+    mark: str | None  # "not run", "checked" or None
+    language: str
+    text: str
+
+    @property
+    def commands(self):
+        """The command lines, with continued lines joined, each as a list of words without its comment."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks(doc, language):
+    """The code blocks of a document in one language, in order."""
+    found = [Block(mark or None, name, text) for mark, _, name, text in BLOCK.findall(doc.read_text())]
+    return [block for block in found if block.language == language]
+
+
+@pytest.fixture
+def folder(tmp_path, checkpoint, monkeypatch):
+    """A working directory with the project's files, an environment, and a checkpoint of two layers in my/base."""
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("data", "runs", "report"):
+            (tmp_path / entry.name).symlink_to(entry)
+    for name, target in (("data/sample", ROOT / "data/sample"), ("my/base", checkpoint)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(target)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    for name in ("user", "dev"):
+        (tmp_path / ".venv" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_make(words, environment, checked):
+    """Runs make, or with `checked` lets it print its commands. Returns its output."""
+    environment = os.environ | {"PYTHON": sys.executable} | environment | ({"DRY_RUN": "1"} if checked else {})
+    result = subprocess.run(["make", *words], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def script_of(words):
+    """The words of a command from its script or `-m` on; None if it does not call a script or module with settings."""
+    for index, word in enumerate(words):
+        if word.endswith(".py"):
+            return words[index:]
+        if word == "-m":
+            return words[index:] if words[index + 1].startswith("pipeline.") else None
+    return None
+
+
+def run_python(words, monkeypatch, checked):
+    """Runs a script or module in this process, or with `checked` lets it print its settings."""
+    monkeypatch.setattr(settings, "run", settings.dispatch)  # which does not end the process
+    is_module = words[0] == "-m"
+    name, *flags = words[is_module:]
+    monkeypatch.setattr(sys, "argv", [name, *flags, *(["--show_settings"] if checked else [])])
+    status = None
+    try:
+        (runpy.run_module if is_module else runpy.run_path)(name, run_name="__main__")
+    except SystemExit as error:
+        status = error.code
+    assert status in (0, None), words
+
+
+def run_command(words, monkeypatch, checked):
+    """Runs or checks one command line of a document."""
+    environment = {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    program, *words = words
+    if program == "make":
+        printed = run_make(words, environment, checked)
+        scripts = [script_of(shlex.split(line)) for line in printed.splitlines() if checked]
+        for script in filter(None, scripts):
+            run_python(script, monkeypatch, checked)
+    else:
+        assert program == "python" or (checked and program in ("torchrun", "deepspeed")), \
+            f"{program} cannot be run: mark the block `not run`"
+        run_python(script_of(words), monkeypatch, checked)
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+def test_commands(doc, folder, monkeypatch):
+    for block in blocks(doc, "sh"):
+        for words in block.commands if block.mark != "not run" else ():
+            run_command(words, monkeypatch, block.mark == "checked")
+
+
+@pytest.mark.parametrize("doc", [doc for doc in DOCS if blocks(doc, "python")], ids=lambda path: path.name)
+def test_python(doc, folder):
+    names = {}
+    for block in blocks(doc, "python"):
+        exec(compile(block.text, str(doc), "exec"), names)
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+def test_blocks_name_their_language(doc):
+    fences = re.findall(r"^```(.*)$", doc.read_text(), re.MULTILINE)
+    assert set(fences[::2]) <= {"sh", "python", "text", "toml", "json"}
+    assert set(fences[1::2]) <= {""}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+def test_links_and_files_exist(doc):
+    text = doc.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (doc.parent / link).exists()] == []
+    parts = {path.name for path in ROOT.iterdir()} - {"data", "runs", "report"}
+    paths = [path for path in re.findall(r"(?:`|python |\s)([\w.-]+(?:/[\w.-]+)*/?)(?=[\s`])", text)
+             if path.endswith(".py") or ("/" in path and Path(path).parts[0] in parts)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+def test_flags_settings_and_targets_exist(doc):
+    text = doc.read_text()
+    flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    assert flags - setting_names() - LAUNCHERS == set()
+    identifiers = set(re.findall(r"`([a-z]\w*_\w+)(?:\(\))?`", text))
+    assert identifiers - source_words() == set()
+    targets = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
+    known = re.search(r"^\.PHONY: *(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert targets - set(known) == set()
+
+
+@functools.cache
+def setting_names():
+    """The names of all fields made by `setting`, and of the flags that every script has."""
+    trees = [ast.parse(path.read_text()) for path in SOURCES if path.suffix == ".py"]
+    return {"config", "show_settings", "help"} | {
+        node.target.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)
+        and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "setting"}
+
+
+@functools.cache
+def source_words():
+    """All words of the source and configuration files."""
+    return set(re.findall(r"\w+", "".join(path.read_text() for path in SOURCES)))
+
+
+def test_the_layout_lists_every_module():
+    text = (ROOT / "docs/reference.md").read_text()
+    modules = [str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.py")
+               if path.parent.name in PACKAGES and path.name != "__init__.py"]
+    assert [module for module in modules if f"| `{module}` |" not in text] == []
+    assert sorted(re.findall(r"^\| `(\w+/\w+\.py)` \|", text, re.MULTILINE)) == sorted(modules)
+
+
+def test_functions_in_the_reading_guide_are_in_the_files_it_names():
+    """A paragraph of docs/reading.md that begins with a file names functions and classes of this file."""
+    text = (ROOT / "docs/reading.md").read_text()
+    found = re.findall(r"^\*\*`([\w/]+\.py)`\*\*(.*?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert len(found) > 10
+    missing = [(file, name) for file, paragraph in found for name in re.findall(r"`(?:\w+\.)?(\w+)\(\)`", paragraph)
+               if not re.search(rf"^ *(?:def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE)]
+    assert missing == []

@@ -1,0 +1,86 @@
+"""The DeepSpeed configuration of a run, and the import of deepspeed."""
+import os
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from common.distributed import resolve_dtype
+from common.files import UserError, read_json
+from common.settings import CONFIGS
+from training.train_config import TrainConfig, default_zero_stage
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """Imports deepspeed, silences it, and prepares the process for training on a device."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    deepspeed.utils.logger.setLevel("ERROR")
+    if device.type == "cpu":
+        # DeepSpeed would compile a C++ library for reductions in shared memory; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # oneDNN compiles kernels for each shape, and every micro-batch has about 20 shapes of its own. By default
+        # oneDNN caches kernels of 1,024 shapes, and torch as many again: gigabytes.
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "64")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
+    return deepspeed
+
+
+def resolve_zero_stage(cfg: TrainConfig, world_size: int) -> int:
+    """The ZeRO stage of a run: the setting, else that of its DeepSpeed file, else the default."""
+    if cfg.zero is not None:
+        return cfg.zero
+    if cfg.deepspeed and "zero_optimization" in (given := read_json(cfg.deepspeed)):
+        return given["zero_optimization"].get("stage", 0)
+    return default_zero_stage(world_size, resolve_dtype(cfg.dtype))
+
+
+def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
+    """The configuration passed to DeepSpeed: the file of the run's ZeRO stage, and the run's own settings.
+
+    cfg: settings with `dtype` and `zero` resolved. Raises UserError if the file contradicts the settings.
+    """
+    path = cfg.deepspeed or CONFIGS / "deepspeed" / f"zero{cfg.zero}{'_offload' if cfg.offload else ''}.json"
+    given = read_json(path)
+    own = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # train_step decides both
+        "gradient_clipping": cfg.max_grad_norm if cfg.zero else 0.0,  # without ZeRO optimizer_step clips
+        "bf16": {"enabled": cfg.dtype == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # the optimizer is PyTorch's
+        "zero_optimization": {"stage": cfg.zero},
+    }
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected an object with DeepSpeed's settings")
+    problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size})
+    given.pop("train_batch_size", None)  # DeepSpeed would derive from it how many micro-steps to wait for
+    problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
+                 if name in given and given[name] != {"enabled": False}]
+    if problems:
+        raise UserError(f"{path} contradicts the run's settings: {'; '.join(problems)}")
+    return merge(given, own)
+
+
+def contradictions(given: Mapping[str, Any], own: Mapping[str, Any], where: str = "") -> list[str]:
+    """Values of a DeepSpeed file that differ from the run's own, as sentences; "auto" never differs."""
+    found = []
+    for name, value in own.items():
+        if isinstance(value, dict) and isinstance(given.get(name), dict):
+            found += contradictions(given[name], value, f"{where}{name}.")
+        elif given.get(name, "auto") not in ("auto", value):
+            found.append(f"{where}{name} is {given[name]!r} there and {value!r} by the run's settings")
+    return found
+
+
+def merge(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's settings overridden by the run's own; those that are "auto" are left to DeepSpeed."""
+    result = dict(own)
+    for name, value in given.items():
+        if isinstance(value, dict):
+            result[name] = merge(value, own.get(name, {}))
+        elif value != "auto" and name not in own:
+            result[name] = value
+    return result

@@ -1,0 +1,46 @@
+"""The optimizers of train.py by name. AdamW is PyTorch's; AnchoredAdamW adds EWC and L2-SP; IVON is in ivon.py."""
+from typing import Any
+
+import torch
+
+from training.ivon import IVON
+from training.train_config import TrainConfig
+
+
+class AnchoredAdamW(torch.optim.AdamW):
+    """AdamW that is pulled towards anchors, the weights that the run started from.
+
+    EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss. L2-SP ends each step with a move
+    by `rate`, a share of the way back. With `squares` a step accumulates squared gradients and leaves the weights
+    unchanged; this measures Fisher information. All mappings are by flat tensor (training/zero_shards.py) and are set
+    by the method (training/methods.py).
+    """
+    anchors: dict[torch.Tensor, torch.Tensor] = {}
+    fisher: dict[torch.Tensor, torch.Tensor] = {}
+    rate, strength = 0.0, 0.0
+    squares: dict[torch.Tensor, torch.Tensor] | None = None
+    square_weight = 1.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Takes one step."""
+        flats = [flat for group in self.param_groups for flat in group["params"]
+                 if flat.grad is not None and flat in self.anchors]  # not the padding of ZeRO's last slices
+        if self.squares is not None:
+            for flat in flats:
+                self.squares[flat].addcmul_(flat.grad, flat.grad, value=self.square_weight)
+            return
+        for flat in flats if self.fisher else ():
+            flat.grad.addcmul_(self.fisher[flat], flat - self.anchors[flat], value=self.strength)
+        super().step()
+        for flat in flats if self.rate else ():
+            flat.lerp_(self.anchors[flat], self.rate)
+
+
+def make_optimizer(cfg: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, for two parameter groups: with and without weight decay."""
+    if cfg.optimizer == "ivon":
+        return IVON(groups, cfg.learning_rate, cfg.ess, cfg.hess_init, (cfg.adam_beta1, cfg.ivon_beta2),
+                    cfg.clip_radius, cfg.sample_params)
+    kind = AnchoredAdamW if cfg.l2_sp_rate or cfg.ewc_strength else torch.optim.AdamW
+    return kind(groups, cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_epsilon, fused=True)

@@ -1,0 +1,62 @@
+"""The counters of the training loop, which are saved with its state, and what is logged and printed of a step."""
+import dataclasses
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from common.formatting import format_duration
+from training.batches import GlobalBatch
+from training.data import TrainData
+from training.engine import StepResult
+
+SPIKE_WINDOW, SPIKE_MINIMUM = 50, 10  # steps whose mean loss defines a loss spike, and how many are needed
+
+
+@dataclass
+class TrainState:
+    """How far a run has come."""
+    step: int = 0
+    tokens: int = 0  # tokens read
+    computed_tokens: float = 0  # token positions computed: padding included, a shared prefix counted once
+    seconds: float = 0.0
+    flops: float = 0.0  # includes those spent on the initial checkpoint
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the last applied steps
+
+    def max_loss(self, ratio: float | None) -> float:
+        """The loss above which a step is skipped: `ratio` times the mean of the last steps."""
+        return ratio * statistics.fmean(self.losses) if ratio and len(self.losses) >= SPIKE_MINIMUM else math.inf
+
+    def add_step(self, batch: GlobalBatch, result: StepResult, seconds: float, flops: float) -> None:
+        """Counts a step."""
+        self.step += 1
+        self.tokens += batch.num_tokens
+        self.computed_tokens += result.computed_tokens
+        self.seconds += seconds
+        self.flops += flops
+        if result.applied:
+            self.losses = [*self.losses, result.loss][-SPIKE_WINDOW:]
+
+    def log_entry(self, batch: GlobalBatch, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+        """The line of metrics.jsonl for the step that was counted last."""
+        return {"step": self.step, "loss": result.loss, "lr": lr,
+                "grad_norm": result.grad_norm if result.applied else None, "tokens": self.tokens, "flops": self.flops,
+                "tokens_per_s": batch.num_tokens / seconds, "elapsed": self.seconds,
+                "computed": result.computed_tokens / batch.num_tokens,
+                **({} if result.applied else {"skipped_samples": batch.indices})}
+
+    def progress_line(self, steps: int, result: StepResult, lr: float) -> str:
+        """The printed line for the step that was counted last."""
+        remaining = format_duration(self.seconds / self.step * (steps - self.step))
+        return (f"step {self.step:>{len(str(steps))}}/{steps}  loss {result.loss:7.4f}  lr {lr:.2e}  "
+                f"norm {result.grad_norm:7.3f}  {self.tokens / self.seconds:9,.0f} tokens/s  "
+                f"computed {self.computed_tokens / self.tokens:4.0%}  left {remaining}")
+
+    def result(self, data: TrainData) -> dict[str, Any]:
+        """The result of a finished run, for run.json."""
+        return {"eval_loss_before": self.eval_loss_before, "eval_loss_after": self.eval_loss_after,
+                "steps": data.steps, "first_sample": data.first, "last_sample": data.last, "tokens": self.tokens,
+                "flops": self.flops, "seconds": self.seconds, "tokens_per_s": self.tokens / self.seconds,
+                "computed": self.computed_tokens / self.tokens}
