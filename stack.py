@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from common.files import UserError, new_directory, write_json
-from common.provenance import git_commit, lineage
+from common.provenance import git_commit, read_lineage
 from common.settings import Commands, run, setting
 from model.checkpoint import checkpoint_digest, open_checkpoint, write_checkpoint
 from model.growth import BLOCK_OPERATORS, OPERATORS, check_layer_map, grown_tensors
@@ -86,7 +86,7 @@ def grow(cfg: GrowConfig) -> None:
         write_json(folder / "growth.json", {
             "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.zero_init,
             "noise": cfg.noise, "seed": cfg.seed, "base": str(cfg.init), "base_digest": checkpoint_digest(source),
-            "lineage": lineage(source), "commit": git_commit()})
+            "lineage": read_lineage(source), "commit": git_commit()})
     print(f"{cfg.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
           f"{base.num_parameters:,} parameters to {config.num_parameters:,}")
 

@@ -79,8 +79,8 @@ def main(cfg: TrainConfig) -> None:
         result = train(run, engine, method, data, state, log)
         examples = decode_examples(engine.module, tokenizer, data.test, cfg.max_source_length, cfg.max_target_length)
         save_checkpoint(run, engine, run.directory)
-        began = time.perf_counter()
-        method.write_side_files(run.directory, data.sample(cfg.fisher_samples), train_step)
+        samples, began = data.sample(cfg.fisher_samples), time.perf_counter()
+        method.write_side_files(run.directory, samples, train_step)
         seconds = time.perf_counter() - began
         log.close()
         dist.on_rank0(lambda: finish_run(run, result | {"examples": examples, "seconds_after": seconds}))
@@ -108,7 +108,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         method.after_step(result.applied)
         if not (result.applied or result.skipped(max_loss)):
             dist.fail(UserError(
-                f"step {step + 1} was stopped before the optimizer: loss {result.loss}, gradient norm "
+                f"step {step + 1} was aborted before the optimizer update: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}; samples {batch.indices}; last good checkpoint: {last_checkpoint(run.directory)}. "
                 "Try a lower learning_rate, more warmup_steps or dtype fp32"))
 

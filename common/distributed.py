@@ -16,7 +16,7 @@ import torch.distributed as torch_dist
 
 from common.files import UserError
 
-LOST = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
+CONNECTION_ERRORS = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
 T = TypeVar("T")
 
 
@@ -59,7 +59,7 @@ class Distributed:
                  trace: TracebackType | None) -> None:
         if kind is None or self.device.type == "cpu":
             torch_dist.destroy_process_group()  # NCCL's may wait for processes that have failed
-        if self.world_size > 1 and kind and issubclass(kind, RuntimeError) and re.search(LOST, str(error)):
+        if self.world_size > 1 and kind and issubclass(kind, RuntimeError) and re.search(CONNECTION_ERRORS, str(error)):
             raise UserError("lost the connection to another process, which has died or hangs "
                             f"({str(error).splitlines()[0]:.200}): the same command resumes from the saved state") \
                 from None
@@ -105,15 +105,16 @@ class Distributed:
 
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Calls a function on rank 0 and returns its result on every rank. If it raises UserError, all ranks exit."""
-        result: list[Any] = [None, None]
+        result: list[Any] = [None, False]
+        failure = UserError()
         if self.rank == 0:
             try:
-                result = [function(), None]
+                result[0] = function()
             except UserError as error:
-                result = [None, error]
+                result[1], failure = True, error
         torch_dist.broadcast_object_list(result, device=torch.device("cpu"))
-        if result[1] is not None:
-            self.fail(result[1])
+        if result[1]:
+            self.fail(failure)
         return result[0]
 
     def fail(self, error: UserError) -> NoReturn:

@@ -53,7 +53,7 @@ def write_text(path: str | Path, text: str) -> None:
     with explain_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "w", encoding="utf-8", errors="replace") as file:  # lone surrogates have no UTF-8
+            with open(partial, "w", encoding="utf-8", errors="replace") as file:  # lone surrogates cannot be encoded
                 file.write(text)
             sync(partial)
             partial.replace(path)
@@ -92,7 +92,7 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         if error.errno not in reasons:
             raise
         where = f" ({error.filename})" if error.filename and not str(error.filename).startswith(str(path)) else ""
-        raise UserError(f"cannot write {path}{where}: {reasons[error.errno]}; what was there before is untouched") \
+        raise UserError(f"cannot write {path}{where}: {reasons[error.errno]}; existing files are unchanged") \
             from None
 
 

@@ -13,12 +13,12 @@ Service = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]  # (log the 
 
 
 class MetricsLog:
-    """Writer of metrics.jsonl in a run's directory; each line is flushed at once.
+    """Writes metrics.jsonl in a run's directory; each line is flushed immediately.
 
     Args:
         directory: the run's directory; None on ranks other than 0, which log nothing.
         step: the step that the run resumes after: later lines are removed, so that no step is logged twice.
-        services: further services to log to.
+        services: other services to log to.
     """
 
     def __init__(self, directory: Path | None, step: int = 0, services: Sequence[Service] = ()):
@@ -53,7 +53,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def lines_until(path: Path, step: int) -> Iterator[str]:
-    """The lines of a log up to a step, without those that a crash has truncated and all that follow."""
+    """The lines of a log up to a step. Stops at the first invalid line, such as one truncated by a crash."""
     if not step or not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
@@ -67,7 +67,7 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
 
 
 def open_services(cfg: Any, directory: Path, record: dict[str, Any]) -> list[Service]:
-    """The services next to metrics.jsonl that the settings name: TensorBoard, Weights & Biases."""
+    """The additional logging services that the settings enable: TensorBoard, Weights & Biases."""
     services: list[Service] = []
     if cfg.tensorboard:
         writer = optional_module("tensorboard", "torch.utils.tensorboard").SummaryWriter(directory / "tensorboard")

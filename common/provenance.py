@@ -32,8 +32,8 @@ def describe(settings: Mapping[str, Any], parent_digest: str | None, data_digest
             "python": sys.version.split()[0], "versions": {name: version(name) for name in PACKAGES}, **facts}
 
 
-def lineage(checkpoint: str | Path) -> dict[str, Any]:
-    """The training that a checkpoint has had, from its growth.json or run.json; empty if it has neither.
+def read_lineage(checkpoint: str | Path) -> dict[str, Any]:
+    """The training history of a checkpoint, from its growth.json or run.json; empty if it has neither.
 
     Returns:
         A dictionary with some of the keys
@@ -64,7 +64,7 @@ def differences(record: Mapping[str, Any], path: Path, defaults: Mapping[str, An
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a run's record that is equal for two runs with the same weights."""
+    """The part of run.json that determines the final weights."""
     settings = {name: value for name, value in record["settings"].items() if name not in OPERATIONAL}
     return {"settings": settings} | {key: record.get(key) for key in DIGESTS}
 

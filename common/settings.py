@@ -26,20 +26,19 @@ CONFIGS = ROOT / "configs"
 Commands = tuple[type, Callable[[Any], Any]] | dict[str, tuple[type, Callable[[Any], Any]]]
 
 
-def setting(default: Any, help: str, *, required: bool = False, at_least: float | None = None,
-            above: float | None = None, at_most: float | None = None, below: float | None = None,
-            names: str | Collection[str] | None = None, overlay: bool = False) -> Any:
+def setting(default: Any, help: str, *, required: bool = False, names: str | Collection[str] | None = None,
+            overlay: bool = False, **bounds: float) -> Any:
     """A field of a settings dataclass.
 
     Args:
         default: the default value; None also means "not set".
         help: what `--help` says about the setting.
         required: the setting must be given.
-        at_least, above, at_most, below: bounds of a number, or of each number in a list.
         names: the accepted names, or the folder in configs/ whose TOML files are the accepted names.
         overlay: the settings in the named TOML file override those of earlier files.
+        bounds: `at_least`, `above`, `at_most` and `below`, for a number or each number in a list.
     """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    assert bounds.keys() <= {"at_least", "above", "at_most", "below"}, bounds
     return dataclasses.field(default=default, metadata={"help": help, "required": required, "bounds": bounds,
                                                         "names": names, "overlay": overlay})
 
@@ -127,7 +126,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 
 
 class Resolved:
-    """Values of settings with their origin, and the problems found on the way."""
+    """The values of settings, where each comes from, and all problems found."""
 
     def __init__(self, cls: type):
         self.fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -143,8 +142,10 @@ class Resolved:
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 self.problems.append(f"unknown setting {name!r} in {where}{hint}")
                 continue
+            field = self.fields[name]
             try:
-                self.values[name], self.origins[name] = convert(name, value, self.fields[name].type), where
+                missing = value == "none" and field.metadata.get("required")
+                self.values[name], self.origins[name] = None if missing else convert(name, value, field.type), where
             except ValueError as error:
                 self.problems.append(f"{error} (in {where})")
 
@@ -158,7 +159,7 @@ class Resolved:
 
 
 def check_values(cfg: Any) -> list[str]:
-    """What is wrong with the values of a settings object by its fields' metadata, as sentences."""
+    """Checks the values of a settings object against the metadata of its fields; returns problems as sentences."""
     found = []
     for field in dataclasses.fields(cfg):
         value, meta = getattr(cfg, field.name), field.metadata
@@ -174,10 +175,12 @@ def check_values(cfg: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def out_of_bounds(name: str, value: float, bounds: Mapping[str, float | None]) -> list[str]:
+def out_of_bounds(name: str, value: float, bounds: Mapping[str, float]) -> list[str]:
     """A list with the sentence that rejects a number; empty if it is within the bounds."""
-    low, above, high, below = (bounds[key] for key in ("at_least", "above", "at_most", "below"))
-    if math.isfinite(value) and (low is None or value >= low) and (above is None or value > above) and \
+    low, above, high, below = (bounds.get(key) for key in ("at_least", "above", "at_most", "below"))
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{name} is {value}, expected a finite number"]
+    if (low is None or value >= low) and (above is None or value > above) and \
             (high is None or value <= high) and (below is None or value < below):
         return []
     lower = f"above {above}" if above is not None else ""
@@ -185,7 +188,7 @@ def out_of_bounds(name: str, value: float, bounds: Mapping[str, float | None]) -
     if low is not None:
         expected = f"a number from {low} to {upper.removeprefix('at most ')}" if upper else f"at least {low}"
     else:
-        expected = f"a number {' and '.join(filter(None, (lower, upper)))}" if lower or upper else "a finite number"
+        expected = f"a number {' and '.join(filter(None, (lower, upper)))}"
     return [f"{name} is {value}, expected {expected}"]
 
 
@@ -227,7 +230,7 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     given, rest = make_parser(cls, description, prog).parse_known_args(argv)
     flags = vars(given)
     unknown = [f"unknown flag {word!r}" for word in rest if word.startswith("-")]
-    found.problems += unknown or [f"{word!r} belongs to no flag" for word in rest]
+    found.problems += unknown or [f"unexpected argument {word!r}" for word in rest]
     files, show = flags.pop("config"), flags.pop("show_settings")
     for path in files:
         found.update(read_toml(path), path)
@@ -235,14 +238,16 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     by_flags.update(flags, "the flags")
     values = {**found.values, **by_flags.values}
     size, phase = (values.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
-    if "size" in found.fields and size in known("size") and phase is not None:
+    if "size" in found.fields and size is not None and (unknown_size := unknown_name("size", size)):
+        found.problems += unknown_size
+    elif "size" in found.fields and size is not None and phase is not None:
         tables = read_config("size", size)
         if phase in tables:
             found.update(tables[phase], f"configs/size/{size}.toml [{phase}]")
         else:
             found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
     for name, field in found.fields.items():
-        preset = values.get(name)
+        preset = {**found.values, **by_flags.values}.get(name)
         if field.metadata["overlay"] and preset in known(field.metadata["names"]):
             file = f"configs/{field.metadata['names']}/{preset}.toml"
             found.update(read_toml(ROOT / file), file)
@@ -255,7 +260,8 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     if problems:
         raise UserError("; ".join(problems))
     if show:
-        found.show(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            found.show(cfg)
         sys.exit(0)
     return cfg
 
@@ -263,15 +269,15 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
 def run(commands: Commands, description: str | None) -> NoReturn:
     """Runs a script as `dispatch` does, and ends the process.
 
-    When a script returns, everything it has to write is written. The interpreter is not shut down normally: library
+    A script has written all its output when it returns. The interpreter is not shut down normally: library
     threads still at work then (gloo's, holding the tensors of the last collective; pyarrow's, apache/arrow issue
     45214) sometimes abort it, and a finished run would count as failed.
     """
     status: Any = 0
     try:
         dispatch(commands, description or "")
-    except SystemExit as leaving:
-        status = leaving.code or 0
+    except SystemExit as exit:
+        status = exit.code or 0
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os._exit(128 + signal.SIGPIPE)
     except Exception as error:  # a bug
@@ -312,7 +318,7 @@ def dispatch(commands: Commands, description: str) -> None:
         rank = int(os.environ.get("RANK", 0))
         if not rank:
             print(f"error: {error}", file=sys.stderr)
-        elif cfg is not None:  # wrong flags are wrong on every rank; later errors may be this rank's own
+        elif cfg is not None:  # invalid flags fail on every rank; later errors may occur on one rank only
             print(f"error on rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -88,6 +88,6 @@ def open_side_files(paths: Sequence[Path], name: str, source: str | Path,
     """Opens the side files of a checkpoint, POSTERIOR or FISHER, and checks their sizes. Returns None without files."""
     if not paths:
         return None
-    values = ParameterFiles(paths, f"the {name} in {source}")
+    values = ParameterFiles(paths, f"the {'Fisher information' if name == FISHER else name} in {source}")
     values.check(SIDE_FILES[name], {name: math.prod(shape) for name, shape in parameter_shapes(config).items()})
     return values

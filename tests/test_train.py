@@ -259,7 +259,7 @@ def test_pretraining_a_base_and_its_grown_model(tmp_path, checkpoint):
     stack = [*common, "--phase", "stack", "--init", tmp_path / "grown", "--global_batch_size", "2"]
     line = error_line(run_script(*stack, "--out", tmp_path / "m0", "--max_flops", spent + 6 * deep * 60,
                                  check=False))
-    assert f"one step costs {6 * deep * 64:.4g} and --init has cost {spent:.4g}" in line
+    assert f"one step costs {6 * deep * 64:.4g} and --init has already used {spent:.4g}" in line
     run_script(*stack, "--out", tmp_path / "m0", "--max_flops", spent + 6 * deep * 64 * 7.9)
     logged, evaluated = read_metrics(tmp_path / "m0")
     assert [line["flops"] for line in logged] == [spent + 6 * deep * 64 * step for step in range(1, 8)]
@@ -287,7 +287,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer(train, checkpoint, tmp_pat
     state["model.norm.weight"][0] = math.inf
     save_file(state, broken / "model.safetensors")
     line = error_line(train(tmp_path / "run", init=broken, check=False))
-    assert "step 1 was stopped before the optimizer: loss nan" in line
+    assert "step 1 was aborted before the optimizer update: loss nan" in line
     assert str(sample_indices(42, 60, 0, 8)) in line
     assert "last good checkpoint: the initial checkpoint" in line
     assert not (tmp_path / "run").exists()

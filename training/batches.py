@@ -82,9 +82,9 @@ def make_microbatches(samples: Sequence[Sample], max_tokens: int, overhead: int,
     Returns triples (input_ids [B, T], targets [B, T], prefix [P]). The prefix, which is the same for all micro-batches,
     is what the prompts of the global batch have in common at their start; it precedes every row.
 
-    The samples are sorted by length and dealt to the ranks one by one, so that all ranks have nearly the same lengths.
-    All ranks use the boundaries planned for rank 0 and so run the same number of micro-steps. A rank without a sample
-    left gets a row without targets.
+    The samples are sorted by length and distributed over the ranks round-robin, so that all ranks have nearly the same
+    lengths. All ranks use the boundaries planned for rank 0 and so run the same number of micro-steps. A rank without a
+    sample left gets a row without targets.
     """
     samples = sorted(samples, key=lambda sample: -len(sample[0]))
     prefix = shared_prefix(samples)

@@ -91,11 +91,11 @@ def build_engine(run: "Run", model: Transformer) -> "DeepSpeedEngine":
     shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # ds_shape: before ZeRO-3 sharded it
     groups = [{"params": [p for p, shape in shapes.items() if len(shape) == 2], "weight_decay": run.cfg.weight_decay},
               {"params": [p for p, shape in shapes.items() if len(shape) != 2], "weight_decay": 0.0}]
-    with contextlib.redirect_stdout(None):  # one of its optimizers prints a page about memory
+    with contextlib.redirect_stdout(None):  # one of DeepSpeed's optimizers prints memory statistics
         engine = deepspeed.initialize(model=model, optimizer=make_optimizer(run.cfg, groups),
                                       config=deepspeed_config(run.cfg))[0]
     if run.dist.world_size == 1 and not hasattr(engine.optimizer, "overlapping_partition_gradients_reduce_epilogue"):
-        engine.enable_backward_allreduce = False  # with one rank, DeepSpeed would only copy all gradients twice
+        engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
     _set_pg_timeout(run.dist.timeout, engine.seq_data_parallel_group)  # this group has PyTorch's default of 30 minutes
     return engine
 

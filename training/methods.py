@@ -1,7 +1,8 @@
 """Methods against forgetting, as hooks around the step: anchored fine-tuning, and variational continual learning.
 
-A method stores its values by the flat tensors that the optimizer updates (training/zero_shards.py), so it works
-unchanged under every ZeRO stage. What the next task needs is written next to the checkpoint.
+A method stores its values in dictionaries keyed by the flat tensors that the optimizer updates
+(training/zero_shards.py), so it works unchanged under every ZeRO stage. What the next task needs is written next to
+the checkpoint.
 """
 import contextlib
 import dataclasses

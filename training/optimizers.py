@@ -10,10 +10,10 @@ from training.train_config import TrainConfig
 class AnchoredAdamW(torch.optim.AdamW):
     """AdamW that is pulled towards anchors, the weights that the run started from.
 
-    EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss. L2-SP ends each step with a move
-    by `rate`, a share of the way back. With `squares` a step accumulates squared gradients and leaves the weights
-    unchanged; this measures Fisher information. All mappings are by flat tensor (training/zero_shards.py) and are set
-    by the method (training/methods.py).
+    EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss. L2-SP then moves the weights
+    towards the anchors, w ← w + rate · (w₀ − w). With `squares` a step accumulates squared gradients and leaves the
+    weights unchanged; this measures Fisher information. All mappings are by flat tensor (training/zero_shards.py) and
+    are set by the method (training/methods.py).
     """
     anchors: dict[torch.Tensor, torch.Tensor] = {}
     fisher: dict[torch.Tensor, torch.Tensor] = {}

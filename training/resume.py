@@ -1,11 +1,11 @@
-"""The state of an unfinished run: saved so that the resumed run computes the same as an uninterrupted one.
+"""The saved state of an unfinished run. A resumed run gives the same results as an uninterrupted one.
 
 The run's directory has at most one `resume/step-<n>/`, which appears atomically:
 
     rank-<r>.safetensors    fp32 master weights and optimizer state: the fragments of rank r
     state.json              the loop's counters, digests of the files, and the run that they belong to
 
-Any number of ranks under any ZeRO stage can read what others have written. There is no random state: the order of the
+A state can be resumed with any number of ranks under any ZeRO stage. There is no random state: the order of the
 samples is a function of (seed, step).
 """
 import hashlib
@@ -24,7 +24,7 @@ from common.files import UserError, digest, explain_os_errors, read_json, sync, 
 from common.provenance import identity
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.run import Run
-from training.run_directory import continue_run
+from training.run_directory import continue_run, lock
 from training.train_state import TrainState
 from training.zero_shards import Fragment, base_optimizer, local_fragments, update_weights
 
@@ -47,8 +47,9 @@ class StateSaver:
         elapsed = time.monotonic() - self.saved
         stopping, due = dist.all_reduce_sum(self.run.request.signal is not None,
                                             dist.rank == 0 and elapsed >= 60 * self.run.cfg.save_minutes)
-        if save and (stopping or due):
-            save_state(self.run, self.engine, state)
+        if stopping or due:
+            if save:
+                save_state(self.run, self.engine, state)
             self.saved = time.monotonic()
         if stopping:
             dist.print0(f"stopped by a signal after step {state.step} of {steps}: the same command resumes from there")
@@ -145,7 +146,12 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
 
     Returns None if no state was saved.
     """
-    folder = run.dist.on_rank0(lambda: find_state(run.directory, run.record))
+    def find() -> Path | None:
+        if run.directory.exists():
+            lock(run.directory)
+        return find_state(run.directory, run.record)
+
+    folder = run.dist.on_rank0(find)
     if folder is None:
         return None
     state = TrainState(**load_state(run, engine, folder))

@@ -1,5 +1,6 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from common.distributed import Distributed, StopRequest, resolve_dtype
 from common.files import UserError, read_json
 from common.metrics_log import check_services
-from common.provenance import data_digest, describe, lineage
+from common.provenance import data_digest, describe, read_lineage
 from common.settings import model_shape
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
@@ -26,15 +27,16 @@ from training.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class Run:
-    """What a run depends on.
+    """The resolved inputs of a run.
 
     Attributes:
         cfg: the settings, with `dtype` and `zero` resolved.
         dist: the process group.
         request: whether a signal has asked this process to stop.
         source: directory of the initial checkpoint, or, for new weights, of the tokenizer.
+        model_config: the shape of the model.
         data_digest: digest of the training data.
-        lineage: training that the initial checkpoint has had (see common.provenance.lineage).
+        lineage: training history of the initial checkpoint (see common.provenance.read_lineage).
         record: the content of run.json so far.
         first_sample: position in the sample stream where the run starts.
     """
@@ -70,7 +72,7 @@ class Run:
 
 
 def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
-    """Checks settings, checkpoint and data, resolves what depends on them, and locks the run's directory.
+    """Checks settings, checkpoint, data and run directory, and resolves what depends on them.
 
     Returns None if the run is finished already. Raises UserError, before anything is written, if it cannot start.
     """
@@ -79,18 +81,18 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         dist.print0(f"{cfg.out} is finished already, nothing to do")
         dist.on_rank0(lambda: drop_state(cfg.out))
         return None
+    choices, earlier, fields = checked
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    run = Run(dist=dist, request=request, source=source, model_config=read_model_config(cfg, source), **checked)
-    earlier = earlier_tasks(cfg, run.data_digest, run.lineage)
     for path in (cfg.data, *(task["data"] for task in earlier)):
         check_same_on_all_ranks(path, dist)
-    dist.on_rank0(lambda: lock(run.directory) if run.directory.exists() else None)
-    return run
+    config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
+    return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
 
 
-def check_run(cfg: TrainConfig, dist: Distributed) -> dict[str, Any] | None:
-    """The checks of rank 0; returns the fields of Run that it has resolved, or None if the run is finished.
+def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], dict] | None:
+    """The checks of rank 0; returns None if the run is finished.
 
+    Otherwise returns the resolved settings, the earlier tasks to rehearse, and further fields of Run.
     Raises UserError for the first check that fails.
     """
     check_services(cfg.tensorboard, cfg.wandb)
@@ -111,19 +113,22 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> dict[str, Any] | None:
     deepspeed_config(resolved)
     source = find_source(cfg)
     config = check_source(cfg, source)
-    past = lineage(source) if cfg.init else {}
-    check_length(cfg, config, digest, past)
+    lineage = read_lineage(source) if cfg.init else {}
+    check_length(cfg, config, digest, lineage)
     facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
+    earlier = earlier_tasks(cfg, digest, lineage)
     if cfg.rehearsal:
-        facts["rehearsed"] = [task["data_digest"] for task in earlier_tasks(cfg, digest, past)]
+        facts["rehearsed"] = [task["data_digest"] for task in earlier]
     parent = checkpoint_digest(source, side_file(cfg)) if cfg.init else None
     record = describe(settings, parent, digest, **facts)
     if is_finished(cfg.out, record, defaults):
         return None
-    check_earlier_tasks(earlier_tasks(cfg, digest, past))
-    open_side_files(find_side_files(cfg, source, past), side_file(cfg), source, config)
-    return {"cfg": resolved, "data_digest": digest, "lineage": past, "record": record,
-            "first_sample": first_sample(cfg, digest, past)}
+    check_earlier_tasks(earlier)
+    open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
+    if (partial := partial_directory(cfg.out)).exists():
+        os.close(lock(partial))  # refuses early; the run locks the directory when it starts to use it
+    return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
+                              "first_sample": first_sample(cfg, digest, lineage)}
 
 
 def report_dropped(path: str) -> None:
@@ -151,20 +156,20 @@ def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:
     return config
 
 
-def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, past: dict[str, Any]) -> None:
+def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any]) -> None:
     """Checks that the run has at least one step, and reports where in its text it starts."""
-    if cfg.max_flops and not num_samples(cfg, config, 0, past):
+    if cfg.max_flops and not num_samples(cfg, config, 0, lineage):
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs "
-                        f"{config.flops(cfg.global_batch_size * cfg.seq_length):.4g} and --init has cost "
-                        f"{past.get('flops', 0):.4g}: raise it")
-    if not cfg.task and cfg.skip_samples is None and "text" in past and not first_sample(cfg, digest, past):
-        print(f"{cfg.init} was trained on another text, or on this one in other samples (seed, seq_length): starting "
+                        f"{config.flops(cfg.global_batch_size * cfg.seq_length):.4g} and --init has already used "
+                        f"{lineage.get('flops', 0):.4g}: raise it")
+    if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
+        print(f"{cfg.init} was trained on another text, or on this text with another seed or seq_length: starting "
               "at the first sample")
 
 
 def find_source(cfg: TrainConfig) -> Path:
     """The directory of initial weights and tokenizer, downloaded and converted to safetensors if needed."""
-    return fetch_checkpoint(cfg.init) if cfg.init else Path(cfg.data)  # a text has its tokenizer with it
+    return fetch_checkpoint(cfg.init) if cfg.init else Path(cfg.data)  # a shard directory includes its tokenizer
 
 
 def read_model_config(cfg: TrainConfig, source: Path) -> ModelConfig:
@@ -196,22 +201,22 @@ def text_key(cfg: TrainConfig, digest: str) -> dict[str, Any]:
             "max_train_samples": cfg.max_train_samples}
 
 
-def first_sample(cfg: TrainConfig, digest: str, past: dict[str, Any]) -> int:
+def first_sample(cfg: TrainConfig, digest: str, lineage: dict[str, Any]) -> int:
     """Position in the sample stream where a run starts: in pretraining, after the samples --init was trained on."""
-    text = past.get("text", {})
+    text = lineage.get("text", {})
     same_text = {**text_key(cfg, digest), "samples": text.get("samples")} == text
     if cfg.skip_samples is not None or cfg.task or not same_text:
         return cfg.skip_samples or 0
     return text["samples"]
 
 
-def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, past: dict[str, Any]) -> int:
+def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, lineage: dict[str, Any]) -> int:
     """How many samples a run takes from the stream, given the size of the training split."""
     if cfg.max_steps:
         return cfg.max_steps * cfg.global_batch_size
     if cfg.max_tokens:
         return cfg.max_tokens // cfg.seq_length
     if cfg.max_flops:  # whole batches
-        steps = (cfg.max_flops - past.get("flops", 0)) // config.flops(cfg.global_batch_size * cfg.seq_length)
+        steps = (cfg.max_flops - lineage.get("flops", 0)) // config.flops(cfg.global_batch_size * cfg.seq_length)
         return max(0, int(steps)) * cfg.global_batch_size
     return max(1, round(cfg.num_train_epochs * size))

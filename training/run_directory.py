@@ -88,15 +88,19 @@ def drop_state(out: str | Path) -> None:
     shutil.rmtree(Path(out) / "resume", ignore_errors=True)
 
 
-def lock(directory: Path) -> None:
-    """Locks a directory for the lifetime of this process. Raises UserError if another process has it locked."""
+def lock(directory: Path) -> int:
+    """Locks a directory until the returned descriptor is closed or this process ends.
+
+    Raises UserError if another process has locked it.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process works in {directory}: wait until it has ended, or stop it") from None
+        raise UserError(f"another process is using {directory}: wait until it ends, or stop it") from None
     except OSError:  # the file system has no locks
-        os.close(descriptor)
+        pass
+    return descriptor
 
 
 def prune_checkpoints(directory: Path, limit: int) -> None:

@@ -14,20 +14,20 @@ class TrainConfig:
                                names="size")
     phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "table of the size's file to read")
     init: str | None = setting(None, "initial checkpoint: a directory or a Hub id; none: new weights")
-    num_hidden_layers: int | None = setting(None, "layers of new weights, if not the size's: a base to grow later",
+    num_hidden_layers: int | None = setting(None, "layers of new weights, instead of the size's: a base to grow later",
                                             at_least=1)
     data: str = setting(None, "preprocessed task file, or directory of token shards", required=True)
     out: str = setting(None, "directory of the run", required=True)
     seed: int = setting(42, "seed of new weights and of the sample order", at_least=0)
     # the batch
     global_batch_size: int = setting(32, "samples in a step, over all ranks", at_least=1)
-    max_tokens_per_microbatch: int = setting(4096, "most tokens in a micro-batch, padding included; affects speed and "
+    max_tokens_per_microbatch: int = setting(4096, "maximum tokens in a micro-batch, with padding; affects speed and "
                                                    "memory only", at_least=1)
     microbatch_overhead_tokens: int = setting(256, "fixed cost of a micro-batch, in tokens of padding; affects speed "
                                                    "only", at_least=0)
     seq_length: int = setting(1024, "tokens in a pretraining sample", at_least=2)
-    max_source_length: int = setting(1024, "most tokens in a prompt, <bos> included", at_least=16)
-    max_target_length: int = setting(256, "most tokens in a target, <eos> included", at_least=2)
+    max_source_length: int = setting(1024, "maximum tokens in a prompt, including <bos>", at_least=16)
+    max_target_length: int = setting(256, "maximum tokens in a target, including <eos>", at_least=2)
     train_on_source: bool = setting(False, "also compute the loss on the prompt")
     # how long
     num_train_epochs: float = setting(3.0, "passes over the data", above=0)
@@ -40,7 +40,7 @@ class TrainConfig:
                                              "was trained on, otherwise 0", at_least=0)
     # the optimizer
     optimizer: Literal["adamw", "ivon"] = setting("adamw", "adamw; or ivon, which learns a Gaussian over the weights")
-    learning_rate: float = setting(2e-5, "peak learning rate; with IVON the most a weight moves in a step", above=0)
+    learning_rate: float = setting(2e-5, "peak learning rate; with IVON the largest change of a weight", above=0)
     lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "schedule after warm-up")
     warmup_steps: int = setting(0, "steps of linear warm-up", at_least=0)
     min_lr_ratio: float = setting(0.0, "final learning rate, as a share of the peak", at_least=0, at_most=1)
@@ -75,7 +75,7 @@ class TrainConfig:
     clip_radius: float = setting(1e-3, "clip preconditioned gradients to this absolute value", above=0)
     sample_params: bool = setting(True, "sample the weights of each step; false: gradients at the mean")
     # how it is computed
-    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 if the hardware multiplies it")
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "of the weights; auto: bf16 if the hardware supports it")
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
     offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
     deepspeed: str | None = setting(None, "DeepSpeed file to use instead of the stage's file in configs/deepspeed")
@@ -99,7 +99,7 @@ class TrainConfig:
             found.append("fine-tuning needs an initial checkpoint: give --init")
         lengths = [name for name in ("max_steps", "max_tokens", "max_flops") if getattr(self, name) is not None]
         if len(lengths) > 1:
-            found.append(f"{' and '.join(lengths)} each say how long to train: give one, and none for the other")
+            found.append(f"{' and '.join(lengths)} each set the length of training: give one, and none for the other")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
         if self.task is not None and set(lengths) - {"max_steps"}:

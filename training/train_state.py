@@ -1,4 +1,4 @@
-"""The counters of the training loop, which are saved with its state, and what is logged and printed of a step."""
+"""The counters of the training loop, saved with its state, and the log entry and progress line of a step."""
 import dataclasses
 import math
 import statistics
@@ -15,7 +15,7 @@ SPIKE_WINDOW, SPIKE_MINIMUM = 50, 10  # steps whose mean loss defines a loss spi
 
 @dataclass
 class TrainState:
-    """How far a run has come."""
+    """Progress of a run."""
     step: int = 0
     tokens: int = 0  # tokens read
     computed_tokens: float = 0  # token positions computed: padding included, a shared prefix counted once
@@ -40,7 +40,7 @@ class TrainState:
             self.losses = [*self.losses, result.loss][-SPIKE_WINDOW:]
 
     def log_entry(self, batch: GlobalBatch, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
-        """The line of metrics.jsonl for the step that was counted last."""
+        """The line of metrics.jsonl for the last step added."""
         return {"step": self.step, "loss": result.loss, "lr": lr,
                 "grad_norm": result.grad_norm if result.applied else None, "tokens": self.tokens, "flops": self.flops,
                 "tokens_per_s": batch.num_tokens / seconds, "elapsed": self.seconds,
@@ -48,7 +48,7 @@ class TrainState:
                 **({} if result.applied else {"skipped_samples": batch.indices})}
 
     def progress_line(self, steps: int, result: StepResult, lr: float) -> str:
-        """The printed line for the step that was counted last."""
+        """The printed line for the last step added."""
         remaining = format_duration(self.seconds / self.step * (steps - self.step))
         return (f"step {self.step:>{len(str(steps))}}/{steps}  loss {result.loss:7.4f}  lr {lr:.2e}  "
                 f"norm {result.grad_norm:7.3f}  {self.tokens / self.seconds:9,.0f} tokens/s  "

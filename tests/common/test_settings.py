@@ -2,10 +2,11 @@
 import re
 import sys
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
+from common import settings
 from common.files import UserError
 from common.settings import CONFIGS, dispatch, known, load, read_config, read_toml, setting
 from data_prep import HubDataConfig, TaskDataConfig, TextDataConfig
@@ -79,23 +80,42 @@ def test_all_problems_in_one_message(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--out", ""], "--out is missing"),
+    (["--out", ""], "--out is missing"), (["--out", "none"], "--out is missing"),
     (["--share", "1.1"], "share is 1.1, expected a number from 0 to 1"),
     (["--beta", "1"], "beta is 1.0, expected a number from 0 to below 1"),
     (["--tau", "0"], "tau is 0.0, expected a number above 0 and at most 1"),
     (["--rate", "0"], "rate is 0.0, expected a number above 0"),
-    (["--rate", "inf"], "rate is inf, expected a number above 0"),
+    (["--rate", "inf"], "rate is inf, expected a finite number"),
     (["--scale", "nan"], "scale is nan, expected a finite number"),
     (["--scale=-inf"], "scale is -inf, expected a finite number"),
     (["--factors", "2,1,0,1"], "factors is 1, expected at least 2; factors is 0, expected at least 2"),
     (["--task", "smp"], "unknown task 'smp', expected one of empd, exp, hgen, inqqg, simp"),
     (["--operators", "stack,x"], "unknown operators 'x', expected one of stack, middle"),
-    (["--share", "-1", "--beta", "nan"], "share is -1.0, expected a number from 0 to 1; beta is nan, expected a number "
-                                         "from 0 to below 1")])
+    (["--share", "-1", "--beta", "nan"], "share is -1.0, expected a number from 0 to 1; beta is nan, expected a "
+                                         "finite number")])
 def test_values_out_of_range_and_unknown_names(flags, message):
     with pytest.raises(UserError) as error:
         load(Checked, ["--out", "x", *flags])
     assert str(error.value) == message
+
+
+def test_a_size_table_may_name_a_file_whose_settings_override_it(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Sized:
+        size: str | None = setting(None, "size", names="size")
+        method: str | None = setting(None, "method", names="method", overlay=True)
+        rate: float = setting(0.5, "rate")
+        phase: ClassVar = "finetune"
+
+    for folder, text in (("size", "[finetune]\nmethod = 'm'\nrate = 1\n"), ("method", "rate = 5\n")):
+        (tmp_path / "configs" / folder).mkdir(parents=True)
+        (tmp_path / "configs" / folder / "m.toml").write_text(text)
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    assert load(Sized, ["--size", "m"]) == Sized("m", "m", 5.0)
+    assert load(Sized, ["--size", "m", "--rate", "2"]) == Sized("m", "m", 2.0)
+    with pytest.raises(UserError, match="unknown flag '--bogus'; unknown size 'x', expected one of m"):
+        load(Sized, ["--size", "x", "--bogus"])
 
 
 def test_bounds_are_accepted():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from common import settings
 from common.files import UserError
-from common.provenance import data_digest, describe, identity, lineage
+from common.provenance import data_digest, describe, identity, read_lineage
 from corpus.tasks import SFTDataset, read_task
 from model.checkpoint import checkpoint_digest
 from model.config import ModelConfig
@@ -270,7 +270,7 @@ def rehearsed(cfg, past):
 
 
 def test_rehearsal_samples_every_earlier_task(chain, simp_file):
-    cfg, past = TrainConfig(data=str(simp_file), rehearsal=0.05), lineage(chain)
+    cfg, past = TrainConfig(data=str(simp_file), rehearsal=0.05), read_lineage(chain)
     picked = [item["output"].split() for item in rehearsed(cfg, past)]
     assert [task for task, _ in picked] == ["simp"] * 2 + ["empd"] * round(0.05 * 112)
     assert all(int(index) < 40 for task, index in picked if task == "simp")
@@ -287,8 +287,8 @@ def test_rehearsal_samples_every_earlier_task(chain, simp_file):
 def test_rehearsal_needs_the_data_of_earlier_tasks(chain, checkpoint, simp_file, tmp_path):
     cfg = TrainConfig(init=str(checkpoint), data=str(simp_file), rehearsal=0.05)
     with pytest.raises(UserError, match="was not fine-tuned on any task: leave it out for the first task"):
-        earlier_tasks(cfg, "digest", lineage(checkpoint))
-    path, tasks = tmp_path / "simp.json", earlier_tasks(cfg, "digest", lineage(chain))
+        earlier_tasks(cfg, "digest", read_lineage(checkpoint))
+    path, tasks = tmp_path / "simp.json", earlier_tasks(cfg, "digest", read_lineage(chain))
     check_earlier_tasks(tasks)
     path.write_text(path.read_text() + " ")
     with pytest.raises(UserError, match=r"simp.json, which simp was learned from, but it has changed since"):
@@ -373,9 +373,9 @@ def test_priors_that_do_not_fit_are_refused(checkpoint, ivon_stage, tmp_path):
 
 def test_ewc_needs_the_fisher_information_of_the_stage_before(chain, checkpoint):
     config, cfg = ModelConfig.read(checkpoint / "config.json"), TrainConfig(ewc_strength=1.0)
-    open_required(cfg, checkpoint, config, lineage(checkpoint))  # the first task
+    open_required(cfg, checkpoint, config, read_lineage(checkpoint))  # the first task
     with pytest.raises(UserError, match="has no Fisher information of empd, which it was trained on: train it "):
-        open_required(cfg, chain, config, lineage(chain))
+        open_required(cfg, chain, config, read_lineage(chain))
 
 
 def test_values_are_read_across_files(tmp_path):

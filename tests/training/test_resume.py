@@ -170,11 +170,23 @@ def test_the_same_loss_spikes_are_skipped_under_every_zero_stage(train, tmp_path
             pytest.approx([entry["loss"] for entry in entries], rel=rel)
 
 
+def test_a_directory_that_is_locked_while_the_model_is_built_is_refused(train, tmp_path):
+    """Both runs have passed the checks when the first one makes the directory."""
+    patch = ("import fcntl, os; resume = train.resume\n"
+             "def patched(run, engine):\n"
+             "    run.directory.mkdir(); run.directory.joinpath('run.json').write_text('{}')\n"
+             "    fcntl.flock(os.open(run.directory, os.O_RDONLY), fcntl.LOCK_EX)\n"
+             "    return resume(run, engine)\n"
+             "train.resume = patched")
+    assert "another process is using" in error_line(train(tmp_path / "m1", patch=patch, check=False))
+    assert [path.name for path in (tmp_path / "m1.partial").iterdir()] == ["run.json"]
+
+
 def test_two_processes_do_not_work_in_one_directory(train, killed_copy):
     out, directory = killed_copy
     descriptor = os.open(directory, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a run that works there
-    assert f"another process works in {directory}" in error_line(train(out, check=False))
+    assert f"another process is using {directory}" in error_line(train(out, check=False))
     os.close(descriptor)
     assert "resuming after step 4" in train(out).stdout
 
