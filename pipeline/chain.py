@@ -10,7 +10,7 @@ from common.settings import CONFIGS, ROOT, read_config
 from pipeline.jobs import optional_flags
 
 ORDER = "simp", "empd", "inqqg", "exp", "hgen"
-SAMPLE_ORDER = ORDER[:3]  # the tasks that data/sample holds
+SAMPLE_ORDER = ORDER[:3]  # the tasks of an experiment, unless others are given
 MODELS = "llm", "stack"
 
 
