@@ -95,6 +95,7 @@ def run_python(words, monkeypatch, checked):
     name, *flags = words[is_module:]
     monkeypatch.setattr(sys, "argv", [name, *flags, *(["--show_settings"] if checked else [])])
     status = None
+    monkeypatch.delitem(sys.modules, name, raising=False)  # imported by other tests: runpy would warn
     try:
         (runpy.run_module if is_module else runpy.run_path)(name, run_name="__main__")
     except SystemExit as error:
