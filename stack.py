@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from common.files import UserError, new_directory, write_json
-from common.provenance import git_commit, read_lineage
+from common.files import UserError, new_directory
+from common.provenance import GROWTH, git_commit, read_lineage, write_record
 from common.settings import Commands, run, setting
 from model.checkpoint import checkpoint_digest, open_checkpoint, write_checkpoint
 from model.growth import BLOCK_OPERATORS, OPERATORS, check_layer_map, grown_tensors
@@ -83,10 +83,10 @@ def grow(cfg: GrowConfig) -> None:
         tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.zero_init, cfg.noise, cfg.seed)
         with tqdm(tensors, "growing", len(parameter_shapes(config)), leave=False, unit="tensor") as progress:
             write_checkpoint(folder, config, progress, source)
-        write_json(folder / "growth.json", {
+        write_record(folder, {
             "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.zero_init,
             "noise": cfg.noise, "seed": cfg.seed, "base": str(cfg.init), "base_digest": checkpoint_digest(source),
-            "lineage": read_lineage(source), "commit": git_commit()})
+            "lineage": read_lineage(source), "commit": git_commit()}, GROWTH)
     print(f"{cfg.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
           f"{base.num_parameters:,} parameters to {config.num_parameters:,}")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
-from common.files import UserError, read_json
+from common.files import UserError
 from common.metrics_log import read_log
+from common.provenance import read_record
 from common.settings import known, read_toml
 from evaluation.result_files import metric_value, read_results_file, read_task_results
 from evaluation.suites import Benchmark, open_suite
@@ -51,7 +52,7 @@ class Stage:
 def read_runs(folder: str | Path) -> list[Stage]:
     """The stages in a folder of runs, in the directories <…>/<model>/[<method>/][seed-<n>/]m<k>[-<task>]/."""
     stages = [read_stage(path, int(match[1]), match[2]) for path in sorted(Path(folder).rglob("m[0-9]*"))
-              if (match := STAGE.fullmatch(path.name)) and ((path / "eval").is_dir() or (path / "run.json").exists())]
+              if (match := STAGE.fullmatch(path.name)) and ((path / "eval").is_dir() or read_record(path))]
     if not any(stage.benchmarks or stage.tasks for stage in stages):
         raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json or "
                         "metrics-*.json in it, as evaluate.py writes them")
@@ -60,7 +61,7 @@ def read_runs(folder: str | Path) -> list[Stage]:
 
 def read_stage(path: Path, number: int, task: str | None) -> Stage:
     """The stage in a directory of a run. A folder is a method's if its name begins with the method in run.json."""
-    run = read_json(path / "run.json") if (path / "run.json").exists() else {}
+    run = read_record(path)
     settings = run.get("settings", {})
     seed, method, owner = settings.get("seed", 0), settings.get("method"), path.parent
     if seeded := re.fullmatch(r"seed-(\d+)", owner.name):

@@ -1,4 +1,4 @@
-"""Provenance of runs and checkpoints: commit, package versions, digests, lineage."""
+"""Provenance of runs and checkpoints: commit, package versions, digests, lineage. run.json and growth.json."""
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, digest, read_json
+from common.files import UserError, digest, read_json, write_json
+
+RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth, in their directories
 
 # Settings that change how a run is carried out but not its numbers, or that a digest stands for (init and data).
 OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens",
@@ -32,6 +34,17 @@ def describe(settings: Mapping[str, Any], parent_digest: str | None, data_digest
             "python": sys.version.split()[0], "versions": {name: version(name) for name in PACKAGES}, **facts}
 
 
+def write_record(directory: str | Path, record: Mapping[str, Any], name: str = RUN) -> None:
+    """Writes the record of a run or a growth to its directory, atomically."""
+    write_json(Path(directory) / name, record)
+
+
+def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
+    """The record of a run or a growth; empty if the directory has none."""
+    path = Path(directory) / name
+    return read_json(path) if path.exists() else {}
+
+
 def read_lineage(checkpoint: str | Path) -> dict[str, Any]:
     """The training history of a checkpoint, from its growth.json or run.json; empty if it has neither.
 
@@ -42,8 +55,7 @@ def read_lineage(checkpoint: str | Path) -> dict[str, Any]:
         seq_length, max_train_samples, samples};
         "tasks": the tasks it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}].
     """
-    paths = [Path(checkpoint) / name for name in ("growth.json", "run.json") if (Path(checkpoint) / name).exists()]
-    return read_json(paths[0]).get("lineage", {}) if paths else {}
+    return (read_record(checkpoint, GROWTH) or read_record(checkpoint)).get("lineage", {})
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
@@ -52,12 +64,11 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[
             for name in sorted((old.keys() | new.keys()) - set(ignored)) if old.get(name) != new.get(name)]
 
 
-def differences(record: Mapping[str, Any], path: Path, defaults: Mapping[str, Any]) -> list[str]:
-    """The differences between a run and the one recorded in a run.json, as sentences.
+def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The differences between the records of a run and of an earlier one, as sentences.
 
-    A setting that the file lacks, because it did not exist yet, had its default value.
+    A setting that the earlier one lacks, because it did not exist yet, had its default value.
     """
-    recorded = read_json(path)
     found = changed({**defaults, **recorded.get("settings", {})}, record["settings"], OPERATIONAL)
     return found + [f"{what} differ ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
                     for key, what in DIGESTS.items() if recorded.get(key) != record.get(key)]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from common.distributed import Distributed, StopRequest, resolve_dtype
-from common.files import UserError, read_json
+from common.files import UserError
 from common.metrics_log import check_services
-from common.provenance import data_digest, describe, read_lineage
+from common.provenance import data_digest, describe, read_lineage, read_record
 from common.settings import model_shape
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
@@ -104,7 +104,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     resolved = dataclasses.replace(cfg, **choices)
     settings, defaults = dataclasses.asdict(resolved), dataclasses.asdict(TrainConfig())
     if Path(cfg.out).exists() and cfg.init and not Path(cfg.init).is_dir():  # finished, and its parent was removed
-        recorded = read_json(Path(cfg.out) / "run.json")
+        recorded = read_record(cfg.out)
         record = describe(settings, recorded.get("parent_digest"), digest, rehearsed=recorded.get("rehearsed"))
         is_finished(cfg.out, record, defaults)
         return None

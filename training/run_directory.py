@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import UserError, explain_os_errors, read_json, write_json
+from common.files import UserError, explain_os_errors
 from common.formatting import format_duration, format_loss
 from common.metrics_log import MetricsLog, open_services
-from common.provenance import differences
+from common.provenance import differences, read_record, write_record
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -27,10 +27,10 @@ def partial_directory(out: str | Path) -> Path:
 def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     """Whether this run is finished. Raises UserError if its directory belongs to a run with other settings."""
     out, partial = Path(out), partial_directory(out)
-    if out.exists() and not (out / "run.json").exists():
+    if out.exists() and not read_record(out):
         raise UserError(f"{out} exists and is not a run of this program: remove it or choose another --out")
     for directory in (out, partial):
-        if (directory / "run.json").exists() and (found := differences(record, directory / "run.json", defaults)):
+        if (recorded := read_record(directory)) and (found := differences(record, recorded, defaults)):
             raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
                             "Choose another --out, or remove it to train again")
     return out.exists()
@@ -54,15 +54,15 @@ def start_run(directory: Path, record: Mapping[str, Any]) -> None:
     with explain_os_errors(directory):
         directory.mkdir(parents=True)
     lock(directory)
-    write_json(directory / "run.json", record)
+    write_record(directory, record)
 
 
 def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Records in run.json that the run was resumed after a step; returns the new content."""
-    recorded = read_json(directory / "run.json")
+    recorded = read_record(directory)
     resumed = {"after_step": step} | {key: record[key] for key in ("commit", "processes", "device")}
     recorded["resumed"] = [*recorded.get("resumed", []), resumed]
-    write_json(directory / "run.json", recorded)
+    write_record(directory, recorded)
     return recorded
 
 
@@ -76,8 +76,7 @@ def open_log(run: "Run", step: int) -> MetricsLog:
 def finish_run(run: "Run", result: dict[str, Any]) -> None:
     """Records the result in run.json and renames the directory, whose final weights are on disk, to `<out>`."""
     out = Path(run.cfg.out)
-    write_json(run.directory / "run.json",
-               run.record | {"result": result, "lineage": run.lineage_after(result)})
+    write_record(run.directory, run.record | {"result": result, "lineage": run.lineage_after(result)})
     with explain_os_errors(out):
         run.directory.rename(out)
     drop_state(out)
@@ -118,7 +117,7 @@ def last_checkpoint(directory: Path) -> str:
 
 def print_result(out: str | Path) -> None:
     """Prints the result of a finished run: test examples, speed, eval loss before and after, the path."""
-    result = read_json(Path(out) / "run.json")["result"]
+    result = read_record(out)["result"]
     for index, example in enumerate(result["examples"], 1):
         for name, text in (("input", example["input"]), ("reference", example["output"]),
                            ("model", example["prediction"])):

@@ -75,7 +75,7 @@ class TrainConfig:
     clip_radius: float = setting(1e-3, "clip preconditioned gradients to this absolute value", above=0)
     sample_params: bool = setting(True, "sample the weights of each step; false: gradients at the mean")
     # how it is computed
-    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "of the weights; auto: bf16 if the hardware supports it")
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weight dtype; auto: bf16 if the hardware supports it")
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
     offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
     deepspeed: str | None = setting(None, "DeepSpeed file to use instead of the stage's file in configs/deepspeed")
