@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 
 class Distributed:
-    """The process group of a run, as a context manager: `rank`, `local_rank`, `world_size`, `device`.
+    """The process group of a run, as a context manager.
+
+    Attributes: `rank`, `world_size`, `local_rank` and `local_world_size` (on this node), `device`.
 
     Launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment; without them the group
     has one process. Communication uses NCCL on GPUs and gloo on CPUs.
@@ -34,23 +36,27 @@ class Distributed:
         if "RANK" not in os.environ:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.world_size = launcher_number("WORLD_SIZE", None, at_least=1)
+        self.rank = launcher_number("RANK", None, below=self.world_size)
+        if "LOCAL_SIZE" in os.environ:  # the deepspeed launcher's name for it
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+        self.local_world_size = launcher_number("LOCAL_WORLD_SIZE", self.world_size, at_least=1)
+        self.local_rank = launcher_number("LOCAL_RANK", 0, below=self.local_world_size)
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
-                raise UserError(f"{local_world_size} processes on a node with {torch.cuda.device_count()} GPUs: start "
-                                "one for each GPU")
+                raise UserError(f"{self.local_world_size} processes on a node with {torch.cuda.device_count()} GPUs: "
+                                "start one for each GPU")
             # by default torch rounds pinned host memory, such as offloaded weights, up to a power of two
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1024")
             torch.cuda.set_device(self.local_rank)
             self.device = torch.device("cuda", self.local_rank)
         else:
             self.device = torch.device("cpu")
-            if local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            if self.local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
                 # torchrun sets one thread per process, which leaves most of a CPU unused
                 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-                torch.set_num_threads(max(1, cores // local_world_size))
+                torch.set_num_threads(max(1, cores // self.local_world_size))
+        launcher_number("MASTER_PORT", None, below=1 << 16)
         torch_dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                       timeout=self.timeout)
         return self
@@ -127,6 +133,15 @@ class Distributed:
         """Prints a line on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+def launcher_number(name: str, default: int | None, at_least: int = 0, below: int = 1 << 31) -> int:
+    """An environment variable that launchers set. Raises UserError if it is not a whole number in the range."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal() or not at_least <= int(text) < below:
+        raise UserError(f"the environment variable {name} is {text!r}, expected a whole number from {at_least} to "
+                        f"{below - 1}: start this with torchrun or deepspeed, or unset RANK for one process")
+    return int(text)
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.files import UserError, explain_os_errors, write_text
+from common.files import UserError, explain_os_errors, is_number, parse_json, read_json_lines, write_text
 
 Service = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]  # (log the values of a step, close)
 
@@ -45,11 +45,13 @@ class MetricsLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The objects in a metrics.jsonl; empty if there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    """The objects in a metrics.jsonl; empty if there is no such file. Raises UserError for an invalid line."""
+    lines = read_json_lines(path) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if type(line.get("step")) is not int or not all(is_number(line.get(name, 0)) or line[name] is None
+                                                        for name in ("loss", "eval_loss", "tokens", "flops")):
+            raise UserError(f"{path}: entry {number}: expected a step, and numbers as losses, tokens and flops")
+    return lines
 
 
 def lines_until(path: Path, step: int) -> Iterator[str]:
@@ -58,10 +60,9 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            logged = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return
-        if logged > step:
+            if parse_json(line, path)["step"] > step:
+                return
+        except (UserError, KeyError, TypeError):
             return
         yield line
 

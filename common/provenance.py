@@ -39,10 +39,33 @@ def write_record(directory: str | Path, record: Mapping[str, Any], name: str = R
     write_json(Path(directory) / name, record)
 
 
+# The entries of run.json and growth.json that are read again, and their types.
+RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "settings": dict, "result": dict, "lineage": dict, "parent_digest": (str, type(None)), "data_digest": str,
+    "rehearsed": list, "resumed": list, "layer_map": list}
+LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {"flops": (int, float), "text": dict, "tasks": list}
+TASK_KEYS = "task", "data", "data_digest"
+
+
 def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
-    """The record of a run or a growth; empty if the directory has none."""
+    """The record of a run or a growth; empty if the directory has none. Raises UserError if it is damaged."""
     path = Path(directory) / name
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    record = read_json(path, dict)
+    lineage = record.get("lineage", {})
+    problems = wrong_types(record, RECORD_TYPES) or wrong_types(lineage, LINEAGE_TYPES) or [
+        "tasks" for task in lineage.get("tasks", [])
+        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)]
+    if problems:
+        raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not valid")
+    return record
+
+
+def wrong_types(values: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> list[str]:
+    """The names of values that do not have the expected types."""
+    return [name for name, kind in types.items() if name in values
+            and (not isinstance(values[name], kind) or isinstance(values[name], bool))]
 
 
 def read_lineage(checkpoint: str | Path) -> dict[str, Any]:

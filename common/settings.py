@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 import tomllib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.files import UserError
+from common.files import UserError, first_line, read_text
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -56,12 +57,13 @@ def unknown_name(kind: str, name: str, names: Iterable[str] | None = None) -> li
 
 def read_toml(path: str | Path) -> dict:
     """The tables of a TOML file. Raises UserError if it does not exist or is not TOML."""
+    text = read_text(path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"the config file {path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{path} is not TOML that can be read: it is nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
+        raise UserError(f"{path} is not TOML: {first_line(error)}") from None
 
 
 def read_config(kind: str, name: str) -> dict:
@@ -81,7 +83,8 @@ def model_shape(size: str, depth: int | None = None) -> dict:
 # The types a field may have: what TOML and flags may give for them, and how messages and `--help` call them.
 ACCEPTED: dict[type, tuple[type, ...]] = {int: (int, str), float: (int, float, str), bool: (bool, str), str: (str,)}
 METAVARS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "UTF-8 text without null bytes"}
+MAX_INT = 2 ** 63  # beyond it torch and numpy take no seeds and sizes
 PLURALS = {int: "whole numbers", float: "numbers", str: "words"}
 
 
@@ -99,6 +102,11 @@ def parts(kind: Any) -> tuple[type, tuple, bool, bool]:
     return type(choices[0]) if choices else kind, choices, optional, False
 
 
+def is_plain(text: str) -> bool:
+    """Whether a text can be part of a path and printed: no null bytes, and no bytes that were not UTF-8."""
+    return "\0" not in text and not re.search("[\ud800-\udfff]", text)
+
+
 def convert(name: str, value: Any, kind: Any) -> Any:
     """A value from a TOML file or a flag (a string) as a field's type. Raises ValueError if it does not fit.
 
@@ -112,16 +120,16 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
             return tuple(convert(name, item, base) for item in items)
         except (TypeError, ValueError):
-            raise ValueError(f"{name} is {value!r}, expected {PLURALS[base]} separated by commas") from None
+            raise ValueError(f"{name} is {value!r:.80}, expected {PLURALS[base]} separated by commas") from None
     try:
-        if type(value) not in ACCEPTED[base]:
+        if type(value) not in ACCEPTED[base] or base is str and not is_plain(value):
             raise ValueError
         result = {"true": True, "false": False, True: True, False: False}[value] if base is bool else base(value)
         if choices and result not in choices:
             raise ValueError
-    except (KeyError, ValueError):
+    except (KeyError, OverflowError, ValueError):
         expected = "one of " + ", ".join(map(str, choices)) if choices else EXPECTED[base]
-        raise ValueError(f"{name} is {value!r}, expected {expected}") from None
+        raise ValueError(f"{name} is {value!r:.80}, expected {expected}") from None
     return result
 
 
@@ -180,6 +188,8 @@ def out_of_bounds(name: str, value: float, bounds: Mapping[str, float]) -> list[
     low, above, high, below = (bounds.get(key) for key in ("at_least", "above", "at_most", "below"))
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{name} is {value}, expected a finite number"]
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        return [f"{name} is {value}, expected a whole number below 2**63"]
     if (low is None or value >= low) and (above is None or value > above) and \
             (high is None or value <= high) and (below is None or value < below):
         return []
@@ -296,7 +306,8 @@ def dispatch(commands: Commands, description: str) -> None:
         commands: a pair (settings dataclass, function), or a mapping from sub-commands to such pairs.
         description: the script's docstring, shown by `--help`.
 
-    With DEBUG=1 in the environment a UserError keeps its traceback.
+    An OSError that nothing has translated, such as that of an unreadable file, counts as a UserError. With DEBUG=1 in
+    the environment errors keep their traceback.
     """
     argv, prog = sys.argv[1:], Path(sys.argv[0]).name
     cfg = None
@@ -312,14 +323,25 @@ def dispatch(commands: Commands, description: str) -> None:
             cls, function = commands
         cfg = load(cls, argv, description, prog)
         function(cfg)
-    except UserError as error:
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError, MemoryError) as error:
         if os.environ.get("DEBUG") == "1":
             raise
-        rank = int(os.environ.get("RANK", 0))
-        if not rank:
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not rank.isdecimal():
+            print(f"error: {describe_error(error)}", file=sys.stderr)
         elif cfg is not None:  # invalid flags fail on every rank; later errors may occur on one rank only
-            print(f"error on rank {rank}: {error}", file=sys.stderr)
+            print(f"error on rank {rank}: {describe_error(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def describe_error(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename):.200}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is not enough"
+    return " ".join(str(error).split("\n"))

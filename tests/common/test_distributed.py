@@ -47,6 +47,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"RANK": "0"}, "WORLD_SIZE is '', expected a whole number from 1 to"),
+    ({"RANK": "abc", "WORLD_SIZE": "1"}, "RANK is 'abc', expected a whole number from 0 to 0"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2', expected a whole number from 0 to 1"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected a whole number from 0 to"),
+])
+def test_bad_variables_of_a_launcher_are_refused(monkeypatch, environment, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(message)), Distributed():
+        pass
+
+
 def test_omp_num_threads_is_respected():
     code = "import torch; from common.distributed import Distributed\n" \
            "with Distributed(): print(torch.get_num_threads())"

@@ -1,0 +1,36 @@
+"""Ctrl-C ends a script without a traceback, with status 130, also while the script imports its libraries.
+
+Scripts import this module before anything else. A KeyboardInterrupt within the import of an extension module may arrive
+as the cause of another exception, and in a callback it cannot be raised at all; the process ends then as well.
+"""
+import os
+import signal
+import sys
+from types import TracebackType
+
+previous_excepthook, previous_unraisablehook = sys.excepthook, sys.unraisablehook
+
+
+def end_if_interrupted(error: BaseException | None) -> None:
+    """Ends the process if an exception is a KeyboardInterrupt or was raised because of one."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, KeyboardInterrupt) and not hasattr(sys, "ps1"):  # an interactive session goes on
+            os._exit(128 + signal.SIGINT)
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+
+
+def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Called for an exception that nothing catches."""
+    end_if_interrupted(error)
+    previous_excepthook(kind, error, trace)
+
+
+def unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Called for an exception that cannot be raised."""
+    end_if_interrupted(unraisable.exc_value)
+    previous_unraisablehook(unraisable)
+
+
+sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
