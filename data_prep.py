@@ -5,21 +5,24 @@
     python data_prep.py hub --task simp --output_path data/raw
     python data_prep.py suite --output_path data/eval/sample
 """
+import common.interrupts
+
 from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from common.files import new_directory
-from common.settings import known, model_shape, read_config, run, setting
+from common.files import ExistsError, new_directory
+from common.settings import Commands, known, model_shape, read_config, run, setting
 from corpus.documents import read_documents
 from corpus.raw_tasks import read_hub_task, read_raw_task, write_raw_task
-from corpus.sample_suite import write_suite
+from corpus.sample_suite import suite_exists, write_suite
 from corpus.shards import shards_exist, write_shards
 from corpus.tasks import split_indices, write_task
 from model.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 
+MAX_SAMPLES = 1_000_000_000  # an upper bound of settings
 TOKENIZER_DOCUMENTS = 1_000_000  # maximum number of documents that a tokenizer is trained on
 
 
@@ -30,7 +33,7 @@ class TaskDataConfig:
     folder_path: str = setting(None, "folder of the task's raw files, or its parent folder", required=True)
     output_path: str = setting(None, "preprocessed file to write", required=True)
     eval_dataset_size: float = setting(0.1, "evaluation split: a share of the training data, or a number of samples",
-                                       above=0)
+                                       above=0, at_most=MAX_SAMPLES)
 
     def problems(self) -> list[str]:
         """Rejects a fractional number of samples."""
@@ -56,7 +59,7 @@ class TextDataConfig:
     output_path: str = setting(None, "directory to create", required=True)
     size: str | None = setting(None, "size preset whose vocabulary size the tokenizer gets", names="size")
     vocab_size: int = setting(4096, "vocabulary size of the tokenizer if no size is given; a byte-level vocabulary "
-                                    "needs at least 300", at_least=300)
+                                    "needs at least 300", at_least=300, at_most=1 << 20)
     tokenizer: str | None = setting(None, "checkpoint directory whose tokenizer to use; none: train one on the text")
     text_column: str = setting("text", "field of a .jsonl line or column of a Hub dataset that holds the text")
     dataset_config: str | None = setting(None, "configuration of a Hub dataset, such as en")
@@ -73,17 +76,20 @@ class TextDataConfig:
 def prepare_text(cfg: TextDataConfig) -> None:
     """Writes a directory of token shards with its tokenizer. To train a tokenizer, the documents are read twice."""
     settings = asdict(cfg) | {"output_path": None}
-    if shards_exist(cfg.output_path, settings):
-        return print(f"{cfg.output_path} exists already")
     documents = partial(read_documents, cfg.source, cfg.text_column, cfg.dataset_config, cfg.max_documents)
-    with new_directory(cfg.output_path) as folder:
-        if cfg.tokenizer:
-            tokenizer = Tokenizer(cfg.tokenizer)
-            copy_tokenizer(cfg.tokenizer, folder)
-        else:
-            vocab_size = model_shape(cfg.size)["vocab_size"] if cfg.size else cfg.vocab_size
-            tokenizer = train_tokenizer(islice(documents(), TOKENIZER_DOCUMENTS), vocab_size, folder)
-        meta = write_shards(folder, documents(), tokenizer, settings)
+    try:
+        with new_directory(cfg.output_path) as folder:
+            if cfg.tokenizer:
+                tokenizer = Tokenizer(cfg.tokenizer)
+                copy_tokenizer(cfg.tokenizer, folder)
+            else:
+                vocab_size = model_shape(cfg.size)["vocab_size"] if cfg.size else cfg.vocab_size
+                tokenizer = train_tokenizer(islice(documents(), TOKENIZER_DOCUMENTS), vocab_size, folder)
+            meta = write_shards(folder, documents(), tokenizer, settings)
+    except ExistsError:
+        if not shards_exist(cfg.output_path, settings):
+            raise
+        return print(f"{cfg.output_path} exists already")
     tokens = sum(shard["tokens"] for shard in meta["shards"].values())
     print(f"{cfg.output_path}: {meta['documents']:,} documents, {tokens:,} tokens")
 
@@ -95,18 +101,23 @@ class HubDataConfig:
     output_path: str = setting(None, "folder in which to create the task's folder of raw files", required=True)
     dataset: str | None = setting(None, "Hub id, or a local directory of parquet files; none: the task's own")
     max_samples: int = setting(112_000, "maximum number of training samples; a tenth becomes the evaluation split",
-                               at_least=1)
-    max_test_samples: int = setting(2_000, "maximum number of test samples", at_least=1)
+                               at_least=1, at_most=MAX_SAMPLES)
+    max_test_samples: int = setting(2_000, "maximum number of test samples", at_least=1, at_most=MAX_SAMPLES)
 
 
 def prepare_hub(cfg: HubDataConfig) -> None:
     """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
     spec = read_config("task", cfg.task)
     folder = Path(cfg.output_path) / spec["folder"]
-    if folder.exists():
+    if folder.is_dir():
         return print(f"{folder} exists already")
     splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples)
-    write_raw_task(folder, splits, spec)
+    try:
+        write_raw_task(folder, splits, spec)
+    except ExistsError:
+        if not folder.is_dir():
+            raise
+        return print(f"{folder} exists already: another process has made it in the meantime")
     print(f"{folder}: {format_counts(splits)}")
 
 
@@ -118,9 +129,13 @@ class SuiteDataConfig:
 
 def prepare_suite(cfg: SuiteDataConfig) -> None:
     """Writes the items of the sample suite."""
-    if Path(cfg.output_path).exists():
+    try:
+        suite = write_suite(cfg.output_path)
+    except ExistsError:
+        if not suite_exists(cfg.output_path):
+            raise
         return print(f"{cfg.output_path} exists already")
-    print(f"{cfg.output_path}: {format_counts(write_suite(cfg.output_path))}")
+    print(f"{cfg.output_path}: {format_counts(suite)}")
 
 
 def format_counts(lists: Mapping[str, Sized]) -> str:
@@ -128,6 +143,8 @@ def format_counts(lists: Mapping[str, Sized]) -> str:
     return ", ".join(f"{len(items):,} {name}" for name, items in lists.items())
 
 
+COMMANDS: Commands = {"task": (TaskDataConfig, prepare_task), "text": (TextDataConfig, prepare_text),
+                      "hub": (HubDataConfig, prepare_hub), "suite": (SuiteDataConfig, prepare_suite)}
+
 if __name__ == "__main__":
-    run({"task": (TaskDataConfig, prepare_task), "text": (TextDataConfig, prepare_text),
-         "hub": (HubDataConfig, prepare_hub), "suite": (SuiteDataConfig, prepare_suite)}, __doc__)
+    run(COMMANDS, __doc__)

@@ -1,7 +1,7 @@
 """Documents for pretraining: installed documentation, text files or a Hub dataset; and the choice of held-out ones."""
 import ast
 import glob
-import json
+import os
 import sysconfig
 import warnings
 import zlib
@@ -10,13 +10,14 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from common.files import UserError, first_line
+from common.files import UserError, first_line, parse_json
 
 VALIDATION_PER_MILLE = 10  # documents per thousand that are held out for validation
+TEXT_SUFFIXES = ".txt", ".jsonl"
 DOCUMENT_CHARACTERS = 10_000  # a .txt file is cut into documents of about this length
 
 # Well-documented packages from requirements.txt. The list is fixed, so that other installed packages do not change the
@@ -36,34 +37,57 @@ def read_documents(source: str, text_column: str = "text", dataset_config: str |
     documents: Iterable[str]
     if source == "docs":
         documents = read_installed_docs()
-    elif path.exists():
-        names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
-        files = [path / name for name in names if (path / name).suffix in (".txt", ".jsonl")]
+    elif os.path.lexists(path):
+        files = find_text_files(path) if path.is_dir() else [path] if path.suffix in TEXT_SUFFIXES else []
         if not files:
             raise UserError(f"{source}: expected a .txt or .jsonl file, or a folder of them")
         documents = chain.from_iterable(read_text_file(file, text_column) for file in files)
     else:
         rows = load_hub_dataset(source, "train", [text_column], dataset_config, streaming=True)
-        documents = (row[text_column] for row in rows)
+        documents = (text_field(row, text_column, f"{source}, row {number}") for number, row in enumerate(rows, 1))
     return (text for text in islice(documents, max_documents) if text.strip())
+
+
+def find_text_files(folder: Path) -> list[Path]:
+    """The .txt and .jsonl files in a folder and its subfolders, in the order of their paths; no hidden ones.
+
+    Raises UserError for a subfolder that cannot be read, or that is a link to a folder that contains it.
+    """
+    def fail(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    files = []
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in folders):
+            if path.is_symlink() and path.resolve() in [parent.resolve() for parent in path.parents]:
+                raise UserError(f"{path} is a link to a folder that contains it: its files would be read many times")
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted((file for file in files if file.suffix in TEXT_SUFFIXES), key=str)
 
 
 def read_text_file(path: Path, column: str) -> Iterator[str]:
     """Yields the documents of a file: pieces of a .txt file, cut at line ends, or one field of each .jsonl line."""
-    with open(path, encoding="utf-8") as file:
-        try:
+    if not path.is_file():
+        raise UserError(f"{path} is {'a link to something that is ' if path.is_symlink() else ''}not a file")
+    try:
+        with open(path, encoding="utf-8") as file:
             while path.suffix == ".txt" and (lines := file.readlines(DOCUMENT_CHARACTERS)):
                 yield "".join(lines)
             for number, line in enumerate(file, 1):
-                try:
-                    text = json.loads(line)[column] if line.strip() else ""
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(f"{path}, line {number}: expected a JSON object with a text as {column!r}")
-                yield text
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
+                where = f"{path}, line {number}"
+                yield text_field(parse_json(line, where), column, where) if line.strip() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def text_field(value: Any, name: str, where: str) -> str:
+    """A field of an object. Raises UserError, which begins with `where`, unless the field is a text."""
+    if not isinstance(value, dict) or not isinstance(text := value.get(name), str):
+        raise UserError(f"{where}: expected an object with a text as {name!r}")
+    return text
 
 
 @cache
@@ -100,19 +124,23 @@ def read_docstrings(path: Path) -> list[str]:
     nodes = [node for node in ast.walk(tree)
              if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    return [text for node in nodes if (text := ast.get_docstring(node))]
+    texts = (text for node in nodes if (text := ast.get_docstring(node)))
+    return [text.encode("utf-8", "replace").decode() for text in texts]  # an escape may stand for half a surrogate pair
 
 
 def load_hub_dataset(name: str, split: str, columns: list[str], config: str | None = None,
-                     revision: str | None = None, streaming: bool = False) -> Iterable[dict[str, Any]]:
-    """The rows of a Hub dataset, or of a local directory of parquet files, with the given columns.
+                     revision: str | None = None, streaming: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a Hub dataset, or of a local directory of parquet files, with the given columns.
 
     `config` is the dataset's configuration (such as "en"), `revision` a branch (such as "refs/convert/parquet").
     """
     from datasets import load_dataset
+    data_dir, path = None, os.path.realpath(name)
+    if os.path.isdir(path) and glob.has_magic(path):  # datasets would take the path for a pattern
+        data_dir = os.path.relpath(glob.escape(path), path)
     try:
-        rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
-        return rows.select_columns(columns)
+        rows = load_dataset(name, config, data_dir, split=split, revision=revision, streaming=streaming)
+        yield from tqdm(rows.select_columns(columns), split, disable=True if streaming else None)
     except Exception as error:  # datasets and huggingface_hub raise many types: network, name, split, columns
         raise UserError(f"cannot read the split {split!r} of {name}: {first_line(error)}. Without a network, put raw "
                         "files into a folder and name it, or use the sample") from None

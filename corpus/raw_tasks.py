@@ -10,9 +10,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from common.files import UserError, new_directory, read_json, write_json
+from common.files import UserError, new_directory, parsing, read_json, write_json
+from common.formatting import format_names
 from corpus.documents import load_hub_dataset
 
 LISTS = ("src", "tgt", "src_info")
@@ -23,44 +22,72 @@ def read_hub_task(spec: dict[str, Any], dataset: str | None, max_train: int, max
     """{"train", "test"}: the src_info fields of at most `max_train` and `max_test` samples of a task on the Hub.
 
     `dataset` replaces the Hub id in `spec`, the task's configuration. If the dataset has no test split, the last tenth
-    of the training samples (at most `max_test`) becomes the test split.
+    of the training samples (at most `max_test`) becomes the test split. Raises UserError for a row without the fields
+    that `spec` names, and if a split would be empty.
     """
     hub = spec["hub"]
+    name = dataset or hub["dataset"]
     columns = [*hub["columns"].values(), *(hub[key] for key in ("dialogue", "references") if key in hub),
                *([hub["labels"]["column"]] if "labels" in hub else [])]
     limits = {"train": max_train, "test": max_test} if "test" in hub["splits"] else {"train": max_train + max_test}
     splits = {}
     for split, hub_split in hub["splits"].items():
-        rows = load_hub_dataset(dataset or hub["dataset"], hub_split, columns, hub.get("config"), hub.get("revision"))
-        samples = chain.from_iterable(row_samples(row, hub) for row in tqdm(rows, split, disable=None))
+        rows = load_hub_dataset(name, hub_split, columns, hub.get("config"), hub.get("revision"))
+        samples = chain.from_iterable(row_samples(row, hub, f"{name}: row {number} of the split {hub_split!r}")
+                                      for number, row in enumerate(rows))
         splits[split] = list(islice(samples, limits[split]))
     if "test" not in splits:
         num_test = max(1, min(max_test, len(splits["train"]) // 10))
         splits = {"train": splits["train"][:-num_test], "test": splits["train"][-num_test:]}
+    if empty := [split for split, samples in splits.items() if not samples]:
+        raise UserError(f"{name} holds no {' and no '.join(empty)} samples")
     return splits
 
 
-def row_samples(row: dict[str, Any], hub: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the src_info fields of each sample in a row of a Hub dataset, as [hub] in configs/task describes it."""
-    info = {field: row[column] or "" for field, column in hub["columns"].items()}
-    if "labels" in hub:
-        label = row[hub["labels"]["column"]]
-        if label is None or label < 0:  # datasets mark a missing label with -1
-            return
-        info[hub["labels"]["field"]] = hub["labels"]["names"][label]
-    if "references" in hub and len(row[hub["references"]] or []) > 1:
-        info["references"] = row[hub["references"]]
-    if "dialogue" not in hub:
-        yield info
-        return
-    turns = [turn["content"].strip() for turn in row[hub["dialogue"]]]
-    for index in range(1, len(turns), 2):  # the listener's turns
-        yield info | {"input_text": "\n".join(f"- {turn}" for turn in turns[:index]), "output_text": turns[index]}
+def row_samples(row: dict[str, Any], hub: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The src_info fields of each sample in a row of a Hub dataset, as [hub] in configs/task describes it.
+
+    Raises UserError, which begins with `where`, if the row does not fit the description.
+    """
+    with parsing(where, "as configs/task describes it"):
+        info: dict[str, Any] = {field: checked_text(row[column]) for field, column in hub["columns"].items()}
+        if "labels" in hub:
+            label = row[hub["labels"]["column"]]
+            if label is None or label < 0:  # datasets mark a missing label with -1
+                return []
+            info[hub["labels"]["field"]] = hub["labels"]["names"][label]
+        if "references" in hub and len(references := checked_texts(row[hub["references"]] or [])) > 1:
+            info["references"] = references
+        return [info | sample for sample in dialogue_samples(row[hub["dialogue"]])] if "dialogue" in hub else [info]
+
+
+def dialogue_samples(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The src_info fields of each of the listener's turns: it answers the turns before it."""
+    if unknown := {turn["role"] for turn in turns} - {"user", "assistant"}:
+        raise ValueError(f"unknown roles {sorted(map(str, unknown))}")
+    texts = [checked_text(turn["content"]).strip() for turn in turns]
+    return [{"input_text": "\n".join(f"- {text}" for text in texts[:index]), "output_text": texts[index]}
+            for index in range(1, len(turns)) if turns[index]["role"] == "assistant"]
+
+
+def checked_text(value: Any) -> str:
+    """The text, or an empty one for None. Raises TypeError for another value."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"expected a text, found {value!r:.40}")
+    return value or ""
+
+
+def checked_texts(values: Any) -> list[str]:
+    """The non-empty ones of the texts in a list. Raises TypeError for another value."""
+    if not isinstance(values, list):
+        raise TypeError(f"expected a list of texts, found {values!r:.40}")
+    return [text for value in values if (text := checked_text(value)).strip()]
 
 
 def restore_brackets(text: str) -> str:
     """The text with brackets in place of -LRB-, -RRB-, -LSB- and -RSB-, stripped of surrounding whitespace."""
-    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=re.IGNORECASE).strip()
+    flags = re.IGNORECASE | re.ASCII
+    return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=flags).strip()
 
 
 def write_raw_task(folder: Path, splits: dict[str, list[dict]], spec: dict[str, Any]) -> None:
@@ -98,46 +125,47 @@ def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], l
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected the raw files of the task, or a folder {spec['folder']} "
                         "with them")
-    train, test = (read_raw_split(folder, split) for split in ("train", "test"))
+    train, test = (read_raw_split(folder, split, spec["source"]) for split in ("train", "test"))
     if "test_prompt" in spec:
         prompt_names = sorted({str(item["src_info"].get("prompt_name")) for item in test})
         test = [item for item in test if item["src_info"].get("prompt_name") == spec["test_prompt"]]
         if not test:
             raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found "
-                            + ", ".join(prompt_names))
+                            + format_names(prompt_names))
     return train, test
 
 
-def read_raw_split(folder: Path, split: str) -> list[dict]:
-    """The items of all files of a split, in the order of the names. Reports and skips items without a target."""
+def read_raw_split(folder: Path, split: str, source_field: str) -> list[dict]:
+    """The items of all files of a split, in the order of the names. Reports and skips items without a target.
+
+    `source_field` is the field of src_info with the source text, for the metrics; it may be missing.
+    """
     paths = [path for path in sorted(folder.glob("*.json")) if split_of_file(path) == split]
     if not paths:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        names = format_names(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise UserError(f"{folder} holds no {split} file: expected a *.json with {split!r} in its name; found {names}")
     items: list[dict] = []
     skipped: list[str] = []
     for path in paths:
-        for number, (source, targets, info) in enumerate(read_raw_file(path)):
-            references = [restore_brackets(text) for text in targets]
-            if not references or not references[0]:
+        for number, (source, targets, info) in enumerate(read_raw_file(path, source_field)):
+            if not (references := list(filter(None, map(restore_brackets, targets)))):
                 skipped.append(f"{path.name}[{number}]")
                 continue
             item = {"input": restore_brackets(source), "output": references[0], "src_info": info,
                     "index": len(items) + len(skipped)}  # skipped items count
             items.append(item | ({"references": references} if len(references) > 1 else {}))
     if skipped:
-        more = f" and {len(skipped) - 20} more" if len(skipped) > 20 else ""
-        print(f"{folder}: {len(skipped)} {split} items have an empty target and are skipped: "
-              f"{', '.join(skipped[:20])}{more}", file=sys.stderr)
+        print(f"{folder}: {len(skipped)} {split} items have an empty target and are skipped: {format_names(skipped)}",
+              file=sys.stderr)
     if not items:
         raise UserError(f"{folder}: its {split} files hold no item with a target")
     return items
 
 
-def read_raw_file(path: Path) -> Iterator[tuple[str, list[str], dict]]:
-    """Yields (source, targets, src_info) of each item. A missing target (null) becomes an empty text."""
-    raw = read_json(path)
-    lists: dict[str, Any] = {key: raw.get(key) if isinstance(raw, dict) else None for key in LISTS}
+def read_raw_file(path: Path, source_field: str) -> Iterator[tuple[str, list[str], dict]]:
+    """Yields (source, targets, src_info) of each item. Missing targets (null) are left out."""
+    raw = read_json(path, dict)
+    lists: dict[str, Any] = {key: raw.get(key) for key in LISTS}
     if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
         raise UserError(f"{path} lacks the list {', '.join(missing)}: expected one object with the lists "
                         + ", ".join(LISTS))
@@ -145,10 +173,14 @@ def read_raw_file(path: Path) -> Iterator[tuple[str, list[str], dict]]:
     if len(set(lengths.values())) > 1:
         raise UserError(f"{path}: the lists differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
     for number, (source, target, info) in enumerate(zip(*lists.values())):
-        targets = [text or "" for text in (target if isinstance(target, list) else [target])]
-        if not isinstance(info, dict) or not all(isinstance(text, str) for text in (source, *targets)):
+        try:
+            if source is None or not isinstance(info, dict):
+                raise TypeError("src or src_info")
+            checked_text(info.get(source_field))
+            source, targets = checked_text(source), checked_texts(target if isinstance(target, list) else [target])
+        except TypeError as error:
             raise UserError(f"{path}: item {number}: expected a text as src, a text or a list of texts as tgt, and "
-                            "an object as src_info")
+                            f"an object as src_info, whose {source_field!r} is a text ({error})") from None
         yield source, targets, info
 
 

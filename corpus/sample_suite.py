@@ -27,12 +27,19 @@ TERM = re.compile(r"[a-z]{5,}")
 Question = tuple[int, str, str]  # (document number, context, right answer)
 
 
+def suite_exists(directory: str | Path) -> bool:
+    """Whether a directory holds the files of the suite."""
+    files = [benchmark["file"] for benchmark in read_config("eval", "sample")["benchmark"]]
+    return all((Path(directory) / file).is_file() for file in files)
+
+
 def write_suite(directory: str | Path) -> dict[str, list[dict]]:
     """Writes the JSONL files that configs/eval/sample.toml names; returns the items by file name."""
-    passages = read_raw_split(ROOT / "data/sample" / read_config("task", "inqqg")["folder"], "test")
-    suite = build_suite(filter(is_held_out, read_documents("docs")), [item["src_info"] for item in passages])
-    suite["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
+    spec = read_config("task", "inqqg")
     with new_directory(directory) as folder:
+        passages = read_raw_split(ROOT / "data/sample" / spec["folder"], "test", spec["source"])
+        suite = build_suite(filter(is_held_out, read_documents("docs")), [item["src_info"] for item in passages])
+        suite["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
         for name, items in suite.items():
             write_text(folder / f"{name}.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     return suite

@@ -3,6 +3,7 @@
 A directory holds train-*.npy, val-*.npy, the tokenizer's files and meta.json: {settings, documents, vocab_size,
 shards: {file: {tokens, sha256}}}.
 """
+import re
 from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.files import UserError, digest, read_json, write_json
+from common.files import UserError, digest, first_line, parsing, read_json, write_json
+from common.formatting import format_names
 from common.provenance import changed
 from corpus.documents import VALIDATION_PER_MILLE, is_held_out
 from model.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 27  # minimum size of every shard but the last
+SHARD_NAME = re.compile(r"(train|val)-\d{5,}\.npy")
+RESTORE = "Restore it, or remove the directory and make it again with data_prep.py text"
 
 
 class ShardWriter:
@@ -39,7 +43,10 @@ class ShardWriter:
         """Writes the buffered tokens as one shard, if there are any."""
         if num_tokens := sum(map(len, self.buffer)):
             path = self.folder / f"{self.split}-{len(self.shards):05}.npy"
-            np.save(path, np.concatenate(self.buffer))
+            ids = np.concatenate(self.buffer)
+            with open(path, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
+                file.write(ids.data)  # np.save would hide the reason for which a write fails
             self.shards[path.name] = {"tokens": num_tokens, "sha256": digest([path])}
             self.buffer = []
 
@@ -49,7 +56,7 @@ def shards_exist(directory: str | Path, settings: dict[str, Any]) -> bool:
     meta = Path(directory) / "meta.json"
     if not meta.exists():
         return False
-    if differences := changed(read_json(meta).get("settings", {}), settings):
+    if differences := changed(read_meta(directory)["settings"], settings):
         raise UserError(f"{directory} was made with other settings: {'; '.join(differences)}. Remove it, or choose "
                         "another --output_path")
     return True
@@ -59,6 +66,9 @@ def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, s
     """Writes the shards of both splits and meta.json into a folder; returns the content of meta.json."""
     if tokenizer.eos_id is None:
         raise UserError(f"{tokenizer.directory} names no end-of-text token, which has to separate the documents")
+    if tokenizer.eos_id not in range(tokenizer.vocab_size):
+        raise UserError(f"{tokenizer.directory}: the end-of-text token {tokenizer.eos_id} is not one of the "
+                        f"{tokenizer.vocab_size} tokens of the vocabulary")
     writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
     remaining, count = iter(documents), 0
     with tqdm(desc="writing tokens", unit="doc", disable=None) as progress:
@@ -78,17 +88,70 @@ def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, s
     return meta
 
 
+def read_meta(directory: str | Path) -> dict[str, Any]:
+    """The content of meta.json. Raises UserError if it is damaged, or if the directory holds other shards."""
+    path = Path(directory) / "meta.json"
+    meta = read_json(path, dict)
+    with parsing(path, "the description of token shards"):
+        if not isinstance(meta["settings"], dict) or type(meta["vocab_size"]) is not int:
+            raise TypeError("settings or vocab_size")
+        for name, shard in meta["shards"].items():
+            if not SHARD_NAME.fullmatch(name) or type(shard["tokens"]) is not int or type(shard["sha256"]) is not str:
+                raise TypeError(f"shard {name!r}")
+    present = {file.name for file in Path(directory).glob("*.npy")}
+    for names, problem in ((meta["shards"].keys() - present, "lists shards that do not exist"),
+                           (present - meta["shards"].keys(), "does not list the shards")):
+        if names:
+            raise UserError(f"{path} {problem}: {format_names(sorted(names))}. {RESTORE}")
+    return meta
+
+
+def open_shard(path: Path, tokens: int) -> np.ndarray:
+    """A memory-mapped shard. Raises UserError if it is not an array of as many token ids as meta.json says."""
+    try:
+        shard = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header may raise errors of the tokenize module, besides ValueError
+        raise UserError(f"{path} is damaged or not a NumPy array ({first_line(error):.200}). {RESTORE}") from None
+    if shard.dtype.kind != "u" or shard.shape != (tokens,):
+        raise UserError(f"{path} holds {shard.dtype} numbers of shape {shard.shape}, but meta.json says {tokens} "
+                        f"unsigned integers. {RESTORE}")
+    return shard
+
+
+def check_shards(directory: str | Path, rank: int = 0, world_size: int = 1) -> None:
+    """Checks this rank's part of the shards of both splits: their digests, and that all ids are in the vocabulary.
+
+    Raises UserError for the first shard that differs from what meta.json says. Reads the shards once, from disk.
+    """
+    meta = read_meta(directory)
+    if meta["vocab_size"] != (vocab_size := Tokenizer(directory).vocab_size):
+        raise UserError(f"{directory}: meta.json says that the vocabulary has {meta['vocab_size']} tokens, but the "
+                        f"tokenizer has {vocab_size}. {RESTORE}")
+    names = sorted(meta["shards"])[rank::world_size]
+    for name in tqdm(names, "checking shards", unit="shard", disable=True if rank else None, delay=2):
+        path, shard = Path(directory) / name, meta["shards"][name]
+        ids = open_shard(path, shard["tokens"])
+        if digest([path]) != shard["sha256"]:
+            raise UserError(f"{path} is not the shard that meta.json describes: its SHA-256 differs. {RESTORE}")
+        if (largest := int(ids.max())) >= vocab_size:
+            raise UserError(f"{path} holds the token id {largest}, but the vocabulary has {vocab_size} tokens. "
+                            f"{RESTORE}")
+
+
 class ShardDataset:
     """One split ("train" or "val") of memory-mapped token shards, as at most `limit` samples (token ids, first target).
 
-    A sample has `seq_length` + 1 tokens. Every token of a shard but the first is a target once.
+    A sample has `seq_length` + 1 tokens. Every token of a shard but the first is a target once. The headers of the
+    shards are checked here, their content by `check_shards`.
     """
 
     def __init__(self, directory: str | Path, split: str, seq_length: int, limit: int | None = None):
-        paths = sorted(Path(directory).glob(f"{split}-*.npy"))
-        if not paths:
+        shards = read_meta(directory)["shards"]
+        names = sorted(name for name in shards if name.startswith(f"{split}-"))
+        if not names:
             raise UserError(f"{directory} holds no token shards {split}-*.npy: make them with data_prep.py text")
-        self.shards, self.seq_length = [np.load(path, mmap_mode="r") for path in paths], seq_length
+        self.shards = [open_shard(Path(directory) / name, shards[name]["tokens"]) for name in names]
+        self.seq_length = seq_length
         self.ends = np.cumsum([max(0, len(shard) - 1) // seq_length for shard in self.shards])
         if not self.ends[-1]:
             raise UserError(f"{directory}: no {split} shard has the {seq_length + 1} tokens of one sample")

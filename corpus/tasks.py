@@ -15,6 +15,7 @@ PROMPT = ("Below is an instruction that describes a task, paired with an input t
           "Write a response that appropriately completes the request.\n\n{source}\n\n" + RESPONSE)
 
 SPLITS = ("train", "eval", "test")
+BEGINNING = b'{\n "train": ['  # of a file that write_task has written
 SPLIT_SEED = 42
 
 
@@ -59,30 +60,57 @@ def split_indices(count: int, eval_size: float) -> tuple[list[int], list[int]]:
 
 
 def write_task(path: str | Path, splits: dict[str, list[dict]]) -> bool:
-    """Writes {"train", "eval", "test"} as a preprocessed task file; returns whether the file has changed."""
+    """Writes {"train", "eval", "test"} as a preprocessed task file; returns whether the file has changed.
+
+    Raises UserError if the path holds something other than a preprocessed task file.
+    """
     text = json.dumps(splits, ensure_ascii=False, indent=1) + "\n"
-    if Path(path).exists() and Path(path).read_text(encoding="utf-8") == text:
-        return False
+    if Path(path).is_file():
+        if (old := Path(path).read_bytes()) == text.encode():
+            return False
+        if not old.startswith(BEGINNING):
+            raise UserError(f"{path} exists already and is not a preprocessed task file: remove it or choose another "
+                            "name")
     write_text(path, text)
     return True
 
 
-def read_task(path: str | Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+def read_task(path: str | Path,
+              source_field: str | None = None) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """The splits {"train", "eval", "test"} of a preprocessed task file, and the names of skipped items ("train[3]").
 
-    Items without a target are skipped. Raises UserError if the file does not have the format.
+    Items without a target are skipped. A missing `src_info`, or null, becomes an empty object. Raises UserError if the
+    file does not have the format. `source_field` is the field of src_info with the source text, for the metrics; it is
+    checked as well.
     """
-    splits = read_json(path)
-    if not isinstance(splits, dict) or not all(isinstance(splits.get(name), list) for name in SPLITS):
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in SPLITS):
         raise UserError(f"{path} is not a preprocessed task file: expected an object with the lists "
                         + ", ".join(SPLITS))
+    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     skipped = []
     for name in SPLITS:
-        for index, item in enumerate(splits[name]):
-            if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "output")):
-                raise UserError(f"{path}: {name}[{index}] is not an object with the texts 'input' and 'output'")
-        skipped += [f"{name}[{index}]" for index, item in enumerate(splits[name]) if not item["output"].strip()]
-        splits[name] = [item for item in splits[name] if item["output"].strip()]
+        for index, item in enumerate(content[name]):
+            if problem := item_problem(item, source_field):
+                raise UserError(f"{path}: {name}[{index}] is not {problem}")
+            if item["output"].strip():
+                splits[name].append(item | {"src_info": item.get("src_info") or {}})
+            else:
+                skipped.append(f"{name}[{index}]")
     if not splits["train"]:
         raise UserError(f"{path} holds no training samples")
     return splits, skipped
+
+
+def item_problem(item: Any, source_field: str | None) -> str:
+    """What an item of a preprocessed task file should be, as words after "is not"; empty if it is valid."""
+    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "output")):
+        return "an object with the texts 'input' and 'output'"
+    references, info = item.get("references", ["one"]), item.get("src_info")
+    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+        return "an item whose 'references' are a list of one or more texts"
+    if not isinstance(info, dict | None):
+        return "an item whose 'src_info' is an object"
+    if info and not isinstance(info.get(source_field), str | None):
+        return f"an item whose 'src_info' has a text as {source_field!r}"
+    return ""

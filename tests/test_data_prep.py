@@ -1,11 +1,16 @@
 """data_prep.py on raw task files, raw text and Hub datasets."""
 import json
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
 
+import data_prep
 from common.settings import read_config
+from corpus.shards import check_shards
+from corpus.tasks import read_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, error_line, run_script
 
@@ -31,6 +36,62 @@ def raw(tmp_path):
 def prepare(raw, out, *flags, check=True, folder=None):
     return run_script("data_prep.py", "task", "--task", "simp", "--folder_path", folder or raw.parent,
                       "--output_path", out, *flags, check=check)
+
+
+RACE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import corpus.sample_suite, data_prep
+from common import settings
+
+folder = Path(sys.argv.pop(1))
+
+def waits_for_the_other(rename):
+    def call(path, target):
+        if path.parent == folder:
+            (folder / "ready").mkdir(exist_ok=True)
+            (folder / "ready" / path.name).touch()
+            end = time.monotonic() + 20
+            while len(list((folder / "ready").iterdir())) < 2 and time.monotonic() < end:
+                time.sleep(0.005)
+        return rename(path, target)
+    return call
+
+Path.rename, Path.replace = map(waits_for_the_other, (Path.rename, Path.replace))
+samples = [{{"document": "d", "summary": "s"}}]
+data_prep.read_hub_task = lambda *_: {{"train": samples, "test": samples}}
+corpus.sample_suite.read_documents = lambda _: [f"A prose text of number {{n}} with eight words. " * 20 for n in "123"]
+settings.dispatch(data_prep.COMMANDS, "")
+"""
+
+
+@pytest.mark.parametrize(("command", "made", "flags"), [
+    ("task", "out", ["--task", "simp", "--folder_path", "data/sample"]),
+    ("text", "out", ["--source", "{0}/texts", "--vocab_size", "320"]), ("suite", "out", []),
+    ("hub", "gigaword", ["--task", "hgen"])])
+def test_two_processes_that_make_one_path(tmp_path, command, made, flags):
+    """Both have written everything when the first of them renames its result."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.jsonl").write_text("".join(f'{{"text": "Text {n}."}}\n' for n in range(400)))
+    out = tmp_path if command == "hub" else tmp_path / made
+    words = [sys.executable, "-c", RACE, tmp_path, command, *(flag.format(tmp_path) for flag in flags),
+             "--output_path", out]
+    processes = [subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    late = [stdout for stdout, _ in outputs if "exists already" in stdout]
+    assert len(late) == (command != "task")  # both writers of a task file replace it by the same content
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made, "ready", "texts"])
+    if command == "task":
+        assert read_task(tmp_path / made)[0]["train"]
+    elif command == "text":
+        check_shards(tmp_path / made)
+    else:
+        names = {"suite": ["continuation.jsonl", "pairs.jsonl", "reading.jsonl", "terms.jsonl"],
+                 "hub": ["make_a_title.test.json", "make_a_title.train.json"]}[command]
+        assert sorted(path.name for path in (tmp_path / made).iterdir()) == names
 
 
 def test_preprocessed_file(raw, tmp_path):
@@ -99,10 +160,31 @@ def test_bad_raw_files(raw, tmp_path, spoil, said):
 @pytest.mark.parametrize(("flags", "said"), [
     (["--task", "smp"], "unknown task 'smp'"), (["--eval_dataset_size", "50"], "takes 50 of 28 training items"),
     (["--eval_dataset_size", "-1"], "expected a number above 0"), (["--eval_dataset_size", "inf"], "size is inf"),
-    (["--eval_dataset_size", "1.5"], "expected a share below 1"), (["--folder_path", "gone"], "gone is not a folder")])
+    (["--eval_dataset_size", "1.5"], "expected a share below 1"),
+    (["--eval_dataset_size", "nan"], "size is nan"), (["--eval_dataset_size", "1e308"], "0 and at most 1000000000"),
+    (["--folder_path", "gone"], "gone is not a folder")])
 def test_bad_flags(raw, tmp_path, flags, said):
     assert said in error_line(prepare(raw, tmp_path / "out.json", *flags, check=False))
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(("command", "flags", "said"), [
+    ("text", ["--vocab_size", "10000000000000"], "vocab_size is 10000000000000, expected a number from 300 to 1048576"),
+    ("hub", ["--task", "hgen", "--max_samples", 2 ** 62], "expected a number from 1 to 1000000000"),
+    ("hub", ["--task", "hgen", "--max_test_samples", 2 ** 62], "expected a number from 1 to 1000000000")])
+def test_limits_of_settings(refusal, tmp_path, command, flags, said):
+    assert said in refusal(data_prep.COMMANDS, command, *flags, "--output_path", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "flags"), [("text", []), ("hub", ["--task", "hgen"]), ("suite", []), ("task", [
+    "--task", "simp", "--folder_path", "data/sample"])])
+def test_a_path_with_something_else_is_left_alone(refusal, tmp_path, monkeypatch, command, flags):
+    monkeypatch.setattr(data_prep, "read_hub_task", lambda *_: {"train": [], "test": []})
+    (tmp_path / "gigaword").write_text("mine")
+    out = tmp_path if command == "hub" else tmp_path / "gigaword"
+    assert "gigaword exists already" in refusal(data_prep.COMMANDS, command, *flags, "--output_path", out)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 # -------------------------------------------------------------------------------------------------------------- text

@@ -1,18 +1,35 @@
-"""Documents from text files and from Python sources."""
+"""Documents from text files, Python sources and datasets."""
+import builtins
+import os
+from unittest import mock
+
+import datasets
 import pytest
 
 from common.files import UserError
-from corpus.documents import read_docstrings, read_text_file
+from corpus.documents import load_hub_dataset, read_docstrings, read_documents, read_text_file
+
+DEEP = "[" * 100_000
+BAD_LINES = {
+    "null": ('{"text": null}', "expected an object with a text as 'text'"),
+    "no text": ('{"txt": "a"}', "expected an object with a text as 'text'"),
+    "list": ("[1]", "expected an object with a text as 'text'"),
+    "number": ('{"text": 5}', "expected an object with a text as 'text'"),
+    "not JSON": ("no", "is not JSON"),
+    "surrogate": (r'{"text": "a\ud800b"}', "half of a surrogate pair"),
+    "nested": (DEEP, "nested too deeply"),
+    "digits": ('{"text": "a", "n": ' + "1" * 5000 + "}", "is not JSON"),
+}
 
 
-def test_bad_lines_of_a_jsonl_are_named(tmp_path):
+@pytest.mark.parametrize(("bad", "said"), BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_lines_of_a_jsonl_are_named(tmp_path, bad, said):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
     assert list(read_text_file(path, "text")) == ["a", "", "b"]
-    for bad in ('{"text": null}', '{"txt": "a"}', "[1]", "no"):
-        path.write_text('{"text": "a"}\n' + bad + "\n")
-        with pytest.raises(UserError, match=r"t\.jsonl, line 2: expected a JSON object with a text as 'text'"):
-            list(read_text_file(path, "text"))
+    path.write_text('{"text": "a"}\n' + bad + "\n")
+    with pytest.raises(UserError, match=rf"t\.jsonl, line 2:? .*{said}"):
+        list(read_text_file(path, "text"))
 
 
 def test_a_long_text_becomes_many_documents(tmp_path):
@@ -27,9 +44,77 @@ def test_a_long_text_becomes_many_documents(tmp_path):
         list(read_text_file(tmp_path / "book.txt", "text"))
 
 
+def test_a_folder_gives_the_files_of_its_subfolders(tmp_path):
+    folder, elsewhere = tmp_path / "d[1]", tmp_path / "elsewhere"
+    for path in (folder / "b.txt/c.txt", folder / "a.jsonl", folder / ".hidden/x.txt", folder / ".x.txt",
+                 folder / "notes.md", elsewhere / "e.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "one"}' if path.suffix == ".jsonl" else f"in {path.name}")
+    (folder / "linked").symlink_to(elsewhere)
+    assert list(read_documents(str(folder))) == ["one", "in c.txt", "in e.txt"]
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda folder: (folder / "b.txt").symlink_to("nowhere"), r"b\.txt is a link to something that is not a file"),
+    (lambda folder: os.mkfifo(folder / "b.txt"), r"b\.txt is not a file"),
+    (lambda folder: (folder / "loop").symlink_to("."), "loop is a link to a folder that contains it"),
+    (lambda folder: [(folder / name).mkdir() or (folder / name / "link").symlink_to(folder / other)
+                     for name, other in ("xy", "yx")], "link is a link to a folder that contains it")],
+    ids=["dangling", "fifo", "loop", "mutual"])
+def test_what_cannot_be_read_in_a_folder_is_named(tmp_path, spoil, said):
+    (tmp_path / "a.txt").write_text("A text.")
+    assert list(read_documents(str(tmp_path))) == ["A text."]
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=said):
+        list(read_documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("owner", "function", "name"), [(os, "scandir", "sub"), (builtins, "open", "a.txt")])
+def test_folders_and_files_without_permission_are_named(tmp_path, monkeypatch, owner, function, name):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.txt").write_text("A text.")
+    original = getattr(owner, function)
+
+    def refuse(path, *args, **kwargs):  # permissions do not keep root from reading
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(owner, function, refuse)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied"):
+        list(read_documents(str(tmp_path)))
+
+
 def test_docstrings_keep_the_source_order(tmp_path):
     (tmp_path / "m.py").write_text('"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n'
                                    'async def g():\n    """Four."""\ndef h(): pass\n')
     assert read_docstrings(tmp_path / "m.py") == ["One.", "Two.", "Three.", "Four."]
+    (tmp_path / "m.py").write_text('"""a\\ud800b"""')
+    assert read_docstrings(tmp_path / "m.py") == ["a?b"]
     (tmp_path / "m.py").write_text("def (")
     assert read_docstrings(tmp_path / "m.py") == []
+
+
+def test_rows_of_a_dataset_in_a_folder_whose_name_is_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": f"t{n}", "other": n} for n in range(3)]
+    for name in ("d1", "d[1]/sub*"):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name / "data/train.parquet")
+        found = list(load_hub_dataset(str(tmp_path / name), "train", ["text"]))
+        assert found == [{"text": f"t{n}"} for n in range(3)]
+
+
+@pytest.mark.parametrize(("second", "said"), [
+    ({"text": None}, "some/name, row 2: expected an object with a text as 'text'"),
+    ({"text": "B"}, "cannot read the split 'train' of some/name: lost")])
+def test_errors_while_rows_are_read_are_reported(monkeypatch, second, said):
+    def rows(columns):
+        yield {"text": "A text."}
+        yield second
+        raise ConnectionError("lost\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: mock.Mock(select_columns=rows))
+    documents = read_documents("some/name")
+    assert next(documents) == "A text."
+    with pytest.raises(UserError, match=said):
+        list(documents)
