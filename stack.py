@@ -11,6 +11,8 @@ grown model, the layer of the base that it copies. G_stack, the default, repeats
 copied. The optimizer and its schedule start again after growth; train.py takes care of that. Growth in width is out of
 scope: every layer keeps its shape.
 """
+import common.interrupts
+
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
@@ -19,9 +21,9 @@ from common.files import UserError, new_directory
 from common.provenance import GROWTH, git_commit, read_lineage, write_record
 from common.settings import Commands, run, setting
 from model.checkpoint import checkpoint_digest, open_checkpoint, write_checkpoint
-from model.growth import BLOCK_OPERATORS, OPERATORS, check_layer_map, grown_tensors
+from model.config import MAX_LAYERS
+from model.growth import BLOCK_OPERATORS, OPERATORS, base_names, check_layer_map, grown_tensors
 from model.hub import fetch_checkpoint
-from model.transformer import parameter_shapes
 from pipeline.growth_timing import GrowthPlanConfig, print_growth_plan
 
 
@@ -32,14 +34,15 @@ class GrowConfig:
     out: str = setting(None, "directory of the grown checkpoint", required=True)
     operator: str = setting("stack", f"growth operator: {', '.join(OPERATORS)}", names=OPERATORS)
     factor: float | None = setting(None, "growth factor; 4 if nothing else gives the depth; target_layers allows "
-                                         "smaller growth", at_least=2)
-    target_layers: int | None = setting(None, "number of layers of the grown model, instead of the factor")
+                                         "smaller growth", at_least=2, at_most=MAX_LAYERS)
+    target_layers: int | None = setting(None, "number of layers of the grown model, instead of the factor",
+                                        at_most=MAX_LAYERS)
     block: tuple[int, ...] | None = setting(None, "first and last layer of the block that partial repeats")
     layers: tuple[int, ...] | None = setting(None, "the layer map itself, instead of an operator: 0,1,2,0,1,2")
     zero_init: bool = setting(False, "new layers add nothing at first: their output projections are 0, so that the "
                                      "function is preserved")
     noise: float = setting(0.0, "Gaussian noise on the new layers' matrices, as a share of the standard deviation of "
-                                "each", at_least=0)
+                                "each", at_least=0, at_most=100)
     seed: int = setting(42, "seed of the noise", at_least=0)
 
     def problems(self) -> list[str]:
@@ -64,6 +67,8 @@ def layer_map_of(cfg: GrowConfig, depth: int) -> list[int]:
         check_layer_map(cfg.layers, depth, cfg.zero_init)
         return list(cfg.layers)
     target = cfg.target_layers if cfg.target_layers is not None else depth * (cfg.factor or 4)
+    if target > MAX_LAYERS:
+        raise UserError(f"{cfg.factor:g} times {depth} layers are more than {MAX_LAYERS:,}: lower the factor")
     if target != int(target):
         raise UserError(f"{cfg.factor:g} times {depth} layers are not a whole number of layers: set target_layers")
     if target <= depth:
@@ -77,16 +82,17 @@ def grow(cfg: GrowConfig) -> None:
     """Grows a checkpoint, tensor by tensor. `growth.json` in the new directory records the growth and the lineage."""
     checkpoint = open_checkpoint(fetch_checkpoint(cfg.init))
     source, base = checkpoint.directory, checkpoint.config
-    layer_map = layer_map_of(cfg, base.num_hidden_layers)
+    lineage, layer_map = read_lineage(source), layer_map_of(cfg, base.num_hidden_layers)
     config = replace(base, num_hidden_layers=len(layer_map))
+    dtypes = {name: checkpoint.weights.dtype(copied) for name, copied in base_names(config, layer_map).items()}
     with new_directory(cfg.out) as folder:
         tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.zero_init, cfg.noise, cfg.seed)
-        with tqdm(tensors, "growing", len(parameter_shapes(config)), leave=False, unit="tensor") as progress:
-            write_checkpoint(folder, config, progress, source)
+        with tqdm(tensors, "growing", len(dtypes), leave=False, unit="tensor") as progress:
+            write_checkpoint(folder, config, progress, source, dtypes)
         write_record(folder, {
             "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.zero_init,
             "noise": cfg.noise, "seed": cfg.seed, "base": str(cfg.init), "base_digest": checkpoint_digest(source),
-            "lineage": read_lineage(source), "commit": git_commit()}, GROWTH)
+            "lineage": lineage, "commit": git_commit()}, GROWTH)
     print(f"{cfg.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
           f"{base.num_parameters:,} parameters to {config.num_parameters:,}")
 

@@ -6,10 +6,12 @@ checkpoints with `pytorch_model.bin` are converted once.
 """
 import itertools
 import json
+import math
 import re
 import struct
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.files import UserError, digest, explain_os_errors, first_line, new_directory, read_json, sync, write_json
+from common.files import (
+    UserError,
+    digest,
+    explain_os_errors,
+    first_line,
+    read_json,
+    sync,
+    temporary_sibling,
+    write_json,
+)
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer, parameter_shapes
@@ -40,7 +51,8 @@ LEGACY_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")
 class CheckpointReader:
     """Reads the tensors of a checkpoint directory one at a time: `reader[name]`. The names are in `reader.files`.
 
-    Raises UserError for an index that names a missing file or one outside the directory, and for a truncated file.
+    Raises UserError for an index that names a missing file or one outside the directory, for a truncated file, and for
+    a tensor with values that are not finite.
     """
 
     def __init__(self, directory: str | Path):
@@ -61,27 +73,20 @@ class CheckpointReader:
     def __getitem__(self, name: str) -> torch.Tensor:
         # A new mapping for each tensor: one long-lived mapping would keep the pages of all tensors in memory.
         with open_safetensors(self.directory / self.files[name]) as shard:
-            return shard.get_tensor(name)
+            return require_finite(shard.get_tensor(name), f"{self.directory}: {name}")
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor without reading it. Raises UserError for a dtype that is not in DTYPES."""
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Returns the dtype, by its name in safetensors, and the shape of a tensor, without reading it."""
         view = self.shards[self.files[name]].get_slice(name)
-        if view.get_dtype() not in DTYPES:
-            raise UserError(f"{self.directory}: {name} has the dtype {view.get_dtype()}, expected {', '.join(DTYPES)}")
-        return tuple(view.get_shape())
+        return view.get_dtype(), tuple(view.get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a tensor, without reading it."""
+        return DTYPES[self.stored(name)[0]]
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError with all differences between the tensors and the parameters of a configuration."""
-        expected = parameter_shapes(config)
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a head next to a tied embedding is ignored
-        problems = [f"{name} is missing" for name in expected if name not in self.files]
-        problems += [f"{name} is not expected" for name in self.files
-                     if name not in expected and name not in tied and not LEGACY_BUFFERS.search(name)]
-        problems += [f"{name} has the shape {list(self.shape(name))}, expected {list(shape)}"
-                     for name, shape in expected.items() if name in self.files and self.shape(name) != shape]
-        if problems:
-            more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise UserError(f"{self.directory} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+        check_tensors({name: self.stored(name) for name in self.files}, config, self.directory)
 
     def named_tensors(self, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Checks the tensors against a configuration, then returns an iterator over (name, tensor) in model order."""
@@ -115,16 +120,47 @@ def open_checkpoint(directory: str | Path, require_eos: bool = False) -> Checkpo
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raises UserError if the tokenizer has ids that the embedding lacks."""
+    """Raises UserError if the tokenizer or its special tokens have ids that the embedding lacks."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{tokenizer.directory}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model's "
-                        f"vocabulary only {config.vocab_size:,}")
+        raise UserError(f"{tokenizer.directory}: the tokenizer and its special tokens need {tokenizer.vocab_size:,} "
+                        f"ids, but the model's vocabulary has only {config.vocab_size:,}")
+
+
+def check_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, directory: Path) -> None:
+    """Raises UserError with all differences between tensors {name: (dtype, shape)} and a configuration's parameters."""
+    expected = parameter_shapes(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a head next to a tied embedding is ignored
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is not expected" for name in stored
+                 if name not in expected and name not in tied and not LEGACY_BUFFERS.search(name)]
+    for name in [name for name in expected if name in stored]:
+        dtype, shape = stored[name]
+        if dtype not in DTYPES:
+            problems.append(f"{name} has the dtype {dtype}, expected {', '.join(DTYPES)}")
+        elif shape != expected[name]:
+            problems.append(f"{name} has the shape {list(shape)}, expected {list(expected[name])}")
+    if problems:
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"{directory} does not fit its config.json: " + "; ".join(problems[:20]) + more)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Returns whether all values of a tensor are finite. Allocates no temporary of the tensor's size."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def require_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Returns a tensor. Raises UserError, which begins with its name, if a value is not finite."""
+    if not is_finite(tensor):
+        raise UserError(f"{name} holds values that are not finite (NaN or infinity)")
+    return tensor
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Returns the `weight_map` of an index file, tensor name -> file. Each file must exist in the same directory."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_json(path, dict).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()) \
+            or not weight_map:
         raise UserError(f"{path}: expected an object 'weight_map' from tensors to files")
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
@@ -139,11 +175,15 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}): download or copy it again") from None
+        raise UserError(f"{path} is truncated or damaged ({first_line(error):.200}): download or copy it again") \
+            from None
 
 
 def convert_bin(directory: Path) -> None:
-    """Converts .bin weights to safetensors in the same directory if it has none. Executes nothing in the pickle."""
+    """Converts .bin weights to safetensors in the same directory if it has none. Executes nothing in the pickle.
+
+    Processes that convert the same directory at the same time put equal files in place of each other's.
+    """
     if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
         return
     if (directory / BIN_INDEX).exists():
@@ -152,26 +192,39 @@ def convert_bin(directory: Path) -> None:
         files = [BIN]
     else:
         raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX} or {BIN}")
+    config = ModelConfig.read(directory / "config.json")
     print(f"converting {directory}/{BIN} to safetensors, once", file=sys.stderr)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        try:
-            # Only the zip format of torch 1.6 and later supports mmap. Older files are read into memory.
-            state = torch.load(directory / file, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(directory / file))
-        except Exception as error:  # UnpicklingError, RuntimeError or EOFError
-            raise UserError(f"{directory / file} is damaged or holds more than tensors ({first_line(error)})") from None
-        tensors |= {name: tensor for name, tensor in state.items() if not LEGACY_BUFFERS.search(name)}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPE_NAMES:
-            actual = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise UserError(f"{directory}: {name} is {actual}, expected a tensor of {', '.join(DTYPES)}")
+        tensors |= read_bin(directory / file)
+    check_tensors({name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+                   for name, tensor in tensors.items()}, config, directory)
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with new_directory(directory / "converted") as folder:
+    with explain_os_errors(directory), temporary_sibling(directory / "converted", Path.mkdir) as folder:
         write_weights(folder, specs, tensors.items())
         for path in sorted(folder.iterdir(), key=lambda path: path.name == INDEX):  # the index last
-            path.rename(directory / path.name)
-    (directory / "converted").rmdir()
+            path.replace(directory / path.name)
+
+
+def read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the memory-mapped tensors of a .bin file. Raises UserError if it holds anything else."""
+    try:
+        # Only the zip format of torch 1.6 and later supports mmap. Older files are read into memory.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError and others; torch advises to allow execution
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f": it calls {forbidden[1]}" if forbidden else \
+            ", or its pickle protocol is not 2" if "Unsupported operand" in str(error) else ""
+        raise UserError(f"{path} is damaged or holds more than tensors{reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path} holds {type(state).__name__}, expected an object from names to tensors")
+    size = path.stat().st_size
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: {name} is {type(tensor).__name__}, expected a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > size:
+            raise UserError(f"{path}: {name} is not a tensor with all its values")
+    return {name: tensor for name, tensor in state.items() if not LEGACY_BUFFERS.search(name)}
 
 
 def write_weights(directory: str | Path, specs: Mapping[str, TensorSpec], tensors: NamedTensors,
@@ -203,7 +256,7 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Name
     """Writes one safetensors file. It takes as many items from `tensors`, an iterator, as `specs` has names.
 
     The format is described at huggingface.co/docs/safetensors: the header's length (8 bytes, little-endian), a JSON
-    header with the offsets, and the data.
+    header with the offsets, and the data. Raises UserError for values that are not finite.
     """
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     size, tensors = 0, iter(tensors)
@@ -219,7 +272,8 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Name
             actual, tensor = next(tensors)
             assert actual == name, (actual, name)
             assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
-            out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            tensor = require_finite(tensor.detach(), name)
+            out.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     sync(path)
 
 
@@ -235,19 +289,22 @@ def materialize_model(config: ModelConfig, tensors: NamedTensors) -> Transformer
 
 
 def write_checkpoint(directory: str | Path, config: ModelConfig, tensors: NamedTensors,
-                     tokenizer_source: str | Path) -> None:
+                     tokenizer_source: str | Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Writes a checkpoint that any Hugging Face tool can load into an existing directory.
 
-    `tensors` yields (name, tensor) in model order, all of one dtype. Only one of them is held at a time. The tokenizer
-    files are copied from the directory `tokenizer_source`.
+    `tensors` yields (name, tensor) in model order. Only one of them is held at a time. `dtypes` gives the dtype of each
+    if they are not all the same. The tokenizer files are copied from the directory `tokenizer_source`.
     """
-    tensors = iter(tensors)
-    first = next(tensors)
-    dtype = first[1].dtype
-    config.write(directory, str(dtype).removeprefix("torch."))
+    shapes, tensors = parameter_shapes(config), iter(tensors)
+    if dtypes is None:
+        first = next(tensors)
+        dtypes, tensors = dict.fromkeys(shapes, first[1].dtype), itertools.chain([first], tensors)
+    sizes = Counter[torch.dtype]()
+    for name, shape in shapes.items():
+        sizes[dtypes[name]] += math.prod(shape)
+    config.write(directory, str(sizes.most_common(1)[0][0]).removeprefix("torch."))
     copy_tokenizer(tokenizer_source, directory)
-    specs = {name: (dtype, shape) for name, shape in parameter_shapes(config).items()}
-    write_weights(directory, specs, itertools.chain([first], tensors))
+    write_weights(directory, {name: (dtypes[name], shape) for name, shape in shapes.items()}, tensors)
 
 
 def checkpoint_digest(directory: str | Path, side_file: str | None = None) -> str:

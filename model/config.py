@@ -3,7 +3,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, read_json, write_json
+from common.files import UserError, is_number, parsing, read_json, write_json
 
 MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"
 
@@ -23,6 +23,16 @@ IGNORED_OPTIONS = {
 
 # Options that are accepted only with the value that the decoder implements.
 FIXED_OPTIONS = {"hidden_act": "silu", "attention_dropout": 0.0}
+
+# Limits of what is accepted. The deepest published decoders have 1,000 layers. Numbers within the range do not overflow
+# in fp32 when they are combined.
+MAX_LAYERS, MAX_SIZE, MAX_PARAMETERS = 10_000, 2 ** 31 - 1, 10 ** 15
+SMALLEST, LARGEST = 1e-12, 1e12
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
+NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 ROPE_OPTIONS = {
     "linear": {"factor"},
@@ -59,13 +69,13 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        problems = [f"{name} is {value!r}, expected a whole number above 0"
-                    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                 "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-                    if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value > 0)]
-        problems += [f"{name} is {value!r}, expected a number above 0"
-                     for name in ("rms_norm_eps", "rope_theta", "initializer_range")
-                     if not is_number(value := getattr(self, name)) or value <= 0]
+        problems = [f"{name} is {value!r:.80}, expected a whole number from 1 to {limit(name):,}" for name in SIZES
+                    if (value := getattr(self, name)) is not None
+                    and not (type(value) is int and 0 < value <= limit(name))]
+        problems += [f"{name} is {value!r:.80}, expected a number from {SMALLEST} to {LARGEST}" for name in NUMBERS
+                     if not in_range(value := getattr(self, name))]
+        problems += [f"{name} is {value!r:.80}, expected true or false" for name in SWITCHES
+                     if type(value := getattr(self, name)) is not bool]
         if problems:
             raise UserError("model shape: " + "; ".join(problems))
         if self.num_key_value_heads is None:
@@ -82,6 +92,10 @@ class ModelConfig:
             problems.append(f"head_dim {self.head_dim} is odd; the rotary embedding rotates pairs")
         if self.rope_scaling is not None:
             problems += rope_problems(self.rope_scaling)
+        if not problems and self.num_parameters > MAX_PARAMETERS:
+            problems.append(f"{self.num_parameters:,} parameters are more than {MAX_PARAMETERS:,}")
+        for name in SPECIAL_IDS:
+            problems += special_id_problems(name, getattr(self, name), self.vocab_size)
         if problems:
             raise UserError("model shape: " + "; ".join(problems))
 
@@ -107,11 +121,12 @@ class ModelConfig:
     @classmethod
     def read(cls, path: str | Path) -> "ModelConfig":
         """Reads a `config.json`. Raises UserError that names every option the decoder does not implement."""
-        raw = read_json(path)
-        try:
-            return cls(**config_values(raw))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        raw = read_json(path, dict)
+        with parsing(path, "the configuration of a model"):
+            try:
+                return cls(**config_values(raw))
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
 
     def write(self, directory: str | Path, dtype: str) -> None:
         """Writes `config.json` into a directory, for weights of `dtype` ("float32" or "bfloat16")."""
@@ -120,19 +135,19 @@ class ModelConfig:
         write_json(Path(directory) / "config.json", head | FIXED_OPTIONS | values)
 
 
-def config_values(raw: Any) -> dict:
+def config_values(raw: dict) -> dict:
     """Returns the fields of ModelConfig that the content of a `config.json` gives."""
-    if not isinstance(raw, dict):
-        raise UserError(f"expected a JSON object, found {type(raw).__name__}")
     if raw.get("model_type") != MODEL_TYPE:
-        raise UserError(f"model_type {raw.get('model_type')!r} is not implemented; expected {MODEL_TYPE!r}")
+        raise UserError(f"model_type {raw.get('model_type')!r:.80} is not implemented; expected {MODEL_TYPE!r}")
     if (architectures := raw.get("architectures") or [ARCHITECTURE]) != [ARCHITECTURE]:
-        raise UserError(f"architectures {architectures} is not implemented; expected ['{ARCHITECTURE}']")
+        raise UserError(f"architectures {architectures!r:.80} is not implemented; expected ['{ARCHITECTURE}']")
     names = [field.name for field in fields(ModelConfig)]
     values = {name: raw[name] for name in names if raw.get(name) is not None} | rope_values(raw)
-    problems = [f"option {name} = {raw[name]!r} is not implemented (expected {expected!r})"
+    if values.get("pad_token_id") == -1:  # "none" in configurations of the first Llama models
+        del values["pad_token_id"]
+    problems = [f"option {name} = {raw[name]!r:.80} is not implemented (expected {expected!r})"
                 for name, expected in FIXED_OPTIONS.items() if raw.get(name, expected) != expected]
-    problems += [f"option {name} = {value!r} is not implemented" for name, value in raw.items()
+    problems += [f"option {name} = {value!r:.80} is not implemented" for name, value in raw.items()
                  if name not in IGNORED_OPTIONS.union(names) and not name.startswith("_")
                  and value not in (None, False, [], {})]
     problems += [f"{name} is missing" for name in names[:5] if name not in values]
@@ -141,16 +156,29 @@ def config_values(raw: Any) -> dict:
     return values
 
 
-def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a number, which true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def limit(name: str) -> int:
+    """Returns the largest accepted value of a size."""
+    return MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+
+
+def in_range(value: Any) -> bool:
+    """Returns whether a value is a number from SMALLEST to LARGEST."""
+    return is_number(value) and SMALLEST <= value <= LARGEST
+
+
+def special_id_problems(name: str, value: Any, vocab_size: int = MAX_SIZE) -> list[str]:
+    """Returns the problems of special token ids, as sentences. Only eos may be a list of ids."""
+    several = name == "eos_token_id" and isinstance(value, list)
+    ids = value if several else [] if value is None else [value]
+    return [f"{name} is {value!r:.80}, expected a token id below {vocab_size:,}" for index in ids
+            if type(index) is not int or not 0 <= index < vocab_size][:1]
 
 
 def rope_values(raw: dict) -> dict:
     """Returns `rope_scaling`, from that name or transformers 5's `rope_parameters`, and `rope_theta` if it is in it."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"rope_scaling is {scaling!r}, expected an object")
+        raise UserError(f"rope_scaling is {scaling!r:.80}, expected an object")
     scaling = dict(scaling)
     theta = {"rope_theta": scaling.pop("rope_theta")} if "rope_theta" in scaling else {}
     scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
@@ -160,11 +188,14 @@ def rope_values(raw: dict) -> dict:
 def rope_problems(scaling: dict) -> list[str]:
     """Returns the problems of a `rope_scaling` mapping, as sentences."""
     kind = scaling.get("rope_type")
-    if kind not in ROPE_OPTIONS:
-        return [f"rope_scaling type {kind!r} is not implemented; expected one of {', '.join(ROPE_OPTIONS)}"]
+    if not isinstance(kind, str) or kind not in ROPE_OPTIONS:
+        return [f"rope_scaling type {kind!r:.80} is not implemented; expected one of {', '.join(ROPE_OPTIONS)}"]
     missing = ROPE_OPTIONS[kind] - scaling.keys()
     unknown = scaling.keys() - ROPE_OPTIONS[kind] - {"rope_type"}
-    wrong = [f"rope_scaling {name} is {scaling[name]!r}, expected a number above 0"
-             for name in ROPE_OPTIONS[kind] & scaling.keys() if not is_number(scaling[name]) or scaling[name] <= 0]
+    wrong = [f"rope_scaling {name} is {scaling[name]!r:.80}, expected a number from {SMALLEST} to {LARGEST}"
+             for name in ROPE_OPTIONS[kind] & scaling.keys() if not in_range(scaling[name])]
+    if kind == "llama3" and not missing and not wrong and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        wrong.append(f"rope_scaling low_freq_factor is {scaling['low_freq_factor']}, expected less than the "
+                     f"high_freq_factor {scaling['high_freq_factor']}")
     return wrong + ([f"rope_scaling {kind} needs {', '.join(sorted(missing))}"] if missing else []) + \
            ([f"rope_scaling {kind} does not have {', '.join(sorted(unknown))}"] if unknown else [])

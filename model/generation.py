@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.settings import check_values, setting
 from model.kv_cache import KVCache
+from model.logits import finite_logits
 from model.oom import halve_batch
 from model.transformer import Transformer
 
@@ -29,21 +30,26 @@ StopCriterion = Callable[[list[int]], bool]  # whether generation ends with thes
 class GenerationConfig:
     """Decoding settings, with the names and meanings of transformers' GenerationConfig."""
     max_new_tokens: int = setting(64, "maximum number of new tokens", at_least=1)
-    num_beams: int = setting(1, "number of beams", at_least=1)
-    length_penalty: float = setting(1.0, "a finished beam's score is its log-likelihood / length ** length_penalty")
+    num_beams: int = setting(1, "number of beams", at_least=1, at_most=1000)
+    length_penalty: float = setting(1.0, "a finished beam's score is its log-likelihood / length ** length_penalty",
+                                    at_least=-1, at_most=10)  # far beyond them, scores overflow or pass NEVER
     early_stopping: bool | Literal["never"] = setting(
         False, "true: stop with num_beams finished beams; never: stop when no better beam is possible")
     no_repeat_ngram_size: int = setting(0, "block repeated n-grams of this size; 0: off", at_least=0)
     do_sample: bool = setting(False, "sample instead of taking the most probable token")
-    temperature: float = setting(1.0, "divisor of the logits", above=0)
+    temperature: float = setting(1.0, "divisor of the logits", at_least=1e-3)
     top_k: int = setting(0, "sample from the k most probable tokens; 0: all", at_least=0)
     top_p: float = setting(1.0, "sample from the most probable tokens with this total probability", above=0, at_most=1)
     seed: int = setting(42, "seed of sampling", at_least=0)
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, as sentences."""
-        contradiction = ["do_sample and num_beams above 1 exclude each other"]
-        return check_values(self) + (contradiction if self.do_sample and self.num_beams > 1 else [])
+        problems = check_values(self)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            problems.append(f"early_stopping is {self.early_stopping!r}, expected true, false or never")
+        if self.do_sample and self.num_beams > 1:
+            problems.append("do_sample and num_beams above 1 exclude each other")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ def generate(model: Transformer, prompts: Sequence[list[int]], config: Generatio
              options: BatchOptions | None = None) -> list[list[int]]:
     """Returns the new token ids of each prompt, without the id of `eos_ids` that ends them.
 
-    Batches are formed from the longest prompts to the shortest. If memory runs out, the batch is halved.
+    Batches are formed from the longest prompts to the shortest. If memory runs out, the batch is halved. Raises
+    UserError if a logit is not finite.
     """
     options = options or BatchOptions()
     sample_ids = range(len(prompts)) if options.sample_ids is None else options.sample_ids
@@ -98,7 +105,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], config: Generat
     outputs: list[list[int]] = [[] for _ in prompts]
     items = list(range(len(prompts)))  # the prompt of each row
     for step in range(config.max_new_tokens):
-        tokens, origin, done = search.advance(model.lm_head(hidden).float(), step)
+        tokens, origin, done = search.advance(finite_logits(model, hidden), step)
         for row, item in enumerate(items):
             if done[row]:
                 outputs[item] = search.result(row)

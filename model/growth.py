@@ -6,6 +6,7 @@ cannot make that many. To add one, write the function and list it in OPERATORS.
 """
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -79,6 +80,12 @@ def check_layer_map(layer_map: Sequence[int], depth: int, zero_init: bool = Fals
                         f"of first use; this map uses {first} of {list(range(depth))}")
 
 
+def base_names(config: ModelConfig, layer_map: Sequence[int]) -> dict[str, str]:
+    """Returns the parameters of the grown model in model order -> the parameters of the base that they copy."""
+    return {name: re.sub(r"layers\.(\d+)", lambda match: f"layers.{layer_map[int(match[1])]}", name)
+            for name in parameter_shapes(config)}
+
+
 def grown_tensors(weights: CheckpointReader | Mapping[str, torch.Tensor], config: ModelConfig,
                   layer_map: Sequence[int], zero_init: bool = False, noise: float = 0.0,
                   seed: int = 42) -> Iterator[tuple[str, torch.Tensor]]:
@@ -90,21 +97,18 @@ def grown_tensors(weights: CheckpointReader | Mapping[str, torch.Tensor], config
     arXiv 2110.07143, for other operators). `noise` adds Gaussian noise to each matrix, with `noise` times its standard
     deviation; it is a function of (seed, name).
     """
-    new = {index for index, source in enumerate(layer_map) if source in layer_map[:index]}
-    for name in parameter_shapes(config):
-        prefix, _, rest = name.partition("layers.")
-        if not rest:
-            yield name, weights[name]
-            continue
-        index, _, leaf = rest.partition(".")
-        tensor = weights[f"{prefix}layers.{layer_map[int(index)]}.{leaf}"]
-        if int(index) in new and noise and tensor.ndim == 2:
+    first = {source: index for index, source in reversed(list(enumerate(layer_map)))}
+    new = set(range(len(layer_map))) - set(first.values())
+    for name, source in base_names(config, layer_map).items():
+        tensor, match = weights[source], re.search(r"layers\.(\d+)", name)
+        is_new = match is not None and int(match[1]) in new
+        if is_new and noise and tensor.ndim == 2:
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
             sigma = noise * float(tensor.float().std())
             noisy = tensor.float() + sigma * torch.randn(tensor.shape, generator=generator).to(tensor.device)
             tensor = noisy.to(tensor.dtype)
-        if int(index) in new and zero_init and ("o_proj" in leaf or "down_proj" in leaf):
+        if is_new and zero_init and ("o_proj" in name or "down_proj" in name):
             tensor = torch.zeros_like(tensor)
         yield name, tensor
 

@@ -2,17 +2,20 @@
 
     python -m model.hub llm-stacking/StackLLM_7B_300BToken runs/7b/stack/m0
 """
+import common.interrupts
+
 import re
 import sys
 from pathlib import Path
 
 import torch
 
-from common.files import UserError, first_line, new_directory
+from common.files import ExistsError, UserError, first_line, new_directory
+from common.settings import describe_error
 from model.checkpoint import CheckpointReader, convert_bin, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import TOKENIZER_FILES
-from model.transformer import Transformer
+from model.transformer import Transformer, parameter_shapes
 
 
 def fetch_checkpoint(source: str | Path) -> Path:
@@ -62,14 +65,19 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
 
 def main(source: str, out: str) -> None:
     """Fetches a checkpoint and writes it to `out` as safetensors, one tensor at a time, unless `out` is complete."""
-    if (Path(out) / "config.json").exists():
-        open_checkpoint(out)
-        return print(f"{out} is there already")
-    checkpoint = open_checkpoint(fetch_checkpoint(source))
-    with new_directory(out) as folder:
-        tensors = checkpoint.weights.named_tensors(checkpoint.config)
-        write_checkpoint(folder, checkpoint.config, tensors, checkpoint.directory)
-    print(f"{out}: {checkpoint.config.num_parameters:,} parameters")
+    if not (Path(out) / "config.json").exists():
+        checkpoint = open_checkpoint(fetch_checkpoint(source))
+        config, weights = checkpoint.config, checkpoint.weights
+        try:
+            with new_directory(out) as folder:
+                write_checkpoint(folder, config, weights.named_tensors(config), checkpoint.directory,
+                                 {name: weights.dtype(name) for name in parameter_shapes(config)})
+            return print(f"{out}: {config.num_parameters:,} parameters")
+        except ExistsError:
+            if not (Path(out) / "config.json").exists():  # not a checkpoint that another process has made
+                raise
+    open_checkpoint(out)
+    print(f"{out} is there already")
 
 
 if __name__ == "__main__":
@@ -77,6 +85,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
+from model.logits import finite_logits
 from model.prefix_packing import common_prefix, packed_passes, sort_sequences, trim_path
 from model.transformer import Transformer
 
@@ -28,7 +29,8 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], max_tokens: int =
     """Returns log p(continuation | context) of each pair in nats, and whether it is the greedy continuation.
 
     Also returns {"computed", "asked"}: the tokens that the model computed, in passes of `max_tokens` tokens, and the
-    tokens of all pairs. `progress` is called with the number of pairs that were finished since the last call.
+    tokens of all pairs. `progress` is called with the number of pairs that were finished since the last call. Raises
+    UserError if a logit is not finite.
     """
     inputs = [truncate_left(*pair, model.config.max_position_embeddings) for pair in pairs]
     sequences, places = sort_sequences(inputs)
@@ -85,7 +87,7 @@ def token_scores(model: Transformer, hidden: torch.Tensor, rows: np.ndarray,
     values, matches = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
     target_ids = np.asarray(targets)
     for start in range(0, len(hidden), size):
-        logits = model.lm_head(hidden[start:start + size]).float()  # N V
+        logits = finite_logits(model, hidden[start:start + size])  # N V
         inside = np.flatnonzero((rows >= start) & (rows < start + size))
         row, target = (torch.from_numpy(x).to(logits.device) for x in (rows[inside] - start, target_ids[inside]))
         values[inside] = logits.log_softmax(-1)[row, target].cpu().numpy()

@@ -3,15 +3,20 @@ import sys
 
 import torch
 
+from common.files import UserError, first_line
+
 
 def halve_batch(size: int, unit: str, error: Exception) -> int:
     """Returns half of a batch size, after an error, and prints it.
 
-    Raises the error again if it does not mean that the memory of the GPU or the machine is exhausted, or if size is 1.
+    Raises the error again if it does not mean that the memory of the GPU or the machine is exhausted, and UserError if
+    the size is 1.
     """
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
-    if not out_of_memory or size <= 1:
+    if not out_of_memory:
         raise error
+    if size <= 1:
+        raise UserError(f"there is not enough memory for one of the {unit}: {first_line(error)}") from error
     print(f"out of memory with {size:,} {unit} at once: trying again with {size // 2:,}", file=sys.stderr)
     return size // 2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common.files import UserError
-from model.checkpoint import open_safetensors, write_safetensors
+from model.checkpoint import open_safetensors, require_finite, write_safetensors
 from model.config import ModelConfig
 from model.transformer import parameter_shapes
 
@@ -43,6 +43,9 @@ class ParameterFiles:
             for key in file.keys():  # noqa: SIM118, the file is not a mapping
                 if (match := re.fullmatch(r"(\w+)/(.+)@(\d+)", key)) is None:
                     raise UserError(f"{path} was not written by this program: it holds {key!r}")
+                stored = file.get_slice(key)
+                if stored.get_dtype() != "F32" or len(stored.get_shape()) != 1:
+                    raise UserError(f"{path}: {key} is damaged: expected a list of fp32 values")
                 self.entries.setdefault((match[1], match[2]), []).append((int(match[3]), file, key))
         self.kinds = {kind for kind, _ in self.entries}
 
@@ -57,7 +60,10 @@ class ParameterFiles:
                             f"{kind} of {name}, expected {expected.get(wrong[0], 0):,}{more}")
 
     def read(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
-        """Fills a tensor [count] with the values of elements [start, start + count) of a flattened parameter."""
+        """Fills a tensor [count] with the values of elements [start, start + count) of a flattened parameter.
+
+        Raises UserError if some are missing or not finite.
+        """
         filled, stop = 0, start + len(into)
         for first, file, key in self.entries.get((kind, name), []):
             stored = file.get_slice(key)
@@ -68,6 +74,7 @@ class ParameterFiles:
         if filled != len(into):
             raise UserError(f"{self.description} has {filled:,} of the {len(into):,} values of {kind} of {name} that "
                             "are needed: it is that of another model")
+        require_finite(into, f"{self.description}: {kind} of {name}")
 
 
 def find_parameter_files(directory: str | Path, name: str) -> list[Path]:

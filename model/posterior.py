@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
+from common.files import UserError
+from model.checkpoint import is_finite
+
 BLOCK = 1 << 20  # elements of a parameter whose noise comes from one generator
 
 
@@ -24,8 +27,13 @@ def standard_normal(key: object, name: str, size: int, start: int, count: int,
 
 
 def sample_posterior(mean: torch.Tensor, precision: torch.Tensor, key: object, name: str) -> torch.Tensor:
-    """Returns a sample of a whole parameter from its posterior. mean and precision are flattened."""
+    """Returns a sample of a whole parameter from its posterior. mean and precision are flattened.
+
+    Raises UserError if the sample is not finite.
+    """
     sample = torch.empty_like(mean)
     for low, high, noise in standard_normal(key, name, len(mean), 0, len(mean), mean.device):
         torch.addcdiv(mean[low:high], noise, precision[low:high].sqrt(), out=sample[low:high])
+    if not is_finite(sample):
+        raise UserError(f"the posterior of {name} is damaged: a sample of it is not finite")
     return sample

@@ -1,15 +1,20 @@
 """One tokenizer class for both file formats of checkpoints: `tokenizer.json` and `tokenizer.model`."""
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, read_json, write_json
+from common.files import JSON_NAMES, UserError, first_line, read_json, write_json
+from model.config import special_id_problems
 
 # All tokenizer files of a checkpoint directory. They are copied to every checkpoint made from it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+
+# The trainer cuts longer words: its time is quadratic in the length of a word.
+MAX_TRAINING_WORD = 256
 
 
 class Tokenizer:
@@ -28,7 +33,7 @@ class Tokenizer:
             raise UserError(f"{directory} holds no tokenizer: expected tokenizer.json or tokenizer.model")
         self.fast: Any = None  # a tokenizers.Tokenizer
         self.spm: Any = None  # a SentencePieceProcessor
-        try:
+        with library_errors(f"{fast if fast.exists() else spm} cannot be read"):
             if fast.exists():
                 import tokenizers
                 self.fast = tokenizers.Tokenizer.from_file(str(fast))
@@ -37,68 +42,104 @@ class Tokenizer:
             else:
                 import sentencepiece
                 self.spm = sentencepiece.SentencePieceProcessor(model_file=str(spm))
-        except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-            raise UserError(f"{fast if fast.exists() else spm} cannot be read: {error}") from None
         ids = {name: self._special_ids(name) for name in ("bos", "eos", "pad", "unk")}
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (values[0] if values else None for values in ids.values())
         self.eos_ids = set(ids["eos"])
+        self._special = {index for values in ids.values() for index in values}
 
     @property
     def adds_bos(self) -> bool:
         """Whether transformers prepends bos to the ids of a text: by the post-processor of tokenizer.json, or for a
         tokenizer.model by `add_bos_token` in tokenizer_config.json, which defaults to true."""
         if self.fast:
-            return self.bos_id is not None and self.fast.encode("").ids[:1] == [self.bos_id]
-        return self.bos_id is not None and bool(self._read("tokenizer_config.json").get("add_bos_token", True))
+            with library_errors(f"{self.directory}: the tokenizer fails"):
+                return self.bos_id is not None and self.fast.encode("").ids[:1] == [self.bos_id]
+        return self.bos_id is not None and self._entry("tokenizer_config.json", "add_bos_token", bool) is not False
 
     @property
     def vocab_size(self) -> int:
-        """The largest id of the tokenizer plus one. The vocabulary of a model may be larger, but not smaller."""
-        return max(self.fast.get_vocab().values()) + 1 if self.fast else self.spm.vocab_size()
+        """The largest id of the tokenizer, special ids included, plus one. The vocabulary of a model may be larger, but
+        not smaller."""
+        largest = max(self.fast.get_vocab().values(), default=-1) if self.fast else self.spm.vocab_size() - 1
+        return max(largest, *self._special) + 1
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without bos and eos."""
-        return self.fast.encode(text, add_special_tokens=False).ids if self.fast else self.spm.encode(text)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of many texts, encoded in parallel if the library supports it."""
-        if self.fast:
-            return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
-        return self.spm.encode(texts)
+        with library_errors(f"{self.directory}: the tokenizer fails"):
+            if self.fast:
+                return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+            return self.spm.encode(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids. Skips special tokens and ids that the tokenizer does not have."""
-        if self.fast:
-            return self.fast.decode(ids, skip_special_tokens=True)
-        return self.spm.decode([index for index in ids if index < self.spm.vocab_size()])
+        with library_errors(f"{self.directory}: the tokenizer fails"):
+            if self.fast:
+                return self.fast.decode(ids, skip_special_tokens=True)
+            return self.spm.decode([index for index in ids if index < self.spm.vocab_size()])
 
     def token(self, index: int) -> str:
-        """Returns the text of one token, which may be a special token."""
-        return self.fast.id_to_token(index) if self.fast else self.spm.id_to_piece(index)
+        """Returns the text of one token, which may be a special token. Raises UserError if there is no such token."""
+        with library_errors(f"{self.directory}: the tokenizer fails"):
+            if self.fast:
+                text = self.fast.id_to_token(index)
+            elif index < self.spm.vocab_size():
+                text = self.spm.id_to_piece(index)
+            else:
+                text = next((added for added, value in self._read("added_tokens.json").items() if value == index), None)
+        if text is None:
+            raise UserError(f"{self.directory}: the tokenizer has no token with the id {index}, which is named as a "
+                            "special token")
+        return text
 
     def _read(self, file: str) -> dict[str, Any]:
         path = self.directory / file
-        return read_json(path) if path.exists() else {}
+        return read_json(path, dict) if path.exists() else {}
+
+    def _entry(self, file: str, name: str, *kinds: type) -> Any:
+        """Returns an entry of a JSON file, None without one. Raises UserError if it is not of one of the types."""
+        value = self._read(file).get(name)
+        if value is not None and type(value) not in kinds:
+            expected = " or ".join(JSON_NAMES[kind] for kind in kinds)
+            raise UserError(f"{self.directory / file}: {name} is {value!r:.80}, expected {expected}")
+        return value
 
     def _special_ids(self, name: str) -> list[int]:
         for file in ("generation_config.json", "config.json"):
             if (index := self._read(file).get(f"{name}_token_id")) is not None:
+                if problems := special_id_problems(f"{name}_token_id", index):
+                    raise UserError(f"{self.directory / file}: {problems[0]}")
                 return index if isinstance(index, list) else [index]
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (token := self._read(file).get(f"{name}_token")) is not None:
-                token = token["content"] if isinstance(token, dict) else token
-                if (index := self._token_id(token)) is None:
-                    raise UserError(f"{self.directory / file}: {name}_token {token!r} is not in the vocabulary")
+            if (token := self._entry(file, f"{name}_token", str, dict)) is not None:
+                token = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(token, str) or (index := self._token_id(token)) is None:
+                    raise UserError(f"{self.directory / file}: {name}_token {token!r:.80} is not in the vocabulary")
                 return [index]
         index = getattr(self.spm, f"{name}_id")() if self.spm else -1
         return [index] if index >= 0 else []
 
     def _token_id(self, token: str) -> int | None:
         """Returns the id of a token, or None for an unknown token, for which sentencepiece itself returns unk."""
-        if self.fast:
-            return self.fast.token_to_id(token)
-        index = self.spm.piece_to_id(token)
-        return index if self.spm.id_to_piece(index) == token else self._read("added_tokens.json").get(token)
+        with library_errors(f"{self.directory}: the tokenizer fails"):
+            if self.fast:
+                return self.fast.token_to_id(token)
+            index = self.spm.piece_to_id(token)
+            return index if self.spm.id_to_piece(index) == token else self._entry("added_tokens.json", token, int)
+
+
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns an error of tokenizers or sentencepiece into a UserError that begins with `message`."""
+    try:
+        yield
+    except (GeneratorExit, KeyboardInterrupt, MemoryError, SystemExit, UserError):
+        raise
+    except BaseException as error:  # Exception, RuntimeError, or a panic of Rust code, which is no Exception
+        raise UserError(f"{message}: {first_line(error):.200}") from error
 
 
 def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
@@ -116,16 +157,18 @@ def same_tokenizer(first: str | Path, second: str | Path) -> bool:
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Trains a byte-level BPE tokenizer and writes it into a folder. <unk>, <s> and </s> are ids 0, 1 and 2, as in
-    Llama."""
+    Llama. Words are cut at MAX_TRAINING_WORD bytes in training, and nowhere else."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
     special = ["<unk>", "<s>", "</s>"]
     fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(MAX_TRAINING_WORD)])
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=sys.stderr.isatty(),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     fast.train_from_iterator(documents, trainer)
+    fast.pre_tokenizer = byte_level
     fast.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": special[0], "bos_token": special[1],

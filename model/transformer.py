@@ -8,6 +8,7 @@ scaled_dot_product_attention can therefore use its causal flash kernel (on GPUs 
 """
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -246,5 +247,9 @@ def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of every parameter in model order, without a tied head. Allocates no memory."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+    with torch.device("meta"):  # all layers have the shapes of one
+        one_layer = Transformer(replace(config, num_hidden_layers=1))
+    embedding, *rest = ((name, tuple(parameter.shape)) for name, parameter in one_layer.named_parameters())
+    layers = [(f"model.layers.{index}.{name.removeprefix('model.layers.0.')}", shape)
+              for index in range(config.num_hidden_layers) for name, shape in rest if name.startswith("model.layers.")]
+    return dict([embedding, *layers, *(item for item in rest if not item[0].startswith("model.layers."))])

@@ -1,11 +1,13 @@
 """Growth: layer maps by hand, weights bit for bit, and the growth plan compared with the published table."""
 import json
+import math
 import os
 import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common.files import UserError
@@ -13,7 +15,7 @@ from model.checkpoint import CheckpointReader, checkpoint_digest
 from model.growth import grow_model, interleave, middle, partial, solar, stack
 from model.hub import load_model
 from pipeline.growth_timing import growth_timing
-from stack import COMMANDS, GrowConfig, layer_map_of
+from stack import COMMANDS, GrowConfig, grow, layer_map_of
 from tests.conftest import error_line, random_model, run_script
 
 
@@ -135,8 +137,8 @@ def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(check
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--factor", "1"], "factor is 1.0, expected at least 2"),
-    (["--factor", "1.5"], "factor is 1.5, expected at least 2"),
+    (["--factor", "1"], "factor is 1.0, expected a number from 2 to 10000"),
+    (["--factor", "1.5"], "factor is 1.5, expected a number from 2 to 10000"),
     (["--factor", "2", "--init", "nowhere"], "nowhere is neither a checkpoint directory nor a Hub id"),
     (["--target_layers", "5"], "cannot make 5: choose a multiple of 2"),
     (["--layers", "0,2"], "layers names 2, but the base has the layers 0 to 1"),
@@ -148,11 +150,59 @@ def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(check
     (["--operator", "double"], "unknown operator 'double', expected one of stack, interleave, middle, partial, solar"),
     (["--layers", "1,0", "--zero_init"], "zero_init preserves the function only if"),
     (["--layers", "1,0", "--operator", "solar"], "layers and operator solar both say which layers to repeat"),
-    (["--noise", "-1"], "noise is -1.0, expected at least 0"),
+    (["--noise", "-1"], "noise is -1.0, expected a number from 0 to 100"),
+    (["--noise", "1e308"], "noise is 1e+308, expected a number from 0 to 100"),
+    (["--factor", "1e308"], "factor is 1e+308, expected a number from 2 to 10000"),
+    (["--factor", "9999"], "9999 times 2 layers are more than 10,000"),
+    (["--target_layers", str(10 ** 13)], "target_layers is 10000000000000, expected a number at most 10000"),
 ])
 def test_bad_input(checkpoint, tmp_path, refusal, flags, said):
     assert said in refusal(COMMANDS, "grow", "--init", checkpoint, "--out", tmp_path / "grown", *flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_not_grown(checkpoint, tmp_path, refusal, value):
+    base, name = shutil.copytree(checkpoint, tmp_path / "base"), "model.layers.1.mlp.up_proj.weight"
+    state = load_file(base / "model.safetensors")
+    state[name][3, 5] = value
+    save_file(state, base / "model.safetensors")
+    said = refusal(COMMANDS, "grow", "--init", base, "--out", tmp_path / "grown")
+    assert said == f"error: {base}: {name} holds values that are not finite (NaN or infinity)"
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_noise_that_overflows_is_not_written(checkpoint, tmp_path, refusal):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"].mul_(1e38)
+    save_file(state, base / "model.safetensors")
+    said = refusal(COMMANDS, "grow", "--init", base, "--out", tmp_path / "grown", "--noise", "100")
+    assert said == "error: model.layers.2.mlp.up_proj.weight holds values that are not finite (NaN or infinity)"
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_every_tensor_keeps_its_dtype(checkpoint, tmp_path, capsys):
+    base, out = shutil.copytree(checkpoint, tmp_path / "base"), tmp_path / "grown"
+    state = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor
+             for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(state, base / "model.safetensors")
+    grow(GrowConfig(init=str(base), out=str(out), factor=2.0, noise=0.1))
+    grown = load_file(out / "model.safetensors")
+    assert len(grown) == 4 * 9 + 3
+    for name, tensor in grown.items():
+        assert tensor.dtype == (torch.bfloat16 if tensor.ndim == 2 else torch.float32), name
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert "2 layers grown to 4" in capsys.readouterr().out
+
+
+def test_a_damaged_lineage_is_found_before_growing(checkpoint, tmp_path, refusal, monkeypatch):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "growth.json").write_text("[1]")
+    monkeypatch.setattr(CheckpointReader, "__getitem__", lambda reader, name: pytest.fail("a weight was read"))
+    assert refusal(COMMANDS, "grow", "--init", base, "--out", tmp_path / "grown") == \
+        f"error: {base}/growth.json: expected an object, found a list"
 
 
 def test_an_existing_directory_is_not_touched(checkpoint, tmp_path, refusal):
@@ -213,7 +263,7 @@ def test_a_plan_by_hand():
 @pytest.mark.parametrize(("flags", "said"), [
     (["--params", "7e9"], "a plan needs the size of the model (--params or --size) and --tokens"),
     (["--tokens", "7e9"], "a plan needs the size of the model (--params or --size) and --tokens"),
-    (["--params", "-1", "--tokens", "1e9"], "params is -1.0, expected a number above 0"),
+    (["--params", "-1", "--tokens", "1e9"], "params is -1.0, expected a number from 1 to 1e+18"),
     (["--params", "7e9", "--tokens", "1e9", "--factor", "1"], "factor is 1, expected at least 2"),
     (["--params", "7e9", "--tokens", "1e9", "--factor", "5", "--num_hidden_layers", "32"],
      "not a multiple of the factor"),

@@ -2,9 +2,11 @@
 import json
 import pickle
 import shutil
+import struct
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.files import UserError, new_directory
-from model.checkpoint import INDEX, WEIGHTS, CheckpointReader, open_checkpoint, write_checkpoint, write_weights
+from model import hub
+from model.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    CheckpointReader,
+    is_finite,
+    open_checkpoint,
+    write_checkpoint,
+    write_weights,
+)
+from model.config import ModelConfig
 from model.hub import fetch_checkpoint, load_model
+from model.transformer import parameter_shapes
 from tests.conftest import error_line, random_model, run_script
 
 IDS = torch.arange(3, 120)[None]
@@ -95,13 +108,121 @@ def test_a_bin_from_before_the_zip_format(copy):
     assert torch.equal(logits(copy), expected)
 
 
-@pytest.mark.parametrize(("value", "said"), [({"nested": 1}, "model.norm.weight is dict"),
-                                             (torch.ones(2, dtype=torch.int64), "model.norm.weight is torch.int64")])
+@pytest.mark.parametrize(("value", "said"), [({"nested": 1}, "model.norm.weight is dict, expected a tensor"),
+                                             (torch.ones(2, dtype=torch.int64),
+                                              "model.norm.weight has the dtype torch.int64, expected F32, BF16, F16")])
 def test_a_bin_with_other_things_than_weights(copy, value, said):
     torch.save(load_file(copy / WEIGHTS) | {"model.norm.weight": value}, copy / "pytorch_model.bin")
     (copy / WEIGHTS).unlink()
     with pytest.raises(UserError, match=said):
         fetch_checkpoint(copy)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_a_bin_with_another_pickle_protocol(copy, as_zip):
+    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin", pickle_protocol=4,
+               _use_new_zipfile_serialization=as_zip)
+    (copy / WEIGHTS).unlink()
+    with pytest.warns(UserWarning, match="protocol 4"), \
+            pytest.raises(UserError, match="more than tensors, or its pickle protocol is not 2$"):
+        fetch_checkpoint(copy)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (torch.ones(3), "holds Tensor, expected an object from names to tensors"),
+    ([torch.ones(3)], "holds list, expected"), ({1: torch.ones(3)}, "expected an object from names to tensors"),
+    ({"model.norm.weight": torch.eye(3).to_sparse()}, "is not a tensor with all its values"),
+    ({"model.norm.weight": torch.ones(1).expand(1 << 40)}, "is not a tensor with all its values"),
+    ({"model.norm.weight": torch.ones(2, device="meta")}, "is not a tensor with all its values"),
+    ({}, "does not fit its config.json: model.embed_tokens.weight is missing")])
+def test_a_bin_of_another_shape(copy, content, said):
+    (copy / WEIGHTS).unlink()
+    torch.save(content, copy / "pytorch_model.bin")
+    before = sorted(copy.iterdir())
+    with pytest.raises(UserError, match=said):
+        fetch_checkpoint(copy)
+    assert sorted(copy.iterdir()) == before
+
+
+def test_processes_that_convert_at_once_and_a_killed_one(copy, monkeypatch):
+    expected, names = logits(copy), {path.name for path in copy.iterdir()}
+    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin")
+    (copy / WEIGHTS).unlink()
+    killed = copy / ".converted.01234567.writing"
+    killed.mkdir()
+    (killed / WEIGHTS).write_text("half")
+    replace = Path.replace
+
+    def meet(path, target):  # another process converts everything just before the files of this one are moved
+        monkeypatch.setattr(Path, "replace", replace)
+        fetch_checkpoint(copy)
+        assert torch.equal(logits(copy), expected)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", meet)
+    fetch_checkpoint(copy)
+    assert torch.equal(logits(copy), expected)
+    assert {path.name for path in copy.iterdir()} == names | {"pytorch_model.bin"}
+
+
+def test_a_conversion_killed_between_two_shards_starts_again(copy, monkeypatch):
+    expected = logits(copy)
+    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin")
+    (copy / WEIGHTS).unlink()
+    monkeypatch.setattr("model.checkpoint.write_weights", partial(write_weights, max_shard_bytes=50_000))
+    replace, moved = Path.replace, []
+
+    def second_fails(path, target):
+        moved.extend([target.name] * (target.parent == copy))
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_checkpoint(copy)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert (copy / moved[0]).exists()
+    assert not (copy / INDEX).exists()
+    assert torch.equal(logits(copy), expected)
+    assert (copy / INDEX).exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_not_finite_are_neither_read_nor_written(copy, tmp_path, value, dtype):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    state = {key: tensor.to(dtype) for key, tensor in load_file(copy / WEIGHTS).items()}
+    assert all(map(is_finite, state.values()))
+    assert is_finite(torch.empty(0, dtype=dtype))
+    state[name][7, 7] = value
+    assert not is_finite(state[name])
+    save_file(state, copy / WEIGHTS)
+    with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+        load_model(copy)
+    config = ModelConfig.read(copy / "config.json")
+    with pytest.raises(UserError, match=f"{name} holds values that are not finite"), \
+            new_directory(tmp_path / "out") as folder:
+        write_checkpoint(folder, config, [(key, state[key]) for key in parameter_shapes(config)], copy)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_fetching_keeps_each_dtype_and_a_loser_finds_it_there(copy, tmp_path, capsys, monkeypatch):
+    state = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor
+             for name, tensor in load_file(copy / WEIGHTS).items()}
+    save_file(state, copy / WEIGHTS)
+    out, other = tmp_path / "out", write_checkpoint
+    monkeypatch.setattr("model.hub.write_checkpoint", lambda *args: (
+        monkeypatch.setattr("model.hub.write_checkpoint", other), hub.main(str(copy), str(out)), other(*args)))
+    hub.main(str(copy), str(out))
+    assert capsys.readouterr().out == f"{out}: 48,288 parameters\n{out} is there already\n"
+    written = load_file(out / WEIGHTS)
+    assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype
+               for name, tensor in state.items())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    (tmp_path / "something").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        hub.main(str(copy), str(tmp_path / "something"))
 
 
 class Bomb:
@@ -113,8 +234,9 @@ def test_nothing_in_a_pickle_is_executed(copy, capsys):
     (copy / WEIGHTS).unlink()
     with open(copy / "pytorch_model.bin", "wb") as file:
         pickle.dump({"weight": Bomb()}, file, protocol=2)
-    with pytest.raises(UserError, match="damaged or holds more than tensors"):
+    with pytest.raises(UserError) as error:
         fetch_checkpoint(copy)
+    assert str(error.value) == f"{copy}/pytorch_model.bin is damaged or holds more than tensors: it calls print"
     assert "executed" not in capsys.readouterr().out
     assert not (copy / WEIGHTS).exists()
 
@@ -142,6 +264,16 @@ def test_every_difference_is_listed(copy):
         assert said in str(error.value)
 
 
+@pytest.mark.parametrize("content", [[1], 5, {"weight_map": ["a"]}, {"weight_map": {"model.norm.weight": {"a": 1}}},
+                                     {"weight_map": {"model.norm.weight": 5}}, {"weight_map": {}}])
+@pytest.mark.parametrize("name", [INDEX, "pytorch_model.bin.index.json"])
+def test_an_index_of_another_shape(copy, content, name):
+    (copy / WEIGHTS).unlink()
+    (copy / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name}: expected an object"):
+        load_model(copy)
+
+
 def index_with(copy, file):
     names = list(load_file(copy / WEIGHTS))
     (copy / WEIGHTS).rename(copy / "model-00001-of-00001.safetensors")
@@ -167,6 +299,32 @@ def test_a_truncated_file(copy, keep):
         load_model(copy)
 
 
+def overlap(header):
+    first, second = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("change", [
+    overlap, lambda header: header[Q_PROJ].update(dtype="F7"), lambda header: header[Q_PROJ].update(dtype="I32"),
+    lambda header: header[Q_PROJ].update(shape=[-32, -32]), lambda header: header[Q_PROJ].update(shape=[2 ** 62] * 2),
+    lambda header: header.update({Q_PROJ: [1]}), lambda header: header.clear()])
+def test_a_damaged_header(copy, change):
+    data = (copy / WEIGHTS).read_bytes()
+    length, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (copy / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length:])
+    with pytest.raises(UserError, match=r"truncated or damaged|does not fit its config\.json"):
+        load_model(copy)
+    (copy / WEIGHTS).write_bytes(struct.pack("<Q", 2 ** 60) + data[8:])
+    with pytest.raises(UserError, match=r"truncated or damaged"):
+        load_model(copy)
+
+
 def test_open_checkpoint_checks_the_parts_together(checkpoint, copy, tmp_path):
     opened = open_checkpoint(checkpoint, require_eos=True)
     assert (opened.directory, opened.config, opened.tokenizer.eos_id) == (checkpoint, load_model(checkpoint).config, 2)
@@ -182,7 +340,7 @@ def test_open_checkpoint_checks_the_parts_together(checkpoint, copy, tmp_path):
         open_checkpoint(copy, require_eos=True)
     ours = random_model(vocab_size=500)
     write_checkpoint(copy, ours.config, ours.named_parameters(), checkpoint)
-    with pytest.raises(UserError, match="tokenizer has 512 tokens, but the model's vocabulary only 500"):
+    with pytest.raises(UserError, match="special tokens need 512 ids, but the model's vocabulary has only 500"):
         open_checkpoint(copy)
 
 

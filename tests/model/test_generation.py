@@ -8,6 +8,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from common.files import UserError
 from model import generation as module
 from model.generation import BatchOptions, GenerationConfig, filter_logits, generate, rows_to_keep
 from model.hub import load_model
@@ -131,7 +132,7 @@ def test_out_of_memory_halves_the_batch(models, prompts, monkeypatch, capsys):
     assert generate(ours, prompts, GenerationConfig(8)) == expected
     assert "out of memory with 7 prompts at once: trying again with 3" in capsys.readouterr().err
     monkeypatch.setattr(module, "generate_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match="there is not enough memory for one of the prompts: full"):
         generate(ours, prompts, GenerationConfig(8))
 
 
@@ -152,3 +153,6 @@ def test_invalid_settings():
     assert len(GenerationConfig(0, 0, no_repeat_ngram_size=-1, temperature=0.0, top_p=0.0, top_k=-1).problems()) == 6
     problems = GenerationConfig(do_sample=True, num_beams=2).problems()
     assert problems == ["do_sample and num_beams above 1 exclude each other"]
+    for wrong in ({"length_penalty": 1e308}, {"length_penalty": -3.0}, {"temperature": 1e-300}, {"num_beams": 10 ** 9},
+                  {"early_stopping": 3}, {"early_stopping": "sometimes"}):
+        assert len(GenerationConfig(**wrong).problems()) == 1, wrong

@@ -1,6 +1,8 @@
 """Tokenization compared with transformers."""
 import json
 import shutil
+import time
+from unittest import mock
 
 import pytest
 import sentencepiece
@@ -8,7 +10,7 @@ import tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from common.files import UserError
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, train_tokenizer
 from tests.conftest import sample_texts
 
 
@@ -92,6 +94,86 @@ def test_ids_beyond_the_tokenizer_are_skipped(spm_dir):
     ours = Tokenizer(spm_dir)
     ids = ours.encode("a small house")
     assert ours.decode([*ids, 800]) == "a small house"
+
+
+@pytest.mark.parametrize(("file", "value", "said"), [
+    ("tokenizer_config.json", ["</s>"], "tokenizer_config.json: expected an object, found a list"),
+    ("generation_config.json", [2], "generation_config.json: expected an object, found a list"),
+    ("config.json", 5, "config.json: expected an object, found a number"),
+    ("special_tokens_map.json", None, "special_tokens_map.json: expected an object, found null"),
+    ("generation_config.json", {"eos_token_id": "</s>"}, "generation_config.json: eos_token_id is '</s>'"),
+    ("generation_config.json", {"eos_token_id": [2, -1]}, "generation_config.json: eos_token_id is [2, -1]"),
+    ("generation_config.json", {"bos_token_id": [1]}, "generation_config.json: bos_token_id is [1]"),
+    ("config.json", {"eos_token_id": 2.5}, "config.json: eos_token_id is 2.5"),
+    ("tokenizer_config.json", {"eos_token": 5}, "tokenizer_config.json: eos_token is 5, expected text or an object"),
+    ("tokenizer_config.json", {"eos_token": {"text": "</s>"}}, "tokenizer_config.json: eos_token None is not in"),
+    ("added_tokens.json", {"[PAD]": "800"}, "added_tokens.json: [PAD] is '800', expected a number"),
+    ("tokenizer.json", [], "tokenizer.json cannot be read"),
+])
+def test_files_of_another_shape(spm_dir, tmp_path, file, value, said):
+    shutil.copy(spm_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 800}))
+    (tmp_path / file).write_text(json.dumps(value))
+    with pytest.raises(UserError) as error:
+        Tokenizer(tmp_path)
+    assert said in str(error.value)
+
+
+def test_add_bos_token_is_a_boolean(spm_dir, tmp_path):
+    shutil.copy(spm_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": "false"}')
+    with pytest.raises(UserError, match="add_bos_token is 'false', expected true or false"):
+        Tokenizer(tmp_path).adds_bos  # noqa: B018
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert not Tokenizer(tmp_path).adds_bos
+
+
+def test_special_ids_beyond_the_pieces(spm_dir, tmp_path):
+    shutil.copy(spm_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 802}')
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 801}')
+    ours = Tokenizer(tmp_path)
+    assert ours.vocab_size == 803
+    assert ours.token(801) == "<|end|>"
+    with pytest.raises(UserError, match="no token with the id 802"):
+        ours.token(802)
+
+
+class PanicException(BaseException):
+    """Derives from BaseException, as the panics of Rust code do."""
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_an_error_inside_the_library_is_one_line(tokenizer_dir, method):
+    ours = Tokenizer(tokenizer_dir)
+    ours.fast = mock.Mock()
+    ours.fast.encode_batch_fast.side_effect = ours.fast.decode.side_effect = PanicException("index out of bounds\nmore")
+    with pytest.raises(UserError) as error:
+        getattr(ours, method)([1])
+    assert str(error.value) == f"{tokenizer_dir}: the tokenizer fails: index out of bounds"
+    ours.fast.encode_batch_fast.side_effect = ours.fast.decode.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        getattr(ours, method)([1])
+
+
+def test_pieces_that_are_not_text(spm_dir, tmp_path):
+    content = (spm_dir / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(b"<unk>", b"<\xebnk>"))
+    with pytest.raises(UserError, match="the tokenizer fails: 'utf-8' codec can't decode"):
+        Tokenizer(tmp_path).token(0)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    with pytest.raises(UserError, match="the tokenizer fails: 'utf-8' codec can't decode"):
+        Tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_trained_on_a_text_without_spaces(tmp_path):
+    """The time of tokenizers' trainer is quadratic in the length of a word: without a limit this takes 20 seconds."""
+    start = time.process_time()
+    ours = train_tokenizer(["the tide " * 10, "abcd" * 50_000], 512, tmp_path)
+    assert time.process_time() - start < 5
+    assert ours.decode(ours.encode("abcd" * 3000)) == "abcd" * 3000
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
 
 
 def test_bad_directories(tmp_path):
