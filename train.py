@@ -9,6 +9,8 @@ against forgetting are hooks around the step (training/methods.py). A step is a 
 and the loss, the mean negative log-likelihood over all target tokens of the global batch, depend neither on the number
 of processes nor on the size of the micro-batches.
 """
+import common.interrupts
+
 import datetime
 import math
 import time
@@ -26,6 +28,7 @@ from common.metrics_log import MetricsLog
 from training.batches import Sample, SampleDataset, count_tokens, make_microbatches
 from training.data import TrainData, load_data
 from training.engine import (
+    REMEDY,
     StepResult,
     build_engine,
     build_model,
@@ -38,7 +41,7 @@ from training.examples import decode_examples
 from training.methods import Method, make_method
 from training.resume import StateSaver, resume
 from training.run import Run, open_run
-from training.run_directory import finish_run, last_checkpoint, open_log, print_result, start_run
+from training.run_directory import finish_run, last_checkpoint, open_log, print_result
 from training.train_config import TrainConfig
 from training.train_state import TrainState
 
@@ -72,8 +75,6 @@ def main(cfg: TrainConfig) -> None:
         engine = build_engine(run, model)
         method = make_method(run, engine)
         run, state = resume(run, engine) or (run, TrainState(flops=run.lineage.get("flops", 0)))
-        if not state.step:
-            dist.on_rank0(lambda: start_run(run.directory, run.record))
         log = open_log(run, state.step)
 
         result = train(run, engine, method, data, state, log)
@@ -110,7 +111,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
             dist.fail(UserError(
                 f"step {step + 1} was aborted before the optimizer update: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}; samples {batch.indices}; last good checkpoint: {last_checkpoint(run.directory)}. "
-                "Try a lower learning_rate, more warmup_steps or dtype fp32"))
+                f"{REMEDY}"))
 
         seconds = time.perf_counter() - began
         state.add_step(batch, result, seconds, run.model_config.flops(batch.num_tokens))
@@ -126,7 +127,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
             log.write(step=step + 1, eval_loss=state.eval_loss_after, flops=state.flops)
             dist.print0(f"step {step + 1}/{data.steps}  eval loss {format_loss(state.eval_loss_after)}")
         if batch.ends_epoch and not last:
-            save_epoch_checkpoint(run, engine, step + 1)
+            save_epoch_checkpoint(run, engine, state, data)
         if not last:
             saver.check(state, data.steps)
     return state.result(data) | {"peak_memory_bytes": peak_memory(dist.device)}
@@ -171,7 +172,13 @@ def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> flo
         for microbatch in make_microbatches(samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens,
                                             dist.rank, dist.world_size):
             nll += engine.module(*(tensor.to(dist.device) for tensor in microbatch))
-    return dist.all_reduce_sum(nll)[0] / num_targets if num_targets else None
+    if not num_targets:
+        return None
+    loss = dist.all_reduce_sum(nll)[0] / num_targets
+    if not math.isfinite(loss):
+        dist.fail(UserError(f"the evaluation loss is {loss}; last good checkpoint: {last_checkpoint(run.directory)}. "
+                            f"{REMEDY}"))
+    return loss
 
 
 if __name__ == "__main__":

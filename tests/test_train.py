@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.distributed import free_port
@@ -199,12 +199,15 @@ def test_a_finished_run_does_not_need_its_parent(train, checkpoint, tmp_path):
 
 
 def test_checkpoints_of_an_unfinished_run_are_kept(tmp_path):
-    record, partial = {"settings": {}, "parent_digest": None, "data_digest": None}, tmp_path / "m1.partial"
+    record, partial = {"settings": {}, "parent_digest": None, "data_digest": ""}, tmp_path / "m1.partial"
+    partial.mkdir()
     start_run(partial, record)
-    (partial / "checkpoint-3").mkdir()
-    start_run(partial, record)
-    assert [path.name for path in partial.iterdir()] == ["run.json"]
+    for step in (3, 6):
+        (partial / f"checkpoint-{step}").mkdir()
+        start_run(partial, record)
+        assert [path.name for path in partial.iterdir()] == ["run.json"]
     assert (tmp_path / "m1.partial.old/checkpoint-3").is_dir()
+    assert (tmp_path / "m1.partial.old-2/checkpoint-6").is_dir()
 
 
 def test_chunked_loss_under_zero_3(train, finished, tmp_path):
@@ -281,16 +284,53 @@ def test_pretraining_a_base_and_its_grown_model(tmp_path, checkpoint):
     assert "was made with a tokenizer other than that of" in error_line(result)
 
 
-def test_a_non_finite_loss_stops_before_the_optimizer(train, checkpoint, tmp_path):
-    broken = shutil.copytree(checkpoint, tmp_path / "broken")
-    state = load_file(broken / "model.safetensors")
-    state["model.norm.weight"][0] = math.inf
-    save_file(state, broken / "model.safetensors")
-    line = error_line(train(tmp_path / "run", init=broken, check=False))
+def test_a_non_finite_loss_stops_before_the_optimizer(train, tmp_path):
+    patch = ("import torch; engine_of = train.build_engine\n"
+             "def broken(run, model):\n"
+             "    with torch.no_grad(): model.model.norm.weight[0] = torch.inf\n"
+             "    return engine_of(run, model)\n"
+             "train.build_engine, train.evaluate = broken, lambda *_: 1.0")
+    line = error_line(train(tmp_path / "run", patch=patch, check=False))
     assert "step 1 was aborted before the optimizer update: loss nan" in line
     assert str(sample_indices(42, 60, 0, 8)) in line
     assert "last good checkpoint: the initial checkpoint" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "ranks", "message"), [
+    (["--max_steps", "1"], 1, "the evaluation loss is nan"),  # made by the last step, so that no later loss shows it
+    (["--save_minutes", "0", "--zero", "1", "--dtype", "bf16"], 2, "made weights that are not finite"),
+    (["--save_minutes", "0", "--zero", "3"], 2, "made weights that are not finite"),
+])
+def test_weights_that_are_not_finite_are_not_published(train, tmp_path, flags, ranks, message):
+    line = error_line(train(tmp_path / "run", "--learning_rate", "1e308", "--warmup_steps", "0", *flags,
+                            launcher=ranks, check=False))
+    assert message in line
+    assert "last good checkpoint: the initial checkpoint. Try a lower learning_rate" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_last_good_checkpoint_is_one(train, tmp_path):
+    """The learning rate explodes in the second epoch, whose checkpoint is not written."""
+    patch = "rate = train.learning_rate; train.learning_rate = lambda cfg, step, steps: 1e-3 if step < 8 else 1e308"
+    flags = "--max_steps", "20", "--max_train_samples", "64", "--save_total_limit", "9"
+    line = error_line(train(tmp_path / "run", *flags, patch=patch, check=False))
+    assert f"last good checkpoint: {tmp_path}/run.partial/checkpoint-8" in line
+    weights = load_file(tmp_path / "run.partial/checkpoint-8/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_epochs_checkpoint_knows_its_task(train, refusal, checkpoint, simp_file, tmp_path):
+    train(tmp_path / "run", "--max_steps", "none", "--num_train_epochs", "2", "--ewc_strength", "1",
+          "--max_train_samples", "16", "--fisher_samples", "2", interrupted=(3, "SIGKILL", "all"))
+    start = tmp_path / "run.partial/checkpoint-2"
+    lineage = json.loads((start / "run.json").read_text())["lineage"]
+    assert [task["task"] for task in lineage["tasks"]] == ["simp"]
+    assert lineage["flops"] == read_metrics(tmp_path / "run.partial")[0][1]["flops"]
+    flags = "--init", start, "--data", simp_file, "--out", tmp_path / "next", *TRAIN_FLAGS, "--ewc_strength", "1"
+    assert f"{start} has no Fisher information of simp" in refusal((TrainConfig, main), *flags)
 
 
 def test_bad_input_is_refused_before_anything_is_written(refusal, monkeypatch, checkpoint, simp_file, tmp_path):
@@ -309,6 +349,17 @@ def test_bad_input_is_refused_before_anything_is_written(refusal, monkeypatch, c
         (["--data", bad_task], "train[0] is not an object with the texts 'input' and 'output'"),
         (["--max_source_length", "2000"], "more than the model's max_position_embeddings 2048"),
         (["--wandb", "project"], "needs the package wandb, which is not installed: pip install wandb"),
+        (["--out", "/"], "cannot write '/': expected the name of a new file or folder"),
+        (["--out", "."], "cannot write '.': expected the name of a new file or folder"),
+        (["--out", tmp_path / ("x" * 300)], "File name too long"),
+        (["--out", "/proc/x"], "cannot write /proc/x.partial: No such file or directory"),
+        (["--out", bad_task / "x"], "a part of that path is a file, not a folder"),
+        (["--seed", 2 ** 64], "seed is 18446744073709551616, expected a whole number below 2**63"),
+        (["--num_train_epochs", "1e308"], "num_train_epochs is 1e+308, expected a number above 0 and at most 10000"),
+        (["--timeout_minutes", "1e308"], "timeout_minutes is 1e+308, expected"),
+        (["--weight_decay", "inf"], "weight_decay is inf, expected a finite number"),
+        (["--ewc_strength", "inf"], "ewc_strength is inf, expected a finite number"),
+        (["--config", tmp_path], "cannot be read: Is a directory"),
     ]
     for flags, message in cases:
         assert message in refusal((TrainConfig, main), "--init", checkpoint, "--data", simp_file, "--out",

@@ -1,4 +1,5 @@
 """The DeepSpeed configuration of a run, and the import of deepspeed."""
+import copy
 import os
 import warnings
 from collections.abc import Mapping
@@ -33,8 +34,13 @@ def resolve_zero_stage(cfg: TrainConfig, world_size: int) -> int:
     """The ZeRO stage of a run: the setting, else that of its DeepSpeed file, else the default."""
     if cfg.zero is not None:
         return cfg.zero
-    if cfg.deepspeed and "zero_optimization" in (given := read_json(cfg.deepspeed)):
-        return given["zero_optimization"].get("stage", 0)
+    given = read_json(cfg.deepspeed, dict) if cfg.deepspeed else {}
+    if "zero_optimization" in given:
+        stage = given["zero_optimization"].get("stage", 0) if isinstance(given["zero_optimization"], dict) else None
+        if type(stage) is not int or stage not in range(4):
+            raise UserError(f"{cfg.deepspeed}: zero_optimization is {given['zero_optimization']!r:.80}, expected an "
+                            "object with a stage from 0 to 3")
+        return stage
     return default_zero_stage(world_size, resolve_dtype(cfg.dtype))
 
 
@@ -44,7 +50,7 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
     cfg: settings with `dtype` and `zero` resolved. Raises UserError if the file contradicts the settings.
     """
     path = cfg.deepspeed or CONFIGS / "deepspeed" / f"zero{cfg.zero}{'_offload' if cfg.offload else ''}.json"
-    given = read_json(path)
+    given = read_json(path, dict)
     own = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,  # train_step decides both
         "gradient_clipping": cfg.max_grad_norm if cfg.zero else 0.0,  # without ZeRO optimizer_step clips
@@ -53,8 +59,6 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # the optimizer is PyTorch's
         "zero_optimization": {"stage": cfg.zero},
     }
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: expected an object with DeepSpeed's settings")
     problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size})
     given.pop("train_batch_size", None)  # DeepSpeed would derive from it how many micro-steps to wait for
     problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
@@ -62,6 +66,17 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
     if problems:
         raise UserError(f"{path} contradicts the run's settings: {'; '.join(problems)}")
     return merge(given, own)
+
+
+def check_deepspeed_config(config: dict[str, Any], device: torch.device) -> None:
+    """Raises UserError if DeepSpeed does not accept a configuration."""
+    import_deepspeed(device)
+    from deepspeed.runtime.config import DeepSpeedConfig
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except Exception as error:  # of pydantic, and assertions, for wrong types and unknown names
+        reason = " ".join(str(error).split())
+        raise UserError(f"DeepSpeed does not accept its configuration: {reason:.300}") from None
 
 
 def contradictions(given: Mapping[str, Any], own: Mapping[str, Any], where: str = "") -> list[str]:

@@ -10,19 +10,26 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from common.distributed import Distributed
-from common.files import new_directory
-from model.checkpoint import CheckpointReader, materialize_model, write_checkpoint
+from common.files import UserError, new_directory
+from common.provenance import write_record
+from model.checkpoint import CheckpointReader, is_finite, materialize_model, write_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, initial_weights
 from training.deepspeed_config import deepspeed_config, import_deepspeed
 from training.optimizers import make_optimizer
-from training.run_directory import prune_checkpoints
+from training.run_directory import last_checkpoint, prune_checkpoints
+from training.zero_shards import local_fragments
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from training.data import TrainData
     from training.run import Run
+    from training.train_state import TrainState
+
+
+REMEDY = "Try a lower learning_rate, more warmup_steps or dtype fp32"  # for a run that diverges
 
 
 class StepResult(NamedTuple):
@@ -120,12 +127,27 @@ def optimizer_step(engine: "DeepSpeedEngine", max_grad_norm: float, rejected: bo
     return norm
 
 
-def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path) -> None:
-    """Writes the weights as a Hugging Face checkpoint; a directory that does not exist yet appears atomically.
+def check_weights(run: "Run", engine: "DeepSpeedEngine") -> None:
+    """Ends the run, on all ranks, if a weight is not finite: neither a checkpoint nor a state with it is saved."""
+    def check() -> None:
+        broken = [fragment.name for fragment in local_fragments(engine)
+                  if not (is_finite(fragment.weights) and is_finite(fragment.of(fragment.flat)))]
+        if broken:
+            raise UserError(f"the optimizer has made weights that are not finite, in {len(broken)} parameters such as "
+                            f"{broken[0]}; last good checkpoint: {last_checkpoint(run.directory)}. {REMEDY}")
 
-    All ranks take part: under ZeRO-3 each tensor is gathered from all of them, one at a time.
+    run.dist.on_all_ranks(check)
+
+
+def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
+                    record: dict[str, Any] | None = None) -> None:
+    """Writes the weights as a Hugging Face checkpoint, and `record` as its run.json if given.
+
+    A directory that does not exist yet appears atomically. All ranks take part: under ZeRO-3 each tensor is gathered
+    from all of them, one at a time.
     """
     from deepspeed.runtime.zero import GatheredParameters
+    check_weights(run, engine)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in engine.module.named_parameters():
@@ -135,18 +157,21 @@ def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path) -> N
     if run.dist.rank == 0:
         with contextlib.nullcontext(directory) if directory.exists() else new_directory(directory) as folder:
             write_checkpoint(folder, engine.module.config, tensors(), run.source)
+            if record:
+                write_record(folder, record)
     else:
         for _ in tensors():
             pass
 
 
-def save_epoch_checkpoint(run: "Run", engine: "DeepSpeedEngine", step: int) -> None:
-    """Writes the checkpoint of an epoch and removes the oldest ones beyond `save_total_limit`."""
+def save_epoch_checkpoint(run: "Run", engine: "DeepSpeedEngine", state: "TrainState", data: "TrainData") -> None:
+    """Writes the checkpoint of an epoch, with a run.json, and removes the oldest ones beyond `save_total_limit`."""
     if not run.cfg.save_total_limit:
         return
-    directory = run.directory / f"checkpoint-{step}"
+    directory = run.directory / f"checkpoint-{state.step}"
+    progress = {"flops": state.flops, "last_sample": data.first + state.step * data.batch_size}
     if not run.dist.on_rank0(directory.exists):  # a resumed run may repeat this step
-        save_checkpoint(run, engine, directory)
+        save_checkpoint(run, engine, directory, run.record | {"lineage": run.lineage_after(progress)})
     run.dist.on_rank0(lambda: prune_checkpoints(run.directory, run.cfg.save_total_limit))
 
 

@@ -1,6 +1,6 @@
 """The saved state of an unfinished run. A resumed run gives the same results as an uninterrupted one.
 
-The run's directory has at most one `resume/step-<n>/`, which appears atomically:
+A saved state is a folder `resume/step-<n>/` in the run's directory, which appears atomically:
 
     rank-<r>.safetensors    fp32 master weights and optimizer state: the fragments of rank r
     state.json              the loop's counters, digests of the files, and the run that they belong to
@@ -8,8 +8,6 @@ The run's directory has at most one `resume/step-<n>/`, which appears atomically
 A state can be resumed with any number of ranks under any ZeRO stage. There is no random state: the order of the
 samples is a function of (seed, step).
 """
-import hashlib
-import json
 import shutil
 import sys
 import time
@@ -20,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import UserError, digest, explain_os_errors, read_json, sync, write_json
-from common.provenance import identity
+from common.files import UserError, digest, explain_os_errors, parsing, sync, write_json
 from model.parameter_files import ParameterFiles, write_parameter_file
+from training.engine import check_weights
 from training.run import Run
-from training.run_directory import continue_run, lock
+from training.run_directory import continue_run, find_state, fingerprint, read_state
 from training.train_state import TrainState
 from training.zero_shards import Fragment, base_optimizer, local_fragments, update_weights
 
@@ -81,6 +79,7 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
                 if old != folder:
                     shutil.rmtree(old)
 
+    check_weights(run, engine)
     run.dist.on_rank0(make)
     try:
         files = run.dist.gather(run.dist.on_all_ranks(lambda: write_fragments(engine, partial, run.dist.rank)))
@@ -111,57 +110,25 @@ def optimizer_updates(engine: "DeepSpeedEngine") -> int:
     return max((int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state), default=0)
 
 
-def fingerprint(record: Mapping[str, Any]) -> str:
-    """A digest of what identifies a run."""
-    return hashlib.sha256(json.dumps(identity(record), sort_keys=True).encode()).hexdigest()
-
-
-def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
-    """The folder of the saved state of an unfinished run, or None.
-
-    Raises UserError if the state belongs to another run or is incomplete.
-    """
-    folders = [path for path in (directory / "resume").glob("step-*") if path.suffix != ".writing"]
-    if not folders:
-        return None
-    folder = max(folders, key=lambda path: int(path.name.removeprefix("step-")))
-    saved = read_state(folder)
-    if saved["run"] != fingerprint(record):
-        raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
-    if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
-        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")
-    return folder
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a saved state. Raises UserError if it lacks an entry."""
-    saved = read_json(folder / "state.json")
-    if not isinstance(saved, dict) or not {"progress", "run", "optimizer_step", "files"} <= saved.keys():
-        raise UserError(f"{folder}/state.json lacks entries of a saved state: remove {folder} to train again")
-    return saved
-
-
 def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None:
     """Restores the state of an unfinished run; returns the run, with the restart in its record, and its progress.
 
     Returns None if no state was saved.
     """
-    def find() -> Path | None:
-        if run.directory.exists():
-            lock(run.directory)
-        return find_state(run.directory, run.record)
-
-    folder = run.dist.on_rank0(find)
+    folder = run.dist.on_rank0(lambda: find_state(run.directory, run.record))
     if folder is None:
         return None
-    state = TrainState(**load_state(run, engine, folder))
+    with parsing(folder / "state.json", "the state of a run of this version of the program"):
+        state = TrainState(**read_state(folder)["progress"])
+        state.check()
+    load_state(run, engine, folder)
     run.dist.print0(f"resuming after step {state.step}, from {folder}")
     record = run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))
     return replace(run, record=record), state
 
 
-def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> dict[str, Any]:
-    """Loads a saved state into a new engine; returns the loop's counters. Raises UserError for damaged files.
+def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> None:
+    """Loads a saved state into a new engine. Raises UserError for damaged files.
 
     The ranks first check the digests of all files.
     """
@@ -178,7 +145,6 @@ def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> dict[str, A
     files = dist.on_all_ranks(lambda: ParameterFiles([folder / name for name in names], "the saved state"))
     dist.on_all_ranks(lambda: restore(engine, files, saved["optimizer_step"]))
     update_weights(engine)
-    return saved["progress"]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
+import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,21 @@ import torch
 
 from common.distributed import Distributed, StopRequest, resolve_dtype
 from common.files import UserError
+from common.formatting import format_names
 from common.metrics_log import check_services
 from common.provenance import data_digest, describe, read_lineage, read_record
 from common.settings import model_shape
+from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint
 from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer
-from training.deepspeed_config import deepspeed_config, resolve_zero_stage
+from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
-from training.run_directory import drop_state, is_finished, lock, partial_directory
+from training.run_directory import claim, drop_state, is_finished, partial_directory, start_run
 from training.train_config import TrainConfig
 
 
@@ -74,19 +76,26 @@ class Run:
 def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
     """Checks settings, checkpoint, data and run directory, and resolves what depends on them.
 
-    Returns None if the run is finished already. Raises UserError, before anything is written, if it cannot start.
+    Locks the run's directory until the process ends, and prepares it. Returns None if the run is finished already.
+    Raises UserError, before anything is written, if it cannot start.
     """
-    checked = dist.on_rank0(lambda: check_run(cfg, dist))
-    if checked is None:
-        dist.print0(f"{cfg.out} is finished already, nothing to do")
-        dist.on_rank0(lambda: drop_state(cfg.out))
-        return None
-    choices, earlier, fields = checked
-    source = dist.local_rank0_first(lambda: find_source(cfg))
-    for path in (cfg.data, *(task["data"] for task in earlier)):
-        check_same_on_all_ranks(path, dist)
-    config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
-    return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
+    with contextlib.ExitStack() as claimed:
+        dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
+        checked = dist.on_rank0(lambda: check_run(cfg, dist))
+        if checked is None:
+            dist.print0(f"{cfg.out} is finished already, nothing to do")
+            dist.on_rank0(lambda: drop_state(cfg.out))
+            return None
+        choices, earlier, fields = checked
+        source = dist.local_rank0_first(lambda: find_source(cfg))
+        for path in (cfg.data, *(task["data"] for task in earlier)):
+            check_same_on_all_ranks(path, dist)
+        if not cfg.task:
+            dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
+        config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
+        run = Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
+        dist.on_rank0(lambda: start_run(run.directory, run.record))
+    return run
 
 
 def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], dict] | None:
@@ -110,7 +119,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
         return None
     if cfg.task:
         report_dropped(cfg.data)
-    deepspeed_config(resolved)
+    check_deepspeed_config(deepspeed_config(resolved), dist.device)
     source = find_source(cfg)
     config = check_source(cfg, source)
     lineage = read_lineage(source) if cfg.init else {}
@@ -125,8 +134,6 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
         return None
     check_earlier_tasks(earlier)
     open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
-    if (partial := partial_directory(cfg.out)).exists():
-        os.close(lock(partial))  # refuses early; the run locks the directory when it starts to use it
     return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
                               "first_sample": first_sample(cfg, digest, lineage)}
 
@@ -134,8 +141,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
 def report_dropped(path: str) -> None:
     """Prints which samples of a task file have no target."""
     if dropped := read_task(path)[1]:
-        more = f" and {len(dropped) - 20} more" if len(dropped) > 20 else ""
-        print(f"{path}: {len(dropped)} samples have no target and are left out: {', '.join(dropped[:20])}{more}")
+        print(f"{path}: {len(dropped)} samples have no target and are left out: {format_names(dropped)}")
 
 
 def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:

@@ -1,19 +1,23 @@
 """Run directories and run.json.
 
 A run writes to `<out>.partial/`, which is renamed to `<out>/` when the final weights are on disk: run directories
-appear atomically. `run.json` in either records what the run depends on.
+appear atomically. `run.json` in either records what the run depends on. `<out>.partial/resume/` has at most one saved
+state, `step-<n>/`, which training/resume.py writes and restores.
 """
-import fcntl
-import os
+import contextlib
+import hashlib
+import json
+import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import UserError, explain_os_errors
+from common.files import UserError, explain_os_errors, lock, named, read_json, remove
 from common.formatting import format_duration, format_loss
 from common.metrics_log import MetricsLog, open_services
-from common.provenance import differences, read_record, write_record
+from common.provenance import differences, identity, read_record, write_record
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -21,15 +25,49 @@ if TYPE_CHECKING:
 
 def partial_directory(out: str | Path) -> Path:
     """The directory that a run writes to until it is finished."""
-    return Path(out).with_name(Path(out).name + ".partial")
+    return named(out).with_name(Path(out).name + ".partial")
+
+
+@contextlib.contextmanager
+def claim(out: str | Path) -> Iterator[None]:
+    """Locks the directory of an unfinished run for this process, until the process ends.
+
+    A directory that does not exist yet is made, and removed again if it is still empty after the block. Raises
+    UserError if another process works in it, or if it is not that of a run.
+    """
+    directory = partial_directory(out)
+    if Path(out).exists():
+        yield  # finished: it is only read
+        return
+    with explain_os_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        lock(directory)
+    except BlockingIOError:
+        raise UserError(f"another process is using {directory}: wait until it ends, or stop it") from None
+    except FileNotFoundError:  # the other process has just finished the run
+        pass
+    except OSError as error:
+        print(f"{directory} cannot be locked ({error.strerror}): do not start this run twice at the same time",
+              file=sys.stderr)
+    try:
+        if directory.exists() and not read_record(directory) and list(directory.iterdir()):
+            raise UserError(f"{directory} exists and is not that of a run: remove it or choose another --out")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # fails if it is not empty
 
 
 def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether this run is finished. Raises UserError if its directory belongs to a run with other settings."""
+    """Whether this run is finished. Raises UserError if its directory belongs to a run with other settings.
+
+    An unfinished run of which there is nothing to keep, neither a saved state nor a checkpoint, may have had any.
+    """
     out, partial = Path(out), partial_directory(out)
     if out.exists() and not read_record(out):
         raise UserError(f"{out} exists and is not a run of this program: remove it or choose another --out")
-    for directory in (out, partial):
+    for directory in (out, *([partial] if saved_states(partial) or epoch_checkpoints(partial) else [])):
         if (recorded := read_record(directory)) and (found := differences(record, recorded, defaults)):
             raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "
                             "Choose another --out, or remove it to train again")
@@ -37,24 +75,34 @@ def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[st
 
 
 def start_run(directory: Path, record: Mapping[str, Any]) -> None:
-    """Makes the directory of a run, with its run.json.
+    """Prepares the locked directory of a run, unless it holds a saved state to resume: writes run.json.
 
     Removes what an unfinished run without a saved state left there. Its epoch checkpoints are kept, in
     `<out>.partial.old/`.
     """
-    if directory.exists():
-        old = directory.with_name(directory.name + ".old")
-        print(f"{directory} was left by a run that did not finish: starting from the beginning", flush=True)
-        if list(directory.glob("checkpoint-*")):
-            print(f"its checkpoints are kept in {old}", flush=True)
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-        else:
-            shutil.rmtree(directory)
+    if find_state(directory, record):
+        return
     with explain_os_errors(directory):
-        directory.mkdir(parents=True)
-    lock(directory)
+        if left := list(directory.iterdir()):
+            print(f"{directory} was left by a run that did not finish: starting from the beginning", flush=True)
+        if checkpoints := epoch_checkpoints(directory):
+            old = unused_name(directory.with_name(directory.name + ".old"))
+            old.mkdir()
+            print(f"its checkpoints are kept in {old}", flush=True)
+            for path in checkpoints:
+                path.rename(old / path.name)
+        for path in left:
+            remove(path)
     write_record(directory, record)
+
+
+def unused_name(path: Path) -> Path:
+    """A path that does not exist: `path`, `path-2`, `path-3`, …"""
+    number, name = 1, path.name
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
 
 
 def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -87,32 +135,65 @@ def drop_state(out: str | Path) -> None:
     shutil.rmtree(Path(out) / "resume", ignore_errors=True)
 
 
-def lock(directory: Path) -> int:
-    """Locks a directory until the returned descriptor is closed or this process ends.
-
-    Raises UserError if another process has locked it.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is using {directory}: wait until it ends, or stop it") from None
-    except OSError:  # the file system has no locks
-        pass
-    return descriptor
+def epoch_checkpoints(directory: Path) -> list[Path]:
+    """The complete epoch checkpoints of an unfinished run, oldest first."""
+    steps = {path: int(match[1]) for path in directory.glob("checkpoint-*")
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return sorted(steps, key=steps.__getitem__)
 
 
 def prune_checkpoints(directory: Path, limit: int) -> None:
     """Removes the oldest epoch checkpoints beyond a limit."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = epoch_checkpoints(directory)
     for path in found[:max(0, len(found) - limit)]:
         shutil.rmtree(path)
 
 
 def last_checkpoint(directory: Path) -> str:
-    """The newest epoch checkpoint of an unfinished run, for messages."""
-    kept = sorted(directory.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    return str(kept[-1]) if kept else "the initial checkpoint"
+    """The newest epoch checkpoint of an unfinished run, for messages. Checkpoints with non-finite weights are never
+    written."""
+    return str(next(reversed(epoch_checkpoints(directory)), "the initial checkpoint"))
+
+
+def saved_states(directory: Path) -> list[Path]:
+    """The saved states of an unfinished run, oldest first."""
+    steps = {path: int(match[1]) for path in (directory / "resume").glob("step-*")
+             if (match := re.fullmatch(r"step-(\d+)", path.name))}
+    return sorted(steps, key=steps.__getitem__)
+
+
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """A digest of what identifies a run."""
+    return hashlib.sha256(json.dumps(identity(record), sort_keys=True).encode()).hexdigest()
+
+
+def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
+    """The folder of the saved state of an unfinished run, or None.
+
+    Raises UserError if the state belongs to another run or is incomplete.
+    """
+    folder = next(reversed(saved_states(directory)), None)
+    if folder is None:
+        return None
+    saved = read_state(folder)
+    if saved["run"] != fingerprint(record):
+        raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
+    if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")
+    return folder
+
+
+# The entries of state.json and their types.
+STATE_TYPES = {"progress": dict, "run": str, "optimizer_step": int, "files": dict}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a saved state. Raises UserError if it lacks an entry."""
+    saved = read_json(folder / "state.json", dict)
+    if not all(isinstance(saved.get(name), kind) for name, kind in STATE_TYPES.items()) or \
+            not all(re.fullmatch(r"rank-\d+\.safetensors", name) for name in saved["files"]):
+        raise UserError(f"{folder}/state.json lacks entries of a saved state: remove {folder} to train again")
+    return saved
 
 
 def print_result(out: str | Path) -> None:

@@ -20,7 +20,7 @@ class TrainConfig:
     out: str = setting(None, "directory of the run", required=True)
     seed: int = setting(42, "seed of new weights and of the sample order", at_least=0)
     # the batch
-    global_batch_size: int = setting(32, "samples in a step, over all ranks", at_least=1)
+    global_batch_size: int = setting(32, "samples in a step, over all ranks", at_least=1, at_most=1 << 20)
     max_tokens_per_microbatch: int = setting(4096, "maximum tokens in a micro-batch, with padding; affects speed and "
                                                    "memory only", at_least=1)
     microbatch_overhead_tokens: int = setting(256, "fixed cost of a micro-batch, in tokens of padding; affects speed "
@@ -30,7 +30,7 @@ class TrainConfig:
     max_target_length: int = setting(256, "maximum tokens in a target, including <eos>", at_least=2)
     train_on_source: bool = setting(False, "also compute the loss on the prompt")
     # how long
-    num_train_epochs: float = setting(3.0, "passes over the data", above=0)
+    num_train_epochs: float = setting(3.0, "passes over the data", above=0, at_most=10_000)
     max_steps: int | None = setting(None, "steps, instead of epochs", at_least=1)
     max_tokens: int | None = setting(None, "tokens to pretrain on, instead of epochs", at_least=1)
     max_flops: float | None = setting(None, "FLOPs to pretrain for, including those spent on --init", above=0)
@@ -86,7 +86,8 @@ class TrainConfig:
     logging_steps: int = setting(10, "print every N steps; metrics.jsonl has every step", at_least=1)
     save_total_limit: int = setting(1, "epoch checkpoints to keep, apart from the final weights", at_least=0)
     save_minutes: float = setting(15.0, "minutes between saves of the state to resume from; 0: every step", at_least=0)
-    timeout_minutes: float = setting(30.0, "minutes that a rank waits for the others before it gives up", above=0)
+    timeout_minutes: float = setting(30.0, "minutes that a rank waits for the others before it gives up", above=0,
+                                     at_most=525_600)
     tensorboard: bool = setting(False, "also log to TensorBoard (needs the package tensorboard)")
     wandb: str | None = setting(None, "Weights & Biases project to also log to (needs the package wandb)")
 

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from common.files import is_number
 from common.formatting import format_duration
 from training.batches import GlobalBatch
 from training.data import TrainData
@@ -24,6 +25,13 @@ class TrainState:
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last applied steps
+
+    def check(self) -> None:
+        """Raises ValueError if a counter is not a finite number; a saved state may be damaged."""
+        counters = [self.step, self.tokens, self.computed_tokens, self.seconds, self.flops, *self.losses,
+                    *filter(None, (self.eval_loss_before, self.eval_loss_after))]
+        if type(self.step) is not int or self.step < 1 or not all(map(is_number, counters)) or min(counters) < 0:
+            raise ValueError("a counter is not valid")
 
     def max_loss(self, ratio: float | None) -> float:
         """The loss above which a step is skipped: `ratio` times the mean of the last steps."""

@@ -1,9 +1,12 @@
 """Runs that were interrupted: after they are resumed, they equal uninterrupted runs."""
+import errno
 import fcntl
 import json
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from model.parameter_files import ParameterFiles
 from tests.conftest import TORCHRUN, error_line, losses, read_metrics
 from train import main
 from training.run import compare_digests
+from training.run_directory import claim
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_steps", "9", "--warmup_steps", "2", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1",
@@ -170,16 +174,79 @@ def test_the_same_loss_spikes_are_skipped_under_every_zero_stage(train, tmp_path
             pytest.approx([entry["loss"] for entry in entries], rel=rel)
 
 
-def test_a_directory_that_is_locked_while_the_model_is_built_is_refused(train, tmp_path):
-    """Both runs have passed the checks when the first one makes the directory."""
-    patch = ("import fcntl, os; resume = train.resume\n"
-             "def patched(run, engine):\n"
-             "    run.directory.mkdir(); run.directory.joinpath('run.json').write_text('{}')\n"
-             "    fcntl.flock(os.open(run.directory, os.O_RDONLY), fcntl.LOCK_EX)\n"
-             "    return resume(run, engine)\n"
-             "train.resume = patched")
-    assert "another process is using" in error_line(train(tmp_path / "m1", patch=patch, check=False))
-    assert [path.name for path in (tmp_path / "m1.partial").iterdir()] == ["run.json"]
+def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file, tmp_path):
+    """The second run starts while the first one still builds its model."""
+    patch = (f"import pathlib, time; build = train.build_model; built = pathlib.Path({str(tmp_path)!r}, 'go')\n"
+             "def slow(run):\n"
+             "    while not built.exists(): time.sleep(0.01)\n"
+             "    return build(run)\n"
+             "train.build_model = slow")
+    out, partial = tmp_path / "m1", tmp_path / "m1.partial"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(train, out, patch=patch, launcher=TORCHRUN)
+        while not (partial / "run.json").exists():
+            time.sleep(0.01)
+        assert f"another process is using {partial}" in error_line(train(out, check=False))
+        (tmp_path / "go").touch()
+        assert first.result().returncode == 0
+    assert "is finished already" in train(out).stdout
+    assert not partial.exists()
+
+
+def test_a_directory_that_is_not_that_of_a_run_is_left_alone(train, tmp_path):
+    partial = tmp_path / "m1.partial"
+    partial.mkdir()
+    (partial / "checkpoint-notes.txt").write_text("mine")
+    assert f"{partial} exists and is not that of a run" in error_line(train(tmp_path / "m1", check=False))
+    assert (partial / "checkpoint-notes.txt").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_reported(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with claim(tmp_path / "m1"):
+        assert (tmp_path / "m1.partial").is_dir()
+    assert "m1.partial cannot be locked (No locks available): do not start" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_settings_replace_a_run_without_anything_to_keep(train, killed_copy):
+    out, directory = killed_copy
+    assert "seed is 42 there and 1 here" in error_line(train(out, "--seed", "1", check=False))
+    shutil.rmtree(directory / "resume")
+    assert "starting from the beginning" in train(out, "--seed", "1", "--max_steps", "1").stdout
+
+
+def test_a_kill_within_an_epochs_checkpoint_does_not_hinder_the_next_start(train, tmp_path):
+    """The second epoch's checkpoint is half-written when the process is killed."""
+    flags = "--max_steps", "6", "--max_train_samples", "16", "--eval_steps", "9"
+    patch = ("import os, signal, training.engine as engine\n"
+             "write = engine.write_checkpoint\n"
+             "def killed(folder, *args):\n"
+             "    write(folder, *args)\n"
+             "    if 'checkpoint-4' in folder.name: os.kill(os.getpid(), signal.SIGKILL)\n"
+             "engine.write_checkpoint = killed")
+    assert train(tmp_path / "m1", *flags, patch=patch, check=False).returncode == -9
+    (left,) = (tmp_path / "m1.partial").glob(".*")
+    assert (left / "model.safetensors").exists()
+    (tmp_path / "m1.partial/checkpoint-4.writing").mkdir()  # as earlier versions called it
+    assert "resuming after step 3" in train(tmp_path / "m1", *flags).stdout
+    assert not left.exists()
+    train(tmp_path / "whole", *flags)
+    assert same_weights(tmp_path / "m1", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: [], lambda state: state | {"files": ["rank-0.safetensors"]}, lambda state: state | {"progress": 3},
+    lambda state: state | {"files": {"../../../etc/passwd": "0"}},
+    lambda state: state | {"progress": state["progress"] | {"step": "4"}},
+    lambda state: state | {"progress": state["progress"] | {"losses": [None]}},
+    lambda state: state | {"progress": state["progress"] | {"unknown": 1}},
+])
+def test_a_damaged_record_of_the_state_is_refused(train, killed_copy, change):
+    out, directory = killed_copy
+    file = directory / "resume/step-4/state.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    assert str(file) in error_line(train(out, check=False))
 
 
 def test_two_processes_do_not_work_in_one_directory(train, killed_copy):
@@ -204,13 +271,18 @@ def test_the_state_of_a_finished_run_is_removed(train, uninterrupted):
      "gradient_clipping is 5.0 there and 0.3 by the run's settings"),
     ({"zero_optimization": {"stage": 2}, "train_batch_size": 7}, "train_batch_size is 7 there and 32 by"),
     ({"optimizer": {"type": "Adam"}}, "optimizer is set, but train.py has its own"),
+    ([], "ds.json: expected an object, found a list"),
+    ({"zero_optimization": "stage 2"}, "zero_optimization is 'stage 2', expected an object with a stage from 0 to 3"),
+    ({"zero_optimization": {"stage": 7}}, "expected an object with a stage from 0 to 3"),
+    ({"zero_optimization": {"stage": 1, "reduce_buckets": 5}}, "DeepSpeed does not accept its configuration: "),
+    ({"gradient_predivide_factor": "x", "flops_profiler": {"enabled": []}}, "DeepSpeed does not accept"),
 ])
 def test_a_deepspeed_file_that_contradicts_the_run_is_refused(refusal, checkpoint, simp_file, tmp_path,
                                                                content, message):
     (tmp_path / "ds.json").write_text(json.dumps(content))
     flags = "--task", "simp", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "m1", "--dtype", "fp32"
     assert message in refusal((TrainConfig, main), *flags, "--deepspeed", tmp_path / "ds.json")
-    if "zero_optimization" in content:
+    if "zero_optimization" in content and " there and " in message:
         assert "zero_optimization.stage is" in refusal((TrainConfig, main), *flags, "--zero", "1",
                                                        "--deepspeed", tmp_path / "ds.json")
 
