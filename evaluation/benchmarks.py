@@ -1,58 +1,84 @@
 """Runs a suite of benchmarks through lm-eval, and adds calibration to its results."""
-import contextlib
 import dataclasses
-import functools
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 import lm_eval
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
-from common.files import digest, read_json
+from common.files import UserError, digest, first_line, parsing
 from common.provenance import git_commit
 from evaluation.harness import HarnessModel
-from evaluation.lm_eval_tasks import load_suite, task_manager
+from evaluation.lm_eval_tasks import Loaded, load_suite, quiet, task_manager
 from evaluation.metrics import average_log_probs, calibration_metrics
 from evaluation.parallel import ParallelModel
-from evaluation.result_files import is_same_run, sample_files, write_results
+from evaluation.result_files import (
+    ResultsFile,
+    earlier_results,
+    is_same_run,
+    read_results_file,
+    sample_files,
+    write_results,
+)
 from evaluation.suites import Benchmark
-from model.checkpoint import checkpoint_digest
-from model.parameter_files import POSTERIOR
+from evaluation.summary import suite_table
 
 Answers = dict[str, list[dict[str, Any]]]  # task -> its items with the model's answers, lm-eval's "samples"
+PosteriorSample = tuple[Path, tuple]  # directory of the posterior, and the key of the sample
 
 
-def evaluate_suite(suite: list[Benchmark], model: ParallelModel, out: Path, run: dict[str, Any],
-                   posterior_samples: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Runs a suite and writes the results to `out`, unless complete results of the same run exist.
+@dataclass(frozen=True)
+class SuiteRun:
+    """A suite whose tasks are loaded, or the results of an earlier run of the same."""
+    suite: list[Benchmark]
+    run: dict[str, Any]  # the record of what the results depend on
+    posterior_samples: Sequence[PosteriorSample]
+    existing: dict[str, Any] | None
+    loaded: Loaded
+    missing: dict[str, str]  # reasons by name, of benchmarks whose datasets are not available
 
-    Returns the content of the results file: lm-eval's results with "run", "tokens" and "missing" added. Older results
-    of the same benchmarks are removed.
+
+def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
+                  posterior_samples: Sequence[PosteriorSample] = ()) -> SuiteRun:
+    """Loads the tasks of a suite, unless complete results of the same run exist in `out`.
+
+    Raises UserError for benchmarks that cannot be run, and for damaged results in `out`.
     """
-    source = model.tokenizer.directory
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
-    if posterior_samples:
-        run |= {"posterior_samples": posterior_samples, "seed": seed,
-                "checkpoint_digest": checkpoint_digest(source, POSTERIOR)}
-    for path in sorted(out.glob("results_*.json"), reverse=True):
-        results = read_json(path)
-        if is_same_run(results.get("run", {}), run) and not results["missing"]:
-            print(f"{path} already exists, with the same model, data and settings", flush=True)
-            return results
-    samples = [(source, ("weights", seed, number)) for number in range(posterior_samples)]
-    results, answers, missing = run_suite(suite, model, run["limit"], samples)
-    results |= {"run": run | {"commit": git_commit()}, "tokens": model.counts, "missing": missing}
+    for file in reversed(own_results(out)):
+        if is_same_run(file.run, run) and not file.content.get("missing", True):
+            with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
+                suite_table(suite, file.content)
+            print(f"{file.path} already exists, with the same model, data and settings", flush=True)
+            return SuiteRun(suite, run, posterior_samples, file.content, {}, {})
+    with quiet():
+        return SuiteRun(suite, run, posterior_samples, None, *load_suite(suite))
+
+
+def own_results(out: Path) -> list[ResultsFile]:
+    """The results files of evaluate.py in a folder, the oldest first. Raises UserError if one is damaged."""
+    with earlier_results():
+        files = [read_results_file(path) for path in sorted(out.glob("results_*.json")) if path.is_file()]
+    return [file for file in files if file.run]
+
+
+def evaluate_suite(prepared: SuiteRun, model: ParallelModel, out: Path) -> dict[str, Any]:
+    """Runs a suite and writes the results to `out`, unless they exist.
+
+    Returns the content of the results file: lm-eval's results with "run", "tokens" and "missing" added. Older results
+    that the new ones supersede are removed.
+    """
+    if prepared.existing is not None:
+        return prepared.existing
+    results, answers = run_suite(prepared.loaded, model, prepared.run["limit"], prepared.posterior_samples)
+    results |= {"run": prepared.run | {"commit": git_commit()}, "tokens": model.counts, "missing": prepared.missing}
     if results["results"]:
-        superseded = [path for path in out.glob("results_*.json")  # results of other programs have no "run"
-                      if "run" in (old := read_json(path)) and old["results"].keys() & results["results"].keys()]
+        superseded = [file.path for file in own_results(out) if supersedes(results, file)]
         write_results(out, results, answers)
         for path in superseded:
             for file in (path, *sample_files(path).values()):
@@ -60,33 +86,49 @@ def evaluate_suite(suite: list[Benchmark], model: ParallelModel, out: Path, run:
     return results
 
 
-def run_suite(suite: list[Benchmark], model: ParallelModel, limit: int | None = None,
-              posterior_samples: Sequence[tuple[Path, tuple]] = ()) -> tuple[dict[str, Any], Answers, dict[str, str]]:
+def supersedes(results: dict[str, Any], old: ResultsFile) -> bool:
+    """Whether results hold every benchmark of an older file, with at least as many items and posterior samples."""
+    def items(content: dict[str, Any]) -> dict[str, int]:
+        return {name: sizes["effective"] for name, sizes in content["n-samples"].items()}
+
+    with earlier_results(), parsing(old.path, "a results file of evaluate.py"):
+        new_items = items(results)
+        return old.results.keys() <= results["results"].keys() and \
+            all(new_items.get(name, 0) >= count for name, count in items(old.content).items()) and \
+            results["run"].get("posterior_samples", 0) >= old.run.get("posterior_samples", 0)
+
+
+def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
+              posterior_samples: Sequence[PosteriorSample] = ()) -> tuple[dict[str, Any], Answers]:
     """Runs all benchmarks of a suite, `limit` items of each task, in one call of lm-eval's `simple_evaluate`.
 
-    Returns lm-eval's results with calibration added, the answers, and {name: reason} for benchmarks whose datasets are
-    not available. For each posterior sample, (directory of the posterior, key of the sample), the multiple-choice
+    Returns lm-eval's results with calibration added, and the answers. For each posterior sample the multiple-choice
     benchmarks run again; accuracy and calibration of the averaged probabilities are added as "acc,sampled" and so on.
     The model keeps the weights of the last sample.
     """
-    with quiet():
-        loaded, missing = load_suite(suite)
-        if not loaded:
-            return {"results": {}}, {}, missing
-        evaluate = functools.partial(lm_eval.simple_evaluate, HarnessModel(model), limit=limit,
-                                     task_manager=task_manager())
-        results = evaluate(tasks=[root for root, _ in loaded.values()])
-        answers = results.pop("samples")
-        multiple_choice = [root for root, tasks in loaded.values()
-                           if all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)]
-        sampled = []
-        for directory, key in posterior_samples if multiple_choice else ():
-            model.load_posterior_sample(directory, key)
-            sampled.append(evaluate(tasks=multiple_choice)["samples"])
+    if not loaded:
+        return {"results": {}}, {}
+    results = simple_evaluate(model, [root for root, _ in loaded.values()], limit)
+    answers = results.pop("samples")
+    multiple_choice = [root for root, tasks in loaded.values()
+                       if all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)]
+    sampled = []
+    for directory, key in posterior_samples if multiple_choice else ():
+        model.load_posterior_sample(directory, key)
+        sampled.append(simple_evaluate(model, multiple_choice, limit)["samples"])
     for benchmark, (_, tasks) in loaded.items():
         for name, members in ({task.task_name: [task] for task in tasks} | {benchmark: tasks}).items():
             results["results"][name] |= calibration_results(members, answers, sampled)
-    return results, answers, missing
+    return results, answers
+
+
+def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dict[str, Any]:
+    """lm-eval's function of that name. Raises UserError for what it cannot compute, such as an infinite perplexity."""
+    try:
+        with quiet():
+            return lm_eval.simple_evaluate(HarnessModel(model), tasks=tasks, limit=limit, task_manager=task_manager())
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"lm-eval cannot compute the results: {type(error).__name__}: {first_line(error)}") from error
 
 
 def calibration_results(tasks: list[ConfigurableTask], answers: Answers, sampled: list[Answers]) -> dict[str, float]:
@@ -122,22 +164,3 @@ def option_scores(tasks: list[ConfigurableTask], answers: Answers) -> list[tuple
             if isinstance(target, int) and 0 <= target < len(choices):
                 scores.append(([score for score, _ in sample["filtered_resps"]][:len(choices)], target))
     return scores
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences messages of lm-eval and datasets, and shows their progress bars only on a terminal."""
-    datasets.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
-    logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = functools.partial(bar, desc="building requests", leave=False, disable=None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            lm_eval.api.task.tqdm = bar

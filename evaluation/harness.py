@@ -106,9 +106,8 @@ class HarnessModel(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
         for indices in groups.values():
-            options = normalize_gen_kwargs(requests[indices[0]].args[1], MAX_NEW_TOKENS)
-            stops = handle_stop_sequences(options.pop("until", None), self.text_tokenizer.token(self.eot_token_id))
-            config = harness_generation_config(options)
+            config, stops = generation_settings(requests[indices[0]].args[1])
+            stops = handle_stop_sequences(stops, self.text_tokenizer.token(self.eot_token_id))
             max_prompt = self.max_length - config.max_new_tokens
             if max_prompt < 1:
                 raise UserError(f"{config.max_new_tokens:,} new tokens leave no room for a prompt in the model's "
@@ -120,10 +119,13 @@ class HarnessModel(TemplateLM):
         return texts
 
 
-def harness_generation_config(options: dict[str, Any]) -> GenerationConfig:
-    """The GenerationConfig for lm-eval's generation settings. Raises UserError for unsupported settings."""
-    options = {name: value for name, value in options.items() if value is not None}
-    options["max_new_tokens"] = options.pop("max_gen_toks")
-    if not options.get("do_sample"):
+def generation_settings(kwargs: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+    """The GenerationConfig and the stop strings for lm-eval's generation settings.
+
+    Raises UserError for unsupported settings.
+    """
+    options = {name: value for name, value in normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS).items() if value is not None}
+    stops, options["max_new_tokens"] = options.pop("until"), options.pop("max_gen_toks")
+    if not options["do_sample"]:
         options.pop("temperature", None)
-    return make_generation_config(options, "lm-eval's generation settings")
+    return make_generation_config(options, "lm-eval's generation settings"), stops

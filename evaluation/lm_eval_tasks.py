@@ -1,8 +1,12 @@
 """Benchmarks of a suite as lm-eval tasks."""
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +18,31 @@ from lm_eval.tasks import TaskManager
 
 from common.files import UserError, first_line, read_json_lines
 from common.settings import Resolved
+from evaluation.harness import generation_settings
 from evaluation.suites import Benchmark, open_suite
 
 # name of a benchmark -> (the task or group that simple_evaluate takes, all tasks in it)
 Loaded = dict[str, tuple[Any, list[ConfigurableTask]]]
 
+# lm-eval's keys for local files, and the types of their values. Items with `pairs` have texts of their own.
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "doc_to_text": (str,), "doc_to_choice": (str, list), "doc_to_target": (str, int), "description": (str,),
+    "target_delimiter": (str,), "fewshot_delimiter": (str,), "gen_prefix": (str,)}
+
+METRICS = ("acc", "acc_norm", "acc_mutual_info")  # of local files without `pairs`
+MAX_NAME_BYTES = 200  # file systems allow 255 for samples_<name>_<date>.jsonl
+
 
 def read_suite(name: str, folder: str | Path | None = None) -> list[Benchmark]:
-    """The benchmarks of a suite, parts included (see suites.open_suite). Raises UserError with all problems."""
+    """The benchmarks of a suite, parts included (see suites.open_suite).
+
+    Raises UserError with all problems of the suite, or for invalid items in its local files.
+    """
     path, entries, folder = open_suite(name, folder)
     benchmarks, problems = [], []
     for number, entry in enumerate(entries, 1):
         try:
-            benchmarks.append(parse_benchmark(entry, f"[[benchmark]] {entry.get('name', number)}", folder))
+            benchmarks.append(parse_benchmark(entry, f"[[benchmark]] {entry.get('name', number)!s:.80}", folder))
         except UserError as error:
             problems.append(str(error))
     if not problems:
@@ -35,10 +51,15 @@ def read_suite(name: str, folder: str | Path | None = None) -> list[Benchmark]:
         benchmarks = [part for benchmark in benchmarks for part in with_parts(benchmark)]
         names = [benchmark.name for benchmark in benchmarks]
         problems += [f"{name} is listed twice" for name in sorted(set(names)) if names.count(name) > 1]
+        problems += [problem for name in names for problem in name_problems(name)]
         problems += [f"{b.name} is part of {b.part_of}, which is not listed" for b in benchmarks
                      if b.part_of and b.part_of not in names]
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
+    with quiet():
+        for benchmark in benchmarks:
+            if benchmark.file:
+                local_task(benchmark)
     return benchmarks
 
 
@@ -50,8 +71,10 @@ def parse_benchmark(entry: dict[str, Any], title: str, folder: Path) -> Benchmar
     resolved.update({key: value for key, value in entry.items() if key in fields}, title)
     values = resolved.values
     problems = [f"{title} has no {key}" for key in ("name", "category") if key not in entry] + resolved.problems
-    lm_eval_keys = {field.name for field in dataclasses.fields(lm_eval.config.task.TaskConfig)}
-    problems += [f"{title}: unknown key {key!r}" for key in options if key not in lm_eval_keys]
+    problems += [f"{title}: unknown key {key!r}, expected {', '.join(sorted({*fields, *OPTIONS}))}"
+                 for key in options if key not in OPTIONS]
+    problems += [f"{title}: {key} is {value!r:.80}, expected text" for key, value in options.items()
+                 if type(value) not in OPTIONS.get(key, (type(value),))]
     problems += [f"{title}: num_fewshot is below 0"] if values.get("num_fewshot", 0) < 0 else []
     if "file" not in entry:
         if local := {"pairs", "by"} & entry.keys() | options.keys():
@@ -60,14 +83,25 @@ def parse_benchmark(entry: dict[str, Any], title: str, folder: Path) -> Benchmar
         pairs = values.get("pairs")
         problems += [f"{title} has no {key}" for key in ("doc_to_text", "doc_to_choice", "doc_to_target")
                      if not pairs and key not in options]
-        metrics = ("pct_stereotype",) if pairs else ("acc", "acc_norm", "acc_mutual_info")
-        if "metric_list" not in options and (metric := values.get("metric", "acc")) not in metrics:
+        problems += [f"{title}: {', '.join(options)} cannot be used with pairs"] if pairs and options else []
+        metrics = ("pct_stereotype",) if pairs else METRICS
+        if (metric := values.get("metric", "acc")) not in metrics:
             problems.append(f"{title} has the metric {metric!r}, expected {' or '.join(metrics)}")
-        values["file"] = str(folder / str(values.get("file")))
-        problems += [f"{title}: {values['file']} does not exist"] if not Path(values["file"]).is_file() else []
+        if "file" in values:
+            values["file"] = str(folder / values["file"])
+            problems += [f"{title}: {values['file']} does not exist"] if not Path(values["file"]).is_file() else []
     if problems:
         raise UserError("; ".join(problems))
     return Benchmark(**values, options=options)
+
+
+def name_problems(name: str) -> list[str]:
+    """A list with the sentence that rejects a name of a benchmark, which becomes part of file names; else empty."""
+    if name and name.isprintable() and name[0] != "." and not {"/", "\\"} & set(name) and \
+            len(name.encode()) <= MAX_NAME_BYTES:
+        return []
+    return [f"{name!r:.80} is not a name of a benchmark: expected at most {MAX_NAME_BYTES} bytes of text without "
+            "slashes, control characters or a dot at the beginning"]
 
 
 @functools.cache
@@ -80,12 +114,33 @@ def with_parts(benchmark: Benchmark) -> list[Benchmark]:
     """A benchmark, followed by one for each value of its field `by`."""
     if not benchmark.by or not benchmark.file:
         return [benchmark]
-    values = {item.get(benchmark.by) for item in read_json_lines(benchmark.file)[benchmark.num_fewshot:]}
-    if None in values:
-        raise UserError(f"{benchmark.file}: an item has no {benchmark.by!r}, by which {benchmark.name} is divided")
+    values = [item.get(benchmark.by) for item in read_json_lines(benchmark.file)[benchmark.num_fewshot:]]
+    if wrong := [value for value in values if not isinstance(value, str | int | float)]:
+        raise UserError(f"{benchmark.file}: an item has no {benchmark.by!r}, by which {benchmark.name} is divided, "
+                        f"or it is neither text nor a number: {wrong[0]!r:.80}")
     return [benchmark] + [
         dataclasses.replace(benchmark, name=re.sub(r"\W+", "_", f"{benchmark.name}_{value}"), label=str(value), by=None,
-                            part_of=benchmark.name, where={benchmark.by: value}) for value in sorted(values, key=str)]
+                            part_of=benchmark.name, where={benchmark.by: value})
+        for value in sorted(set(values), key=str)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences messages of lm-eval and datasets, and shows their progress bars only on a terminal."""
+    datasets.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logger = logging.getLogger("lm_eval")
+    level, bar = logger.level, lm_eval.api.task.tqdm
+    logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = functools.partial(bar, desc="building requests", leave=False, disable=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            lm_eval.api.task.tqdm = bar
 
 
 def load_suite(suite: list[Benchmark]) -> tuple[Loaded, dict[str, str]]:
@@ -139,19 +194,51 @@ def local_task(benchmark: Benchmark) -> ConfigurableTask:
                    "metric_list": [{"metric": "pct_stereotype", "aggregation": "mean", "higher_is_better": False}]}
     try:
         task = ConfigurableTask(config=config | benchmark.options)
+        environment = lm_eval.utils.env.overlay(finalize=not_null)
+        templates = [environment.from_string(text) for text in benchmark.options.values() if isinstance(text, str)]
         for item in [*examples, *items]:
-            choices, target = task.doc_to_choice(item), task.doc_to_target(item)
-            target = choices.index(target) if target in choices else target
-            if not all(isinstance(choice, str) for choice in choices) or target not in range(len(choices)):
-                raise ValueError(f"its choices are {choices!r} and the right one is {target!r}, expected texts and the "
-                                 f"index of one, or one of them, in {json.dumps(item, ensure_ascii=False)[:200]}")
+            for template in templates:
+                template.render(**item)
+            if wrong := item_problem(task, item):
+                raise ValueError(f"{wrong}, in {json.dumps(item, ensure_ascii=False)[:200]}")
+        build_first_request(task)
     except Exception as error:  # of templates, of fields that an item lacks
         raise UserError(f"{benchmark.file}: {benchmark.name} is not a valid task: {first_line(error)}") from error
     return task
 
 
+def not_null(value: Any) -> Any:
+    """A value that a template prints. Raises ValueError for null, which would become the text "None"."""
+    if value is None:
+        raise ValueError("a field that its template prints is null or missing in an item")
+    return value
+
+
+def item_problem(task: ConfigurableTask, item: dict[str, Any]) -> str:
+    """What is wrong with an item of a multiple-choice task; empty if it is valid."""
+    context, choices, target = task.doc_to_text(item), task.doc_to_choice(item), task.doc_to_target(item)
+    target = choices.index(target) if target in choices else target
+    if not isinstance(context, str):
+        return f"its context is {context!r:.80}, expected text"
+    if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices) or \
+            not isinstance(target, int) or target not in range(len(choices)):
+        return f"its choices are {choices!r:.100} and the right one is {target!r:.40}, expected two or more " \
+               "texts and the index of one, or one of them"
+    return ""
+
+
+def build_first_request(task: Any) -> None:
+    """Builds the request of a task's first item as simple_evaluate does, to find what is wrong with the task."""
+    task.set_fewshot_seed(0)  # simple_evaluate sets its own
+    task.build_all_requests(limit=1)
+    for request in task.instances:
+        if request.request_type == "generate_until":
+            generation_settings(request.args[1])
+
+
 def check_tasks(suite: list[Benchmark], loaded: Loaded) -> None:
-    """Raises UserError for tags, for tasks in two benchmarks, and for metrics that a task does not have."""
+    """Raises UserError for tags, for tasks in two benchmarks, for metrics that a task does not have, and for tasks that
+    cannot run here."""
     problems: list[str] = []
     owners: dict[str, str] = {}
     for benchmark in (benchmark for benchmark in suite if benchmark.name in loaded):
@@ -165,5 +252,17 @@ def check_tasks(suite: list[Benchmark], loaded: Loaded) -> None:
             if benchmark.metric.partition(",")[0] not in task.aggregation():
                 problems.append(f"{task.task_name} has no metric {benchmark.metric!r}, expected one of "
                                 + ", ".join(task.aggregation()))
+            problems += name_problems(task.task_name) + task_problems(task)
     if problems:
         raise UserError("; ".join(problems))
+
+
+def task_problems(task: Any) -> list[str]:
+    """A list with the sentence that rejects a task that cannot run here; empty if it can."""
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        return [f"{task.task_name} runs code that a model has written, or has images or sound: not supported"]
+    try:
+        build_first_request(task)
+    except Exception as error:  # of lm-eval: few-shot examples that are not there, generation settings
+        return [f"{task.task_name} cannot be run: {first_line(error)}"]
+    return []

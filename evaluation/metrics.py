@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.files import UserError
+from common.files import UserError, first_line
 
 RESAMPLES = 1000
 ECE_BINS = 15
@@ -104,14 +104,17 @@ def f1(precision: float, recall: float) -> float:
 def bertscore(predictions: list[str], references: list[list[str]], directory: str, layer: int | None) -> list[float]:
     """F1 of BERTScore (Zhang et al., arXiv 1904.09675) of each prediction, in percent, without baseline rescaling.
 
-    Compares vectors of one layer of the encoder in a directory. Raises UserError if the optional package bert-score is
-    not installed.
+    Compares vectors of one layer of the encoder in a directory. Needs the optional package bert-score. Raises UserError
+    if the encoder cannot be used, or if its scores are not finite.
     """
     try:
         from bert_score import score
-    except ImportError:
-        raise UserError("BERTScore needs a package that is not installed: pip install bert-score") from None
-    _, _, f1_scores = score(predictions, references, model_type=str(directory), num_layers=layer)
+        _, _, f1_scores = score(predictions, references, model_type=str(directory), num_layers=layer)
+        if not f1_scores.isfinite().all():
+            raise ValueError("its scores are not finite")
+    except Exception as error:  # of bert-score and transformers
+        raise UserError(f"BERTScore cannot be computed with layer {layer} of the encoder in {directory}: "
+                        f"{first_line(error)}") from error
     return (100 * f1_scores).tolist()
 
 
@@ -131,12 +134,12 @@ def calibration_metrics(log_likelihoods: Sequence, targets: Sequence[int]) -> di
     The softmax of the log-likelihoods of a question's options gives their probabilities. `targets` are the indices of
     the right options. "ece" is the expected calibration error (Guo et al., arXiv 1706.04599, eq. 3) over 15 bins of
     equal width. "nll" is the mean negative log-probability of the right option in nats. "brier" is the squared error of
-    the probabilities, summed over the options and averaged over the questions (Brier, 1950).
+    the probabilities, summed over the options and averaged over the questions (Brier, 1950). Raises UserError if a
+    log-likelihood is not finite.
     """
     rows = []
     for scores, target in zip(log_likelihoods, targets):
-        scores = np.asarray(scores, dtype=np.float64)
-        log_p = scores - np.logaddexp.reduce(scores)
+        log_p = log_softmax(scores)
         p = np.exp(log_p)
         rows.append((p.max(), p.argmax() == target, -log_p[target], ((p - (np.arange(len(p)) == target)) ** 2).sum()))
     confidence, correct, nll, brier = (np.array(values, dtype=np.float64) for values in zip(*rows))
@@ -150,6 +153,13 @@ def average_log_probs(log_likelihoods: Sequence) -> np.ndarray:
 
     `log_likelihoods` [samples, options] are in nats.
     """
-    scores = np.asarray(log_likelihoods, dtype=np.float64)
-    log_p = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-    return np.logaddexp.reduce(log_p, axis=0) - np.log(len(scores))
+    log_p = log_softmax(log_likelihoods)
+    return np.logaddexp.reduce(log_p, axis=0) - np.log(len(log_p))
+
+
+def log_softmax(scores: Sequence) -> np.ndarray:
+    """Scores [..., options] minus the logarithm of their summed exponentials. Raises UserError if one is not finite."""
+    values = np.asarray(scores, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"log-likelihoods of options are not finite: {values.tolist()!s:.200}")
+    return values - np.logaddexp.reduce(values, axis=-1, keepdims=True)

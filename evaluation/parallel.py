@@ -1,8 +1,9 @@
 """Log-likelihoods and generation with one model on all processes.
 
 Only rank 0 knows tasks and benchmarks. It sends requests; the other ranks run `serve`, which computes their share of
-each request and sends the result back.
+each request and sends back the result, or what went wrong. Rank 0 raises the error; no rank waits for one that failed.
 """
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common.distributed import Distributed
+from common.files import UserError, first_line
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.loglikelihood import log_likelihoods
 from model.parameter_files import POSTERIOR, ParameterFiles, find_parameter_files
@@ -60,17 +62,27 @@ class ParallelModel:
         """Computes this rank's shares of requests until rank 0 calls `dismiss`."""
         request: tuple[str, Any] | None
         while (request := self.dist.scatter()) is not None:
-            self._compute(*request)
+            self.dist.gather(self._compute(*request))
 
     def dismiss(self) -> None:
         """Ends `serve` on the other processes."""
         self.dist.scatter([None] * self.dist.world_size)
 
     def _request(self, name: str, shares: list) -> list:
-        return self._compute(*self.dist.scatter([(name, share) for share in shares]))
+        answers = self.dist.gather(self._compute(*self.dist.scatter([(name, share) for share in shares])))
+        if failures := [failure for _, failure in answers if failure]:
+            raise UserError(f"{self.tokenizer.directory}: {failures[0]}")
+        return [answer for answer, _ in answers]
 
-    def _compute(self, name: str, share: Any) -> list:
-        return self.dist.gather(getattr(self, f"_{name}")(share))
+    def _compute(self, name: str, share: Any) -> tuple[Any, str]:
+        """(the answer to this rank's share of a request, why there is none)."""
+        try:
+            return getattr(self, f"_{name}")(share), ""
+        except UserError as error:
+            return None, str(error)
+        except Exception as error:  # a bug, or a failure of the hardware
+            traceback.print_exc()
+            return None, f"{type(error).__name__} on rank {self.dist.rank}: {first_line(error)}"
 
     def _score(self, pairs: list) -> tuple:
         with self._progress("scoring", len(pairs), "request") as bar:

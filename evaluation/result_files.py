@@ -1,24 +1,44 @@
 """Files of evaluation results, written and read: metrics and predictions of tasks, results and samples of lm-eval."""
 import datetime
-import functools
+import glob
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval.utils import handle_non_serializable
+from common.files import JSON_NAMES, UserError, is_number, parsing, read_json, read_json_lines, write_text
+from common.provenance import wrong_types
 
-from common.files import UserError, read_json, read_json_lines, write_json, write_text
+# Bounds of metrics that are checked. Other metrics may have any finite value.
+MAX, ROUNDING = 1e300, 1e-6
+BOUNDS = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info", "exact_match", "mrr", "pct_stereotype", "r@1", "r@2",
+                        "ece"), (0.0, 1.0)) | {"nll": (0.0, MAX), "brier": (0.0, 2.0)}
+PERCENTAGES = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "sari", "empty", "copied"), (0.0, 100.0))
+
+SUITE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "name": str, "category": str, "metric": str, "label": (str, type(None)), "part_of": (str, type(None)),
+    "file": (str, type(None))}  # of the entries that are read again
 
 IGNORED = {"checkpoint", "commit"}  # the path of the checkpoint and the program's version do not change results
 
 
-def is_same_run(recorded: dict[str, Any], run: dict[str, Any]) -> bool:
+@contextmanager
+def earlier_results() -> Iterator[None]:
+    """Adds to a UserError about a file of earlier results what can be done about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}: remove this file, or choose another --out") from None
+
+
+def is_same_run(recorded: Any, run: dict[str, Any]) -> bool:
     """Whether the "run" in a results file names the same weights, data and settings as `run`."""
     run = json.loads(json.dumps(run))
-    return all(recorded.get(key) == run.get(key) for key in (recorded.keys() | run.keys()) - IGNORED)
+    return isinstance(recorded, dict) and all(recorded.get(key) == run.get(key)
+                                              for key in (recorded.keys() | run.keys()) - IGNORED)
 
 
 def task_files(folder: str | Path, task: str) -> tuple[Path, Path]:
@@ -34,68 +54,171 @@ def write_task_results(folder: str | Path, task: str, items: Iterable[dict], met
     "low", "high"}}. `run` holds the checkpoint, data and settings that the results depend on.
     """
     metrics_file, predictions_file = task_files(folder, task)
-    lines = [json.dumps(item, ensure_ascii=False) for item in items]
+    lines = [finite_json(item, predictions_file) for item in items]
     results = {"task": task, "samples": len(lines), "metrics": metrics, "run": run}
+    text = finite_json(results, metrics_file, indent=1)
     write_text(predictions_file, "\n".join(lines) + "\n")
-    write_json(metrics_file, results)
+    write_text(metrics_file, text + "\n")
     return results
+
+
+def finite_json(value: Any, path: Path, default: Callable[[Any], Any] | None = None, indent: int | None = None) -> str:
+    """A value as JSON. Raises UserError if it holds numbers that are not finite, which no results file may."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=default, indent=indent)
+    except ValueError:
+        raise UserError(f"{path} was not written: the results hold numbers that are not finite (NaN or infinite)") \
+            from None
 
 
 def read_task_results(folder: str | Path) -> list[dict[str, Any]]:
     """The contents of all metrics files in a folder, with "scores" added: {metric: its value for each item}.
 
-    "scores" is empty if there are no predictions.
+    "scores" is empty if there are no predictions. Raises UserError if a file is damaged.
     """
     results = []
     for path in sorted(Path(folder).glob("metrics-*.json")):
-        found = {"run": {}} | read_json(path)
+        found = {"task": None, "metrics": None, "run": {}} | read_json(path, dict)
+        with parsing(path, "a metrics file of evaluate.py"):
+            check_task_results(found, path)
         predictions = task_files(folder, found["task"])[1]
-        scores = [line.get("scores", {}) for line in read_json_lines(predictions)] if predictions.exists() else []
+        lines = read_json_lines(predictions) if predictions.exists() else []
+        with parsing(predictions, "a predictions file of evaluate.py"):
+            scores = [dict(line.get("scores", {})) for line in lines]
         names = scores[0] if scores else ()
         results.append(found | {"scores": {name: [item.get(name) for item in scores] for name in names}})
     return results
 
 
+def check_task_results(results: dict[str, Any], path: Path) -> None:
+    """Raises an error if the content of a metrics file is not valid."""
+    wrong = wrong_types(results, {"task": str, "samples": int, "metrics": dict, "run": dict})
+    if wrong := wrong or wrong_types(results["run"], {"decoding": dict}):
+        raise UserError(f"{path} is damaged or not a metrics file of evaluate.py: its entry {wrong[0]!r} is not valid")
+    for name, interval in results["metrics"].items():
+        mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+        check_number(mean, *PERCENTAGES.get(name, (-MAX, MAX)), f"{path}: the mean of {name}")
+        check_number(low, -MAX, MAX, f"{path}: the lower bound of {name}")
+        check_number(high, low, MAX, f"{path}: the upper bound of {name}")
+
+
 @dataclass(frozen=True)
 class ResultsFile:
     """Content of a results file of lm-eval and of its sample files."""
-    results: dict[str, dict[str, Any]]  # task or group -> {"metric,filter": value}
-    groups: dict[str, list[str]]  # lm-eval's "group_subtasks"
-    run: dict[str, Any]  # what evaluate.py adds; empty in other results
+    path: Path
+    content: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]  # task -> its items, if their file exists
 
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """{task or group: {"metric,filter": value}}."""
+        return self.content["results"]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """{group: its tasks and groups}."""
+        return self.content.get("group_subtasks", {})
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What evaluate.py adds; empty in other results."""
+        return self.content.get("run", {})
+
+    @property
+    def suite(self) -> list[dict[str, Any]]:
+        """The entries of the suite that evaluate.py ran."""
+        return self.run.get("suite", [])
+
+    def tasks(self, name: str) -> list[str]:
+        """A task itself, or all tasks of a group and its groups, in order of their names."""
+        children = self.groups.get(name)
+        return sorted(task for child in children for task in self.tasks(child)) if children else [name]
+
     def items(self, name: str, metric: str) -> list:
-        """The values of a metric for each item of a task, or of all tasks of a group."""
-        if children := self.groups.get(name):
-            return [value for child in children for value in self.items(child, metric)]
-        return [sample.get(metric) for sample in self.samples.get(name, ())]
+        """The values of a metric for each item of a task, or of all tasks of a group, in order of the items.
+
+        metric: see metric_value. Files of samples repeat each item for each filter of the task, and with several
+        processes the items are not in order.
+        """
+        metric, _, filter_name = metric.partition(",")
+        items = []
+        for task in self.tasks(name):
+            samples = [sample for sample in self.samples.get(task, ())
+                       if sample.get("filter") in (None, filter_name or "none")]
+            items += [sample.get(metric) for sample in sorted(samples, key=lambda sample: sample.get("doc_id", 0))]
+        return items
 
 
 def write_results(directory: Path, results: dict[str, Any], samples: Mapping[str, Iterable[dict]]) -> None:
-    """Writes results_<date>.json and samples_<task>_<date>.jsonl as lm-eval does, without the prompts."""
+    """Writes results_<date>.json and samples_<task>_<date>.jsonl as lm-eval does, without the prompts.
+
+    Raises UserError, and writes nothing, if a number is not finite.
+    """
+    from lm_eval.utils import handle_non_serializable  # lm-eval takes seconds to import
     date = datetime.datetime.now().isoformat().replace(":", "-")
-    dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
-    for task, items in samples.items():
-        lines = [dump({key: value for key, value in item.items() if key not in ("doc", "arguments", "resps")})
-                 for item in items]
-        write_text(directory / f"samples_{task}_{date}.jsonl", "\n".join(lines) + "\n")
-    write_text(directory / f"results_{date}.json", dump(results, indent=2) + "\n")
+    path = directory / f"results_{date}.json"
+    files = {directory / f"samples_{task}_{date}.jsonl": "\n".join(
+        finite_json({key: value for key, value in item.items() if key not in ("doc", "arguments", "resps")}, path,
+                    handle_non_serializable) for item in items) for task, items in samples.items()}
+    files[path] = finite_json(results, path, handle_non_serializable, indent=2)
+    for file, text in files.items():
+        write_text(file, text + "\n")
+
+
+def results_files(folder: Path) -> list[Path]:
+    """The results files in a folder and the folders in it, in order of their names, which begin with their dates.
+
+    lm-eval has written results_<date>.json, and results.json into a folder that may itself be called *.json.
+    """
+    return sorted(path for path in folder.rglob("results*.json") if path.is_file())
 
 
 def read_results_file(path: Path) -> ResultsFile:
-    """The content of a results file. Raises UserError if it is not one."""
-    content = read_json(path)
+    """The content of a results file. Raises UserError if it is not one, or if a value in it is not valid."""
+    content = read_json(path, dict)
     if not isinstance(content.get("results"), dict):
         raise UserError(f"{path} is not a results file of lm-eval: it has no \"results\"")
-    samples = {task: read_json_lines(file) for task, file in sample_files(path).items()}
-    return ResultsFile(content["results"], content.get("group_subtasks", {}), content.get("run", {}), samples)
+    with parsing(path, "a results file of lm-eval"):
+        for name, entry in content["results"].items():
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: the result of {name} is {JSON_NAMES[type(entry)]}, expected an object")
+            check_values(entry, f"{path}: {name}")
+        samples = {task: read_json_lines(file) for task, file in sample_files(path).items()}
+        file = ResultsFile(path, content, samples)
+        for entry in file.suite:
+            if wrong := wrong_types(entry, SUITE_TYPES):
+                raise UserError(f"{path}: {wrong[0]} is not valid in an entry of its suite: {entry!s:.200}")
+        for name in content["results"]:
+            file.tasks(name)  # raises an error if a group contains itself
+    return file
 
 
 def sample_files(path: Path) -> dict[str, Path]:
     """The sample file of each task in a results file."""
     ending = f"_{path.stem.removeprefix('results_')}.jsonl"
     return {file.name.removeprefix("samples_").removesuffix(ending): file
-            for file in sorted(path.parent.glob(f"samples_*{ending}"))}
+            for file in sorted(path.parent.glob(f"samples_*{glob.escape(ending)}"))}
+
+
+def check_values(entry: dict[str, Any], where: str) -> None:
+    """Raises UserError, which begins with `where`, if a metric or standard error in a results entry is not valid.
+
+    lm-eval writes an unknown value as the text "N/A".
+    """
+    for key, value in entry.items():
+        name = key.partition(",")[0]
+        low, high = (0.0, MAX) if name.endswith("_stderr") else BOUNDS.get(name, (-MAX, MAX))
+        checked = name.endswith("_stderr") or name in BOUNDS
+        if value not in (None, "N/A", "") and (checked or is_number(value)):
+            check_number(value, low, high, f"{where}: {key}")
+
+
+def check_number(value: Any, low: float, high: float, where: str) -> None:
+    """Raises UserError, which begins with `where`, if a JSON value is not a number from `low` to `high`."""
+    if not is_number(value) or not low - ROUNDING <= value <= high + ROUNDING:
+        bounded = f"a number from {low:g} to {high:g}" if high < MAX else f"at least {low:g}"
+        expected = bounded if low > -MAX else "a number"
+        raise UserError(f"{where} is {json.dumps(value):.40}, expected {expected}")
 
 
 def metric_value(entry: dict[str, Any], metric: str) -> tuple[float, float] | None:
@@ -106,7 +229,7 @@ def metric_value(entry: dict[str, Any], metric: str) -> tuple[float, float] | No
     """
     name, _, filter_name = metric.partition(",")
     for ending in (f",{filter_name or 'none'}", ""):
-        value, error = entry.get(name + ending), entry.get(f"{name}_stderr{ending}")
-        if isinstance(value, int | float):
-            return float(value), float(error) if isinstance(error, int | float) else math.nan
+        value, error = entry.get(name + ending, "N/A"), entry.get(f"{name}_stderr{ending}", "N/A")
+        if is_number(value):
+            return float(value), float(error) if is_number(error) else math.nan
     return None

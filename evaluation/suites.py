@@ -35,7 +35,7 @@ def open_suite(name: str, folder: str | Path | None = None) -> tuple[Path, list[
     """
     path = CONFIGS / "eval" / f"{name}.toml"
     path = path if path.exists() else Path(name)
-    if path.suffix != ".toml" or not path.exists():
+    if path.suffix != ".toml" or not path.is_file():
         raise UserError(f"unknown suite {name!r}, expected one of {', '.join(known('eval'))} or the path of a .toml "
                         "file")
     table = read_toml(path)

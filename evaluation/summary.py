@@ -1,4 +1,4 @@
-"""Printed tables of evaluation results."""
+"""Tables of evaluation results, as text."""
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,26 +39,28 @@ def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> lis
     return scores
 
 
-def print_tasks(results: Iterable[dict[str, Any]]) -> None:
-    """Prints a line for each task: its metrics with their 95% intervals. `results` are contents of metrics files."""
-    print(f"\n{'task':<8} {'items':>5}  {'BLEU':>18} {'ROUGE-1':>18} {'ROUGE-L':>18} {'SARI':>18}  words  empty copied")
+def task_table(results: Iterable[dict[str, Any]]) -> str:
+    """A line for each task: its metrics with their 95% intervals. `results` are contents of metrics files."""
+    names = " ".join(f"{name:>18}" for name in ("BLEU", "ROUGE-1", "ROUGE-L", "SARI"))
+    lines = [f"{'task':<8} {'items':>5}  {names}  words  empty copied"]
     for result in results:
         metrics = result["metrics"]
         cells = [f"{value['mean']:5.1f} [{value['low']:4.1f}, {value['high']:4.1f}]" if value else "–"
                  for value in map(metrics.get, ("bleu", "rouge1", "rougeL", "sari"))]
         words, empty, copied = (metrics[name]["mean"] for name in ("words", "empty", "copied"))
-        print(f"{result['task']:<8} {result['samples']:>5}  " + " ".join(f"{cell:>18}" for cell in cells)
-              + f" {words:6.1f} {empty:5.1f}% {copied:5.1f}%")
+        lines.append(f"{result['task']:<8} {result['samples']:>5}  " + " ".join(f"{cell:>18}" for cell in cells)
+                     + f" {words:6.1f} {empty:5.1f}% {copied:5.1f}%")
+    return "\n".join(lines)
 
 
-def print_suite(suite: Iterable[Benchmark], results: dict[str, Any]) -> None:
-    """Prints a line for each benchmark, grouped by category with the category's mean: percentages, and calibration.
+def suite_table(suite: Iterable[Benchmark], results: dict[str, Any]) -> str:
+    """A line for each benchmark, grouped by category with the category's mean: percentages, and calibration.
 
     Benchmarks that also ran over posterior samples have a second line.
     """
     scores = benchmark_scores(suite, results)
-    print(f"\n{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5}  {'metric':<15} {'%':>6} {'±':>4}  "
-          + "  ".join(f"{name.upper():>6}" for name in CALIBRATION_METRICS))
+    lines = [f"{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5}  {'metric':<15} {'%':>6} {'±':>4}  "
+             + "  ".join(f"{name.upper():>6}" for name in CALIBRATION_METRICS)]
     for category in dict.fromkeys(score.benchmark.category for score in scores):
         in_category = [score for score in scores if score.benchmark.category == category]
         for score in in_category:
@@ -67,16 +69,17 @@ def print_suite(suite: Iterable[Benchmark], results: dict[str, Any]) -> None:
             error = f"{'–':>4}" if math.isnan(score.stderr) else f"{100 * score.stderr:4.1f}"
             calibration = "  ".join(f"{score.calibration[key]:6.3f}" if key in score.calibration else f"{'–':>6}"
                                     for key in CALIBRATION_METRICS)
-            print(f"{category:<9} {label:<36} {score.items:>6} {benchmark.num_fewshot:>5}  {benchmark.metric:<15} "
-                  f"{100 * score.value:6.1f} {error}  {calibration}")
+            lines.append(f"{category:<9} {label:<36} {score.items:>6} {benchmark.num_fewshot:>5}  "
+                         f"{benchmark.metric:<15} {100 * score.value:6.1f} {error}  {calibration}")
             if score.sampled:
                 label = f"  over {results['run']['posterior_samples']} posterior samples"
-                print(f"{'':<9} {label:<36} {'':>6} {'':>5}  {'acc':<15} {100 * score.sampled['acc']:6.1f} {'':>4}  "
-                      + "  ".join(f"{score.sampled[key]:6.3f}" for key in CALIBRATION_METRICS))
+                lines.append(f"{'':<9} {label:<36} {'':>6} {'':>5}  {'acc':<15} {100 * score.sampled['acc']:6.1f} "
+                             f"{'':>4}  " + "  ".join(f"{score.sampled[key]:6.3f}" for key in CALIBRATION_METRICS))
         wholes = [score.value for score in in_category if not score.benchmark.part_of]
         if len(wholes) > 1:
-            print(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(wholes) / len(wholes):6.1f}")
+            lines.append(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(wholes) / len(wholes):6.1f}")
     tokens = results["tokens"]
     if tokens["computed"]:
-        print(f"tokens computed: {tokens['computed']:,} of {tokens['asked']:,} requested; sharing prefixes saved a "
-              f"factor of {tokens['asked'] / tokens['computed']:.1f}")
+        lines.append(f"tokens computed: {tokens['computed']:,} of {tokens['asked']:,} requested; sharing prefixes "
+                     f"saved a factor of {tokens['asked'] / tokens['computed']:.1f}")
+    return "\n".join(lines)

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, read_json
+from common.files import UserError, parsing, read_json, read_json_lines
 from common.provenance import git_commit
-from common.settings import read_config
+from common.settings import Resolved, read_config
 from corpus.raw_tasks import restore_brackets
 from corpus.tasks import encode_prompts
 from evaluation.metrics import bertscore, bleu, bootstrap_interval, rouge, sanity_metrics, sari
 from evaluation.parallel import ParallelModel
-from evaluation.result_files import is_same_run, task_files, write_task_results
+from evaluation.result_files import earlier_results, is_same_run, task_files, write_task_results
+from evaluation.summary import task_table
 from model.generation import GenerationConfig
 
 
@@ -30,12 +31,13 @@ class TaskTestSet:
 
 
 def make_generation_config(options: dict[str, Any], where: str) -> GenerationConfig:
-    """A GenerationConfig from settings by name. Raises UserError, which begins with `where`, for invalid ones."""
-    names = {field.name for field in dataclasses.fields(GenerationConfig)}
-    problems = [f"unsupported setting {name!r}" for name in sorted(options.keys() - names)]
-    config = GenerationConfig(**{name: value for name, value in options.items() if name in names})
-    if problems := problems + config.problems():
-        raise UserError(f"{where}: " + "; ".join(problems))
+    """A GenerationConfig from settings by name. Raises UserError, which ends with `where`, for invalid ones."""
+    resolved = Resolved(GenerationConfig)
+    resolved.update({name: value for name, value in options.items() if name != "early_stopping"}, where)
+    early_stopping = {name: value for name, value in options.items() if name == "early_stopping"}  # has two types
+    config = GenerationConfig(**resolved.values, **early_stopping)
+    if problems := resolved.problems + [f"{problem} (in {where})" for problem in config.problems()]:
+        raise UserError("; ".join(problems))
     return config
 
 
@@ -45,19 +47,40 @@ def task_decoding(task: str, seed: int) -> GenerationConfig:
                                   f"configs/task/{task}.toml [decoding]")
 
 
+def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
+    """What the results of a test set depend on: `run`, extended by its settings."""
+    facts = dataclasses.asdict(dataclasses.replace(test_set, items=[]))
+    return run | {name: value for name, value in facts.items() if name not in ("task", "items")}
+
+
+def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of the metrics file in `out` if it has the results of the same run, else None.
+
+    Raises UserError if it or the predictions are damaged, or if they are of more items, which would be lost.
+    """
+    metrics_file, predictions_file = task_files(out, test_set.task)
+    if not metrics_file.exists():
+        return None
+    with earlier_results():
+        existing = read_json(metrics_file, dict)
+        with parsing(metrics_file, "a metrics file of evaluate.py"):
+            task_table([existing])
+            if existing["samples"] > len(test_set.items):
+                raise UserError(f"{metrics_file} has results of {existing['samples']} items, which would be replaced "
+                                f"by those of {len(test_set.items)}")
+            lines = read_json_lines(predictions_file) if predictions_file.exists() else []
+            is_whole = len(lines) == existing["samples"]
+            return existing if is_whole and is_same_run(existing["run"], record(test_set, run)) else None
+
+
 def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Generates a test set and writes its predictions and metrics to `out`, unless results of the same run exist.
 
     Returns the content of the metrics file.
     """
-    facts = dataclasses.asdict(dataclasses.replace(test_set, items=[]))
-    run = run | {name: value for name, value in facts.items() if name not in ("task", "items")}
-    metrics_file, predictions_file = task_files(out, test_set.task)
-    if metrics_file.exists() and predictions_file.exists():
-        existing = read_json(metrics_file)
-        if is_same_run(existing.get("run", {}), run):
-            print(f"{metrics_file} already exists, with the same model, data and settings", flush=True)
-            return existing
+    if existing := existing_results(test_set, out, run):
+        print(f"{task_files(out, test_set.task)[0]} already exists, with the same model, data and settings", flush=True)
+        return existing
     items = test_set.items
     prompts = encode_prompts(model.tokenizer, [item["input"] for item in items], test_set.max_source_length)
     predictions = [model.tokenizer.decode(ids).strip() for ids in model.generate(prompts, test_set.decoding)]
@@ -67,13 +90,12 @@ def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, ru
                                                          for name, scores in values.items()}
     lines = [item | {"prediction": text, "scores": {name: round(scores[i], 4) for name, scores in values.items()}}
              for i, (item, text) in enumerate(zip(items, predictions))]
-    return write_task_results(out, test_set.task, lines, metrics, run | {"commit": git_commit()})
+    return write_task_results(out, test_set.task, lines, metrics, record(test_set, run) | {"commit": git_commit()})
 
 
 def item_scores(test_set: TaskTestSet, predictions: list[str], references: list[list[str]]) -> dict[str, list[float]]:
     """{metric: score of each item} for all metrics that are defined for single items."""
-    sources = [restore_brackets(item.get("src_info", {}).get(test_set.source) or item["input"])
-               for item in test_set.items]
+    sources = [restore_brackets(item["src_info"].get(test_set.source) or item["input"]) for item in test_set.items]
     scores = rouge(predictions, references)
     if test_set.sari:
         scores["sari"] = [sari(*texts) for texts in zip(sources, predictions, references)]

@@ -1,23 +1,30 @@
 """evaluate.py on a checkpoint with random weights, with one process and with two."""
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
 import sacrebleu
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 from analysis.results import Stage, add_results
 from common.files import UserError, digest, read_json, read_json_lines
 from common.settings import known, read_config
 from corpus.tasks import encode_prompts
-from evaluate import EvaluateConfig, main, prepare_evaluation
+from evaluate import main, prepare_evaluation
+from evaluation import benchmarks
+from evaluation.evaluate_config import EvaluateConfig
 from evaluation.metrics import sari
 from evaluation.result_files import is_same_run, sample_files
 from evaluation.test_sets import task_decoding
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT, TORCHRUN, run_script, sample_texts
+from tests.conftest import ROOT, TORCHRUN, random_model, run_script, sample_texts
 
 SUITE = """
 [[benchmark]]
@@ -123,15 +130,108 @@ def test_existing_results_are_kept(done, words, checkpoint, suite_file):
     assert not is_same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
 
 
-def test_newer_results_replace_older_ones(done, checkpoint, suite_file, tmp_path):
+def test_results_of_fewer_items_replace_none(done, checkpoint, suite_file, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "eval")
-    (out / "results_mine.json").write_text('{"results": {"continuation": {"acc": 1.0}}}')  # written by another program
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     run_script("evaluate.py", "--checkpoint", checkpoint, "--suite", suite_file, "--limit", "3", "--dtype", "fp32",
                "--out", out)
-    ours = [path for path in out.glob("results_*.json") if path.name != "results_mine.json"]
-    assert [read_json(path)["run"]["limit"] for path in ours] == [3]
-    assert (out / "results_mine.json").exists()
-    assert list(out.glob("samples_*")) == list(sample_files(ours[0]).values()) != []
+    files = sorted(out.glob("results_*.json"))
+    assert [read_json(path)["run"]["limit"] for path in files] == [6, 3]
+    assert sorted(out.glob("samples_*")) == [path for file in files for path in sample_files(file).values()]
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+@pytest.fixture
+def refused(checkpoint, simp_file, refusal, monkeypatch):
+    """A function that returns the error of an evaluation, which must come before the model is loaded."""
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    flags = {"checkpoint": checkpoint, "data": simp_file.parent, "tasks": "simp", "limit": 6, "dtype": "fp32"}
+
+    def call(**given):
+        return refusal((EvaluateConfig, main), *(f"--{name}={value}" for name, value in (flags | given).items()
+                                                 if value is not None))
+    return call
+
+
+def test_results_that_would_be_lost(done, checkpoint, refused, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "eval")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "metrics-simp.json has results of 6 items, which would be replaced by those of 2: remove this file, or" in \
+        refused(out=out, limit=2)
+    other = damaged(checkpoint, tmp_path / "other", with_other_weights)
+    assert "metrics-simp.json has results of other weights: remove this file, or choose another --out" in \
+        refused(out=out, checkpoint=other)
+    (out / "metrics-simp.json").unlink()
+    assert ".json has results of other weights" in refused(out=out, checkpoint=other)
+    assert before.items() >= {path.name: path.read_bytes() for path in out.iterdir()}.items()
+
+
+DAMAGED = {"cut": "{", "list": "[]", "no results": "{}", "nested": "[" * 100_000, "bytes": b"\xff",
+           "results": '{"results": {"continuation": 3}, "run": {}}', "infinite": '{"results": {"a": {"acc": 1e999}}}'}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
+@pytest.mark.parametrize("name", ["results_2025.json", "metrics-simp.json"])
+def test_damaged_earlier_results(name, content, refused, suite_file, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused(out=tmp_path, suite=suite_file)
+    assert line.startswith(f"error: {tmp_path / name}")
+    assert line.endswith(": remove this file, or choose another --out")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_damaged_results_of_the_same_run(done, refused, suite_file, tmp_path):
+    """The values that the printed table needs are checked as well."""
+    out = shutil.copytree(done[0], tmp_path / "eval")
+    path, = out.glob("results_*.json")
+    path.write_text(json.dumps(read_json(path) | {"tokens": {"computed": "many"}}))
+    assert f"{path} is damaged or not a results file" in refused(out=out, suite=suite_file)
+    path = out / "metrics-simp.json"
+    text = path.read_text()
+    path.write_text(json.dumps(read_json(path) | {"metrics": {"bleu": {"mean": 1.0}}}))
+    assert f"{path} is damaged or not a metrics file" in refused(out=out)
+    path.write_text(text)
+    (out / "predictions-simp.jsonl").write_text('{"input"')
+    assert "predictions-simp.jsonl, line 1 is not JSON" in refused(out=out)
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file", "file/x", "x" * 300])
+def test_a_folder_that_cannot_be_written(out, refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert f"error: cannot write {tmp_path / out}" in refused(out=tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("references", None), ("references", "text"), ("references", [3]),
+                                            ("references", []), ("src_info", "text"),
+                                            ("src_info", {"normal_sentence": 3})])
+def test_invalid_test_items(key, value, refused, simp_file, tmp_path):
+    splits = read_json(simp_file)
+    splits["test"][5][key] = value
+    (tmp_path / "simp.json").write_text(json.dumps(splits))
+    line = refused(data=tmp_path, out=tmp_path / "x")
+    assert f"{tmp_path / 'simp.json'}: test[5] is not an item whose {key!r}" in line
+
+
+def test_bertscore_is_tried_before_the_model_is_loaded(refused, monkeypatch, tmp_path):
+    flags = {"bertscore_model": tmp_path, "bertscore_layer": 3, "out": tmp_path / "out"}
+    monkeypatch.setitem(sys.modules, "bert_score", None)
+    line = refused(**flags)
+    assert "is not the directory of an encoder: it holds no config.json" in line
+    assert "bertscore_model needs a package that is not installed: pip install bert-score" in line
+    (tmp_path / "config.json").write_text("{}")
+    package = types.ModuleType("bert_score")
+    package.__spec__ = importlib.machinery.ModuleSpec("bert_score", None)
+    monkeypatch.setitem(sys.modules, "bert_score", package)  # without its function
+    assert f"BERTScore cannot be computed with layer 3 of the encoder in {tmp_path}: " in refused(**flags)
+
+
+def test_the_tasks_of_lm_eval_are_loaded_before_the_model(refused, suite_file, monkeypatch, tmp_path):
+    def load_suite(_):
+        raise UserError("piqa cannot be run")
+
+    monkeypatch.setattr(benchmarks, "load_suite", load_suite)
+    assert "piqa cannot be run" in refused(suite=suite_file, out=tmp_path / "out")
 
 
 def test_two_processes_give_the_same_results(done, words, tmp_path):
@@ -180,6 +280,10 @@ def test_invalid_input(checkpoint, simp_file, tmp_path):
     endless = damaged(checkpoint, tmp_path / "endless", without_eos)
     assert "names no end-of-text token" in refused(checkpoint=str(endless))
     assert "no posterior to sample weights from: it was not fine-tuned with IVON" in refused(posterior_samples=2)
+
+
+def with_other_weights(folder):
+    save_file(dict(random_model(seed=1).named_parameters()), folder / "model.safetensors")
 
 
 def without_eos(folder):

@@ -16,13 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.files import UserError
 from common.settings import known
-from evaluation.benchmarks import quiet, run_suite
-from evaluation.harness import HarnessModel, harness_generation_config
-from evaluation.lm_eval_tasks import local_task, read_suite, task_manager, with_parts
+from evaluation import benchmarks
+from evaluation.benchmarks import SuiteRun, evaluate_suite, own_results, run_suite
+from evaluation.harness import HarnessModel, generation_settings
+from evaluation.lm_eval_tasks import load_suite, local_task, quiet, read_suite, task_manager, with_parts
 from evaluation.parallel import ParallelModel
+from evaluation.result_files import write_results
 from evaluation.suites import Benchmark, open_suite
 from evaluation.summary import benchmark_scores
 from model.checkpoint import write_checkpoint
+from model.generation import GenerationConfig
 from model.hub import load_model
 from model.posterior import standard_normal
 from model.tokenizer import Tokenizer
@@ -51,6 +54,13 @@ def models(request, tokenizer_dir, tmp_path_factory, dist):
 @pytest.fixture(scope="module")
 def model(checkpoint, dist):
     return ParallelModel(dist, load_model(checkpoint), Tokenizer(checkpoint))
+
+
+def run(suite, model, **options):
+    """Loads and runs a suite: (results, answers, benchmarks without datasets)."""
+    with quiet():
+        loaded, missing = load_suite(suite)
+    return *run_suite(loaded, model, **options), missing
 
 
 def instances(kind, arguments):
@@ -98,12 +108,16 @@ def test_continuation_longer_than_the_context_is_rejected(models):
 
 
 def test_generation_settings():
-    assert harness_generation_config({"max_gen_toks": 9, "do_sample": False, "temperature": 0.0}).max_new_tokens == 9
-    assert harness_generation_config({"max_gen_toks": 9, "do_sample": True, "top_p": 0.5}).top_p == 0.5
-    with pytest.raises(UserError, match="unsupported setting 'repetition_penalty'"):
-        harness_generation_config({"max_gen_toks": 9, "repetition_penalty": 2.0})
-    with pytest.raises(UserError, match="temperature is 0.0"):
-        harness_generation_config({"max_gen_toks": 9, "do_sample": True, "temperature": 0.0})
+    config, stops = generation_settings({"until": "x", "max_gen_toks": 9, "do_sample": False, "temperature": 0.0})
+    assert (config, stops) == (GenerationConfig(9), ["x"])
+    assert generation_settings({"do_sample": True, "top_p": 0.5})[0] == GenerationConfig(256, do_sample=True, top_p=0.5)
+    for wrong, said in (({"repetition_penalty": 2.0}, "unknown setting 'repetition_penalty' in lm-eval's generation"),
+                        ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0, expected at least 0.001"),
+                        ({"num_beams": [2]}, r"num_beams is \[2\], expected a whole number"),
+                        ({"early_stopping": 3}, "early_stopping is 3, expected true, false or never"),
+                        ({"length_penalty": 1e308, "num_beams": 2}, r"length_penalty is 1e\+308")):
+        with pytest.raises(UserError, match=said):
+            generation_settings({"max_gen_toks": 9} | wrong)
 
 
 # --------------------------------------------------------------------------------------------------------- suites
@@ -157,7 +171,7 @@ def suite_file(tmp_path):
 def test_results_equal_the_backend(models, suite_file):
     suite = read_suite(str(suite_file))
     assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
-    found, _, missing = run_suite(suite, models[0].parallel_model)
+    found, _, missing = run(suite, models[0].parallel_model)
     with quiet():
         expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite],
                                            task_manager=task_manager())
@@ -193,9 +207,9 @@ def test_probabilities_over_posterior_samples(checkpoint, suite_file, model, tmp
     suite = [benchmark for benchmark in read_suite(str(suite_file)) if benchmark.name in ("continuation", "pairs")]
     keys = [("weights", 42, number) for number in range(2)]
     sampled = ParallelModel(model.dist, load_model(checkpoint), model.tokenizer)
-    found, samples, _ = run_suite(suite, sampled, posterior_samples=[(tmp_path, key) for key in keys])
+    found, samples, _ = run(suite, sampled, posterior_samples=[(tmp_path, key) for key in keys])
     plain = found["results"]["continuation"]
-    assert plain["ece,none"] == run_suite(suite, model)[0]["results"]["continuation"]["ece,none"]
+    assert plain["ece,none"] == run(suite, model)[0]["results"]["continuation"]["ece,none"]
     labels, probabilities = [sample["doc"]["label"] for sample in samples["continuation"]], 0
     for key in keys:
         with torch.no_grad():
@@ -221,14 +235,14 @@ def test_probabilities_over_posterior_samples(checkpoint, suite_file, model, tmp
 def test_common_prefixes_are_computed_once_over_all_tasks(model, suite_file):
     suite = read_suite(str(suite_file))
     model = ParallelModel(model.dist, model.model, model.tokenizer)  # with its own counts
-    run_suite(suite[:1], model)
+    run(suite[:1], model)
     once = dict(model.counts)
-    run_suite(suite[:3], model)  # also its two parts as separate tasks
+    run(suite[:3], model)  # also its two parts as separate tasks
     assert model.counts["computed"] == 2 * once["computed"]
     assert model.counts["asked"] == 3 * once["asked"]
 
 
-def test_group_and_missing_dataset(model, monkeypatch):
+def test_group_and_missing_dataset(model, monkeypatch, tmp_path):
     def load_dataset(path, name=None, **_):  # replaces the Hub
         if path != "cais/mmlu":
             raise ConnectionError(f"Couldn't reach {path!r}\nand more")
@@ -240,7 +254,7 @@ def test_group_and_missing_dataset(model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     suite = [Benchmark("mmlu_other", "DK", num_fewshot=1), Benchmark("piqa", "Rs"), Benchmark("boolq", "Rs")]
-    results, _, missing = run_suite(suite, model, limit=2)
+    results, _, missing = run(suite, model, limit=2)
     assert missing == {"piqa": "Couldn't reach 'baber/piqa'", "boolq": "Couldn't reach 'aps/super_glue'"}
     score, = benchmark_scores(suite, results)
     subjects = results["group_subtasks"]["mmlu_other"]
@@ -251,13 +265,47 @@ def test_group_and_missing_dataset(model, monkeypatch):
     nll = [results["results"][name]["nll,none"] for name in subjects]
     assert score.calibration["nll"] == pytest.approx(np.mean(nll))
     assert datasets.config.HF_HUB_OFFLINE  # no more retries after the first
+    write_results(tmp_path, run(suite, model, limit=1)[0], {})  # all numbers are finite for one item of each
     suite = [Benchmark("mmlu", "DK")]
-    score, = benchmark_scores(suite, run_suite(suite, model, limit=1)[0])  # a group of groups
+    score, = benchmark_scores(suite, run(suite, model, limit=1)[0])  # a group of groups
     assert score.items == 57
     for more, said in ((Benchmark("mmlu_stem", "DK"), "mmlu_anatomy is in both mmlu and mmlu_stem: leave one out"),
-                       (Benchmark("mmlu_stem", "DK", "r@1"), "mmlu_anatomy has no metric 'r@1', expected one of acc")):
+                       (Benchmark("mmlu_stem", "DK", "r@1"), "mmlu_anatomy has no metric 'r@1', expected one of acc"),
+                       (Benchmark("mmlu_stem", "DK", num_fewshot=9), "mmlu_anatomy cannot be run: ")):
         with pytest.raises(UserError, match=said):
-            run_suite([*suite, more], model, limit=1)
+            load_suite([*suite, more])
+
+
+def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model):
+    def evaluate(posterior_samples=0, **sizes):
+        results = {"results": {name: {"acc,none": 0.5} for name in sizes},
+                   "n-samples": {name: {"original": 9, "effective": size} for name, size in sizes.items()}}
+        answers = {name: [{"doc_id": n, "acc": 0.5} for n in range(size)] for name, size in sizes.items()}
+        monkeypatch.setattr(benchmarks, "run_suite", lambda *_: (results, answers))
+        run = {"limit": None} | ({"posterior_samples": posterior_samples} if posterior_samples else {})
+        evaluate_suite(SuiteRun([], run, (), None, {}, {}), model, tmp_path)
+        return [{name: len(file.samples[name]) for name in file.results} for file in own_results(tmp_path)]
+
+    assert evaluate(a=9, b=9) == [{"a": 9, "b": 9}]
+    assert evaluate(a=2) == [{"a": 9, "b": 9}, {"a": 2}]
+    assert evaluate(a=3) == [{"a": 9, "b": 9}, {"a": 3}]
+    assert evaluate(a=9) == [{"a": 9, "b": 9}, {"a": 9}]
+    assert evaluate(a=9, b=8, c=9) == [{"a": 9, "b": 9}, {"a": 9, "b": 8, "c": 9}]
+    (tmp_path / "results_mine.json").write_text('{"results": {"a": {"acc": 1.0}}}')  # written by another program
+    assert evaluate(2, a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}]
+    assert evaluate(a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}] * 2  # without posterior samples
+    assert evaluate(2, a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}]
+    assert {path.name[:9] for path in tmp_path.iterdir()} == {"results_m", "results_2", "samples_a", "samples_b",
+                                                              "samples_c"}
+
+
+def test_errors_of_lm_eval(monkeypatch, model):
+    def simple_evaluate(*_, **__):
+        raise OverflowError("math range error")  # of a perplexity
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    with pytest.raises(UserError, match="lm-eval cannot compute the results: OverflowError: math range error"):
+        run_suite({"a": (None, [])}, model)
 
 
 def test_parts_by_a_field(tmp_path):
@@ -284,7 +332,7 @@ PROBLEMS = {
     'file = "pairs.jsonl"': ('file = "none.jsonl"', r"pairs: \S+none.jsonl does not exist"),
     'name = "pairs"': ('name = "continuation"', "continuation is listed twice"),
     'file = "pairs.jsonl"\npairs = true': ("", "lm-eval 0.4.13 has no task pairs"),
-    'doc_to_text = "text"': ("doc_to_txt = 1", "unknown key 'doc_to_txt'; .*continuation has no doc_to_text"),
+    'doc_to_text = "text"': ("doc_to_txt = 1", "unknown key 'doc_to_txt', expected .*continuation has no doc_to_text"),
     'category = "Bias"': ("", "pairs has no category"),
     SUITE: ("", r"has no \[\[benchmark\]\]"),
     'metric = "acc_mutual_info"': ('metric = "acu"', "continuation has the metric 'acu', expected acc or acc_norm or"),
@@ -299,11 +347,53 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("old", PROBLEMS)
-def test_invalid_suite(suite_file, model, old):
+def test_invalid_suite(suite_file, old):
     new, said = PROBLEMS[old]
     suite_file.write_text(suite_file.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=said):
-        run_suite(read_suite(str(suite_file)), model)
+        read_suite(str(suite_file))
+
+
+ENTRIES = {
+    "output_type": ('output_type = "generate_until"', "continuation: unknown key 'output_type', expected by, "),
+    "metric_list": ("metric_list = 3", "unknown key 'metric_list'"),
+    "description": ("description = 3", "continuation: description is 3, expected text"),
+    "doc_to_text": ("doc_to_text = 1", "continuation: doc_to_text is 1, expected text"),
+    "doc_to_choice": ("doc_to_choice = [1, 2]", "continuation is not a valid task"),
+    "file": ("file = 3", "file is 3, expected .*text"),
+    "name": ('name = "a/../../../x"', "'a/../../../x' is not a name of a benchmark: expected at most 200 bytes"),
+    "name ": ('name = ".."', "'..' is not a name of a benchmark"),
+    "name  ": (f'name = "{"é" * 101}"', "is not a name of a benchmark"),
+    "name   ": ('name = "a\\u001bb"', "is not a name of a benchmark"),
+    "by": ('by = "choices"', r"an item has no 'choices', by which .* or it is neither text nor a number: \['"),
+    "by ": ('by = "text"', "is not a name of a benchmark: expected at most 200 bytes"),
+}
+
+
+@pytest.mark.parametrize("key", ENTRIES)
+def test_invalid_entry(suite_file, key):
+    """The entry "continuation" with one line replaced."""
+    line, said = ENTRIES[key]
+    before, rest = SUITE.split('name = "continuation"')
+    entry, after = ('name = "continuation"' + rest).split("[[benchmark]]")
+    lines = [old for old in entry.splitlines() if old.partition(" ")[0] != key.strip()]
+    suite_file.write_text("\n".join([before, *lines, line, "[[benchmark]]" + after]))
+    write_lines(suite_file.parent / "questions.jsonl", [
+        {"text": "a" * 300, "choices": ["b", "c"], "label": n % 2, "kind": "even"} for n in range(4)])
+    with pytest.raises(UserError, match=said):
+        read_suite(str(suite_file))
+
+
+def test_a_suite_that_is_a_folder(tmp_path):
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UserError, match="expected one of local, paper, sample or the path of a .toml file"):
+        read_suite(str(tmp_path / "folder.toml"))
+
+
+def test_values_of_parts_do_not_become_paths(suite_file):
+    items = [{"text": "a", "choices": ["b", "c"], "label": 0, "kind": "../../x" if n % 2 else ""} for n in range(6)]
+    write_lines(suite_file.parent / "questions.jsonl", items)
+    assert [benchmark.name for benchmark in read_suite(str(suite_file))][1:3] == ["questions_", "questions__x"]
 
 
 def test_invalid_local_file(suite_file):
@@ -313,12 +403,18 @@ def test_invalid_local_file(suite_file):
     with pytest.raises(UserError, match=r"questions.jsonl has no items for questions after its 2 few-shot examples"):
         local_task(suite[0])
     good = {"text": "a", "choices": ["b", "c"], "kind": "odd", "label": 0}
-    for bad in ({"label": 2}, {"label": -1}, {"label": "A"}, {"label": None}, {"choices": None}, {"choices": ["b", 1]}):
+    for bad in ({"label": 2}, {"label": -1}, {"label": "A"}, {"label": None}, {"label": 0.0}, {"choices": None},
+                {"choices": ["b", 1]}, {"choices": ["b"]}, {"choices": ["b", ""]}, {"text": None}):
         write_lines(suite_file.parent / "questions.jsonl", [good, good, good, good | bad])
         with pytest.raises(UserError, match=r"questions.jsonl: questions is not a valid task: .*"):
             local_task(suite[0])
     write_lines(suite_file.parent / "questions.jsonl", [good, good, good | {"label": "c"}])
     assert len(local_task(suite[0]).test_docs()) == 1
+    write_lines(suite_file.parent / "questions.jsonl", [good | {"text": None}, good, good])
+    with pytest.raises(UserError, match="a field that its template prints is null or missing in an item"):
+        local_task(suite[0])  # a few-shot example
+    with pytest.raises(UserError, match='continuation is not a valid task: its context is None, expected text, in {'):
+        local_task(suite[3])
     (suite_file.parent / "pairs.jsonl").write_text("{oops\n")
     with pytest.raises(UserError, match=r"pairs.jsonl"):
         local_task(suite[-1])

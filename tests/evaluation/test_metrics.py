@@ -1,8 +1,10 @@
 """Text metrics and calibration, compared with their libraries and with values computed by hand."""
 import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu
 
@@ -92,7 +94,27 @@ def test_probabilities_are_averaged_over_samples_of_the_weights():
     assert metrics.average_log_probs(samples[:1]) == pytest.approx(np.log([0.9, 0.1]))
 
 
-def test_bertscore_names_the_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bert_score", None)
-    with pytest.raises(UserError, match="pip install bert-score"):
-        metrics.bertscore(["a"], [["b"]], "some/encoder", 4)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_log_likelihoods_that_are_not_finite(value):
+    with pytest.raises(UserError, match=r"log-likelihoods of options are not finite: \[-1.0, "):
+        metrics.calibration_metrics([[-2.0, -3.0], [-1.0, value]], [0, 0])
+    with pytest.raises(UserError, match="log-likelihoods of options are not finite"):
+        metrics.average_log_probs([[-2.0, -3.0], [-1.0, value]])
+
+
+def test_bertscore(monkeypatch):
+    """The package is not installed here: a module takes its place."""
+    package = types.ModuleType("bert_score")
+    package.score = lambda *_, model_type, num_layers: (None, None, torch.tensor([0.5, num_layers / 4]))
+    monkeypatch.setitem(sys.modules, "bert_score", package)
+    assert metrics.bertscore(["a", "b"], [["a"], ["b"]], "some/encoder", 3) == [50, 75]
+    package.score = lambda *_, **__: (None, None, torch.tensor([0.5, np.nan]))
+    with pytest.raises(UserError, match="layer 3 of the encoder in some/encoder: its scores are not finite"):
+        metrics.bertscore(["a", "b"], [["a"], ["b"]], "some/encoder", 3)
+
+    def score(*_, **__):
+        raise AssertionError("num_layers should be between 1 and 2")  # as bert-score does
+
+    package.score = score
+    with pytest.raises(UserError, match="layer 3 of the encoder in some/encoder: num_layers should be between 1 and 2"):
+        metrics.bertscore(["a"], [["b"]], "some/encoder", 3)

@@ -1,10 +1,21 @@
 """Results files of lm-eval."""
+import json
 import math
+import statistics
 
+import numpy as np
 import pytest
 
+from analysis.results import Stage, add_results
 from common.files import UserError
-from evaluation.result_files import metric_value, read_results_file, sample_files, write_results
+from evaluation.result_files import (
+    metric_value,
+    read_results_file,
+    results_files,
+    sample_files,
+    write_results,
+    write_task_results,
+)
 
 
 def test_values_of_old_and_new_results():
@@ -30,3 +41,54 @@ def test_items_of_a_group(tmp_path):
     path.write_text("{}")
     with pytest.raises(UserError, match="is not a results file of lm-eval"):
         read_results_file(path)
+
+
+def test_items_of_a_task_with_several_filters(tmp_path):
+    """lm-eval repeats each item for each filter, and several processes write the items in another order."""
+    scores = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+    samples = [{"doc_id": index, "filter": name, "exact_match": value if name == "strict" else 1.0 - value}
+               for name in ("strict", "flexible") for index, value in enumerate(scores)][::-1]
+    mean, error = statistics.fmean(scores), statistics.stdev(scores) / len(scores) ** 0.5
+    entry = {f"exact_match{kind},{name}": value for name in ("strict", "flexible")
+             for kind, value in (("", mean), ("_stderr", error))}
+    suite = [{"name": "sums", "category": "DK", "metric": "exact_match,strict"}]
+    write_results(tmp_path, {"results": {"sums": entry}, "run": {"suite": suite}}, {"sums": samples})
+    path, = results_files(tmp_path)
+    found = read_results_file(path)
+    assert found.items("sums", "exact_match,strict") == scores
+    assert found.items("sums", "exact_match,flexible") == [1 - value for value in scores]
+    assert found.items("sums", "exact_match") == []
+    add_results(stage := Stage("llm", 42, 0, "m0"), path)
+    (_, _, count), part = *stage.benchmarks["sums"].parts, *stage.benchmarks["sums"].parts.values()
+    assert (count, part.tolist()) == (6, pytest.approx([(value - mean) / 6 for value in scores]))
+    assert stage.benchmarks["sums"].error == pytest.approx(error)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, np.float64(-math.inf), np.float32(math.nan)])
+def test_numbers_that_are_not_finite_are_not_written(tmp_path, value):
+    interval = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    for write in (lambda: write_results(tmp_path, {"results": {"a": {"acc,none": value}}}, {"a": [{"acc": 1.0}]}),
+                  lambda: write_results(tmp_path, {"results": {"a": {"acc,none": 1.0}}}, {"a": [{"resp": [[value]]}]}),
+                  lambda: write_task_results(tmp_path, "simp", [{"scores": {"sari": 1.0}}], {"sari": {"mean": float(
+                      value)}}, {}),
+                  lambda: write_task_results(tmp_path, "simp", [{"scores": {"sari": float(value)}}],
+                                             {"sari": interval}, {})):
+        with pytest.raises(UserError, match="was not written: the results hold numbers that are not finite"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_among_the_results_files(tmp_path):
+    for name in ("results_b.json/x/results_1.json", "results_b.json/results.json", "results_a.json", "samples_a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"results": {}}))
+    (tmp_path / "results_c.json").mkdir()
+    assert [str(path.relative_to(tmp_path)) for path in results_files(tmp_path)] == [
+        "results_a.json", "results_b.json/results.json", "results_b.json/x/results_1.json"]
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path):
+    (tmp_path / "results_[1].json").write_text('{"results": {}}')
+    (tmp_path / "samples_a_[1].jsonl").write_text("")
+    (tmp_path / "samples_a_1.jsonl").write_text("")
+    assert sample_files(tmp_path / "results_[1].json") == {"a": tmp_path / "samples_a_[1].jsonl"}

@@ -1,0 +1,42 @@
+"""Settings of one evaluation by evaluate.py."""
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from common.settings import setting
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of one evaluation."""
+    checkpoint: str = setting(None, "checkpoint to evaluate: a directory or a Hub id", required=True)
+    out: str | None = setting(None, "folder for the results; none: eval in the checkpoint's directory")
+    tasks: tuple[str, ...] = setting((), "tasks whose test sets are generated (files in configs/task)", names="task")
+    data: str | None = setting(None, "folder of the preprocessed task files, <task>.json")
+    suite: str | None = setting(None, "suite of benchmarks: a name in configs/eval, or the path of a .toml file")
+    suite_files: str | None = setting(None, "folder of the suite's local files; none: the folder of its .toml file")
+    limit: int | None = setting(None, "use only the first N test items of each task and benchmark", at_least=1)
+    max_source_length: int = setting(1024, "maximum number of tokens of a prompt, including <bos>", at_least=16)
+    seed: int = setting(42, "seed for decoding by sampling, and for posterior samples", at_least=0)
+    posterior_samples: int = setting(0, "number of weight samples from the checkpoint's posterior; adds benchmark "
+                                     "results with the options' probabilities averaged over them", at_least=0,
+                                     at_most=1000)
+    bertscore_model: str | None = setting(None, "directory of an encoder for BERTScore (needs the package bert-score)")
+    bertscore_layer: int | None = setting(None, "layer of the encoder that BERTScore compares", at_least=1)
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "dtype of the weights; auto: bf16 if the hardware "
+                                                     "multiplies bf16 matrices")
+
+    def problems(self) -> list[str]:
+        """Contradictions between settings, as sentences."""
+        problems = ["--tasks needs --data, the folder of their files"] if self.tasks and not self.data else []
+        if not self.tasks and not self.suite:
+            problems.append("there is nothing to evaluate: give --tasks or --suite")
+        if (self.bertscore_model is None) != (self.bertscore_layer is None):
+            problems.append("bertscore_model and bertscore_layer must be given together")
+        if self.bertscore_model is not None and not Path(self.bertscore_model, "config.json").is_file():
+            problems.append(f"bertscore_model {self.bertscore_model} is not the directory of an encoder: it holds no "
+                            "config.json")
+        if self.bertscore_model is not None and not find_spec("bert_score"):
+            problems.append("bertscore_model needs a package that is not installed: pip install bert-score")
+        return problems
