@@ -6,15 +6,18 @@
 
 Writes report.md, report.html (one file, with the figures in it) and the figures as PNG and SVG.
 """
+import common.interrupts
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.method_tables import compare_methods
-from analysis.pages import write_pages
-from analysis.record import Record, records_by_method
+from analysis.pages import markdown_list, write_pages
+from analysis.record import Pair, records_by_method
 from analysis.record_figures import plot_record
-from analysis.results import read_results, read_runs
-from analysis.tables import Pair, reproduction_sections, result_tables
+from analysis.results import Stage, read_results, read_runs
+from analysis.tables import reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors
 from common.settings import run, setting
 
@@ -36,9 +39,9 @@ class ReportConfig:
         return [] if (self.runs is None) != (self.results is None) else ["give either --runs or --results"]
 
 
-def pair_of(record: Record, cfg: ReportConfig) -> Pair | None:
+def pair_of(stages: Sequence[Stage], cfg: ReportConfig) -> Pair | None:
     """The two models to compare. None if the defaults are missing. Raises UserError if requested models are."""
-    models, defaults = list(record.chains), ReportConfig()
+    models, defaults = list(dict.fromkeys(stage.model for stage in stages)), ReportConfig()
     missing = [name for name in (cfg.grown, cfg.reference) if name not in models]
     if missing and (cfg.grown, cfg.reference) != (defaults.grown, defaults.reference):
         raise UserError(f"unknown model {', '.join(missing)}, expected some of {', '.join(models)}")
@@ -47,29 +50,33 @@ def pair_of(record: Record, cfg: ReportConfig) -> Pair | None:
 
 def main(cfg: ReportConfig) -> None:
     """Reads the results, compares the models and the methods, and writes the report."""
+    out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: choose another --out")
     stages = read_runs(cfg.runs) if cfg.runs else read_results(str(cfg.results))
-    records = records_by_method(stages, cfg.categories, cfg.baseline)
+    records = records_by_method(stages, cfg.categories, cfg.baseline, pair_of(stages, cfg))
     baseline = cfg.baseline if cfg.baseline in records else next(iter(records))
     method = baseline if cfg.method is None else cfg.method
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]
-    pair = pair_of(record, cfg)
-    sentences, sections = result_tables(record, pair)
+    sentences, sections = result_tables(record)
     title = f"Forgetting of {' and '.join(record.chains)} over {len(record.stages)} stages"
-    if not pair:
+    if not record.pair:
         hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
         sentences.insert(0, f"The models are {', '.join(record.chains)}{hint}.")
+    missing = [line for one in records.values() for line in one.missing]
     if len(records) > 1:
-        method_sentences, method_sections = compare_methods(records, baseline)
-        sentences, sections = sentences + method_sentences, method_sections + sections
+        method_sentences, method_sections, left_out = compare_methods(records, baseline)
+        sentences, sections, missing = sentences + method_sentences, method_sections + sections, missing + left_out
         title += f" with the method {method}"
-    out = Path(cfg.out)
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    if missing:
+        sections.append(("What is missing", markdown_list(dict.fromkeys(missing))))
     if cfg.runs:
         sections += reproduction_sections(record, cfg.runs)
-    summary = "".join(f"- {sentence}\n" for sentence in sentences)
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    summary = markdown_list(sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in plot_record(record, out).items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
     write_pages(out, f"# {title}\n\n{summary}\n{images}{body}")

@@ -1,23 +1,84 @@
-"""The style and the files of all figures."""
+"""The style, the layout and the files of all figures. Sizes are in inches: a figure grows with what it shows."""
+import functools
+import math
+import re
 from pathlib import Path
 
 import matplotlib
-from matplotlib import pyplot
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 from common.files import explain_os_errors
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
+FONT = 8.0  # size of all text but the legend, in points
+PAGE = 10.0  # width of a figure, unless a single panel is wider
 
-# Decorator of functions that plot: applies the style and restores the caller's matplotlib settings.
-styled = matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "report", "axes.spines.top": False,
-                                "axes.spines.right": False})
+# Decorator of functions that plot: applies the style and restores the caller's matplotlib settings. Without parse_math
+# a "$" in a name is a dollar sign.
+styled = matplotlib.rc_context({
+    "font.size": 9, "axes.titlesize": FONT, "axes.titlelocation": "left", "axes.labelsize": FONT,
+    "xtick.labelsize": FONT, "ytick.labelsize": FONT, "figure.labelsize": FONT, "text.parse_math": False,
+    "axes.formatter.useoffset": False, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
+    "svg.hashsalt": "report"})
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as <path>.png and <path>.svg, and closes it."""
+    """Writes a figure as <path>.png and <path>.svg."""
     with explain_os_errors(path):
-        figure.savefig(f"{path}.png", dpi=160)
+        figure.savefig(f"{path}.png", dpi=min(160, 30000 / max(figure.get_size_inches())))
+        figure.set_layout_engine("none")  # keeps the layout, which takes most of the time
         figure.savefig(f"{path}.svg", metadata={"Date": None})
-    pyplot.close(figure)
+
+
+def make_panels(count: int, width: float, height: float, margin: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels in rows, and its axes.
+
+    width, height: of a panel with its labels. margin: width of what stands at the sides of a row.
+    """
+    rows, columns = grid_shape(count, width, PAGE - margin)
+    figure = Figure((max(4.5, columns * max(width, margin / columns) + margin), rows * height), layout="constrained")
+    grid = figure.add_gridspec(rows, columns)
+    return figure, [figure.add_subplot(grid[divmod(index, columns)]) for index in range(count)]
+
+
+def add_legend(figure: Figure, handles: list[Artist]) -> None:
+    """Adds a legend above the panels, and makes the figure higher by its height."""
+    labels = [fold(str(handle.get_label()), 3.0) for handle in handles]
+    rows, columns = grid_shape(len(labels), 0.7 + text_width(*labels), figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + rows * (0.07 + text_height(*labels)) + 0.1)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=FONT)
+
+
+def grid_shape(count: int, width: float, total: float) -> tuple[int, int]:
+    """The numbers of rows and columns for `count` items of some width, in as few rows as a total width allows."""
+    rows = math.ceil(count / max(1, int(total / width)))
+    return rows, math.ceil(count / rows)
+
+
+def fold(text: str, width: float) -> str:
+    """The text in lines of about `width` inches, broken after punctuation or a space where there is some."""
+    text = " ".join(text.split())
+    if text_width(text) <= width:
+        return text
+    length = max(1, int(0.9 * width * len(text) / text_width(text)))
+    return "\n".join(re.findall(rf".{{1,{length}}}(?:(?<=[-_/.: ])|$)|.{{{length}}}", text))
+
+
+def text_width(*texts: str) -> float:
+    """The width of the longest line of some texts."""
+    return max(map(line_width, (line for text in texts for line in text.split("\n"))))
+
+
+@functools.cache
+def line_width(line: str) -> float:
+    """The width of a line."""
+    return TextPath((0, 0), line, size=FONT).get_extents().width / 72 if line.strip() else 0.0
+
+
+def text_height(*texts: str) -> float:
+    """The height of the text with the most lines."""
+    return 1.25 * FONT / 72 * max(text.count("\n") + 1 for text in texts)

@@ -1,93 +1,143 @@
 """Comparison of methods against forgetting: the same model and tasks, trained with each method."""
 import math
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
+from analysis.comparison import CommonPart, same
 from analysis.record import Record
-from analysis.statistics import TASK_MEASURES, Estimate
-from analysis.tables import BIAS, Section, difference, format_estimate
+from analysis.results import Calibration
+from analysis.statistics import Estimate
+from analysis.tables import BIAS, PART, Section, format_estimate
 from common.formatting import markdown_table
 
 HIGHER_IS_BETTER = ("average performance", "backward transfer")  # of the other measures lower values are better
 
 NOTE = ("FG in percent, positive is forgetting; measures over the tasks in points of the tasks' metrics; ECE and NLL "
-        "(nats) are means over the benchmarks after the last stage. In brackets 95% intervals.\n\n")
+        "(nats) are means over the benchmarks that all methods have after the last stage. In brackets 95% "
+        "intervals.\n\n")
+
+PART_NOTE = ("\n(part): the method or the baseline lacks stages, benchmarks, test sets or seeds that the other has, "
+             "see What is missing. The differences are without them.\n")
+
+Gap = tuple[Estimate, bool]  # method minus baseline, whether one of them has more than was compared
 
 
-def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str], list[Section]]:
-    """The sentences and sections that compare methods with a baseline. records: {method: Record}."""
+def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str], list[Section], list[str]]:
+    """The sentences and sections that compare methods with a baseline, and sentences on what was left out.
+
+    records: {method: Record}.
+    """
     sentences: list[str] = []
     sections: list[Section] = []
+    left_out: list[str] = []
     for model in records[baseline].chains:
-        measured = {method: method_measures(record, model) for method, record in records.items()
-                    if model in record.chains}
-        names = list(dict.fromkeys(name for measures in measured.values() for name in measures))
-        level_rows, gap_rows = [], []
-        for method, measures in measured.items():
-            record = records[method]
-            level_rows.append([method, *(format_estimate(measures.get(name), "{:z.2f}") for name in names),
-                               *calibration_cells(record, model), training_minutes(record, model)])
-            sampled = calibration_cells(record, model, "sampled")
-            if sampled != ["–", "–"]:
-                level_rows.append(["averaged over posterior samples", *["–"] * len(names), *sampled, "–"])
+        found = {method: record for method, record in records.items() if model in record.chains}
+        names = list(dict.fromkeys(name for record in found.values() for name in record.measures()))
+        gaps: dict[str, dict[str, Gap]] = {}
+        for method in found:
             if method == baseline:
                 continue
-            gaps = {name: difference(measures.get(name), measured[baseline].get(name)) for name in names
-                    if comparable(record, records[baseline], model, name)}
-            gap_rows.append([method, *(format_estimate(gaps.get(name), "{:+z.2f}") for name in names)])
-            sentences.append(f"{model}, {method} compared with {baseline}: {describe_gaps(gaps)}.")
-        sections.append((f"Methods: {model}", NOTE + markdown_table(
-            ["method", *names, "ECE", "NLL", "minutes of training"], level_rows)))
-        if gap_rows:
-            sections.append((f"Methods minus {baseline}: {model}", markdown_table(["method", *names], gap_rows)))
-    return sentences, sections
+            common = CommonPart(found[method].chains[model], found[baseline].chains[model],
+                                (f"{model}, {method}", f"{model}, {baseline}"))
+            gaps[method] = measure_gaps(common, found[method], found[baseline], model)
+            left_out += common.left_out
+        sentences += [f"{model}, {method} compared with {baseline}: {describe_gaps(gaps[method], names)}."
+                      for method in found if method in gaps]
+        sections.append((f"Methods: {model}", NOTE + level_table(found, model, names, gaps)))
+        rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
+        if rows:
+            sections.append((f"Methods minus {baseline}: {model}",
+                             with_note(markdown_table(["method", *names], rows))))
+    return sentences, sections, left_out
 
 
-def method_measures(record: Record, model: str) -> dict[str, Estimate]:
-    """{measure: Estimate} of a model with one method, without the measures that are unknown."""
-    found = {f"FG {category}": record.category_fg(model, category) for category in record.categories}
-    if record.tasks and any(record.learned):
-        found |= {name: record.task_measure(model, name) for name in TASK_MEASURES}
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+def measure_gaps(common: CommonPart, record: Record, baseline: Record, model: str) -> dict[str, Gap]:
+    """{measure: gap} of a model with a method and with the baseline, for the measures that both have."""
+    gaps = {}
+    for name, measure in baseline.measures().items():
+        one, two = common.compare(measure)
+        if one is not None and two is not None:
+            own = record.own_value(model, measure), baseline.own_value(model, measure)
+            gaps[name] = one - two, not (same(one, own[0]) and same(two, own[1]))
+    return gaps
 
 
-def comparable(one: Record, two: Record, model: str, name: str) -> bool:
-    """Whether a measure has the same stages, benchmarks, tasks and seeds in both records."""
-    if (one.stages, one.chains[model].keys()) != (two.stages, two.chains[model].keys()):
-        return False
-    if name in TASK_MEASURES:
-        return one.measured_tasks(model) == two.measured_tasks(model)
-    category = name.removeprefix("FG ")
-    return one.measured(model, category) == two.measured(model, category)
+def with_note(table: str) -> str:
+    """A table, and the meaning of "(part)" if it occurs."""
+    return table + PART_NOTE * (PART in table)
 
 
-def describe_gaps(gaps: dict[str, Estimate | None]) -> str:
-    """The measures by which a method is significantly better or worse than the baseline, as text.
+def level_table(records: dict[str, Record], model: str, names: Sequence[str],
+                gaps: Mapping[str, dict[str, Gap]]) -> str:
+    """The table of the measures of a model with each method, of all that the method has."""
+    rows = []
+    sampled = {method for method, record in records.items() if any(calibrations(record, model, "sampled"))}
+    calibrated = common_names(records.values(), model, "calibration")
+    for method, record in records.items():
+        levels = {name: record.own_value(model, measure) for name, measure in record.measures().items()}
+        is_part = {name: method in gaps and levels.get(name) is not None and gaps[method].get(name, (None, True))[1]
+                   for name in names}
+        rows.append([method, *(format_estimate(levels.get(name), 2) + PART * is_part[name] for name in names),
+                     *calibration_cells(record, model, "calibration", calibrated), training_minutes(record, model)])
+        if method in sampled:
+            shared = common_names([records[name] for name in sampled], model, "sampled")
+            rows.append(["averaged over posterior samples", *["–"] * len(names),
+                         *calibration_cells(record, model, "sampled", shared), "–"])
+    return with_note(markdown_table(["method", *names, "ECE", "NLL", "minutes of training"], rows))
 
-    gaps: {measure: method minus baseline}. A difference in the bias is neither better nor worse.
+
+def format_gap(gap: Gap | None) -> str:
+    """A gap with its interval, marked if it is of a part."""
+    return "–" if gap is None else format_estimate(gap[0], 2, sign="+") + PART * gap[1]
+
+
+def describe_gaps(gaps: dict[str, Gap], names: Iterable[str]) -> str:
+    """The measures by which a method is significantly better or worse than the baseline, and those that say nothing.
+
+    A difference in the bias is neither better nor worse. names: of all measures.
     """
-    known = {name: gap for name, gap in gaps.items() if gap is not None and not math.isnan(gap.error)}
-    if not known:
-        return "not compared, they do not have the same stages or measures"
     groups: dict[str, list[str]] = {"better": [], "worse": [], "different": []}
-    for name, gap in known.items():
-        if gap.interval[0] > 0 or gap.interval[1] < 0:
-            better = (gap.value > 0) == (name in HIGHER_IS_BETTER)
+    for name, gap in gaps.items():
+        if gap[0].excludes_zero:
+            better = (gap[0].value > 0) == (name in HIGHER_IS_BETTER)
             kind = "different" if name == f"FG {BIAS}" else "better" if better else "worse"
-            groups[kind].append(f"{name} ({format_estimate(gap, '{:+z.2f}')})")
-    return "; ".join(f"{kind} by {', '.join(names)}" for kind, names in groups.items() if names) or \
-        "nothing can be told apart from noise"
+            groups[kind].append(f"{name} ({format_gap(gap)})")
+    found = [f"{kind} by {', '.join(members)}" for kind, members in groups.items() if members]
+    unknown = [name for name, (gap, _) in gaps.items() if math.isnan(gap.error)]
+    if not found and len(unknown) < len(gaps):
+        found.append("nothing can be told apart from noise")
+    if unknown:
+        found.append("without standard errors to judge by: " + ", ".join(unknown))
+    if absent := [name for name in names if name not in gaps]:
+        found.append("not compared, since they have no results in common: " + ", ".join(absent))
+    return "; ".join(found)
 
 
-def calibration_cells(record: Record, model: str, kind: str = "calibration") -> list[str]:
-    """Mean ECE and NLL over benchmarks and seeds after the last stage, as text. kind: "calibration" or "sampled"."""
+def calibrations(record: Record, model: str, kind: str) -> list[dict[str, Calibration]]:
+    """The calibrations after the last stage by benchmark, without parts, of each seed. kind: "calibration" or
+    "sampled"."""
     counted = {benchmark.name for benchmark in record.benchmarks if not benchmark.part_of}
-    found = [calibration for chain in record.chains[model].values() if record.last in chain
-             for name, calibration in getattr(chain[record.last], kind).items() if name in counted]
+    return [{name: value for name, value in getattr(chain[record.last], kind).items() if name in counted}
+            if record.last in chain else {} for chain in record.own[model].values()]
+
+
+def common_names(records: Iterable[Record], model: str, kind: str) -> set[str]:
+    """The benchmarks whose calibration all records and seeds have that have any."""
+    found = [set(one) for record in records for one in calibrations(record, model, kind) if one]
+    return set.intersection(*found) if found else set()
+
+
+def calibration_cells(record: Record, model: str, kind: str, names: set[str]) -> list[str]:
+    """Mean ECE and NLL over benchmarks and seeds after the last stage, as text."""
+    found = [one[name] for one in calibrations(record, model, kind) for name in names & one.keys()]
     return [f"{statistics.fmean(values):.3f}" for values in zip(*((c.ece, c.nll) for c in found))] or ["–", "–"]
 
 
 def training_minutes(record: Record, model: str) -> str:
-    """Minutes of training of all stages, mean over the seeds, as text."""
-    seconds = [sum(stage.run.get("result", {}).get(key, 0.0) for stage in chain.values() if stage.number
-                   for key in ("seconds", "seconds_after")) for chain in record.chains[model].values()]
+    """Minutes of training of all stages, mean over the seeds, as text; "–" if they are not known of every stage."""
+    results = [[chain[number].run.get("result", {}) if number in chain else {} for number in range(1, record.last + 1)]
+               for chain in record.own[model].values()]
+    if not all("seconds" in result for chain in results for result in chain):
+        return "–"
+    seconds = [sum(result["seconds"] + result.get("seconds_after", 0.0) for result in chain) for chain in results]
     return f"{statistics.fmean(seconds) / 60:.1f}"

@@ -2,6 +2,7 @@
 import base64
 import html
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.files import write_text
@@ -26,8 +27,9 @@ def write_pages(folder: Path, page: str) -> None:
 def to_html(text: str, folder: Path = Path()) -> str:
     """The Markdown of a report as HTML: headings, images from a folder, paragraphs, lists, tables, code blocks."""
     parts = []
-    for block in re.split(r"\n\n+", text.strip()):
-        lines = block.splitlines()
+    for block in re.findall(r"```\n.*?\n```$|(?:(?!\n\n).)+", text.strip(), re.DOTALL | re.MULTILINE):
+        block = block.strip("\n")
+        lines = block.split("\n")
         if heading := re.fullmatch("(#+) (.*)", block):
             level = len(heading[1])
             parts.append(f"<h{level}>{html.escape(heading[2])}</h{level}>")
@@ -47,10 +49,15 @@ def to_html(text: str, folder: Path = Path()) -> str:
     return "\n".join(parts)
 
 
+def markdown_list(sentences: Iterable[str]) -> str:
+    """Sentences as a list in Markdown."""
+    return "".join(f"- {' '.join(sentence.split())}\n" for sentence in sentences)
+
+
 def table_row(line: str, tag: str) -> str:
     """A row of a Markdown table as HTML. tag: "th" or "td"."""
-    cells = line.strip("|").split("|")
-    return "<tr>" + "".join(f"<{tag}>{inline(cell.strip())}</{tag}>" for cell in cells) + "</tr>"
+    cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line[1:-1])]
+    return "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def inline(text: str) -> str:

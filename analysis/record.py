@@ -1,40 +1,62 @@
 """The stages of an experiment in order: what is missing, and the measures of forgetting over them."""
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from analysis.results import METRICS, Stage, shipped_benchmarks
+from analysis.comparison import Chain, CommonPart, Group, Measure, common_places, drop_unlike, restrict, same
+from analysis.results import BENCHMARKS, Stage, shipped_benchmarks
 from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_seeds
 from common.files import UserError
-from common.settings import read_config
 from evaluation.suites import Benchmark
 
-Chain = dict[int, Stage]  # the stages of one model and seed, by number
+Pair = tuple[str, str]  # the models to compare: (grown, reference)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The values of a measure by model, and for a pair the difference (grown - reference).
+
+    With a difference, the values of the pair are those of what both models have. Without one, because the models have
+    nothing in common or there is no pair, each value is of all that its model has.
+    """
+    values: dict[str, Estimate | None]
+    difference: Estimate | None = None
+    is_part: bool = False  # whether a model of the pair has more than was compared
 
 
 class Record:
     """The stages of all models in order.
 
     Attributes:
-        chains: {model: {seed: Chain}}. All seeds of a model share m0.
+        chains: {model: {seed: Chain}}. All seeds of a model share m0. Results under other conditions than those of m0
+            are left out.
+        pair: the models to compare, if both have results.
         several_seeds: whether a model has more than one.
         last: number of the last stage.
         stages: name of each stage.
         benchmarks: benchmarks that were measured, in the order of the suites.
         learned: task of each stage from the first on; "" if it is unknown.
         tasks: tasks with a test set, in the order in which they are learned.
-        missing: a sentence for each missing stage or result.
+        missing: a sentence for each stage or result that is missing or left out.
     """
 
-    def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = ()):
-        """categories: only these categories of benchmarks; empty: all."""
-        self.chains = make_chains(stages)
-        self.several_seeds = max(map(len, self.chains.values())) > 1
-        self.last = max(number for _, _, chain in self.all_chains() for number in chain)
+    def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = (), pair: Pair | None = None,
+                 last: int = 0, method: str = ""):
+        """Finds what can be compared.
+
+        Args:
+            stages: of all models and seeds, with one method.
+            categories: only these categories of benchmarks; empty: all.
+            pair: the models to compare.
+            last: number of the last stage, if these stages may lack it.
+            method: its name, for the sentences in `missing`; empty if there is only one.
+        """
+        found = make_chains(stages)
+        comparable = {model: drop_unlike(group) for model, group in found.items()}
+        self.chains = {model: group for model, (group, _) in comparable.items()}
+        self.method, self.several_seeds = method, max(map(len, self.chains.values())) > 1
+        self.last = max([last, *(number for _, _, chain in self.all_chains() for number in chain)])
         self.stages = self._stage_names()
-        described = {name: benchmark for stage in stages for name, benchmark in stage.described.items()}
-        known = described | shipped_benchmarks() | described  # the described ones come first and have precedence
-        measured = dict.fromkeys(name for stage in stages for name in stage.benchmarks)
-        self.benchmarks = [known[name] for name in known if name in measured]
-        self.benchmarks += [Benchmark(name, "other") for name in measured if name not in known]
+        self.benchmarks = find_benchmarks(stages)
         if unknown := sorted(set(categories) - set(self.categories)):
             raise UserError(f"unknown category {', '.join(unknown)}, expected some of {', '.join(self.categories)}")
         self.benchmarks = [b for b in self.benchmarks if not categories or b.category in categories]
@@ -42,7 +64,13 @@ class Record:
         self.learned = [learned.get(number, "") for number in range(1, self.last + 1)]
         tested = dict.fromkeys(task for stage in stages for task in stage.tasks)
         self.tasks = list(dict.fromkeys([*(task for task in self.learned if task in tested), *tested]))
-        self.missing = list(self._missing())
+        self.pair = pair if pair and set(pair) <= self.chains.keys() else None
+        # each model's chains restricted to what all its seeds have, and the pair's to what both models have
+        self.own = {model: common_group(group) for model, group in self.chains.items()}
+        self.common = CommonPart(self.chains[self.pair[0]], self.chains[self.pair[1]], self.pair) if self.pair else None
+        self.missing = [line for model, group in found.items() for line in self._missing(model, group)]
+        self.missing += [f"{self._title(model)}: {line}" for model, (_, lines) in comparable.items() for line in lines]
+        self.missing += self.common.left_out if self.common else []
 
     def all_chains(self) -> Iterator[tuple[str, int, Chain]]:
         """(model, seed, chain) of every chain."""
@@ -57,22 +85,31 @@ class Record:
                                 f"{stage.model}: compare models that learned the same tasks in the same order")
         return [stages[number].name if number in stages else f"m{number}" for number in range(self.last + 1)]
 
-    def _missing(self) -> Iterator[str]:
-        for model, seed, chain in self.all_chains():
-            title = f"{model}, seed {seed}" if len(self.chains[model]) > 1 else model
+    def _title(self, model: str, number: int = 1, seed: int | None = None) -> str:
+        """How sentences call a chain. All methods share the stage 0."""
+        return ", ".join([model, *([self.method] if self.method and number else []),
+                          *([] if seed is None else [f"seed {seed}"])])
+
+    def _missing(self, model: str, group: Group) -> Iterator[str]:
+        """Sentences on what the stages of a model lack."""
+        for seed, chain in group.items():
             for number, name in enumerate(self.stages):
+                title = self._title(model, number, seed if len(group) > 1 else None)
                 if number not in chain:
                     yield f"{title}: the stage {name} is missing"
                     continue
                 stage = chain[number]
-                if stage.ignored:
-                    yield (f"{title}: {name} has results without one of {', '.join(METRICS)}: "
-                           + ", ".join(stage.ignored))
-                lacking = [b.name for b in self.benchmarks if not b.part_of and b.name not in stage.benchmarks]
+                if stage.unused:
+                    yield f"{title}: results of {name} that are not used: " + ", ".join(stage.unused)
+                lacking = [b.name for b in self.benchmarks if b.name not in stage.benchmarks
+                           and (not b.part_of or b.part_of in stage.benchmarks)]
                 if lacking:
                     yield f"{title}: {name} lacks the benchmarks " + ", ".join(lacking)
                 if lacking := [task for task in self.tasks if task not in stage.tasks]:
                     yield f"{title}: {name} lacks the test sets " + ", ".join(lacking)
+            zero = [b.name for b in self.benchmarks if (start := benchmark_at(chain, 0, b.name)) and not start.value]
+            if zero:
+                yield f"{self._title(model, 0)}: no FG, since the value at the start is 0: " + ", ".join(zero)
 
     @property
     def categories(self) -> list[str]:
@@ -83,47 +120,75 @@ class Record:
         """The benchmarks that count in a category, or with `parts` those that are parts of others."""
         return [b for b in self.benchmarks if b.category == category and bool(b.part_of) == parts]
 
-    def combine_seeds(self, model: str, function: Callable[[Chain], Estimate | None]) -> Estimate | None:
-        """A function of a chain as one estimate over a model's seeds. None if it is None for all of them."""
-        return over_seeds(map(function, self.chains[model].values()))
-
     def benchmark_value(self, model: str, number: int, name: str) -> Estimate | None:
-        """A benchmark at a stage."""
-        return self.combine_seeds(model, lambda chain: benchmark_at(chain, number, name))
+        """A benchmark at a stage, over the seeds. None if a seed lacks it."""
+        return over_seeds(benchmark_at(chain, number, name) for chain in self.own[model].values())
 
     def task_value(self, model: str, number: int, task: str) -> Estimate | None:
-        """A task's metric at a stage."""
-        return self.combine_seeds(model, lambda chain: matrix_of(chain).get((number, task)))
+        """A task's metric at a stage, over the seeds. None if a seed lacks it."""
+        return over_seeds(matrix_of(chain).get((number, task)) for chain in self.own[model].values())
 
-    def benchmark_fg(self, model: str, *names: str) -> Estimate | None:
-        """FG of a benchmark. With several: in each chain the mean over them, since a seed affects them together."""
-        stages = range(1, self.last + 1)
-        return self.combine_seeds(model, lambda chain: mean(
-            fg(benchmark_at(chain, 0, name), [benchmark_at(chain, number, name) for number in stages])
-            for name in names))
+    def fg_measure(self, *names: str) -> Measure:
+        """The measure of FG: in each chain the mean over benchmarks, since a seed affects them together."""
+        def measure(chains: Sequence[Chain]) -> list[Estimate | None]:
+            found = [[fg(benchmark_at(chain, 0, name), [benchmark_at(chain, number, name)
+                                                        for number in range(1, self.last + 1)])
+                      for chain in chains] for name in names]
+            defined = [estimates for estimates in found if None not in estimates]  # of the same benchmarks everywhere
+            return [mean(estimates[index] for estimates in defined) for index in range(len(chains))]
+        return measure
+
+    def category_measure(self, category: str) -> Measure:
+        """The measure of a category's FG."""
+        return self.fg_measure(*(benchmark.name for benchmark in self.benchmarks_of(category)))
+
+    def task_measure(self, name: str) -> Measure:
+        """One of TASK_MEASURES after the last stage, by name."""
+        return lambda chains: [TASK_MEASURES[name](matrix_of(chain), self.last, self.learned) for chain in chains]
+
+    def measures(self) -> dict[str, Measure]:
+        """All measures for which the record has results, by name: FG of each category, and those over the tasks."""
+        found = {f"FG {category}": self.category_measure(category) for category in self.categories}
+        has_tasks = self.tasks and any(self.learned)
+        return found | ({name: self.task_measure(name) for name in TASK_MEASURES} if has_tasks else {})
+
+    def own_value(self, model: str, measure: Measure) -> Estimate | None:
+        """A measure over all that a model has, over its seeds."""
+        return over_seeds(measure(list(self.own[model].values())))
+
+    def compare(self, measure: Measure) -> Comparison:
+        """A measure of all models, and the difference of the pair."""
+        values = {model: self.own_value(model, measure) for model in self.chains}
+        if not (self.pair and self.common):
+            return Comparison(values)
+        grown, reference = self.common.compare(measure)
+        if grown is None or reference is None:
+            return Comparison(values)
+        common: dict[str, Estimate | None] = dict(zip(self.pair, (grown, reference)))
+        return Comparison(values | common, grown - reference,
+                          not all(same(values[model], common[model]) for model in self.pair))
 
     def category_fg(self, model: str, category: str) -> Estimate | None:
-        """FG of a category."""
-        return self.benchmark_fg(model, *(benchmark.name for benchmark in self.benchmarks_of(category)))
-
-    def task_measure(self, model: str, name: str) -> Estimate | None:
-        """One of TASK_MEASURES after the last stage, by name."""
-        return self.combine_seeds(model, lambda chain: TASK_MEASURES[name](matrix_of(chain), self.last, self.learned))
-
-    def measured(self, model: str, category: str) -> set[tuple[int, str]]:
-        """The pairs (stage, benchmark) of a category that all chains of a model have: its FG rests on them."""
-        return {(number, b.name) for number in range(self.last + 1) for b in self.benchmarks_of(category)
-                if all(benchmark_at(chain, number, b.name) for chain in self.chains[model].values())}
-
-    def measured_tasks(self, model: str) -> dict[int, set[tuple[int, str]]]:
-        """The pairs (stage, task) that each seed's chain of a model has."""
-        return {seed: set(matrix_of(chain)) for seed, chain in self.chains[model].items()}
+        """FG of a category, of what both models of the pair have. None for a pair that has nothing in common."""
+        found = self.compare(self.category_measure(category))
+        pair = self.pair or ()
+        has_nothing_in_common = found.difference is None and all(found.values[name] for name in pair)
+        return None if model in pair and has_nothing_in_common else found.values[model]
 
 
-def make_chains(stages: Iterable[Stage]) -> dict[str, dict[int, Chain]]:
+def find_benchmarks(stages: Sequence[Stage]) -> list[Benchmark]:
+    """The benchmarks that were measured, in the order of the suites."""
+    described = {name: benchmark for stage in stages for name, benchmark in stage.described.items()}
+    known = described | shipped_benchmarks() | described  # the described ones come first and have precedence
+    metrics = {name: stage.conditions[BENCHMARKS, name]["metric"] for stage in stages for name in stage.benchmarks}
+    return [known[name] for name in known if name in metrics] + [
+        Benchmark(name, "other", metric) for name, metric in metrics.items() if name not in known]
+
+
+def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
     """{model: {seed: Chain}} of stages. A seed without m0 takes the model's; a seed with m0 alone is left out if
     another one was trained. Raises UserError if a stage occurs twice."""
-    chains: dict[str, dict[int, Chain]] = {}
+    chains: dict[str, Group] = {}
     for stage in stages:
         chain = chains.setdefault(stage.model, {}).setdefault(stage.seed, {})
         if stage.number in chain:
@@ -138,13 +203,22 @@ def make_chains(stages: Iterable[Stage]) -> dict[str, dict[int, Chain]]:
     return chains
 
 
-def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str) -> dict[str, Record]:
+def common_group(group: Group) -> Group:
+    """The chains restricted to the results that all of them have."""
+    places = common_places(group.values())
+    return {seed: restrict(chain, places) for seed, chain in group.items()}
+
+
+def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str,
+                      pair: Pair | None = None) -> dict[str, Record]:
     """{method: Record}, the baseline first. All methods start from the same m0. Stages without a method have the
     method "none"."""
     methods = {stage.method or "none" for stage in stages if stage.number} or {"none"}
     starts = [stage for stage in stages if not stage.number]
+    last = max(stage.number for stage in stages)
     return {method: Record(starts + [stage for stage in stages if stage.number and (stage.method or "none") == method],
-                           categories) for method in sorted(methods, key=lambda name: (name != baseline, name))}
+                           categories, pair, last, method if len(methods) > 1 else "")
+            for method in sorted(methods, key=lambda name: (name != baseline, name))}
 
 
 def benchmark_at(chain: Chain, number: int, name: str) -> Estimate | None:
@@ -153,11 +227,5 @@ def benchmark_at(chain: Chain, number: int, name: str) -> Estimate | None:
 
 
 def matrix_of(chain: Chain) -> Matrix:
-    """{(stage, task): Estimate} of a chain, each task by its own metric."""
-    return {(number, task): metrics[task_metric(task)] for number, stage in chain.items()
-            for task, metrics in stage.tasks.items() if task_metric(task) in metrics}
-
-
-def task_metric(task: str) -> str:
-    """The metric that a task is judged by."""
-    return read_config("task", task).get("measure", "rougeL")
+    """{(stage, task): Estimate} of a chain."""
+    return {(number, task): estimate for number, stage in chain.items() for task, estimate in stage.tasks.items()}

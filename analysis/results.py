@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
-from common.files import UserError
+from common.files import UserError, is_number, parsing
 from common.metrics_log import read_log
-from common.provenance import read_record
-from common.settings import known, read_toml
-from evaluation.result_files import metric_value, read_results_file, read_task_results
+from common.provenance import RUN, read_record, wrong_types
+from common.settings import known, read_config, read_toml
+from evaluation.conditions import Conditions, benchmark_conditions, task_conditions, unlike
+from evaluation.result_files import ResultsFile, metric_value, read_results_file, read_task_results, results_files
 from evaluation.suites import Benchmark, open_suite
 
-STAGE = re.compile(r"m(\d+)(?:-(\w+))?")
+STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
 
 METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # tried in this order for benchmarks that no suite describes
+
+BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
+
+# The entries of run.json that a report uses, and their types.
+SETTING_TYPES: dict[str, type | tuple[type, ...]] = {
+    "seed": int, "method": (str, type(None)), "task": (str, type(None)), "num_train_epochs": (int, float),
+    "max_steps": (int, type(None))}
+RESULT_TYPES: dict[str, type | tuple[type, ...]] = {"seconds": (int, float), "seconds_after": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,13 @@ class Stage:
     directory: Path | None = None
     method: str | None = None  # name of the method's folder if the run lies in one, else the method in run.json
     benchmarks: dict[str, Estimate] = field(default_factory=dict)
+    tasks: dict[str, Estimate] = field(default_factory=dict)  # each by the metric that it is judged by
+    conditions: dict[tuple[str, str], Conditions] = field(default_factory=dict)  # by kind and name of a result
     calibration: dict[str, Calibration] = field(default_factory=dict)  # by benchmark
     sampled: dict[str, Calibration] = field(default_factory=dict)  # averaged over posterior samples
     described: dict[str, Benchmark] = field(default_factory=dict)  # suite entries in the results files, by benchmark
-    ignored: list[str] = field(default_factory=list)  # names of results that have none of METRICS
-    tasks: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # task -> {metric: Estimate}
-    files: dict[str, Path] = field(default_factory=dict)  # benchmark -> the file it was read from
+    sources: dict[str, tuple[Path, bool]] = field(default_factory=dict)  # benchmark -> (file, evaluate.py wrote it)
+    unused: list[str] = field(default_factory=list)  # results that are not used, and why
     run: dict[str, Any] = field(default_factory=dict)  # content of run.json
     log: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
 
@@ -63,6 +73,10 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
     """The stage in a directory of a run. A folder is a method's if its name begins with the method in run.json."""
     run = read_record(path)
     settings = run.get("settings", {})
+    wrong = wrong_types(settings, SETTING_TYPES) + wrong_types(run.get("result", {}), RESULT_TYPES)
+    if wrong or run and not settings:
+        raise UserError(f"{path / RUN} is damaged or was not written by this program: its entry "
+                        f"{[*wrong, 'settings'][0]!r} is not valid")
     seed, method, owner = settings.get("seed", 0), settings.get("method"), path.parent
     if seeded := re.fullmatch(r"seed-(\d+)", owner.name):
         seed, owner = int(seeded[1]), owner.parent
@@ -70,28 +84,43 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
         method, owner = owner.name, owner.parent
     stage = Stage(owner.name, seed, number, path.name, task, path, method, run=run,
                   log=read_log(path / "metrics.jsonl"))
-    for file in sorted((path / "eval").glob("results_*.json")):
+    for file in results_files(path / "eval"):
         add_results(stage, file)
     for found in read_task_results(path / "eval"):
-        key = found["task"], found["run"].get("data_digest")
-        stage.tasks[found["task"]] = {
-            name: make_estimate(value["mean"], (value["high"] - value["low"]) / (2 * NORMAL),
-                                found["scores"].get(name), key)
-            for name, value in found["metrics"].items()}
+        with parsing(path / "eval", "a folder of results of evaluate.py"):
+            add_task_results(stage, found)
     return stage
+
+
+def add_task_results(stage: Stage, found: dict[str, Any]) -> None:
+    """Adds the content of a metrics file to a stage."""
+    if (task := found["task"]) not in known("task"):
+        raise UserError(f"{stage.directory}: results of an unknown task {task!r}, expected {', '.join(known('task'))}")
+    metric = task_metric(task)
+    if (value := found["metrics"].get(metric)) is None:
+        stage.unused.append(f"{task} (no {metric})")
+        return
+    stage.tasks[task] = make_estimate(value["mean"], (value["high"] - value["low"]) / (2 * NORMAL),
+                                      found["scores"].get(metric), (task, found["run"].get("data_digest")))
+    stage.conditions[TASKS, task] = task_conditions(found, metric)
+
+
+def task_metric(task: str) -> str:
+    """The metric that a task is judged by."""
+    return read_config("task", task).get("measure", "rougeL")
 
 
 def read_results(source: str | Path) -> list[Stage]:
     """The stages of results that any lm-eval wrote.
 
     source: a folder with <model>/<stage>/**/results_*.json, or a TOML file with a list of [[result]], each with
-    `model`, `stage` and `file` (relative to the TOML file). Stages that are not called m<k> are numbered in the order
-    in which the TOML file first names them.
+    `model`, `stage` and `file`, a file or a folder of them (relative to the TOML file). Stages that are not called m<k>
+    are numbered in the order in which the TOML file first names them.
     """
     source = Path(source)
     listed = source.suffix == ".toml"
     files = listed_files(source) if listed else [
-        (parts[0], parts[1], path) for path in sorted(source.rglob("results_*.json"))
+        (parts[0], parts[1], path) for path in results_files(source)
         if len(parts := path.relative_to(source).parts) > 2]
     if not files:
         raise UserError(f"{source} holds no results: expected <model>/<stage>/**/results_*.json, or a .toml file that "
@@ -117,43 +146,79 @@ def listed_files(path: Path) -> list[tuple[str, str, Path]]:
     entries = read_toml(path).get("result", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: expected a list of [[result]], each with model, stage and file")
-    if incomplete := [entry for entry in entries if {"model", "stage", "file"} - entry.keys()]:
-        raise UserError(f"{path}: each [[result]] needs model, stage and file; {incomplete[0]} lacks some")
-    return [(entry["model"], str(entry["stage"]), path.parent / entry["file"]) for entry in entries]
+    found = []
+    for entry in entries:
+        if wrong := [key for key in ("model", "stage", "file") if not isinstance(entry.get(key), str)]:
+            raise UserError(f"{path}: each [[result]] needs model, stage and file, each a text; {' and '.join(wrong)} "
+                            f"is not given in {entry}")
+        file = path.parent / entry["file"]
+        if file.is_dir() and not results_files(file):
+            raise UserError(f"{path}: the folder {file} holds no results_*.json")
+        found += [(entry["model"], entry["stage"], one) for one in (results_files(file) if file.is_dir() else [file])]
+    return found
 
 
 def add_results(stage: Stage, path: Path) -> None:
     """Adds an lm-eval results file to a stage."""
     file = read_results_file(path)
-    suite = {entry["name"]: entry for entry in file.run.get("suite", [])}
-    described = {name: benchmark_of(entry) for name, entry in suite.items()}
-    stage.described |= described
-    benchmarks = shipped_benchmarks() | described
-    parts = {child for children in file.groups.values() for child in children if child not in benchmarks}
-    for name, entry in file.results.items():
-        if name in parts or any(child in benchmarks for child in file.groups.get(name, [])):
-            continue  # of a group and its parts, those that a suite names count, or else the group
-        metrics = (benchmarks[name].metric,) if name in benchmarks else METRICS
-        found = {metric: pair for metric in metrics if (pair := metric_value(entry, metric))}
-        if not found:
-            stage.ignored.append(name)
-            continue
-        metric, (value, error) = next(iter(found.items()))
-        old = stage.benchmarks.get(name)
-        if old is not None and old.value != value:
-            raise UserError(f"{stage.model} {stage.name} has two results for {name} that disagree: {old.value} in "
-                            f"{stage.files[name]}, {value} in {path}. Remove one of the files")
-        key = name, suite.get(name, {}).get("file")
-        stage.benchmarks[name], stage.files[name] = make_estimate(value, error, file.items(name, metric), key), path
-        for suffix, calibration in (("none", stage.calibration), ("sampled", stage.sampled)):
-            if f"ece,{suffix}" in entry:
-                calibration[name] = Calibration(entry[f"ece,{suffix}"], entry[f"nll,{suffix}"],
-                                                entry.get(f"acc,{suffix}", value))
+    with parsing(path, "a results file of lm-eval"):
+        described = {entry["name"]: benchmark_of(entry) for entry in file.suite}
+        stage.described |= described
+        benchmarks = shipped_benchmarks() | described
+        parts = {child for children in file.groups.values() for child in children if child not in benchmarks}
+        for name, entry in file.results.items():
+            if name in parts or any(child in benchmarks for child in file.groups.get(name, [])):
+                continue  # of a group and its parts, those that a suite names count, or else the group
+            metrics = (benchmarks[name].metric,) if name in benchmarks else METRICS
+            if metric := next((metric for metric in metrics if metric_value(entry, metric)), None):
+                add_benchmark(stage, file, name, metric)
+            else:
+                stage.unused.append(f"{name} (no {', '.join(metrics)})")
+
+
+def add_benchmark(stage: Stage, file: ResultsFile, name: str, metric: str) -> None:
+    """Adds the value of a benchmark in a results file to a stage, unless the stage has a better one."""
+    entry = file.results[name]
+    conditions, value = benchmark_conditions(file, name, metric), metric_value(entry, metric)
+    assert value, (name, metric)
+    if name in stage.benchmarks and not replaces(stage, file, name, value[0], conditions):
+        return
+    stage.benchmarks[name] = make_estimate(*value, file.items(name, metric), (name, conditions.get("file")))
+    stage.conditions[BENCHMARKS, name], stage.sources[name] = conditions, (file.path, bool(file.run))
+    for suffix, calibration in (("none", stage.calibration), ("sampled", stage.sampled)):
+        ece, nll, accuracy = (metric_value(entry, f"{key},{suffix}") for key in ("ece", "nll", "acc"))
+        calibration.pop(name, None)
+        if ece and nll:
+            calibration[name] = Calibration(ece[0], nll[0], (accuracy or value)[0])
+
+
+def replaces(stage: Stage, file: ResultsFile, name: str, value: float, conditions: Conditions) -> bool:
+    """Whether the value of a benchmark in a results file replaces that of the stage.
+
+    The value with more items is used, and of two by evaluate.py the newer one. Raises UserError if others disagree.
+    """
+    (path, is_own), old_value = stage.sources[name], stage.benchmarks[name].value
+    old = stage.conditions[BENCHMARKS, name]
+    differences = unlike(conditions, old)
+    differs = value != old_value or bool(differences)
+    if "items" in differences:
+        is_better, reason = conditions["items"] > old["items"], "has more items"
+    elif is_own and file.run:
+        is_better, reason = True, "is newer"
+    elif not differs:
+        return False
+    else:
+        raise UserError(f"{stage.model} {stage.name} has two results for {name} that disagree: {old_value} in {path}, "
+                        f"{value} in {file.path}. Remove one of the files")
+    if differs:
+        used, other = (file.path, path) if is_better else (path, file.path)
+        stage.unused.append(f"{name} in {other.name} ({used.name} {reason})")
+    return is_better
 
 
 def make_estimate(value: float, error: float, items: Sequence | None, key: tuple[Hashable, ...]) -> Estimate:
     """An Estimate that keeps its items if they are known and the value is their mean."""
-    if not items or not all(isinstance(item, int | float) for item in items) or len(items) < 2 or \
+    if not items or not all(map(is_number, items)) or len(items) < 2 or \
             abs(statistics.fmean(items) - value) > 1e-4 * max(1, abs(value)):
         return Estimate(value, error)
     return estimate_of_items(items, (*key, len(items)))

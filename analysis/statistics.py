@@ -33,6 +33,12 @@ class Estimate:
         return self.value - NORMAL * self.error, self.value + NORMAL * self.error
 
     @property
+    def excludes_zero(self) -> bool:
+        """Whether the value differs from 0 by more than noise. False if the error is unknown."""
+        low, high = self.interval
+        return low > 0 or high < 0
+
+    @property
     def rest(self) -> float:
         """The standard error without that of the parts."""
         if not self.parts or math.isnan(self.error):
@@ -78,12 +84,17 @@ def mean(estimates: Iterable[Estimate | None]) -> Estimate | None:
 
 
 def over_seeds(estimates: Iterable[Estimate | None]) -> Estimate | None:
-    """The mean of the estimates of several seeds, measured on the same items. The error due to the choice of items is
-    the same for all seeds and does not shrink with their number. The spread of the seeds adds its standard error,
-    widened by Student's t."""
-    known = [estimate for estimate in estimates if estimate is not None]
+    """The mean of the estimates of several seeds, measured on the same items. None if a seed has none.
+
+    The error due to the choice of items is the same for all seeds and does not shrink with their number. The spread of
+    the seeds adds its standard error, widened by Student's t.
+    """
+    given = list(estimates)
+    known = [estimate for estimate in given if estimate is not None]
     average, count = mean(known), len(known)
-    if average is None or count == 1:
+    if average is None or count < len(given):
+        return None
+    if count == 1:
         return average
     item_error = math.hypot(parts_error(average.parts), statistics.fmean(e.rest for e in known))
     widening = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) / NORMAL
@@ -95,13 +106,15 @@ def fg(start: Estimate | None, later: Iterable[Estimate | None]) -> Estimate | N
     """FG of one benchmark: the mean over the stages m after the start o of (R_o - R_m) / R_o x 100 (Luo et al., arXiv
     2308.08747, section 3.4). Positive is forgetting. The error is to first order.
 
-    start: R_o. later: R_m of each stage. Returns None without a start other than zero, or without a later stage.
+    start: R_o. later: R_m of each stage. Returns None without a start other than zero, or without a later stage; and
+    with a start so small that FG is not finite.
     """
     after = mean(later)
     if start is None or not start.value or after is None:
         return None
     ratio, percent = after.value / start.value, 100 / start.value
-    return combine(100 * (1 - ratio), [(-percent, after), (ratio * percent, start)])
+    found = combine(100 * (1 - ratio), [(-percent, after), (ratio * percent, start)])
+    return None if math.isinf(found.value) or math.isinf(found.error) else found
 
 
 def average_performance(matrix: Matrix, stage: int, tasks: Sequence[str]) -> Estimate | None:

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -14,8 +15,9 @@ from tests.conftest import run_script
 
 
 def make_report(out, **options):
-    """The text of report.md."""
-    report.main(ReportConfig(out=str(out), **{name: str(value) for name, value in options.items()}))
+    """The text of report.md, without figures, which take long."""
+    with mock.patch("report.plot_record", return_value={}):
+        report.main(ReportConfig(out=str(out), **{name: str(value) for name, value in options.items()}))
     return (out / "report.md").read_text()
 
 
@@ -24,11 +26,13 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_models_with_different_stages_are_not_compared(runs, tmp_path):
+def test_models_are_compared_over_the_stages_that_both_have(runs, tmp_path):
     (runs / "stack/m2-empd").rename(runs / "gone")
     text = make_report(tmp_path / "out", runs=runs)
-    assert "FG, DK: not compared, the models do not have the same stages and benchmarks" in text
-    assert "stack: the stage m2-empd is missing" in text
+    assert "FG, DK: stack forgets less than llm (-20.0 points" in text
+    assert re.search(r"\| DK \| 20\.0 \[\S+ \S+ \| 0\.0 \[\S+ \S+ \| -20\.0 \[\S+ \S+ \(part\) \|", text)
+    assert "- stack: the stage m2-empd is missing" in text.split("## What is missing")[1]
+    assert "Backward transfer: not compared" in text
     assert "| average performance | 40.00 [38.61, 41.39] | – | – |" in text  # after m2: simp 30, empd 50
 
 
@@ -125,12 +129,123 @@ def test_methods_are_compared_only_where_both_were_measured(method_runs, tmp_pat
     shutil.rmtree(method_runs / "llm/ewc/m2-empd")
     (method_runs / "llm/vcl-tau=0.5/m2-empd/eval/metrics-simp.json").unlink()
     text = make_report(tmp_path / "out", runs=method_runs)
-    assert "- llm, ewc compared with finetune: not compared, they do not have the same stages or measures." in text
+    assert ("- llm, ewc compared with finetune: better by FG DK (-20.00 [-34.96, -5.04] (part)); not compared, since "
+            "they have no results in common: average performance, backward transfer, forgetting from the best stage."
+            ) in text
+    assert "- llm, vcl-tau=0.5: m2-empd lacks the test sets simp" in text
     row = next(line for line in text.split("## Methods minus")[1].splitlines() if line.startswith("| vcl"))
     assert cells(row)[1].startswith("+0.00 [")
-    assert cells(row)[4:] == ["–"] * 3
+    assert cells(row)[4:] == ["+0.00 [-2.77, +2.77] (part)", "–", "–"]  # average performance of empd alone
 
 
 def test_stages_without_a_method_are_one_too(mixed_runs, tmp_path):
     with pytest.raises(UserError, match="unknown method 'x', expected one of finetune, ewc, none, rehearsal, vcl"):
         make_report(tmp_path / "out", runs=mixed_runs, method="x")
+
+
+def change(name, old, new):
+    """A function that replaces a text in a file of a folder of runs."""
+    def spoil(runs):
+        text = (runs / name).read_text()
+        assert old in text
+        (runs / name).write_text(text.replace(old, new, 1))
+    return spoil
+
+
+def write(name, text):
+    """A function that writes a file into a folder of runs."""
+    def spoil(runs):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).write_text(text)
+    return spoil
+
+
+RESULTS, METRICS, RUN = "llm/m1-simp/eval/results_1.json", "llm/m1-simp/eval/metrics-simp.json", "llm/m1-simp/run.json"
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (change(RESULTS, '"acc,none": 0.4', '"acc,none": Infinity'), f"{RESULTS} is not JSON: Infinity is not a finite"),
+    (change(RESULTS, '"acc,none": 0.4', '"acc,none": NaN'), f"{RESULTS} is not JSON: NaN is not a finite"),
+    (change(RESULTS, '"acc,none": 0.4', '"acc,none": 5.0'),
+     f"{RESULTS}: terms: acc,none is 5.0, expected a number from 0 to 1"),
+    (change(RESULTS, '"acc,none": 0.4', '"acc,none": true'), f"{RESULTS}: terms: acc,none is true, expected a number"),
+    (change(RESULTS, '"acc,none": 0.4', '"acc,none": [0.4]'), f"{RESULTS}: terms: acc,none is [0.4], expected"),
+    (change(RESULTS, '"acc_stderr,none": 0.02', '"acc_stderr,none": -1'), "acc_stderr,none is -1, expected at least 0"),
+    (change(RESULTS, '"acc_stderr,none": 0.02', '"acc_stderr,none": 1e999'), f"{RESULTS} is not JSON"),
+    (change(RESULTS, '"nll,none": 1.0', '"nll,none": -3'), "nll,none is -3, expected at least 0"),
+    (write(RESULTS, '{"results": {"terms": [1]}}'), f"{RESULTS}: the result of terms is a list, expected an object"),
+    (write(RESULTS, '{"results": {"terms": 1}}'), f"{RESULTS}: the result of terms is a number, expected an object"),
+    (write(RESULTS, '{"results": {"terms": {}}, "group_subtasks": {"terms": ["terms"]}}'), f"{RESULTS} is damaged"),
+    (write(RESULTS, '{"results": {"terms": {"acc": 1}}, "run": {"suite": [{"name": ["a"]}]}}'), "name is not valid"),
+    (write(RESULTS, '{"results": {"terms": {"acc": 1}}, "run": []}'), f"{RESULTS} is damaged"),
+    (write(RESULTS, '{"results": {"terms": {"acc": 1}}, "n-samples": {"terms": {"effective": "many"}}}'),
+     f"{RESULTS} is damaged"),
+    (write(RESULTS, '[]'), f"{RESULTS}: expected an object, found a list"),
+    (write(RESULTS, '{"results": '), f"{RESULTS} is not JSON"),
+    (change(METRICS, '"mean": 40', '"mean": 400'), f"{METRICS}: the mean of sari is 400, expected a number from"),
+    (change(METRICS, '"low": 38.04', '"low": "x"'), f'{METRICS}: the lower bound of sari is "x", expected a number'),
+    (change(METRICS, '"low": 38.04', '"low": 70'), f"{METRICS}: the upper bound of sari is 41.96, expected at "),
+    (change(METRICS, '"task": "simp"', '"task": "simpler"'), "results of an unknown task 'simpler'"),
+    (write(METRICS, '{"task": "simp", "metrics": []}'), f"{METRICS} is damaged"),
+    (write(METRICS, '{"metrics": {}}'), f"{METRICS} is damaged"),
+    (change(METRICS, '"metrics"', '"run": {"decoding": "greedy"}, "metrics"'), f"{METRICS} is damaged"),
+    (write("llm/m1-simp/eval/predictions-simp.jsonl", f'{{"scores": {{"sari": 1{"0" * 400}}}}}\n' * 2),
+     "is not a number of at most 64 bits"),
+    (write("llm/m1-simp/eval/predictions-simp.jsonl", '{"scores": 5}'), "predictions-simp.jsonl is damaged"),
+    (change("llm/m1-simp/metrics.jsonl", '"tokens": 100}', '"tok'), "metrics.jsonl, line 2 is not JSON"),
+    (change("llm/m1-simp/metrics.jsonl", '"loss": 4.8', '"loss": "low"'), "metrics.jsonl: entry 2: expected"),
+    (change(RUN, '"seed": 42', '"seed": [42]'), f"{RUN} is damaged or was not written by this program: its entry 's"),
+    (write(RUN, '{"commit": "c0ffee"}'), f"{RUN} is damaged or was not written by this program: its entry 'settings"),
+    (write("experiment/llm-m1-simp.json", '{"command": [5]}'), "experiment/llm-m1-simp.json is damaged"),
+    (write("experiment/llm-m1-simp.json", '{"command": []}'), "experiment/llm-m1-simp.json is damaged")])
+def test_damaged_files_are_refused(runs, tmp_path, refusal, spoil, message):
+    spoil(runs)
+    line = refusal((ReportConfig, report.main), "--runs", runs, "--out", tmp_path / "out")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["result = 5", "[[result]]\nmodel = 1\nstage = 2\nfile = 3", "[[result]]",
+                                  '[[result]]\nmodel = "a"\nstage = "m0"\nfile = "."',
+                                  '[[result]]\nmodel = "a"\nstage = "m0"\nfile = "none.json"', "[[[", None])
+def test_a_wrong_list_of_results_is_refused(tmp_path, refusal, text):
+    path = tmp_path / "map.toml"
+    path.mkdir() if text is None else path.write_text(text)
+    assert "map.toml" in (line := refusal((ReportConfig, report.main), "--results", path, "--out", tmp_path / "out")) \
+        or "none.json does not exist" in line
+
+
+def test_out_that_is_a_file_is_refused(runs, tmp_path, refusal):
+    (tmp_path / "out").write_text("mine")
+    assert refusal((ReportConfig, report.main), "--runs", runs, "--out", tmp_path / "out").endswith(
+        "out is not a folder: choose another --out")
+    assert "a part of that path is a file" in refusal((ReportConfig, report.main), "--runs", runs, "--out",
+                                                      tmp_path / "out/in")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_folders_that_are_called_like_results_files(tmp_path):
+    """lm-eval has made such folders, with results.json or <model>/results_<date>.json in them."""
+    for number, (path, value) in enumerate((("results_Rs.json/results.json", 0.5),
+                                            ("results_Rs.json/llm-stacking__LLM_7B/results_2025-05-10.json", 0.4))):
+        path = tmp_path / f"results/llm/m{number}" / path
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"results": {"piqa": {"acc,none": value, "acc_stderr,none": 0.01}}}))
+    assert "| Rs | 20.0 [" in make_report(tmp_path / "out", results=tmp_path / "results")
+    (tmp_path / "map.toml").write_text("".join(
+        f'[[result]]\nmodel = "llm"\nstage = "m{number}"\nfile = "results/llm/m{number}/results_Rs.json"\n'
+        for number in range(2)))
+    assert "| Rs | 20.0 [" in make_report(tmp_path / "out", results=tmp_path / "map.toml")
+
+
+def test_names_with_bars_do_not_break_the_tables(runs, tmp_path):
+    for path in runs.rglob("results_1.json"):
+        change(path.relative_to(runs), '"label": "age"', '"label": "a|b"')(runs)
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "| a\\|b | 0.0 [" in text
+    assert "<td>a|b</td>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_report_does_not_import_lm_eval():
+    """It takes seconds."""
+    assert run_script("-c", "import report, sys; print('lm_eval' in sys.modules)").stdout == "False\n"

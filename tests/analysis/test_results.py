@@ -18,6 +18,7 @@ def test_of_a_group_and_its_parts_those_in_a_suite_count(tmp_path):
     for number, factor in enumerate((1.0, 0.8)):
         results = {name: value | {"acc,none": 0.5 * factor} for name in
                    ("mmlu", "mmlu_stem", "mmlu_astronomy", "mmlu_other", "boolq", "mine", "mine_a")}
+        results["sums"] = {"exact_match,none": 0.5, "exact_match_stderr,none": "N/A"}
         folder = tmp_path / f"stack/m{number}"
         folder.mkdir(parents=True)
         (folder / "results_1.json").write_text(json.dumps({"results": results | {"odd": {"f1,none": 1.0}},
@@ -25,9 +26,11 @@ def test_of_a_group_and_its_parts_those_in_a_suite_count(tmp_path):
                                "mine": ["mine_a"], "boolq": []}}))
     record = Record(read_results(tmp_path))
     assert [(b.name, b.category) for b in record.benchmarks] == [
-        ("mmlu_stem", "DK"), ("mmlu_other", "DK"), ("boolq", "Rs"), ("mine", "other")]
+        ("mmlu_stem", "DK"), ("mmlu_other", "DK"), ("boolq", "Rs"), ("mine", "other"), ("sums", "other")]
+    assert record.benchmarks[-1].metric == "exact_match"
     assert record.category_fg("stack", "DK").value == pytest.approx(20)
-    assert "stack: m0 has results without one of acc, r@1, pct_stereotype, exact_match: odd" in record.missing
+    assert record.missing[0] == ("stack: results of m0 that are not used: odd (no acc, r@1, pct_stereotype, "
+                                 "exact_match)")
     assert shipped_benchmarks()["boolq"].category == "Rs"
 
 
@@ -96,7 +99,7 @@ def test_methods_are_compared_item_by_item(method_runs):
                            [{"scores": {"sari": value}} for value in values],
                            {"sari": {"mean": float(values.mean()), "low": 20.0, "high": 40.0}}, {})
     stages = read_runs(method_runs)
-    one, two = (next(stage.tasks["simp"]["sari"] for stage in stages if (stage.method, stage.number) == (method, 2))
+    one, two = (next(stage.tasks["simp"] for stage in stages if (stage.method, stage.number) == (method, 2))
                 for method in ("finetune", "ewc"))
     assert (two - one).value == pytest.approx(1.0)
     assert (two - one).error < 1e-6

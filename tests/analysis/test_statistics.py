@@ -40,6 +40,8 @@ def test_seeds_add_their_spread_to_the_error_of_the_items():
     assert over_seeds([Estimate(3, 1)]) == Estimate(3, 1)
     found = over_seeds([Estimate(2, 3), Estimate(4, 5)])  # standard deviation √2, t of one degree of freedom 12.706
     assert found.value == 3
+    assert over_seeds([Estimate(2, 3), None]) is None  # not of the same items
+    assert over_seeds([]) is None
     assert found.error == pytest.approx((4 ** 2 + (12.706 / 1.96 * 2 ** 0.5 / 2 ** 0.5) ** 2) ** 0.5)
 
 

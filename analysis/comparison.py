@@ -1,0 +1,126 @@
+"""Which results are compared: those of the same stages and seeds, measured under the same conditions."""
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from analysis.results import BENCHMARKS, TASKS, Stage
+from analysis.statistics import Estimate, over_seeds
+from evaluation.conditions import Conditions, shown, unlike
+
+Chain = dict[int, Stage]  # the stages of one model, method and seed, by number
+Group = dict[int, Chain]  # the chains of one model and method, by seed
+Place = tuple[int, str, str]  # where a result belongs: (stage, BENCHMARKS or TASKS, name)
+Measure = Callable[[Sequence[Chain]], list[Estimate | None]]  # a value of each chain, over what all chains have
+
+
+def places_of(chain: Chain) -> set[Place]:
+    """The places at which a chain has results."""
+    return {(number, kind, name) for number, stage in chain.items() for kind in (BENCHMARKS, TASKS)
+            for name in getattr(stage, kind)}
+
+
+def restrict(chain: Chain, places: set[Place]) -> Chain:
+    """A chain without the results at other places."""
+    def kept(number: int, kind: str, results: dict) -> dict:
+        return {name: result for name, result in results.items() if (number, kind, name) in places}
+    return {number: dataclasses.replace(stage, benchmarks=kept(number, BENCHMARKS, stage.benchmarks),
+                                        tasks=kept(number, TASKS, stage.tasks),
+                                        calibration=kept(number, BENCHMARKS, stage.calibration),
+                                        sampled=kept(number, BENCHMARKS, stage.sampled))
+            for number, stage in chain.items()}
+
+
+def common_places(chains: Iterable[Chain]) -> set[Place]:
+    """The places at which all chains have results."""
+    places = list(map(places_of, chains))
+    return set.intersection(*places) if places else set()
+
+
+def drop_unlike(group: Group) -> tuple[Group, list[str]]:
+    """The chains without results under other conditions than those of the start, or of the first stage that has the
+    result; and a sentence for each stage about those left out, with both conditions."""
+    first: dict[tuple[str, str], dict[str, tuple[object, str]]] = {}  # result -> {condition: (value, stage)}
+    dropped: dict[tuple[str, str], dict[str, None]] = {}  # (stage, what differs) -> names of results
+    places: dict[int, set[Place]] = {seed: places_of(chain) for seed, chain in group.items()}
+    for number, seed in sorted((number, seed) for seed, chain in group.items() for number in chain):
+        stage = group[seed][number]
+        for key, conditions in stage.conditions.items():
+            reference = first.setdefault(key, {})
+            if differing := unlike({name: value for name, (value, _) in reference.items()}, conditions):
+                text = ", ".join(f"{name} {shown(conditions[name])} ({reference[name][1]}: "
+                                 f"{shown(reference[name][0])})" for name in differing)
+                dropped.setdefault((stage.name, text), {})[key[1]] = None
+                places[seed].discard((number, *key))
+            else:
+                first[key] = {name: (value, stage.name) for name, value in conditions.items()} | reference
+    return ({seed: restrict(chain, places[seed]) for seed, chain in group.items()},
+            [f"{stage}: {', '.join(names)} under other conditions, not used: {text}"
+             for (stage, text), names in dropped.items()])
+
+
+def conditions_of(group: Group) -> dict[tuple[str, str], Conditions]:
+    """The conditions of each result of chains from which unlike results have been dropped."""
+    found: dict[tuple[str, str], Conditions] = {}
+    for chain in group.values():
+        for stage in chain.values():
+            for (kind, name), conditions in stage.conditions.items():
+                if name in getattr(stage, kind):
+                    found[kind, name] = conditions | found.get((kind, name), {})
+    return found
+
+
+class CommonPart:
+    """What two groups of chains, of two models or methods, have in common: their seeds, and the results that all their
+    chains have, under the same conditions and after the same tasks.
+
+    Attributes:
+        one, two: the groups restricted to it.
+        left_out: sentences on seeds, conditions and tasks that differ.
+    """
+
+    def __init__(self, one: Group, two: Group, names: tuple[str, str]):
+        """names: of the two groups, for the sentences."""
+        seeds = sorted(one.keys() & two.keys())
+        self.left_out = [f"{names[0]} and {names[1]} are compared without the seed {seed}, which only one of them has"
+                         for seed in sorted(one.keys() ^ two.keys())]
+        chains = [group[seed] for group in (one, two) for seed in seeds]
+        unlike, end = self._unlike(one, two, names), self._first_other_stage(one, two, names)
+        places = {(number, kind, name) for number, kind, name in common_places(chains)
+                  if number < end and (kind, name) not in unlike}
+        self.one, self.two = ({seed: restrict(group[seed], places) for seed in seeds} for group in (one, two))
+
+    def _unlike(self, one: Group, two: Group, names: tuple[str, str]) -> set[tuple[str, str]]:
+        """The results whose conditions differ."""
+        found, texts = (conditions_of(one), conditions_of(two)), {}
+        for key in sorted(found[0].keys() & found[1].keys()):
+            if differing := unlike(found[0][key], found[1][key]):
+                texts[key] = ", ".join(f"{name} {shown(found[0][key][name])} and {shown(found[1][key][name])}"
+                                       for name in differing)
+        for text in dict.fromkeys(texts.values()):
+            results = ", ".join(name for (_, name), other in texts.items() if other == text)
+            self.left_out.append(f"{names[0]} and {names[1]} are compared without {results}: {text}")
+        return set(texts)
+
+    def _first_other_stage(self, one: Group, two: Group, names: tuple[str, str]) -> float:
+        """The number of the first stage that differs; infinity if none does."""
+        stages = [{number: stage.name for chain in group.values() for number, stage in chain.items()}
+                  for group in (one, two)]
+        others = [number for number in stages[0].keys() & stages[1].keys() if stages[0][number] != stages[1][number]]
+        if others:
+            first = min(others)
+            self.left_out.append(f"{names[0]} and {names[1]} are compared up to stage {first - 1}: the next one is "
+                                 f"{stages[0][first]} and {stages[1][first]}")
+        return min(others, default=math.inf)
+
+    def compare(self, measure: Measure) -> tuple[Estimate | None, Estimate | None]:
+        """The values of a measure, each over the seeds."""
+        values = measure([*self.one.values(), *self.two.values()])
+        return over_seeds(values[:len(self.one)]), over_seeds(values[len(self.one):])
+
+
+def same(one: Estimate | None, two: Estimate | None) -> bool:
+    """Whether two estimates have the same value and error."""
+    return one is two is None or one is not None and two is not None and np.array_equal(
+        [one.value, one.error], [two.value, two.error], equal_nan=True)
