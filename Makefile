@@ -1,8 +1,8 @@
 # make train TASK=simp MODEL=stack      builds what is missing, in order: environment, data, m0, the earlier stages
 # make help                             lists the targets and the variables
 #
-# This file installs the environment. Everything else is done by pipeline/targets.py, which reads the variables from the
-# environment of its process.
+# The environment is installed by pipeline/environment.py. Everything else is done by pipeline/targets.py, which reads the
+# variables from the environment of its process.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -30,7 +30,7 @@ bench test lint: $(DEV)
 	@$(RUN) $@
 
 clean:
-	rm -rf $(VENV) data/prepared data/text data/eval .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV).lock data/prepared data/text data/eval .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'runs/ and data/raw are kept'
 
@@ -41,12 +41,7 @@ endef
 
 $(VENV)/user: requirements.txt
 	@$(check_python)
-	@echo 'installing the packages of requirements.txt into $(VENV), once; this takes some minutes'
-	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
-	@touch $@
+	@$(PYTHON) -m pipeline.environment $@ $^
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/user
-	@echo 'installing the packages of requirements-dev.txt into $(VENV), once'
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
+	@$(PYTHON) -m pipeline.environment $@ $^

@@ -8,32 +8,47 @@
 Each job is a separate command, which is printed. A job is repeated only if its command, its initial weights or its data
 have changed since, according to the digests in experiment/*.json. An interrupted experiment continues where it stopped.
 """
+import common.interrupts
+
 import dataclasses
 import functools
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import UserError, read_json
+from common.files import UserError, check_writable, read_json
 from common.formatting import format_duration
-from common.settings import CONFIGS, ROOT, load, read_config, run, setting
+from common.metrics_log import check_services
+from common.settings import CONFIGS, ROOT, known, load, read_config, run, setting
+from evaluation.evaluate_config import EvaluateConfig
 from evaluation.suites import open_suite
+from evaluation.test_sets import task_decoding
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint
 from pipeline import chain
 from pipeline.costs import Pace, evaluate_flops, finetune_flops, matmul_speed
-from pipeline.jobs import Job, optional_flags, read_slurm_template, run_command, split_words, submit_command
+from pipeline.jobs import (
+    Job,
+    further_flags,
+    optional_flags,
+    read_slurm_template,
+    run_command,
+    split_words,
+    submit_command,
+)
 from pipeline.ledger import Ledger
 from pipeline.pretraining import size_config
+from training.deepspeed_config import resolve_zero_stage
 from training.train_config import TrainConfig
 
 UTILISATION = 0.3  # share of a matrix product's speed that training and evaluation reach, for the first estimate
 
-# What a method may set: everything except what identifies a stage.
-METHOD_SETTINGS = {field.name for field in dataclasses.fields(TrainConfig)} - {
-    "task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
+# The settings that identify a stage or an evaluation.
+STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
+EVALUATION_SETTINGS = {"checkpoint", "out", "data", "tasks", "suite", "suite_files", "posterior_samples"}
 
 
 @dataclass(frozen=True)
@@ -73,28 +88,54 @@ class ExperimentConfig:
                  if len(set(getattr(self, name))) < len(getattr(self, name))]
         found += [f"{model} has no --init_{model}, and --size is missing" for model in self.models
                   if model in chain.MODELS and not self.size and not getattr(self, f"init_{model}")]
-        for method in self.methods:
+        checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self)]
+        if self.size is None or self.size in known("size"):
+            checks += [functools.partial(train_settings, self, method) for method in self.methods or [None]]
+        for check in checks:
             try:
-                parse_method(method)
+                check()
             except UserError as error:
                 found.append(str(error))
         return found
 
 
-def parse_method(text: str) -> tuple[list[str], TrainConfig]:
-    """(flags for train.py, the settings they give) of a method such as ewc:ewc_strength=10: a file in configs/method,
-    and settings that override it. Raises UserError if it is not valid."""
-    name, *parts = text.split(":")
-    flags, required = ["--method", name], ["--task", "simp", "--init", "x", "--data", "x", "--out", "x"]
+def method_flags(method: str) -> list[str]:
+    """The flags for train.py of a method such as ewc:ewc_strength=10: a file in configs/method, and settings that
+    override it. Raises UserError if they are not the names and values of settings."""
+    name, *parts = method.split(":")
+    flags = ["--method", name]
+    if "/" in method:
+        raise UserError("it names a folder, so that it may have no '/'; give paths in train_args")
     for part in parts:
         key, _, value = part.partition("=")
-        if not value or key not in METHOD_SETTINGS:
-            raise UserError(f"{part!r} of the method {text!r} is not name=value of a setting that a method may have")
+        if not value or key not in {field.name for field in dataclasses.fields(TrainConfig)} - STAGE_SETTINGS:
+            raise UserError(f"{part!r} is not name=value of a setting that a method may have")
         flags += [f"--{key}", value]
+    return flags
+
+
+def train_settings(cfg: ExperimentConfig, method: str | None) -> TrainConfig:
+    """The settings of the stages with a method, apart from those that identify a stage. Raises UserError if train_args
+    or the method is not valid."""
     try:
-        return flags, load(TrainConfig, [*flags, *required])
+        return load(TrainConfig, [
+            "--config", str(CONFIGS / "train/finetune.toml"), *optional_flags(size=cfg.size), "--task", chain.ORDER[0],
+            "--init", "x", "--data", "x", "--out", "x", *further_flags(cfg.train_args, STAGE_SETTINGS),
+            *(method_flags(method) if method else [])])
     except UserError as error:
-        raise UserError(f"the method {text!r}: {error}") from None
+        origins = [*(["train_args"] if cfg.train_args else []), *([f"the method {method!r}"] if method else [])]
+        raise UserError(f"{' and '.join(origins) or 'train.py'}: {error}") from None
+
+
+def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:
+    """The settings of the evaluations, apart from those that identify one. Raises UserError if evaluate_args is not
+    valid."""
+    try:
+        return load(EvaluateConfig, [
+            "--checkpoint", "x", "--suite", cfg.suite, "--posterior_samples", str(cfg.posterior_samples),
+            *further_flags(cfg.evaluate_args, EVALUATION_SETTINGS)])
+    except UserError as error:
+        raise UserError(f"{'evaluate_args' if cfg.evaluate_args else 'evaluate.py'}: {error}") from None
 
 
 def model_jobs(cfg: ExperimentConfig, model: str) -> list[Job]:
@@ -114,7 +155,7 @@ def model_jobs(cfg: ExperimentConfig, model: str) -> list[Job]:
 def chain_jobs(cfg: ExperimentConfig, model: str, stages: list[chain.FinetuneStage], method: str | None,
                seed: int) -> list[Job]:
     """The jobs of one chain from m0: the stages with one method and one seed."""
-    flags, settings = parse_method(method) if method else ([], TrainConfig())
+    flags, settings = method_flags(method) if method else [], train_settings(cfg, method)
     recipe = [CONFIGS / "train/finetune.toml", *size_files(cfg)]
     recipe += [CONFIGS / f"method/{settings.method}.toml"] if method else []
     sampled = ["--posterior_samples", cfg.posterior_samples] if settings.optimizer == "ivon" else []
@@ -124,7 +165,7 @@ def chain_jobs(cfg: ExperimentConfig, model: str, stages: list[chain.FinetuneSta
         first = ["--rehearsal", "0"] if stage is stages[0] and settings.rehearsal else []
         command = chain.finetune_command(launcher_words(cfg), stage, data, cfg.size, [
             "--seed", seed, *split_words(cfg.train_args), *flags, *first])
-        jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, model), data, cfg.size, cfg.train_args),
+        jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, model), data, settings),
                         "train.py", (stage.parent, data, *recipe)))
         jobs.append(evaluation_job(cfg, model, stage.out, stage.out, sampled))
     return jobs
@@ -150,7 +191,7 @@ def evaluation_job(cfg: ExperimentConfig, model: str, checkpoint: str | Path, di
     command = chain.evaluate_command(launcher_words(cfg), checkpoint, directory / "eval", cfg.data, tasks, [
         *optional_flags(suite=cfg.suite, suite_files=cfg.suite_files), *sampled, *split_words(cfg.evaluate_args)])
     inputs = [file for task in tasks for file in (Path(cfg.data) / f"{task}.json", CONFIGS / f"task/{task}.toml")]
-    flops = evaluate_flops(model_config(cfg, model), Path(cfg.data), tasks, files, cfg.evaluate_args)
+    flops = evaluate_flops(model_config(cfg, model), Path(cfg.data), tasks, files, evaluate_settings(cfg).limit)
     return Job(directory / "eval", command, flops, "evaluate.py", (checkpoint, *inputs, path, *files))
 
 
@@ -176,6 +217,26 @@ def model_config(cfg: ExperimentConfig, model: str) -> ModelConfig:
 def report_command(cfg: ExperimentConfig) -> list[str]:
     """The command that makes the report."""
     return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report]
+
+
+def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
+    """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
+    name, the length of samples, the suite, folders to write to."""
+    training = [train_settings(cfg, method) for method in cfg.methods or [None]]
+    for settings in training:
+        check_services(settings.tensorboard, settings.wandb)
+        resolve_zero_stage(settings, 1)  # reads the DeepSpeed file
+    lengths = [settings.max_source_length + settings.max_target_length for settings in training] + [
+        evaluate_settings(cfg).max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
+    limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
+    if max(lengths) > limit:
+        raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
+                        f"{limit}: lower max_source_length in train_args or evaluate_args")
+    if any(job.script == "evaluate.py" for job in to_do):
+        from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
+        read_suite(cfg.suite, cfg.suite_files)
+    for folder in (cfg.out, cfg.report, *(str(job.out) for job in to_do)):
+        check_writable(folder)
 
 
 def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
@@ -218,7 +279,7 @@ def run_unfinished(jobs: list[Job], ledger: Ledger, pace: Pace) -> list[str]:
             run_command(job.argv)
         except SystemExit:
             results = job.out.glob("results_*.json") if job.script == "evaluate.py" else ()
-            if not any(path.stat().st_mtime >= began and read_json(path).get("missing") for path in results):
+            if not any(path.stat().st_mtime >= began and read_json(path, dict).get("missing") for path in results):
                 raise
             incomplete.append(str(job.out))  # the results of all available benchmarks are written
         else:
@@ -239,6 +300,7 @@ def main(cfg: ExperimentConfig) -> None:
           f"{UTILISATION:.0%} of a matrix product's speed on one device of this machine", flush=True)
     if cfg.dry_run:
         return
+    check_before_running(cfg, to_do)
     if cfg.launcher == "slurm":
         return submit(cfg, to_do, ledger)
     incomplete = run_unfinished(jobs, ledger, pace)

@@ -9,6 +9,8 @@ base stopped, with a new optimizer and schedule. Gradual growth is a longer sche
 `at_tokens = [400_000, 900_000]` the base is grown after 400,000 tokens and again after 900,000. Each job is a separate
 command, which is printed. Finished jobs are not repeated.
 """
+import common.interrupts
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,12 @@ from typing import ClassVar, Literal
 
 from common.files import UserError
 from common.provenance import data_digest
-from common.settings import read_config, run, setting
-from pipeline.jobs import Job, run_jobs, split_words
+from common.settings import CONFIGS, known, load, read_config, run, setting
+from pipeline.jobs import Job, further_flags, run_jobs, split_words
 from pipeline.pretraining import DEPTH_OPERATORS, base_job, growth_job, record_recipe, size_config, training_job
+from training.train_config import TrainConfig
+
+RUN_SETTINGS = {"task", "size", "phase", "init", "data", "out", "local_rank"}  # what identifies the last run
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class PretrainConfig:
     out: str = setting(None, "folder of the runs; the last one is m0 in it", required=True)
     operator: str = setting("stack", f"growth operator: {', '.join(DEPTH_OPERATORS)}", names=DEPTH_OPERATORS)
     factors: tuple[int, ...] = setting((4,), "growth factors, one for each growth", at_least=2)
-    at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1)
+    at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18)
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)
     launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
     args: str = setting("", "flags for the last run of train.py, such as '--learning_rate 1e-4'")
@@ -45,6 +50,14 @@ class PretrainConfig:
                          "growth")
         if any(later <= earlier for earlier, later in zip(self.at_tokens, self.at_tokens[1:])):
             found.append(f"at_tokens is {', '.join(map(str, self.at_tokens))}, expected increasing numbers")
+        if self.size in known("size"):
+            init = ["--init", "x"] if self.model == "stack" else []
+            try:
+                load(TrainConfig, ["--config", str(CONFIGS / "train/pretrain.toml"), "--size", self.size, "--phase",
+                                   self.model, "--data", "x", "--out", "x", *init,
+                                   *further_flags(self.args, RUN_SETTINGS)])
+            except UserError as error:
+                found.append(f"args: {error}")
         return found
 
 

@@ -1,13 +1,18 @@
-"""Kills a run again and again, damages the files that it depends on, and compares its results.
+"""Kills runs again and again, damages the files that they depend on, and compares their results.
 
-    python bench/faults.py --folder /tmp/faults                         training: 50 kills, then the other faults
+    python bench/faults.py --folder /tmp/faults --kills 100             training and evaluation, then the other faults
     python bench/faults.py --folder /tmp/faults --what experiment --kills 10
 
-Training: two processes train a small random model. SIGKILL hits one of them or all, at a random moment. The state is
-saved after every step, so that many of the moments lie within a save. After each kill the run's directory either does
-not exist or is complete. The resumed run must end with the weights of an undisturbed run, byte for byte. Then come the
-other faults, each between a kill and the next start. The program must either resume or say in one line why it cannot,
-and must end with the same weights once the fault is repaired.
+Training and evaluation: two processes train a small random model, and one process evaluates it. SIGKILL hits one of the
+training processes or all, at a moment within each phase in turn: steps, saves of the state, checkpoints of an epoch,
+the final write, an evaluation, or at any time. After each kill the run's directory either does not exist or is
+complete. The resumed run must end with the weights of an undisturbed run, byte for byte, and the evaluation that is
+started again with its results.
+
+Then come the other faults. Two starts of a run at the same time: one of them trains, the other says in one line why it
+does not. A disk that fills while results and reports are written: an error in one line, nothing half-written, and the
+same results once there is space. Faults between a kill and the next start: the program must either resume or say in one
+line why it cannot, and must end with the same weights once the fault is repaired.
 
 Experiment: both models go through two tasks. After the kills the weights, predictions and report must equal those of an
 undisturbed experiment.
@@ -17,6 +22,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -31,16 +37,20 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import timed
 from bench.workload import random_checkpoint, torchrun_command
-from common.files import digest, read_json
+from common.files import digest, read_json, read_json_lines
 from common.settings import ROOT, run, setting
 from model.checkpoint import checkpoint_digest
 from model.config import ModelConfig
 
-SHAPE = ModelConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+SHAPE = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                     num_key_value_heads=2)
-STEPS = 40
+STEPS, EPOCH = 30, 3  # steps of a run, and of an epoch
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux's prctl and capabilities
 TASKS = ("simp", "empd")
+# What is killed in turn, and the parts of a training run in which a kill can land.
+PHASES = ("a step", "a save", "an epoch's checkpoint", "an evaluation", "a save", "the final write", "any time")
+WRITES = ("a save", "an epoch's checkpoint", "the final write")
+SIZES = (150, 1_000, 6_000, 30_000, 100_000)  # limits on the size of a file, in bytes, that stand for a full disk
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class FaultsConfig:
     folder: str = setting(None, "an empty folder to work in", required=True)
     what: Literal["training", "experiment"] = setting("training", "what to kill")
     kills: int = setting(50, "number of kills", at_least=0)
+    pairs: int = setting(6, "number of two starts at once", at_least=0)
     zero: Literal[0, 1, 2, 3] = setting(2, "ZeRO stage of the training")
     seed: int = setting(0, "seed of the moments")
 
@@ -70,7 +81,7 @@ class Victim:
         Returns whether the command was still running.
         """
         while self.process.poll() is None and not until():
-            time.sleep(0.005)
+            time.sleep(0.001)
         time.sleep(delay)
         if self.process.poll() is not None:
             return False
@@ -113,11 +124,30 @@ def worker_command(pid):
 
 
 def prepare(folder):
-    """Makes a checkpoint with random weights and two preprocessed tasks."""
+    """Makes a checkpoint with random weights, two preprocessed tasks and a suite of one benchmark."""
     random_checkpoint(folder / "m0", SHAPE)
     for task in TASKS:
         subprocess.run([sys.executable, "data_prep.py", "task", "--task", task, "--folder_path", "data/sample",
                         "--output_path", folder / f"{task}.json"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    items = [{"text": text[:40], "choices": [text[40:60], text[60:80]], "label": 0} for text in
+             (item["input"] for item in read_json(folder / "simp.json")["train"][:20])]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "suite.toml").write_text('[[benchmark]]\nname = "next"\ncategory = "Rs"\nfile = "items.jsonl"\n'
+                                       'doc_to_text = "text"\ndoc_to_choice = "choices"\ndoc_to_target = "label"\n')
+
+
+def limit_files(size):
+    """Options of a process that cannot write more than `size` bytes to a file, as on a full disk."""
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
+
+def error_of(status, output, expected):
+    """The one line of the error with which a command has ended."""
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert status == expected, output
+    assert len(lines) == 1, output
+    assert "Error:" not in output.replace("ChildFailedError:", ""), output  # a traceback; that one is torchrun's
+    return lines[0]
 
 
 class Training:
@@ -134,7 +164,8 @@ class Training:
         return Victim(torchrun_command(
             2, "--init", self.folder / "m0", "--data", self.folder / "simp.json", "--out", self.folder / name, "--zero",
             self.cfg.zero, "--dtype", "fp32", "--max_steps", STEPS, "--global_batch_size", 8, "--learning_rate", 1e-3,
-            "--eval_steps", 10, "--max_eval_samples", 8, "--save_minutes", 0), **options)
+            "--eval_steps", 10, "--max_eval_samples", 8, "--max_train_samples", 8 * EPOCH, "--save_minutes", 0),
+                      **options)
 
     def is_finished(self, name):
         """Whether the directory of a run exists, which must then be complete."""
@@ -156,52 +187,171 @@ class Training:
         log = self.folder / f"{name}.partial/metrics.jsonl"
         return log.read_text().count('"loss"') if log.exists() else 0
 
-    def partial_saves(self, name):
-        """The saves of a run that have begun and not ended."""
-        return sorted(self.folder.glob(f"{name}.partial/resume/*.writing"))
+    def writing(self, name):
+        """What shows that each part of a run has begun and not ended."""
+        partial = self.folder / f"{name}.partial"
+        final = partial / "config.json"  # the first file of the final weights
+        return {"a save": set(partial.glob("resume/*.writing")),
+                "an epoch's checkpoint": set(partial.glob(".checkpoint-*.writing")),
+                "the final write": {final.stat().st_mtime_ns} if final.exists() else set()}
 
-    def kill(self, name):
-        """Starts a run and kills it at a random moment; returns whether it was still running.
+    def kill(self, name, phase):
+        """Starts a run and kills it in a phase; returns whether it was still running."""
+        before, target = self.writing(name), self.steps(name) + random.randint(1, 9)
+        one = "train.py" if random.random() < 0.5 else None
 
-        One moment in five is a random time after the start. The others come a few steps after the last kill.
-        """
-        target, one = self.steps(name) + random.randint(1, 12), "train.py" if random.random() < 0.5 else None
-        before = self.partial_saves(name)
-        any_time = random.random() < 0.2
-        killed = self.start(name).kill(lambda: any_time or self.steps(name) >= target,
-                                       random.uniform(0, self.seconds if any_time else 0.06), one)
+        def begun():
+            if phase in WRITES:
+                return self.writing(name)[phase] - before[phase]
+            return phase == "any time" or self.steps(name) >= target
+
+        longest = self.seconds / 2 if phase == "any time" else 0.01 if phase in WRITES else 0.06
+        killed = self.start(name).kill(begun, random.uniform(0, longest), one)
         if killed:
-            self.counts["one process" if one else "all processes"] += 1
-            self.counts["within a save"] += self.partial_saves(name) != before
+            after = self.writing(name)
+            self.counts[next((f"within {part}" for part in WRITES if after[part] - before[part]), "in between")] += 1
+            self.counts["of one process"] += bool(one)
         return killed
 
     def refusal(self, **options):
         """The one line with which the run `broken` refuses to start."""
         status, output = self.start("broken", **options).wait()
-        lines = [line for line in output.splitlines() if line.startswith("error")]
-        assert status == 1, output
-        assert len(lines) == 1, output
-        assert "Error:" not in output.replace("ChildFailedError:", ""), output
-        return lines[0]
+        return error_of(status, output, 1)
+
+
+class Evaluation:
+    """Evaluations of one checkpoint under different names, and reports, all of which must have the same results."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for stage, checkpoint in (("m0", "m0"), ("m1-simp", "whole")):
+            (folder / "runs/llm").mkdir(parents=True, exist_ok=True)
+            (folder / "runs/llm" / stage).symlink_to(folder / checkpoint)
+            self.start(folder / checkpoint / "eval", checkpoint).finish()
+        self.seconds, _ = timed(self.start("evaluated").finish)
+        self.expected = self.results("evaluated")
+        self.start_report("report").finish()
+        print(f"an undisturbed evaluation takes {self.seconds:.1f} s", flush=True)
+
+    def start(self, name, checkpoint="whole", **options):
+        """Starts or repeats an evaluation."""
+        return Victim([sys.executable, "evaluate.py", "--checkpoint", self.folder / checkpoint, "--tasks", "simp",
+                       "--data", self.folder, "--suite", self.folder / "suite.toml", "--limit", 8, "--dtype", "fp32",
+                       "--out", self.folder / name], **options)
+
+    def start_report(self, name, **options):
+        """Starts a report."""
+        return Victim([sys.executable, "report.py", "--runs", self.folder / "runs", "--out", self.folder / name],
+                      **options)
+
+    def results(self, name):
+        """The results in a folder, by file; every file must be complete."""
+        found = {}
+        for path in (self.folder / name).iterdir():
+            assert not path.name.endswith(".writing"), path
+            content = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path, dict)
+            kept = content if path.suffix == ".jsonl" else content.get("metrics", content.get("results"))
+            found[re.sub(r"_\d{4}-.*", "", path.stem)] = kept
+        return found
+
+    def finish(self, name):
+        """Repeats an evaluation, checks its results, and removes them."""
+        self.start(name).finish()
+        assert self.results(name) == self.expected, name
+        shutil.rmtree(self.folder / name)
+
+    def kill(self, counts):
+        """Kills an evaluation at a random moment and repeats it; returns whether it was still running."""
+        killed = self.start("killed").kill(lambda: True, random.uniform(0.3, 1) * self.seconds)
+        counts["within an evaluation"] += killed
+        self.start("killed").finish()
+        for path in (self.folder / "killed").glob(".*.writing"):
+            path.unlink()  # left by the killed process; the next writer of the same file would remove it
+        self.finish("killed")
+        return killed
+
+    def fill_disk(self, size):
+        """Evaluates and reports on a full disk, then with space; returns the lines with which they refused."""
+        lines = []
+        status, output = self.start("full", **limit_files(size)).wait()
+        if status:
+            lines.append(error_of(status, output, 2))
+        if (self.folder / "full").exists():
+            assert all(self.expected[name] == content for name, content in self.results("full").items())
+        self.finish("full")
+        status, output = self.start_report("full-report", **limit_files(size)).wait()
+        if status:
+            lines.append(error_of(status, output, 2))
+        self.same_reports(complete=False)
+        self.start_report("full-report").finish()
+        self.same_reports(complete=True)
+        shutil.rmtree(self.folder / "full-report")
+        return lines
+
+    def same_reports(self, complete):
+        """Checks that the files of a report equal those of the undisturbed one."""
+        written = {path.name for path in self.folder.glob("full-report/*")}
+        for name in {path.name for path in self.folder.glob("report/*")} if complete else written:
+            assert digest([self.folder / "full-report" / name]) == digest([self.folder / "report" / name]), name
 
 
 def kill_training(cfg, folder):
-    """Kills runs, then tries the other faults."""
-    training, kills, runs = Training(cfg, folder), 0, 0
+    """Kills training runs and evaluations, then tries the other faults."""
+    training = Training(cfg, folder)
+    evaluation, kills, runs = Evaluation(folder), 0, 1
     while kills < cfg.kills:
-        runs += 1
-        name = f"run-{runs}"
-        while kills < cfg.kills and not (folder / name).exists():
-            kills += training.kill(name)
-            print(f"kill {kills}/{cfg.kills}: {name} is {'' if training.is_finished(name) else 'not '}finished",
-                  flush=True)
-        training.finish(name)
-    print(f"{kills} kills ({', '.join(f'{count} {what}' for what, count in training.counts.items())}), {runs} runs, "
-          "each of which ended with the weights of the undisturbed run", flush=True)
+        phase, name = PHASES[kills % len(PHASES)], f"run-{runs}"
+        if phase == "an evaluation":
+            kills += evaluation.kill(training.counts)
+        else:
+            kills += training.kill(name, phase)
+        print(f"kill {kills}/{cfg.kills}, aimed at {phase}: {name} is {'' if training.is_finished(name) else 'not '}"
+              "finished", flush=True)
+        if training.is_finished(name):
+            training.finish(name)
+            runs += 1
+    if list(folder.glob(f"run-{runs}*")):
+        training.finish(f"run-{runs}")
+    print(f"{kills} kills ({', '.join(f'{count} {what}' for what, count in training.counts.items())}); each run ended "
+          "with the weights of the undisturbed one, and each evaluation with its results", flush=True)
+    for number in range(cfg.pairs):
+        line = start_twice(training, number % 2 == 1, random.uniform(0, training.seconds if number % 3 == 2 else 1))
+        print(f"two starts at once: {line}", flush=True)
+    lines = [line for size in SIZES for line in evaluation.fill_disk(size)]
+    assert lines
+    print("a full disk (simulated by limits on the size of files) while results and reports are written:\n  "
+          + "\n  ".join(lines), flush=True)
+    break_training(training, folder)
+
+
+def start_twice(training, resumed, delay):
+    """Starts a run, anew or from a saved state, and again `delay` seconds later: one of the two trains.
+
+    Returns what the other says.
+    """
+    if resumed:
+        assert training.start("twice").kill(lambda: training.steps("twice") >= STEPS // 2, 0)
+    first = training.start("twice")
+    time.sleep(delay)
+    ended = [victim.wait() for victim in (first, training.start("twice"))]
+    idle = [(status, output) for status, output in ended
+            if f"{STEPS} steps, " not in output or "nothing to do" in output]
+    assert len(idle) == 1, ended
+    assert training.is_finished("twice")
+    shutil.rmtree(training.folder / "twice")
+    status, output = idle[0]
+    if not status:
+        return next(line for line in output.splitlines() if "is finished already, nothing to do" in line)
+    line = error_of(status, output, 1)
+    assert "another process is using" in line, line
+    return line
+
+
+def break_training(training, folder):
+    """Tries the faults between a kill and the next start."""
     weights = folder / "m0/model.safetensors"
     faults = {
-        "a full disk (simulated by a limit on the size of files)": lambda: training.refusal(
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))),
+        "a full disk (simulated by a limit on the size of files)": lambda: training.refusal(**limit_files(100_000)),
         "a run directory without write permission": lambda: read_only(training),
         "a truncated file of the saved state": lambda: damaged_state(training, lambda file: file[:len(file) // 2]),
         "a changed byte in a file of the saved state": lambda: damaged_state(training, flip_bit),
@@ -257,11 +407,6 @@ def replaced_input(training, path, content):
 
 def kill_experiment(cfg, folder):
     """Kills an experiment `kills` times, and compares it with an undisturbed one."""
-    items = [{"text": text[:40], "choices": [text[40:60], text[60:80]], "label": 0} for text in
-             (item["input"] for item in read_json(folder / "simp.json")["train"][:20])]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (folder / "suite.toml").write_text('[[benchmark]]\nname = "next"\ncategory = "Rs"\nfile = "items.jsonl"\n'
-                                       'doc_to_text = "text"\ndoc_to_choice = "choices"\ndoc_to_target = "label"\n')
     out, whole = folder / "experiment", folder / "whole"
     command = [sys.executable, "experiment.py", "--init_llm", folder / "m0", "--init_stack", folder / "m0", "--order",
                ",".join(TASKS), "--data", folder, "--out", out, "--report", out / "report", "--suite",

@@ -7,66 +7,48 @@ from pathlib import Path
 
 import torch
 
-from common.files import UserError
+from common.files import UserError, read_text
 from common.settings import read_config
 from corpus.tasks import read_task
 from model.config import ModelConfig
-from pipeline.jobs import Job, split_words
+from pipeline.jobs import Job
+from training.train_config import TrainConfig
 
 CHARACTERS_PER_TOKEN = 4  # roughly
 
 
-def finetune_flops(config: ModelConfig, data: Path, size: str | None, args: str) -> float:
-    """The approximate FLOPs of fine-tuning on the training split of a task file. args: flags for train.py."""
-    table = read_config("size", size).get("finetune", {}) if size else {}
-    samples = numeric_flag(args, "max_train_samples", table.get("max_train_samples"))
-    epochs = numeric_flag(args, "num_train_epochs", table.get("num_train_epochs", 3))
-    items = first_items(read_splits(data)["train"], samples)
+def finetune_flops(config: ModelConfig, data: Path, settings: TrainConfig) -> float:
+    """The approximate FLOPs of fine-tuning on the training split of a task file."""
+    items = read_splits(data)["train"][:settings.max_train_samples]
     tokens = sum(len(item["input"]) + len(item["output"]) for item in items) / CHARACTERS_PER_TOKEN
-    return config.flops(tokens * (epochs or 0))
+    return config.flops(tokens * settings.num_train_epochs)
 
 
-def evaluate_flops(config: ModelConfig, data: Path, tasks: Iterable[str], files: Iterable[Path], args: str) -> float:
+def evaluate_flops(config: ModelConfig, data: Path, tasks: Iterable[str], files: Iterable[Path],
+                   limit: int | None) -> float:
     """The approximate FLOPs of an evaluation: a third of training's for each token that is read or generated.
 
     data: the folder of the preprocessed task files. files: the local files of the suite; what lm-eval downloads is not
-    counted. args: flags for evaluate.py.
+    counted. limit: the number of items of each task and file; None: all.
     """
-    tokens, limit = 0.0, numeric_flag(args, "limit", None)
+    tokens = 0.0
     for task in dict.fromkeys(tasks):
         decoding = read_config("task", task)["decoding"]
         new_tokens = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2
         tokens += sum(len(item["input"]) / CHARACTERS_PER_TOKEN + new_tokens
-                      for item in first_items(read_splits(data / f"{task}.json")["test"], limit))
+                      for item in read_splits(data / f"{task}.json")["test"][:limit])
     for file in files:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        tokens += sum(map(len, first_items(lines, limit))) / CHARACTERS_PER_TOKEN
+        lines = read_text(file).splitlines() if file.is_file() else []
+        tokens += sum(map(len, lines[:limit])) / CHARACTERS_PER_TOKEN
     return config.flops(tokens) / 3
-
-
-def first_items(items: list, limit: float | None) -> list:
-    """The first `limit` items; all of them if it is None."""
-    return items if limit is None else items[:int(limit)]
-
-
-def numeric_flag(args: str, name: str, default: float | None) -> float | None:
-    """The number that a flag in `args` has, or the default. Raises UserError if it is not a number."""
-    words = [part for word in split_words(args) for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if f"--{name}" not in words:
-        return default
-    value = next(iter(words[words.index(f"--{name}") + 1:]), "")
-    try:
-        return None if value == "none" else float(value)
-    except ValueError:
-        raise UserError(f"--{name} is {value!r} in {args!r}, expected a number") from None
 
 
 @functools.cache
 def read_splits(path: Path) -> dict[str, list]:
-    """The splits of a preprocessed task file."""
+    """The splits of the preprocessed task file <task>.json."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: make it with data_prep.py task, or `make data`")
-    return read_task(path)[0]
+    return read_task(path, read_config("task", path.stem)["source"])[0]
 
 
 def matmul_speed(size: int = 1024, repeats: int = 8) -> float:

@@ -7,6 +7,8 @@ All runs of a seed see the same stream of samples and are evaluated on the same 
 grown model's include its base's. Finished runs are not repeated; the table and the figure are made again from the
 runs' metrics.jsonl each time.
 """
+import common.interrupts
+
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from matplotlib import pyplot
+from matplotlib.lines import Line2D
 
-from analysis.figures import PALETTE, save_figure, styled
-from common.files import UserError, write_json, write_text
+from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styled
+from common.files import UserError, parsing, write_json, write_text
 from common.formatting import markdown_table
 from common.metrics_log import read_log
 from common.provenance import data_digest
@@ -41,8 +43,10 @@ class GrowthStudyConfig:
     operators: tuple[str, ...] = setting(("stack", "interleave", "middle"), "growth operators, of "
                                          + ", ".join(DEPTH_OPERATORS), required=True, names=DEPTH_OPERATORS)
     factor: int = setting(4, "growth factor", at_least=2)
-    base_tokens: int = setting(None, "tokens that the base is trained on", required=True, at_least=1)
-    max_flops: float = setting(None, "FLOPs of each run, including its base's", required=True, at_least=1)
+    base_tokens: int = setting(None, "tokens that the base is trained on", required=True, at_least=1,
+                               at_most=10 ** 18)
+    max_flops: float = setting(None, "FLOPs of each run, including its base's", required=True, at_least=1,
+                               at_most=1e30)
     warmup_steps: int = setting(20, "steps of warm-up of each run", at_least=0)
     eval_steps: int = setting(20, "evaluate every N steps", at_least=1)
     max_eval_samples: int = setting(128, "held-out samples to evaluate on", at_least=1)
@@ -87,6 +91,15 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
                                      ["--phase", "stack", "--init", grown, *full_depth]))
         jobs.append(training_job(cfg, folder / "scratch", cfg.max_flops, ["--phase", "llm", *full_depth]))
     return jobs
+
+
+def read_curve(path: Path) -> Curve:
+    """The evaluations in a run's metrics.jsonl. Raises UserError if there are none."""
+    with parsing(path, "the log of a pretraining run"):
+        curve = [(float(step["flops"]), float(step["eval_loss"])) for step in read_log(path) if "eval_loss" in step]
+    if not curve:
+        raise UserError(f"{path} has no evaluations: remove {path.parent}, and the run is repeated")
+    return curve
 
 
 def flops_to_loss(curve: Curve, loss: float) -> float | None:
@@ -145,12 +158,12 @@ def study_table(rows: Sequence[dict]) -> str:
 @styled
 def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) -> None:
     """Plots loss over FLOPs of all runs to path.png and path.svg."""
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, (axes,) = make_panels(1, 7.2, 4.6)
     first = next(iter(runs))
     for seed, curves in runs.items():
         for name, curve in curves.items():
             x, y = zip(*((flops / 1e15, loss) for flops, loss in curve))
-            label = f"{name}: {y[-1]:.3f}" if seed == first else None
+            label = f"{name}: final loss {y[-1]:.3f}" if seed == first else None
             axes.plot(x, y, "--" if name == "base" else "-", label=label, color=COLOURS[name],
                       lw=1.8 if seed == first else 0.8, ms=3, marker="o" if seed == first and name != "base" else "")
     total, goal = runs[first]["scratch"][-1]
@@ -160,11 +173,13 @@ def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) 
             axes.plot(reached / 1e15, goal, "D", ms=7, color=COLOURS[name], mec="white")
     visible = [loss for curves in runs.values() for curve in curves.values() for flops, loss in curve
                if flops > 0.1 * total]
-    margin = 0.05 * (max(visible) - min(visible))
+    margin = 0.05 * (max(visible) - min(visible)) or 0.1
     axes.set(xlim=(0, total * 1.01 / 1e15), ylim=(min(visible) - margin, max(visible) + margin), title=title,
              xlabel="training compute, base included (PFLOP, 6ND)", ylabel="held-out loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(title="final loss (diamond: reaches scratch's)", frameon=False)
+    axes.grid()
+    add_legend(figure, [*axes.get_legend_handles_labels()[0],
+                        Line2D([], [], ls="", marker="D", ms=7, color="#777777", mec="white",
+                               label="reaches scratch's final loss")])
     save_figure(figure, path)
 
 
@@ -180,9 +195,7 @@ def main(cfg: GrowthStudyConfig) -> None:
     runs: dict[int, dict[str, Curve]] = {seed: {} for seed in cfg.seeds}
     for job in jobs:
         if not job.out.name.startswith("grown-"):
-            runs[int(job.out.parent.name.removeprefix("seed-"))][job.out.name] = [
-                (step["flops"], step["eval_loss"]) for step in read_log(job.out / "metrics.jsonl")
-                if "eval_loss" in step]
+            runs[int(job.out.parent.name.removeprefix("seed-"))][job.out.name] = read_curve(job.out / "metrics.jsonl")
     rows, config, out = summarize_runs(runs), size_config(cfg.size), Path(cfg.out) / "growth-study"
     depth = config.num_hidden_layers
     write_json(out.with_suffix(".json"), rows)

@@ -18,11 +18,12 @@ FITTED = 410e6, 3e9  # parameters of the models that the formula was fitted on (
 class GrowthPlanConfig:
     """Settings of the growth plan."""
     params: float | None = setting(None, "parameters of the grown model, such as 7e9; none: the published examples",
-                                   above=0)
-    tokens: float | None = setting(None, "tokens that a model from scratch would be trained on, such as 300e9", above=0)
+                                   at_least=1, at_most=1e18)
+    tokens: float | None = setting(None, "tokens that a model from scratch would be trained on, such as 300e9",
+                                   at_least=1, at_most=1e18)
     size: str | None = setting(None, "size preset that gives parameters and depth", names="size")
     num_hidden_layers: int | None = setting(None, "depth of the grown model; none: the size's, or that of a Llama with "
-                                                  "as many parameters", at_least=2)
+                                                  "as many parameters", at_least=2, at_most=100_000)
     factor: int = setting(4, "growth factor g", at_least=2)
 
     def problems(self) -> list[str]:

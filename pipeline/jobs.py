@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import UserError, write_text
+from common.files import UserError, read_text, write_text
 from common.formatting import format_duration
 from common.settings import ROOT
 
@@ -73,6 +73,8 @@ def run_command(command: Sequence[str]) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if status == -signal.SIGINT:
+        sys.exit(128 + signal.SIGINT)
     if status < 0:
         raise UserError(f"{shlex.join(command)} was killed by signal {-status} (9: probably out of memory)")
     if status:
@@ -81,8 +83,7 @@ def run_command(command: Sequence[str]) -> None:
 
 def read_slurm_template(path: str) -> str:
     """The text of a job script with placeholders. Raises UserError if @COMMAND@ is missing."""
-    file = Path(path) if Path(path).exists() else ROOT / path
-    if not file.is_file() or "@COMMAND@" not in (text := file.read_text(encoding="utf-8")):
+    if "@COMMAND@" not in (text := read_text(path if Path(path).exists() else ROOT / path)):
         raise UserError(f"{path} is not a job script: expected a file with @COMMAND@ in it, such as "
                         "configs/slurm/step.sbatch")
     return text
@@ -120,3 +121,13 @@ def split_words(text: str) -> list[str]:
 def optional_flags(**values: object) -> list[str]:
     """The flags `--name value` of the values that are set."""
     return [word for name, value in values.items() if value for word in (f"--{name}", str(value))]
+
+
+def further_flags(text: str, fixed: Collection[str]) -> list[str]:
+    """The words of flags that a setting such as train_args adds to a command. Raises UserError if they repeat `fixed`
+    settings, which the command has already, or end the script before it runs."""
+    words = split_words(text)
+    flags = {word.partition("=")[0].lstrip("-") for word in words if word.startswith("-")}
+    if taken := sorted(flags & {*fixed, "h", "help", "show_settings"}):
+        raise UserError(f"{', '.join(taken)} cannot be given here")
+    return words

@@ -2,7 +2,7 @@
 import functools
 from pathlib import Path
 
-from common.files import digest, read_json, write_json
+from common.files import UserError, digest, read_json, write_json
 from common.provenance import data_digest
 from model.checkpoint import checkpoint_digest
 from model.hub import fetch_checkpoint
@@ -26,11 +26,21 @@ class Ledger:
     def unchanged(self, job: Job) -> bool:
         """Whether a job is finished and was run with the same command and the same inputs."""
         path, entry = self.path(job), ledger_entry(job)
-        return job.out.exists() and path.exists() and None not in entry["inputs"].values() and read_json(path) == entry
+        if not (job.out.exists() and path.exists()) or None in entry["inputs"].values():
+            return False
+        return read_own_json(path, "the job is then run again") == entry
 
     def add(self, job: Job) -> None:
         """Records a finished job."""
         write_json(self.path(job), ledger_entry(job))
+
+
+def read_own_json(path: Path, otherwise: str) -> dict:
+    """The object in a JSON file of this program. Raises UserError if it is damaged, with what follows its removal."""
+    try:
+        return read_json(path, dict)
+    except UserError as error:
+        raise UserError(f"{error}; remove it: {otherwise}") from None
 
 
 def ledger_entry(job: Job) -> dict:

@@ -5,6 +5,8 @@
 
 The rows are the most that train.py holds at the same time. bench/memory_use.py compares them with measured runs.
 """
+import common.interrupts
+
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -30,19 +32,21 @@ class MemoryPlanConfig:
     size: str | None = setting(None, "size preset (a file in configs/size)", names="size")
     init: str | None = setting(None, "checkpoint, instead of a size: a directory or a Hub id")
     recipe: Literal["base", "stack", "llm", "finetune"] = setting("finetune", "table of the size's file to read")
-    processes: int = setting(1, "processes, one per GPU", at_least=1)
+    processes: int = setting(1, "processes, one per GPU", at_least=1, at_most=1 << 20)
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage")
     offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
     dtype: Literal["bf16", "fp32"] = setting("bf16", "weights")
-    max_tokens_per_microbatch: int | None = setting(None, "most tokens in a micro-batch, padding included", at_least=1)
+    max_tokens_per_microbatch: int | None = setting(None, "most tokens in a micro-batch, padding included", at_least=1,
+                                                    at_most=1 << 30)
     gradient_checkpointing: bool | None = setting(None, "recompute blocks in the backward pass")
     method: str | None = setting(None, "method against forgetting (a file in configs/method)", names="method")
-    tokens: float | None = setting(None, "tokens to train on in all; none: the recipe's, if it gives them", above=0)
-    sample_tokens: int = setting(128, "tokens of a fine-tuning sample, roughly", at_least=1)
-    gpu_memory: float = setting(80.0, "memory of a GPU, in GiB", above=0)
+    tokens: float | None = setting(None, "tokens to train on in all; none: the recipe's, if it gives them", at_least=1,
+                                   at_most=1e18)
+    sample_tokens: int = setting(128, "tokens of a fine-tuning sample, roughly", at_least=1, at_most=1 << 30)
+    gpu_memory: float = setting(80.0, "memory of a GPU, in GiB", above=0, at_most=1e6)
     gpu_tflops: float = setting(989.0, "TFLOP/s of a GPU in matrix products (H100 SXM in bf16, dense: 989; A100: 312)",
-                                above=0)
-    utilisation: float = setting(0.4, "share of these TFLOP/s that training reaches", above=0, at_most=1)
+                                at_least=1e-3, at_most=1e9)
+    utilisation: float = setting(0.4, "share of these TFLOP/s that training reaches", at_least=1e-3, at_most=1)
     device: Literal["cuda", "cpu"] = setting("cuda", "device of the run")
 
     def problems(self) -> list[str]:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, read_json, write_json
+from common.files import UserError, write_json
 from common.provenance import changed
 from common.settings import CONFIGS, ROOT, model_shape, read_config, read_toml
 from model.config import ModelConfig
 from model.growth import BLOCK_OPERATORS, OPERATORS
 from pipeline.jobs import Job, split_words
+from pipeline.ledger import read_own_json
 
 # The operators that need the two depths only.
 DEPTH_OPERATORS = [name for name in OPERATORS if name not in BLOCK_OPERATORS]
@@ -50,7 +51,9 @@ def record_recipe(path: Path, jobs: Sequence[Job], **settings: Any) -> None:
     tables = {name: table for name, table in read_config("size", settings["size"]).items()
               if name in ("model", "base", "stack", "llm")}
     recipe = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
-    if path.exists() and any(job.out.exists() for job in jobs) and (recorded := read_json(path)) != recipe:
+    finished = path.exists() and any(job.out.exists() for job in jobs)
+    if finished and (recorded := read_own_json(path, "the finished stages then count as made with these settings")) \
+            != recipe:
         raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(changed(recorded, recipe))}. "
                         "Choose another --out, or remove it")
     write_json(path, recipe)

@@ -5,10 +5,13 @@
 
 Imports the standard library only, since `make help` runs it before the packages are installed.
 """
+import common.interrupts
+
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.files import UserError
@@ -239,16 +242,27 @@ def target_commands(target: str, environ: Mapping[str, str]) -> list[list[str]]:
     return [[str(word).removeprefix(f"{ROOT}/") for word in command] for command in COMMANDS[target](variables)]
 
 
+def check_arguments(command: Sequence[str]) -> None:
+    """Lets the script of a command check its settings. Exits with the status of the script if they are not valid."""
+    script = next(index for index, word in enumerate(command) if word == "-m" or word.endswith(".py"))
+    checked = subprocess.run([PYTHON, *command[script:], "--show_settings"], stdout=subprocess.DEVNULL)
+    if checked.returncode:
+        sys.exit(checked.returncode)
+
+
 def main(target: str) -> None:
-    """Runs a target: prints and runs each of its commands."""
+    """Runs a target: prints and runs each of its commands. ARGS are checked before the first one."""
     v = Variables(os.environ)
     if target == "help":
         return print(HELP.format(
             order=" ".join(chain.ORDER), sizes=" ".join(known("size")), methods=" ".join(known("method")),
             suites=", ".join(known("eval")), size=v.size, out=v.out, runs=v.runs, tasks=" ".join(v.tasks)))
-    for command in target_commands(target, os.environ):
+    commands, dry_run = target_commands(target, os.environ), os.environ.get("DRY_RUN")
+    if v.args and len(commands) > 1 and not dry_run:
+        check_arguments(commands[-1])
+    for command in commands:
         print(shlex.join(command), flush=True)
-        if not os.environ.get("DRY_RUN"):
+        if not dry_run:
             run_command(command)
     if target == "pretrain":
         print(f"m0: {v.m0}")

@@ -1,4 +1,5 @@
 """The experiment: its jobs, and that it runs those that are missing and none twice."""
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ import experiment
 from common.files import UserError
 from common.settings import load
 from experiment import ExperimentConfig, model_jobs
-from pipeline.costs import Pace, numeric_flag
+from pipeline.costs import Pace
 from pipeline.jobs import Job
 from pipeline.ledger import Ledger, ledger_entry
 from tests.conftest import run_script
@@ -101,14 +102,19 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     assert not ledger.unchanged(gone)  # a missing input may have changed
 
 
-def test_flags_that_a_cost_depends_on():
-    assert numeric_flag("--limit 5 --dtype fp32", "limit", None) == 5
-    assert numeric_flag("--dtype fp32 --limit=7", "limit", None) == 7
-    assert numeric_flag("--max_train_samples none", "max_train_samples", 100) is None
-    assert numeric_flag("", "limit", 3) == 3
-    for args in ("--limit", "--limit few"):
-        with pytest.raises(UserError, match="--limit is '(few)?' in .*, expected a number"):
-            numeric_flag(args, "limit", None)
+def test_costs_follow_the_settings_of_the_jobs(checkpoint, tasks, suite_file, tmp_path):
+    def flops(**given):
+        cfg = settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp",), suite=str(suite_file), **given)
+        return [job.flops for job in jobs_of(cfg)]
+
+    def close(*values):
+        return pytest.approx(values, rel=1e-6)
+
+    evaluation, training, after = flops()
+    assert flops(train_args="--num_train_epochs 6") == close(evaluation, 2 * training, after)
+    assert flops(methods=("finetune:num_train_epochs=1.5",)) == close(evaluation, training / 2, after)
+    few = flops(train_args="--max_train_samples 2", evaluate_args="--limit=1")
+    assert all(0 < less < all_items / 9 for less, all_items in zip(few, flops()))
 
 
 def test_a_changed_recipe_repeats_a_job(checkpoint, tasks, tmp_path):
@@ -132,9 +138,9 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
              "--max_steps 2 --max_train_samples 8 --max_eval_samples 2 --dtype fp32", "--evaluate_args",
              "--limit 2 --dtype fp32"]
     cfg = load(ExperimentConfig, map(str, words[1:]))
-    with pytest.raises(SystemExit) as refused:
-        experiment.main(replace(cfg, evaluate_args="--limit 2 --dtype fp16"))  # an unknown dtype
-    assert refused.value.code == 2
+    with pytest.raises(SystemExit) as failed:
+        experiment.main(replace(cfg, launcher="false"))  # a command that fails
+    assert failed.value.code == 1
     assert re.search(r"3 jobs, 3 of them to do; about \d+:\d\d:\d\d", capfd.readouterr().out)
     assert not (tmp_path / "runs/llm").exists()
     more = suite_file.with_name("more.toml")  # with a benchmark whose dataset needs a network
@@ -157,10 +163,28 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown models 'big'"),
     (["--methods", "ewk"], "the method 'ewk': unknown method 'ewk', expected one of ewc"),
-    (["--methods", "ewc:seed=3"], "'seed=3' of the method 'ewc:seed=3' is not name=value of a setting"),
+    (["--methods", "ewc:seed=3"], "the method 'ewc:seed=3': 'seed=3' is not name=value of a setting"),
+    (["--methods", "finetune:deepspeed=../x"], "the method 'finetune:deepspeed=../x': it names a folder"),
     (["--methods", "vcl:tau=2"], "the method 'vcl:tau=2': tau is 2.0, expected a number above 0 and at most 1"),
     (["--posterior_samples", "-1"], "posterior_samples is -1, expected at least 0"),
-    (["--methods", "ewc:strength=3"], "'strength=3' of the method 'ewc:strength=3' is not name=value of a setting"),
+    (["--methods", "ewc:strength=3"], "'strength=3' is not name=value of a setting"),
+    (["--methods", "vcl", "--train_args", "--weight_decay 1"], "train_args and the method 'vcl': weight_decay is 1.0"),
+    (["--train_args", "--learning_rat 1"], "train_args: unknown flag '--learning_rat'"),
+    (["--train_args", "--max_train_samples nan"], "train_args: max_train_samples is 'nan', expected a whole number"),
+    (["--train_args", "--num_train_epochs inf"], "train_args: num_train_epochs is inf, expected a finite number"),
+    (["--train_args", "--num_train_epochs 1e308"], "num_train_epochs is 1e+308, expected a number above 0"),
+    (["--train_args", "--max_steps 5 --max_flops 3"], "train_args: max_steps and max_flops each set the length"),
+    (["--train_args", "--seed 3 --out=x"], "train_args: out, seed cannot be given here"),
+    (["--train_args", "--max_steps 5 --show_settings"], "train_args: show_settings cannot be given here"),
+    (["--train_args", "--config gone.toml"], "train_args: gone.toml does not exist"),
+    (["--train_args", "'x"], "train_args: \"'x\" is not a command line"),
+    (["--evaluate_args", "--limt 2"], "evaluate_args: unknown flag '--limt'"),
+    (["--evaluate_args", "--limit inf"], "evaluate_args: limit is 'inf', expected a whole number"),
+    (["--evaluate_args", "--suite paper"], "evaluate_args: suite cannot be given here"),
+    (["--train_args", "--seq_length 0", "--evaluate_args", "--bertscore_layer 0"], "bertscore_layer is 0"),
+    (["--seeds=-1"], "seeds is -1, expected at least 0"),
+    (["--seeds", str(2 ** 64)], "seeds is 18446744073709551616, expected a whole number below 2**63"),
+    (["--gpus", "9" * 30], "expected a whole number below 2**63"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
     (["--seeds", "1,1"], "seeds names one twice"), ([], "llm has no --init_llm, and --size is missing"),
     (["--size", "tiny", "--text", "x", "--suite", "smple"], "unknown suite 'smple', expected one of local, paper"),
@@ -169,3 +193,50 @@ def test_invalid_experiments(refusal, tmp_path, flags, said):
     words = ["--data", tmp_path, "--out", tmp_path / "out", *flags]
     assert said in refusal((ExperimentConfig, experiment.main), *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"command": ', "\0", '{"command": NaN}', "[" * 100_000])
+def test_a_damaged_record_of_a_job_is_named(tmp_path, content):
+    job, record = Job(tmp_path / "llm/m0", ["train.py"], script="train.py"), tmp_path / "experiment/llm-m0.json"
+    for folder in (record.parent, job.out):
+        folder.mkdir(parents=True)
+    record.write_text(content)
+    with pytest.raises(UserError) as error:
+        Ledger(tmp_path).unchanged(job)
+    assert str(error.value).startswith(f"{record}")
+    assert str(error.value).endswith("; remove it: the job is then run again")
+
+
+def test_a_damaged_file_of_a_task_is_found_when_the_jobs_are_planned(checkpoint, tasks, tmp_path, refusal):
+    task = json.loads((tasks / "simp.json").read_text())
+    task["test"][0]["src_info"]["normal_sentence"] = 3
+    (tmp_path / "simp.json").write_text(json.dumps(task))
+    line = refusal((ExperimentConfig, experiment.main), "--init_llm", checkpoint, "--models", "llm", "--order", "simp",
+                   "--data", tmp_path, "--out", tmp_path / "runs", "--dry_run")
+    assert "simp.json: test[0] is not an item whose 'src_info' has a text as 'normal_sentence'" in line
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--out", "FOLDER/file/runs"], "cannot write FOLDER/file/runs: a part of that path is a file"),
+    (["--report", "FOLDER/file"], "cannot write FOLDER/file: a part of that path is a file"),
+    (["--report", "FOLDER/link"], "cannot write FOLDER/link: "), (["--report", "/proc/x"], "cannot write /proc/x "),
+    (["--out", "x" * 300], "File name too long"),
+    (["--methods", "ewc:ewc_strength=1" + "0" * 300], "File name too long"),
+    (["--suite", "FOLDER/suite.toml"], "items.jsonl does not exist"),
+    (["--train_args", "--wandb x"], "--wandb needs the package wandb"),
+    (["--train_args", "--deepspeed gone.json"], "gone.json does not exist"),
+    (["--train_args", "--max_source_length 1800"], "samples may have 2056 tokens, more than the model's max_position_"),
+    (["--evaluate_args", "--max_source_length 2000"], "samples may have 2184 tokens, more than the model's"),
+    (["--evaluate_args", "--bertscore_model ENCODER --bertscore_layer 2"], "pip install bert-score")])
+def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, tasks, suite_file, tmp_path, monkeypatch,
+                                                                refusal, flags, said):
+    monkeypatch.setattr(experiment, "run_command", lambda words: pytest.fail(f"{words} was run"))
+    monkeypatch.setattr(experiment, "matmul_speed", lambda: 1e9)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("gone")
+    shutil.copy(suite_file, tmp_path)  # without its items
+    words = ["--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data", tasks, "--suite", suite_file,
+             "--out", tmp_path / "runs", "--report", tmp_path / "report",
+             *(word.replace("FOLDER", str(tmp_path)).replace("ENCODER", str(checkpoint)) for word in flags)]
+    assert said.replace("FOLDER", str(tmp_path)) in refusal((ExperimentConfig, experiment.main), *words)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link", "suite.toml"}

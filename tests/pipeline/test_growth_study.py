@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 
 import pretrain
+from common.files import UserError
 from common.settings import load
 from pipeline import growth_study
-from pipeline.growth_study import GrowthStudyConfig, flops_to_loss, study_table, summarize_runs
+from pipeline.growth_study import GrowthStudyConfig, flops_to_loss, read_curve, study_table, summarize_runs
+from pipeline.jobs import Job
+from pipeline.pretraining import record_recipe
 from pretrain import PretrainConfig, pretraining_jobs
 from tests.conftest import run_script
 
@@ -53,13 +56,20 @@ def test_recipes_by_hand():
 @pytest.mark.parametrize(("flags", "said"), [
     (["--factors", "2,2"], "2 factors and 1 at_tokens, expected one of each per growth"),
     (["--factors", "2,2", "--at_tokens", "9,9"], "at_tokens is 9, 9, expected increasing numbers"),
-    (["--factors", "2,2", "--at_tokens", "0,9"], "at_tokens is 0, expected at least 1"),
+    (["--factors", "2,2", "--at_tokens", "0,9"], "at_tokens is 0, expected a number from 1 to 1000000000"),
     (["--factors", "1"], "factors is 1, expected at least 2"),
     (["--factors", "3"], "8 layers are not a multiple of the growth factors 3"),
     (["--factors", "2,2", "--at_tokens", "9000,9900000"], "the jobs before m0 cost"),
     (["--size", "7b", "--factors", "2,2", "--at_tokens", "9,99", "--operator", "middle"], "cannot make 32"),
     (["--operator", "partial"], "unknown operator 'partial', expected one of stack, interleave, middle, solar"),
     (["--args", "'x"], "is not a command line: No closing quotation"),
+    (["--args", "--learning_rat 1"], "args: unknown flag '--learning_rat'"),
+    (["--args", "--learning_rate nan"], "args: learning_rate is nan, expected a finite number"),
+    (["--args", "--max_tokens 9"], "args: max_tokens and max_flops each set the length of training"),
+    (["--args", "--phase llm --out=x"], "args: out, phase cannot be given here"),
+    (["--factors", "9" * 30], "expected a whole number below 2**63"),
+    (["--at_tokens", "1" + "0" * 400], "expected a whole number below 2**63"),
+    (["--at_tokens", "9223372036854775807"], "expected a number from 1 to 1000000000000000000"),
     ([], "d does not exist or is not a directory of token shards"),
     (["--size", "410m", "--at_tokens", "9"], "the size 410m has no table [growth]")])
 def test_invalid_recipes(refusal, tmp_path, flags, said):
@@ -149,7 +159,29 @@ def test_a_study(text, tmp_path, refusal, capsys):
     assert "holds stages made with other settings: max_flops is 100000000000.0 there and 200000000000.0 here" in line
 
 
+@pytest.mark.parametrize("content", ["[1]", "5", '"text"', '{"size": ', "\0", "[" * 100_000])
+def test_a_damaged_recipe_is_named(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        record_recipe(tmp_path / "recipe.json", [Job(tmp_path, [])], size="tiny")
+    assert str(error.value).startswith(f"{tmp_path}/recipe.json")
+    assert "remove it: the finished stages then count as made with these settings" in str(error.value)
+    assert (tmp_path / "recipe.json").read_text() == content
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "loss": 2.0}', '{"step": 1, "eval_loss": 2.0}',
+                                  '{"step": 1, "eval_loss": null, "flops": 1}', '{"step": 1, "eval_loss": 2.0, "fl'])
+def test_a_damaged_log_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError) as error:
+        read_curve(tmp_path / "metrics.jsonl")
+    assert str(error.value).startswith(f"{tmp_path}/metrics.jsonl")
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    (["--max_flops", "1e308"], "max_flops is 1e+308, expected a number from 1 to 1e+30"),
+    (["--base_tokens", "9223372036854775807"], "expected a number from 1 to 1000000000000000000"),
+    (["--factor", "9223372036854775806"], "8 layers are not a multiple of the factor"),
     (["--operators", "stack,double"], "unknown operators 'double', expected one of stack, interleave, middle, solar"),
     (["--max_flops", "1e9"], "the base alone costs"),
     (["--factor", "3"], "8 layers are not a multiple of the factor 3"),

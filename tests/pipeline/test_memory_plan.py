@@ -99,7 +99,12 @@ def test_alternatives_need_at_most_as_much():
 
 @pytest.mark.parametrize(("flags", "said"), [
     ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
-    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number above 0 and at most 1"),
+    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number from 0.001 to 1"),
+    (["--size", "7b", "--tokens", "1e308"], "tokens is 1e+308, expected a number from 1 to 1e+18"),
+    (["--size", "7b", "--gpu_tflops", "1e-300"], "gpu_tflops is 1e-300, expected a number from 0.001"),
+    (["--size", "7b", "--gpu_memory", "inf"], "gpu_memory is inf, expected a finite number"),
+    (["--size", "7b", "--sample_tokens", "9223372036854775806"], "sample_tokens is 9223372036854775806, expected"),
+    (["--size", "7b", "--max_tokens_per_microbatch", "9223372036854775806"], "expected a number from 1 to 1073741824"),
     (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
     (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
 def test_invalid_plans(refusal, flags, said):

@@ -9,6 +9,7 @@ import pytest
 import experiment
 from common.files import UserError
 from experiment import ExperimentConfig
+from pipeline.jobs import read_slurm_template
 from tests.conftest import ROOT, TRAIN_FLAGS, losses, run_script
 
 FLAGS = [*TRAIN_FLAGS, "--max_steps", "9"]
@@ -85,8 +86,21 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_p
         subprocess.run(["bash", "-n", script], check=True)
         assert "@" not in script.read_text().replace("between @", "").replace("TERM@300", "")
     assert "#SBATCH --gpus-per-node=2" in (place / "report.sh").read_text()
-    result = batch(place / "llm-m0-eval.sh", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    result = batch(place / "llm-m0-eval.sh", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", WAIT="60")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the Slurm job has recorded its job
     assert "2 × cpu" in (place / "job-7-rank0.log").read_text()
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (None, "does not exist"), (b"\xff\x00@COMMAND@", "is not UTF-8 text"), (b"#!/bin/bash\n", "is not a job script"),
+    ("folder", "cannot be read: Is a directory")])
+def test_a_file_that_is_no_job_script(tmp_path, content, said):
+    path = tmp_path / "my.sbatch"
+    if content == "folder":
+        path.mkdir()
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} {said}"):
+        read_slurm_template(str(path))

@@ -2,6 +2,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from common.files import UserError
 from common.settings import known
 from pipeline import targets
+from pipeline.jobs import run_command
 from pipeline.targets import COMMANDS, Variables, target_commands
 from tests.conftest import ROOT
 
@@ -227,6 +229,42 @@ def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
     printed = capfd.readouterr()
     assert "-m pipeline.memory_plan --init 'a b'\"'\"'$(touch x)' --processes 1\n" in printed.out
     assert "error: a b'$(touch x) is neither a checkpoint directory nor a Hub id" in printed.err
+
+
+@pytest.mark.parametrize(("target", "arguments", "said"), [
+    ("train", "--learning_rat 1", "error: unknown flag '--learning_rat'"),
+    ("evaluate", "--limit few", "error: limit is 'few', expected a whole number"),
+    ("experiment", "--seeds=-1", "error: seeds is -1, expected at least 0")])
+def test_arguments_are_checked_before_the_first_command(monkeypatch, capfd, target, arguments, said):
+    monkeypatch.setattr(targets, "PYTHON", sys.executable)
+    monkeypatch.setattr(targets, "run_command", lambda words: pytest.fail(f"{words} was run"))
+    for name, value in {"ARGS": arguments, "OUT": "/nonexistent", "TEXT": "/nonexistent", "NPROC": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DRY_RUN", raising=False)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        targets.main(target)
+    assert stopped.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+def test_interrupted_targets_end_without_a_traceback(tmp_path):
+    (tmp_path / "shlex.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.targets", "train"], cwd=ROOT, text=True,
+                               env=ENVIRON | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+
+
+def test_a_command_that_an_interrupt_ends_is_no_error():
+    with pytest.raises(SystemExit) as stopped:
+        run_command(["bash", "-c", "kill -INT $$"])
+    assert stopped.value.code == 130
+    with pytest.raises(UserError, match="was killed by signal 9"):
+        run_command(["bash", "-c", "kill -KILL $$"])
 
 
 def test_help_needs_no_packages():
