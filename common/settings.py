@@ -4,6 +4,8 @@ Every script declares its settings as a dataclass whose fields are made by `sett
 wrong types, values out of range and contradictions are reported together, in one line, before anything runs.
 `--show_settings` prints every resolved value and where it comes from.
 """
+from common.interrupts import end_if_interrupted
+
 import argparse
 import dataclasses
 import difflib
@@ -189,7 +191,7 @@ def out_of_bounds(name: str, value: float, bounds: Mapping[str, float]) -> list[
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{name} is {value}, expected a finite number"]
     if isinstance(value, int) and abs(value) >= MAX_INT:
-        return [f"{name} is {value}, expected a whole number below 2**63"]
+        return [f"{name} is {value!s:.80}, expected a whole number below 2**63"]
     if (low is None or value >= low) and (above is None or value > above) and \
             (high is None or value <= high) and (below is None or value < below):
         return []
@@ -291,6 +293,7 @@ def run(commands: Commands, description: str | None) -> NoReturn:
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os._exit(128 + signal.SIGPIPE)
     except Exception as error:  # a bug
+        end_if_interrupted(error)  # or Ctrl-C, wrapped by a library
         traceback.print_exc()
         print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
         status = 1
