@@ -56,4 +56,5 @@ def record_recipe(path: Path, jobs: Sequence[Job], **settings: Any) -> None:
             != recipe:
         raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(changed(recorded, recipe))}. "
                         "Choose another --out, or remove it")
-    write_json(path, recipe)
+    if not finished:
+        write_json(path, recipe)

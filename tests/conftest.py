@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,11 @@ def run_ranks(words, ranks, environment):
         stdout, stderr = ("".join(Path(request[name]).read_text() for request in requests)
                           for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(words, next(filter(None, statuses), 0), stdout, stderr)
+
+
+def accept_interrupts():
+    """Lets SIGINT end a new process. Shells start background processes, such as `make test &`, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def error_line(result):

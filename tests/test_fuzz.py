@@ -21,11 +21,12 @@ from common.files import WRITING, UserError, digest, parse_json
 from corpus.documents import is_held_out
 from model.checkpoint import write_weights
 from model.parameter_files import parameter_file_name, write_parameter_file
+from model.tokenizer import TOKENIZER_FILES
 from tests import damage
 from tests.conftest import ROOT, random_model, sample_texts
 from tests.fuzzing import MEMORY, Runner
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 800))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 300))
 
 SUITE = """[[benchmark]]
 name = "next"
@@ -172,6 +173,7 @@ KINDS = [Kind(entry, words, inputs, file, weight) for entry, words, inputs, file
          for file, weight in files.items()]
 Fragment = collections.namedtuple("Fragment", "name start count")
 OUTCOMES = "examples", "successes", "refusals", "faults"
+UNDAMAGED = set()  # commands that were run on valid files
 COUNTS = {}  # kind -> Counter of OUTCOMES
 
 
@@ -304,6 +306,7 @@ def table(request):
 
 def put(path, content):
     """Replaces a file by damaged content, see tests/damage.py, and the file's digest where one is recorded."""
+    old = digest([path])
     path.unlink()
     if content == "folder":
         path.mkdir()
@@ -313,14 +316,9 @@ def put(path, content):
         path.symlink_to(path.name)
     elif content is not None:
         path.write_bytes(content)
-        for name, entry in (("meta.json", "shards"), ("state.json", "files")):
-            if (path.suffix in (".npy", ".safetensors")) and (record := path.with_name(name)).exists():
-                found = json.loads(record.read_text())
-                if entry == "files":
-                    found[entry][path.name] = digest([path])
-                else:
-                    found[entry][path.name]["sha256"] = digest([path])
-                record.write_text(json.dumps(found))
+        for record in (path.with_name("meta.json"), path.with_name("state.json")):
+            if record.exists() and record != path:
+                record.write_text(record.read_text().replace(old, digest([path])))
 
 
 def snapshot(folder):
@@ -330,7 +328,9 @@ def snapshot(folder):
 
 
 def is_sound(path):
-    """Whether a file holds no number that is not finite, if it is JSON or safetensors."""
+    """Whether a file that the program has made holds finite numbers only, if it is JSON or safetensors."""
+    if path.name in TOKENIZER_FILES:  # copied
+        return True
     try:
         if path.suffix in (".json", ".jsonl"):
             for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
@@ -382,7 +382,9 @@ def test_damaged_files(kind, runner, valid, tmp_path):
             counts[place] += 1
         return outcome
 
-    assert run("undamaged", damaged=False).status == 0, faults
+    if (kind.entry, kind.words) not in UNDAMAGED:
+        UNDAMAGED.add((kind.entry, kind.words))
+        assert run("undamaged", damaged=False).status == 0, faults
     number = round(EXAMPLES * kind.weight / sum(kind.weight for kind in KINDS))
 
     @settings(max_examples=max(2, number), derandomize=True, database=None, deadline=None, phases=[Phase.generate],

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, accept_interrupts
 
 # A stand-in for torch that is interrupted while it is imported, and what arrives then.
 TORCH = """
@@ -39,7 +39,7 @@ def test_an_interrupted_import_ends_without_a_traceback(tmp_path, arrives, words
     for name in ("matplotlib", "numpy", "tokenizers"):
         (tmp_path / f"{name}.py").write_text("import torch\n")
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=accept_interrupts,
                                env=os.environ | {"PYTHONPATH": str(tmp_path), "ARRIVES": arrives})
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from common.settings import known
 from pipeline import targets
 from pipeline.jobs import run_command
 from pipeline.targets import COMMANDS, Variables, target_commands
-from tests.conftest import ROOT
+from tests.conftest import ROOT, accept_interrupts
 
 # `make test` exports variables to this process that would change the targets.
 ENVIRON = {name: value for name, value in os.environ.items()
@@ -252,7 +252,7 @@ def test_interrupted_targets_end_without_a_traceback(tmp_path):
     (tmp_path / "shlex.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen([sys.executable, "-m", "pipeline.targets", "train"], cwd=ROOT, text=True,
                                env=ENVIRON | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, preexec_fn=accept_interrupts)
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "")
