@@ -11,6 +11,7 @@ of processes nor on the size of the micro-batches.
 """
 import common.interrupts
 
+import contextlib
 import datetime
 import math
 import time
@@ -41,7 +42,7 @@ from training.examples import decode_examples
 from training.methods import Method, make_method
 from training.resume import StateSaver, resume
 from training.run import Run, open_run
-from training.run_directory import finish_run, last_checkpoint, open_log, print_result
+from training.run_directory import claim, finish_run, last_checkpoint, open_log, print_result, start_run
 from training.train_config import TrainConfig
 from training.train_state import TrainState
 
@@ -67,7 +68,9 @@ def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
 
 def main(cfg: TrainConfig) -> None:
     """Runs one training run, from settings to a finished checkpoint."""
-    with StopRequest() as request, Distributed(datetime.timedelta(minutes=cfg.timeout_minutes)) as dist:
+    with contextlib.ExitStack() as claimed, StopRequest() as request, \
+            Distributed(datetime.timedelta(minutes=cfg.timeout_minutes)) as dist:
+        dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
         if (run := open_run(cfg, dist, request)) is None:  # finished earlier
             return dist.on_rank0(lambda: print_result(cfg.out))
         tokenizer, model = build_model(run)
@@ -75,6 +78,8 @@ def main(cfg: TrainConfig) -> None:
         engine = build_engine(run, model)
         method = make_method(run, engine)
         run, state = resume(run, engine) or (run, TrainState(flops=run.lineage.get("flops", 0)))
+        if not state.step:
+            dist.on_rank0(lambda: start_run(run.directory, run.record))
         log = open_log(run, state.step)
 
         result = train(run, engine, method, data, state, log)

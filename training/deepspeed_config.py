@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.distributed import resolve_dtype
-from common.files import UserError, read_json
+from common.files import JSON_NAMES, UserError, is_number, read_json
 from common.settings import CONFIGS
 from training.train_config import TrainConfig, default_zero_stage
 
@@ -61,6 +61,7 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
     }
     problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size})
     given.pop("train_batch_size", None)  # DeepSpeed would derive from it how many micro-steps to wait for
+    given.pop("steps_per_print", None)  # import_deepspeed silences these lines
     problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
                  if name in given and given[name] != {"enabled": False}]
     if problems:
@@ -72,8 +73,13 @@ def check_deepspeed_config(config: dict[str, Any], device: torch.device) -> None
     """Raises UserError if DeepSpeed does not accept a configuration."""
     import_deepspeed(device)
     from deepspeed.runtime.config import DeepSpeedConfig
+    defaults = vars(DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}))
     try:
         DeepSpeedConfig(copy.deepcopy(config))
+        for name, value in config.items():  # DeepSpeed itself checks the types in its sections only
+            if isinstance(default := defaults.get(name), bool) and not isinstance(value, bool) or \
+                    is_number(default) and not is_number(value):
+                raise TypeError(f"{name} is {value!r}, expected {JSON_NAMES[type(default)]}")
     except Exception as error:  # of pydantic, and assertions, for wrong types and unknown names
         reason = " ".join(str(error).split())
         raise UserError(f"DeepSpeed does not accept its configuration: {reason:.300}") from None

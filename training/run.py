@@ -1,5 +1,4 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from model.tokenizer import Tokenizer, same_tokenizer
 from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
-from training.run_directory import claim, drop_state, is_finished, partial_directory, start_run
+from training.run_directory import drop_state, is_finished, partial_directory
 from training.train_config import TrainConfig
 
 
@@ -76,26 +75,21 @@ class Run:
 def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
     """Checks settings, checkpoint, data and run directory, and resolves what depends on them.
 
-    Locks the run's directory until the process ends, and prepares it. Returns None if the run is finished already.
-    Raises UserError, before anything is written, if it cannot start.
+    Returns None if the run is finished already. Raises UserError, before anything is written, if it cannot start.
     """
-    with contextlib.ExitStack() as claimed:
-        dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
-        checked = dist.on_rank0(lambda: check_run(cfg, dist))
-        if checked is None:
-            dist.print0(f"{cfg.out} is finished already, nothing to do")
-            dist.on_rank0(lambda: drop_state(cfg.out))
-            return None
-        choices, earlier, fields = checked
-        source = dist.local_rank0_first(lambda: find_source(cfg))
-        for path in (cfg.data, *(task["data"] for task in earlier)):
-            check_same_on_all_ranks(path, dist)
-        if not cfg.task:
-            dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
-        config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
-        run = Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
-        dist.on_rank0(lambda: start_run(run.directory, run.record))
-    return run
+    checked = dist.on_rank0(lambda: check_run(cfg, dist))
+    if checked is None:
+        dist.print0(f"{cfg.out} is finished already, nothing to do")
+        dist.on_rank0(lambda: drop_state(cfg.out))
+        return None
+    choices, earlier, fields = checked
+    source = dist.local_rank0_first(lambda: find_source(cfg))
+    for path in (cfg.data, *(task["data"] for task in earlier)):
+        check_same_on_all_ranks(path, dist)
+    if not cfg.task:
+        dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
+    config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
+    return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
 
 
 def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], dict] | None:

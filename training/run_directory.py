@@ -75,13 +75,11 @@ def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[st
 
 
 def start_run(directory: Path, record: Mapping[str, Any]) -> None:
-    """Prepares the locked directory of a run, unless it holds a saved state to resume: writes run.json.
+    """Prepares the claimed directory of a run that starts at its first step, and writes run.json.
 
     Removes what an unfinished run without a saved state left there. Its epoch checkpoints are kept, in
     `<out>.partial.old/`.
     """
-    if find_state(directory, record):
-        return
     with explain_os_errors(directory):
         if left := list(directory.iterdir()):
             print(f"{directory} was left by a run that did not finish: starting from the beginning", flush=True)

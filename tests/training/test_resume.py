@@ -184,7 +184,7 @@ def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file
     out, partial = tmp_path / "m1", tmp_path / "m1.partial"
     with ThreadPoolExecutor() as pool:
         first = pool.submit(train, out, patch=patch, launcher=TORCHRUN)
-        while not (partial / "run.json").exists():
+        while not partial.exists():
             time.sleep(0.01)
         assert f"another process is using {partial}" in error_line(train(out, check=False))
         (tmp_path / "go").touch()
@@ -276,6 +276,8 @@ def test_the_state_of_a_finished_run_is_removed(train, uninterrupted):
     ({"zero_optimization": {"stage": 7}}, "expected an object with a stage from 0 to 3"),
     ({"zero_optimization": {"stage": 1, "reduce_buckets": 5}}, "DeepSpeed does not accept its configuration: "),
     ({"gradient_predivide_factor": "x", "flops_profiler": {"enabled": []}}, "DeepSpeed does not accept"),
+    ({"gradient_predivide_factor": []}, "gradient_predivide_factor is [], expected a number"),
+    ({"prescale_gradients": "yes"}, "prescale_gradients is 'yes', expected true or false"),
 ])
 def test_a_deepspeed_file_that_contradicts_the_run_is_refused(refusal, checkpoint, simp_file, tmp_path,
                                                                content, message):
@@ -289,7 +291,7 @@ def test_a_deepspeed_file_that_contradicts_the_run_is_refused(refusal, checkpoin
 
 def test_your_own_deepspeed_file(train, uninterrupted, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({
-        "train_batch_size": "auto", "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto", "bf16": {"enabled": "auto"}, "steps_per_print": {},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": "auto"}}))
     train(tmp_path / "m1", "--deepspeed", tmp_path / "ds.json", launcher=2)
     assert json.loads((tmp_path / "m1/run.json").read_text())["settings"]["zero"] == 2
