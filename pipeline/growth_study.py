@@ -117,7 +117,7 @@ def summarize_runs(runs: Mapping[int, Mapping[str, Curve]]) -> list[dict]:
 
     A row is {name, seeds, after_growth, final, to_scratch, speed_up}, each a list over the seeds: losses in nats per
     token, and FLOPs. The speed-up is C_scratch / C - 1 (Du et al., arXiv 2405.15319, section 3), None for a run that
-    does not reach the final loss of scratch.
+    does not reach the final loss of scratch, or has it before any training.
     """
     rows = []
     for name in next(iter(runs.values())):
@@ -126,8 +126,7 @@ def summarize_runs(runs: Mapping[int, Mapping[str, Curve]]) -> list[dict]:
         reached = [flops_to_loss(curve, loss) for curve, (_, loss) in zip(curves.values(), ends)]
         rows.append({"name": name, "seeds": list(curves), "final": [curve[-1][1] for curve in curves.values()],
                      "after_growth": [curve[0][1] for curve in curves.values()], "to_scratch": reached,
-                     "speed_up": [None if flops is None else total / flops - 1
-                                  for flops, (total, _) in zip(reached, ends)]})
+                     "speed_up": [total / flops - 1 if flops else None for flops, (total, _) in zip(reached, ends)]})
     return rows
 
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -49,7 +49,8 @@ def make_entries():
     lm_eval_tasks.task_manager = benchmarks.task_manager = lambda: no_tasks
     evaluator.add_env_info = lambda storage: None
     experiment.matmul_speed = lambda: 1e12
-    train_step = train.train_step
+    train_step, decoding = train.train_step, evaluate.task_decoding
+    evaluate.task_decoding = lambda *values: replace(decoding(*values), max_new_tokens=8)
 
     def check_evaluation(cfg):
         evaluate.prepare_evaluation(cfg)

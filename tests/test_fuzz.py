@@ -387,7 +387,7 @@ def test_damaged_files(kind, runner, valid, tmp_path):
         assert run("undamaged", damaged=False).status == 0, faults
     number = round(EXAMPLES * kind.weight / sum(kind.weight for kind in KINDS))
 
-    @settings(max_examples=max(2, number), derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+    @settings(max_examples=max(1, number), derandomize=True, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))
     @given(kind.damages((valid / kind.file).read_bytes()))
     def run_examples(damaged):

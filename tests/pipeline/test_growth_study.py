@@ -129,6 +129,12 @@ def test_the_table_by_hand():
     assert "| scratch | 2 | – | 4.350 ± 0.495 | 0.4000 ± 0.0000 | – |" in lines
 
 
+def test_a_scratch_that_learns_nothing_gives_no_speed_up():
+    rows = summarize_runs({1: {"stack": [(0.0, 5.0), (1e14, 4.0)], "scratch": [(0.0, 5.0), (2e14, 6.0)]}})
+    assert [row["speed_up"] for row in rows] == [[None], [None]]
+    assert [row["to_scratch"] for row in rows] == [[0.0], [0.0]]
+
+
 def test_a_study(text, tmp_path, refusal, capsys):
     words = ["-m", "pipeline.growth_study", "--size", "tiny", "--data", text, "--out", tmp_path / "study",
              "--operators", "stack", "--base_tokens", "8192", "--max_flops", "1e11", "--eval_steps", "2",
