@@ -151,8 +151,11 @@ class MemoryPlan:
         return self.max_tokens_per_microbatch * (layers + 1) * block
 
     def logits(self) -> float:
-        """One chunk of the loss in fp32: the logits, and their log-softmax, which the gradient overwrites."""
-        return 8 * min(LOGITS_PER_CHUNK[self.device], self.max_tokens_per_microbatch * self.config.vocab_size)
+        """One chunk of the loss in fp32: the logits, and their log-softmax, which the gradient overwrites. With several
+        chunks in bf16 also the head's gradient, as the fp32 sum and as the product that is added to it."""
+        logits, chunk = self.max_tokens_per_microbatch * self.config.vocab_size, LOGITS_PER_CHUNK[self.device]
+        summed = self.weight_bytes == 2 and logits > chunk
+        return 8 * min(chunk, logits) + 6 * summed * self.config.vocab_size * self.config.hidden_size
 
     def host(self) -> float:
         """Bytes of host memory of all processes together."""
