@@ -17,13 +17,14 @@ RUN  := $(if $(DRY),$(PYTHON),$(VENV)/bin/python) -m pipeline.targets
 USER := $(if $(DRY),,$(VENV)/user)
 DEV  := $(if $(DRY),,$(VENV)/dev)
 
-.PHONY: help train pretrain data evaluate experiment report growth-study plan growth-plan bench test lint clean
+.PHONY: help train pretrain data evaluate experiment experiment-plan report growth-study plan growth-plan bench \
+	test lint clean
 
 help:
 	@$(check_python)
 	@$(PYTHON) -m pipeline.targets help
 
-train pretrain data evaluate experiment report growth-study plan growth-plan: $(USER)
+train pretrain data evaluate experiment experiment-plan report growth-study plan growth-plan: $(USER)
 	@$(RUN) $@
 
 bench test lint: $(DEV)

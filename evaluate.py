@@ -1,10 +1,12 @@
-"""Evaluates a checkpoint: generation on the test sets of tasks, and a suite of benchmarks.
+"""Evaluates a checkpoint: losses on held-out text, the test sets of tasks, and a suite of benchmarks.
 
     python evaluate.py --checkpoint runs/tiny/stack/m1-simp --tasks simp,empd --data data/prepared/sample --suite sample
+    python evaluate.py --checkpoint runs/tiny/stack/m1-simp --text data/text/tiny --reference runs/tiny/stack/m0
     torchrun --nproc_per_node 8 evaluate.py …                                              (the same flags)
 
-Writes predictions-<task>.jsonl and metrics-<task>.json for each task, and results_<date>.json for the suite, into the
-folder `eval` of the checkpoint. Existing results of the same weights, data and settings are kept.
+Writes losses-text.json for the text, losses-task-<task>.json, predictions-<task>.jsonl and metrics-<task>.json for each
+task, and results_<date>.json for the suite, into the folder `eval` of the checkpoint. Existing results of the same
+weights, data and settings are kept.
 """
 import common.interrupts
 
@@ -21,15 +23,17 @@ from common.files import UserError, check_writable, digest, parsing, read_json
 from common.settings import CONFIGS, read_config
 from corpus.tasks import read_task
 from evaluation.evaluate_config import EvaluateConfig
+from evaluation.losses import LossSet, evaluate_losses, existing_losses, open_loss_sets
 from evaluation.metrics import bertscore
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results
-from evaluation.summary import suite_table, task_table
+from evaluation.summary import loss_table, suite_table, task_table
 from evaluation.test_sets import TaskTestSet, evaluate_test_set, existing_results, task_decoding
 from model.checkpoint import checkpoint_digest, open_checkpoint
 from model.hub import fetch_checkpoint, load_model
 from model.parameter_files import POSTERIOR, find_parameter_files, open_side_files
 from model.tokenizer import TOKENIZER_FILES, Tokenizer
+from model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class PreparedEvaluation:
     """What is evaluated. All of it has been checked, and the datasets are loaded."""
     out: Path
     run: dict[str, Any]  # what all results depend on
-    test_sets: list[TaskTestSet]
+    loss_sets: list[LossSet]
+    test_sets: list[TaskTestSet]  # to be generated
     suite: Any  # a benchmarks.SuiteRun, or None: lm-eval takes seconds to import
 
 
@@ -52,9 +57,13 @@ def main(cfg: EvaluateConfig) -> None:
 
     with Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
         dtype = torch.bfloat16 if dist.on_rank0(prepare) == "bf16" else torch.float32
-        source = dist.local_rank0_first(lambda: fetch_checkpoint(cfg.checkpoint))
-        weights = dist.on_all_ranks(lambda: load_model(source, dtype, dist.device))
-        model = ParallelModel(dist, weights, Tokenizer(source))
+
+        def load(name: str) -> Transformer:
+            source = dist.local_rank0_first(lambda: fetch_checkpoint(name))
+            return dist.on_all_ranks(lambda: load_model(source, dtype, dist.device))
+
+        model = ParallelModel(dist, load(cfg.checkpoint), Tokenizer(fetch_checkpoint(cfg.checkpoint)),
+                              load(cfg.reference) if cfg.reference else None)
         if evaluation is None:
             return model.serve()
         print(f"evaluating {cfg.checkpoint}: {evaluation.run['dtype']} on {dist.world_size} × {dist.device.type}",
@@ -71,8 +80,10 @@ def evaluate(evaluation: PreparedEvaluation, model: ParallelModel) -> None:
     """Evaluates the model and prints tables. Raises UserError at the end if datasets of benchmarks are missing."""
     out, run = evaluation.out, evaluation.run
     tables, missing = [], {}
+    if evaluation.loss_sets:
+        tables.append(loss_table([evaluate_losses(loss_set, model, out, run) for loss_set in evaluation.loss_sets]))
     if evaluation.test_sets:
-        tables = [task_table([evaluate_test_set(test_set, model, out, run) for test_set in evaluation.test_sets])]
+        tables.append(task_table([evaluate_test_set(test_set, model, out, run) for test_set in evaluation.test_sets]))
     if evaluation.suite:
         from evaluation.benchmarks import evaluate_suite
         results = evaluate_suite(evaluation.suite, model, out)
@@ -91,7 +102,7 @@ def evaluate(evaluation: PreparedEvaluation, model: ParallelModel) -> None:
 
 
 def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
-    """Checks everything before the model is loaded: checkpoint, tasks, suite, and the folder for the results.
+    """Checks everything before the model is loaded: checkpoint, text, tasks, suite, and the folder for the results.
 
     Runs on rank 0 only.
     """
@@ -103,9 +114,11 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     if cfg.posterior_samples and not open_side_files(posterior, POSTERIOR, source, config):
         raise UserError(f"{source} has no posterior to sample weights from: it was not fine-tuned with IVON; "
                         "leave out --posterior_samples")
-    if cfg.bertscore_model and cfg.tasks:
+    if cfg.bertscore_model and cfg.tasks and cfg.decode:
         bertscore(["a text"], [["a text"]], cfg.bertscore_model, cfg.bertscore_layer)
     test_sets, suite = open_test_sets(cfg, config.max_position_embeddings), None
+    loss_sets = open_loss_sets(cfg, checkpoint, test_sets)
+    test_sets = test_sets if cfg.decode else []
     tokenizer_files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
     run: dict[str, Any] = {
         "checkpoint": cfg.checkpoint, "checkpoint_digest": checkpoint_digest(source),
@@ -113,18 +126,21 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     check_weights(out, run["checkpoint_digest"])
     for test_set in test_sets:
         existing_results(test_set, out, run)
+    for loss_set in loss_sets:
+        existing_losses(loss_set, out, run)
     if cfg.suite:
         from evaluation.benchmarks import prepare_suite
         from evaluation.lm_eval_tasks import read_suite
         sampled = {"posterior_samples": cfg.posterior_samples, "seed": cfg.seed, "posterior_digest": digest(posterior)}
         suite = prepare_suite(read_suite(cfg.suite, cfg.suite_files), out, run | (sampled if posterior else {}), [
             (source, ("weights", cfg.seed, number)) for number in range(cfg.posterior_samples)])
-    return PreparedEvaluation(out, run, test_sets, suite)
+    return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 
 
 def check_weights(out: Path, checkpoint_digest: str) -> None:
     """Raises UserError if a folder holds results of other weights: all results of a stage are of the same ones."""
-    for path in sorted([*out.glob("metrics-*.json"), *out.glob("results_*.json")]):
+    patterns = "metrics-*.json", "results_*.json", "losses-*.json"
+    for path in (path for pattern in patterns for path in sorted(out.glob(pattern))):
         with earlier_results():
             run = read_json(path, dict).get("run") if path.is_file() else None
             recorded = run.get("checkpoint_digest") if isinstance(run, dict) else None
@@ -146,10 +162,10 @@ def open_test_sets(cfg: EvaluateConfig, max_length: int) -> list[TaskTestSet]:
         items = read_task(path, source)[0]["test"][:cfg.limit]
         if not items:
             problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
-        if cfg.max_source_length + decoding.max_new_tokens > max_length:
-            problems.append(f"max_source_length {cfg.max_source_length} + max_new_tokens {decoding.max_new_tokens} of "
-                            f"{task} is more than the model's max_position_embeddings {max_length}: lower "
-                            "max_source_length")
+        for name, length in (("max_target_length", cfg.max_target_length), ("max_new_tokens", decoding.max_new_tokens)):
+            if (cfg.decode or name == "max_target_length") and cfg.max_source_length + length > max_length:
+                problems.append(f"max_source_length {cfg.max_source_length} + {name} {length} of {task} is more than "
+                                f"the model's max_position_embeddings {max_length}: lower max_source_length")
         test_sets.append(TaskTestSet(task, items, digest([path]), decoding, cfg.max_source_length, source, uses_sari,
                                      cfg.bertscore_model, cfg.bertscore_layer))
     if problems:

@@ -2,38 +2,53 @@
 
     python pretrain.py --size tiny --model stack --data data/text/tiny --out runs/tiny/stack
     python pretrain.py --size tiny --model llm   --data data/text/tiny --out runs/tiny/llm
+    python pretrain.py --size tiny --model llm … --out runs/tiny/llm-level --init runs/tiny/llm/m0 \\
+        --level_with runs/tiny/stack/m0                                             until its held-out loss is as low
     python pretrain.py --size 7b --model stack … --launcher "torchrun --nproc_per_node 8" --dry_run
 
-"llm" is one run of train.py. "stack" is a base, its growth by stack.py, and a run that continues in the text where the
-base stopped, with a new optimizer and schedule. Gradual growth is a longer schedule: with `factors = [2, 2]` and
-`at_tokens = [400_000, 900_000]` the base is grown after 400,000 tokens and again after 900,000. Each job is a separate
-command, which is printed. Finished jobs are not repeated.
+"llm" is one run of train.py from new weights, and so is "base", the shallow base trained on for as many FLOPs as "llm".
+A model named after a growth operator, such as "stack", is a base, its growth by stack.py, and a run that continues in
+the text where the base stopped, with a new optimizer and schedule. Gradual growth is a longer schedule: with
+`factors = [2, 2]` and `at_tokens = [400_000, 900_000]` the base is grown after 400,000 tokens and again after 900,000.
+Each job is a separate command, which is printed. Finished jobs are not repeated.
 """
 import common.interrupts
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from common.files import UserError
 from common.provenance import data_digest
 from common.settings import CONFIGS, known, load, read_config, run, setting
+from pipeline.chain import MODELS
 from pipeline.jobs import Job, further_flags, run_jobs, split_words
-from pipeline.pretraining import DEPTH_OPERATORS, base_job, growth_job, record_recipe, size_config, training_job
+from pipeline.pretraining import (
+    base_job,
+    growth_job,
+    held_out_loss,
+    record_recipe,
+    size_config,
+    training_job,
+)
 from training.train_config import TrainConfig
 
 RUN_SETTINGS = {"task", "size", "phase", "init", "data", "out", "local_rank"}  # what identifies the last run
+LEVEL_EVAL_STEPS = 10  # a run that trains m0 on ends at an evaluation
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Settings of pretraining: the recipe, and the schedule of growth in it."""
     size: str = setting(None, "size preset (a file in configs/size)", required=True, names="size")
-    model: Literal["stack", "llm"] = setting("stack", "stack: grown from a base; llm: full size from the start")
+    model: str = setting("stack", "llm: full size from the start; base: the shallow base trained on; or the growth "
+                                  "operator of a model grown from a base", names=MODELS)
     data: str = setting(None, "directory of token shards", required=True)
     out: str = setting(None, "folder of the runs; the last one is m0 in it", required=True)
-    operator: str = setting("stack", f"growth operator: {', '.join(DEPTH_OPERATORS)}", names=DEPTH_OPERATORS)
+    init: str | None = setting(None, "finished m0 of this model, to train on until it is level with another")
+    level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained on to reach")
     factors: tuple[int, ...] = setting((4,), "growth factors, one for each growth", at_least=2)
     at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18)
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)
@@ -42,19 +57,26 @@ class PretrainConfig:
     dry_run: bool = setting(False, "print the commands and run none")
     phase: ClassVar[str] = "growth"  # the table of the size's file that holds these settings
 
+    @property
+    def phase_of_m0(self) -> str:
+        """The table of the size's file with the recipe of the run that ends in m0."""
+        return self.model if self.model in ("llm", "base") else "stack"
+
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         found = []
-        if self.model == "stack" and len(self.at_tokens) != len(self.factors):
+        if (self.init is None) != (self.level_with is None):
+            found.append("init and level_with must be given together")
+        if self.phase_of_m0 == "stack" and len(self.at_tokens) != len(self.factors):
             found.append(f"{len(self.factors)} factors and {len(self.at_tokens)} at_tokens, expected one of each per "
                          "growth")
         if any(later <= earlier for earlier, later in zip(self.at_tokens, self.at_tokens[1:])):
             found.append(f"at_tokens is {', '.join(map(str, self.at_tokens))}, expected increasing numbers")
         if self.size in known("size"):
-            init = ["--init", "x"] if self.model == "stack" else []
+            init = ["--init", "x"] if self.phase_of_m0 == "stack" else []
             try:
                 load(TrainConfig, ["--config", str(CONFIGS / "train/pretrain.toml"), "--size", self.size, "--phase",
-                                   self.model, "--data", "x", "--out", "x", *init,
+                                   self.phase_of_m0, "--data", "x", "--out", "x", *init,
                                    *further_flags(self.args, RUN_SETTINGS)])
             except UserError as error:
                 found.append(f"args: {error}")
@@ -64,6 +86,8 @@ class PretrainConfig:
 def pretraining_jobs(cfg: PretrainConfig) -> list[Job]:
     """The jobs that make m0, in order."""
     out, seed, args = Path(cfg.out), ["--seed", cfg.seed], split_words(cfg.args)
+    if cfg.init:
+        return [level_job(cfg, [*seed, *args])]
     if cfg.model == "llm":
         return [training_job(cfg, out / "m0", run_flops(cfg.size, "llm"), ["--phase", "llm", *seed, *args])]
     full_depth = size_config(cfg.size).num_hidden_layers
@@ -71,10 +95,14 @@ def pretraining_jobs(cfg: PretrainConfig) -> list[Job]:
     if rest:
         raise UserError(f"{full_depth} layers are not a multiple of the growth factors "
                         f"{' × '.join(map(str, cfg.factors))}: choose others")
+    if cfg.model == "base":
+        flops = run_flops(cfg.size, "llm")
+        return [training_job(cfg, out / "m0", flops, ["--phase", "base", "--num_hidden_layers", depth, "--max_flops",
+                                                      flops, *seed, *args])]
     jobs = [base_job(cfg, out / "base", depth, cfg.at_tokens[0], seed)]
     for index, factor in enumerate(cfg.factors):
         grown = out / f"grown-{depth * factor}"
-        jobs.append(growth_job(jobs[-1].out, grown, cfg.operator, depth, depth * factor))
+        jobs.append(growth_job(jobs[-1].out, grown, cfg.model, depth, depth * factor))
         depth *= factor
         flags = ["--phase", "stack", "--init", grown, *seed]
         if index + 1 < len(cfg.factors):
@@ -83,6 +111,20 @@ def pretraining_jobs(cfg: PretrainConfig) -> list[Job]:
                                      [*flags, "--max_tokens", tokens, "--max_flops", "none"]))
     flops = run_flops(cfg.size, "stack", spent=sum(job.flops for job in jobs))
     return [*jobs, training_job(cfg, out / "m0", flops, [*flags, *args])]
+
+
+def level_job(cfg: PretrainConfig, flags: Sequence[object]) -> Job:
+    """A run that trains m0 on, at the rate with which its schedule ended, until its held-out loss is that of another
+    m0, for at most as many FLOPs again."""
+    assert cfg.init  # see problems()
+    assert cfg.level_with
+    recipe = load(TrainConfig, ["--config", str(CONFIGS / "train/pretrain.toml"), "--size", cfg.size, "--phase",
+                                cfg.phase_of_m0, "--init", cfg.init, "--data", cfg.data, "--out", cfg.out])
+    flops = run_flops(cfg.size, "llm")
+    return training_job(cfg, Path(cfg.out) / "m0", flops, [
+        "--phase", cfg.phase_of_m0, "--init", cfg.init, "--max_tokens", "none", "--max_flops", 2 * flops,
+        "--lr_scheduler_type", "constant", "--learning_rate", recipe.learning_rate * recipe.min_lr_ratio,
+        "--eval_steps", LEVEL_EVAL_STEPS, "--stop_at_eval_loss", held_out_loss(cfg.level_with), *flags])
 
 
 def run_flops(size: str, phase: str, spent: float = 0.0) -> float:
@@ -101,7 +143,7 @@ def main(cfg: PretrainConfig) -> None:
     """Runs the missing jobs. The last job always runs: train.py notices that it is finished."""
     jobs = pretraining_jobs(cfg)
     if not cfg.dry_run:
-        record_recipe(Path(cfg.out) / "recipe.json", jobs, size=cfg.size, operator=cfg.operator, factors=cfg.factors,
+        record_recipe(Path(cfg.out) / "recipe.json", jobs, size=cfg.size, trained=cfg.model, factors=cfg.factors,
                       at_tokens=cfg.at_tokens, seed=cfg.seed, data_digest=data_digest(cfg.data))
     last_made = max((index for index, job in enumerate(jobs) if job.out.exists()), default=-1)
     run_jobs(jobs[last_made + 1:] or jobs[-1:], cfg.dry_run)

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.flips import noise_flags
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
-from analysis.record import Pair, records_by_method
+from analysis.pair_figures import plot_pairs
+from analysis.pair_tables import answer, pair_sections
+from analysis.pairs import PRIMARY, Study, rates_of
+from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import Stage, read_results, read_runs
-from analysis.tables import reproduction_sections, result_tables
+from analysis.tables import Section, change_tables, reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors
 from common.settings import run, setting
 
@@ -32,6 +36,10 @@ class ReportConfig:
     reference: str = setting("llm", "the model to compare it with")
     method: str | None = setting(None, "the method whose stages are shown and models compared; none: baseline")
     baseline: str = setting("finetune", "the method to compare the other methods with")
+    primary: str = setting(PRIMARY, "the measure that answers the question; all others are secondary")
+    rate: float | None = setting(None, "learning rate at which models are compared without matching their learning; "
+                                       "none: the middle one", above=0)
+    effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
     categories: tuple[str, ...] = setting((), "only these categories; none: all categories in the results")
 
     def problems(self) -> list[str]:
@@ -48,36 +56,77 @@ def pair_of(stages: Sequence[Stage], cfg: ReportConfig) -> Pair | None:
     return None if missing else (cfg.grown, cfg.reference)
 
 
+def shared_rate(stages: Sequence[Stage], cfg: ReportConfig) -> str:
+    """The learning rate at which models are compared without matching. Raises UserError if there is no such rate."""
+    rates = rates_of(stages)
+    if cfg.rate is None:
+        return rates[(len(rates) - 1) // 2]
+    found = [rate for rate in rates if rate and float(rate) == cfg.rate]
+    if not found:
+        raise UserError(f"unknown rate {cfg.rate:g}, expected one of {', '.join(filter(None, rates)) or 'none'}: the "
+                        "runs of a rate are in folders rate-<rate>")
+    return found[0]
+
+
+def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None, rate: str) -> dict[str, Record]:
+    """{method: Record}, the baseline first, of the runs at one learning rate. Differences between models are those of
+    a single pair; of several pairs only the means are shown, since the study compares them."""
+    is_single = len({stage.pair for stage in stages}) == 1
+    return records_by_method([stage for stage in stages if not stage.number or (stage.rate or "") == rate],
+                             cfg.categories, cfg.baseline, pair if is_single else None)
+
+
+def describe(records: dict[str, Record], record: Record, study: Study | None, cfg: ReportConfig,
+             rate: str) -> tuple[list[str], list[Section], list[str]]:
+    """The sentences and sections of a report, the answer first, and sentences on what is missing.
+
+    record: of the method that is shown. study: the pairs of models with this method.
+    """
+    sentences, sections, missing = [], [], []
+    if study is None:
+        hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
+        sentences.append(f"The models are {', '.join(record.chains)}{hint}.")
+    else:
+        sentences += answer(study, cfg.primary, cfg.effect)
+        sections += pair_sections(study, cfg.primary, rate, cfg.effect)
+        missing += study.all_left_out()
+    more_sentences, tables = result_tables(record)
+    missing += [line for one in records.values() for line in one.missing]
+    if len(records) > 1:
+        method_sentences, method_sections, left_out = compare_methods(records, next(iter(records)))
+        more_sentences, tables, missing = more_sentences + method_sentences, method_sections + tables, \
+            missing + left_out
+    return sentences + more_sentences, sections + tables + change_tables(record), missing
+
+
 def main(cfg: ReportConfig) -> None:
     """Reads the results, compares the models and the methods, and writes the report."""
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
     stages = read_runs(cfg.runs) if cfg.runs else read_results(str(cfg.results))
-    records = records_by_method(stages, cfg.categories, cfg.baseline, pair_of(stages, cfg))
-    baseline = cfg.baseline if cfg.baseline in records else next(iter(records))
-    method = baseline if cfg.method is None else cfg.method
+    pair, rate = pair_of(stages, cfg), shared_rate(stages, cfg)
+    records = make_records(stages, cfg, pair, rate)
+    method = next(iter(records)) if cfg.method is None else cfg.method
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]
-    sentences, sections = result_tables(record)
-    title = f"Forgetting of {' and '.join(record.chains)} over {len(record.stages)} stages"
-    if not record.pair:
-        hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
-        sentences.insert(0, f"The models are {', '.join(record.chains)}{hint}.")
-    missing = [line for one in records.values() for line in one.missing]
-    if len(records) > 1:
-        method_sentences, method_sections, left_out = compare_methods(records, baseline)
-        sentences, sections, missing = sentences + method_sentences, method_sections + sections, missing + left_out
-        title += f" with the method {method}"
-    if missing:
-        sections.append(("What is missing", markdown_list(dict.fromkeys(missing))))
-    if cfg.runs:
-        sections += reproduction_sections(record, cfg.runs)
+    shown = [stage for stage in stages if not stage.number or (stage.method or "none") == method]
+    study = Study(shown, *pair) if pair else None
+    if study:
+        study.check_measure(cfg.primary)
+    sentences, sections, missing = describe(records, record, study, cfg, rate)
+    for name, lines in (("Metrics whose forgetting is noise", noise_flags(stages)), ("What is missing", missing)):
+        sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
+    sections += reproduction_sections(shown, cfg.runs) if cfg.runs else []
+    title = f"Forgetting of {' and '.join(record.chains)} over {len(record.stages)} stages" + \
+        f" with the method {method}" * (len(records) > 1)
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+    of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything
+    figures = (plot_pairs(study, out, cfg.primary) if study else {}) | of_record
     summary = markdown_list(sentences)
-    images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in plot_record(record, out).items())
+    images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
     write_pages(out, f"# {title}\n\n{summary}\n{images}{body}")
     print(summary + f"report: {out / 'report.html'}")

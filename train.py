@@ -16,7 +16,7 @@ import datetime
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from common.distributed import Distributed, StopRequest
 from common.files import UserError
 from common.formatting import format_loss
 from common.metrics_log import MetricsLog
-from training.batches import Sample, SampleDataset, count_tokens, make_microbatches
+from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, make_microbatches
 from training.data import TrainData, load_data
 from training.engine import (
     REMEDY,
@@ -83,7 +83,8 @@ def main(cfg: TrainConfig) -> None:
         log = open_log(run, state.step)
 
         result = train(run, engine, method, data, state, log)
-        examples = decode_examples(engine.module, tokenizer, data.test, cfg.max_source_length, cfg.max_target_length)
+        examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
+                                   cfg.max_target_length)
         save_checkpoint(run, engine, run.directory)
         samples, began = data.sample(cfg.fisher_samples), time.perf_counter()
         method.write_side_files(run.directory, samples, train_step)
@@ -101,8 +102,12 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         state.eval_loss_before = state.eval_loss_after = evaluate(run, engine, data.eval)
         log.write(step=0, eval_loss=state.eval_loss_before, flops=state.flops)
         dist.print0(f"eval loss before: {format_loss(state.eval_loss_before)}")
+        state.text_loss_before = evaluate_text(run, engine, data, state, log)
     saver.check(state, data.steps, save=False)
     for step in range(state.step, data.steps):
+        if state.has_reached(cfg.stop_at_eval_loss):
+            dist.print0(f"the eval loss is at most {cfg.stop_at_eval_loss}: ending after step {step}")
+            break
         began, last = time.perf_counter(), step + 1 == data.steps
         batch = data.batch(step)
         lr = learning_rate(cfg, step, data.steps)
@@ -113,10 +118,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         result = train_step(run, engine, batch.samples, max_loss)
         method.after_step(result.applied)
         if not (result.applied or result.skipped(max_loss)):
-            dist.fail(UserError(
-                f"step {step + 1} was aborted before the optimizer update: loss {result.loss}, gradient norm "
-                f"{result.grad_norm}; samples {batch.indices}; last good checkpoint: {last_checkpoint(run.directory)}. "
-                f"{REMEDY}"))
+            abort(run, step, batch, result)
 
         seconds = time.perf_counter() - began
         state.add_step(batch, result, seconds, run.model_config.flops(batch.num_tokens))
@@ -135,7 +137,16 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
             save_epoch_checkpoint(run, engine, state, data)
         if not last:
             saver.check(state, data.steps)
+    state.text_loss_after = evaluate_text(run, engine, data, state, log)
     return state.result(data) | {"peak_memory_bytes": peak_memory(dist.device)}
+
+
+def abort(run: Run, step: int, batch: GlobalBatch, result: StepResult) -> NoReturn:
+    """Ends the run, on all ranks, at a step whose loss or gradient norm is not finite."""
+    run.dist.fail(UserError(
+        f"step {step + 1} was aborted before the optimizer update: loss {result.loss}, gradient norm "
+        f"{result.grad_norm}; samples {batch.indices}; last good checkpoint: {last_checkpoint(run.directory)}. "
+        f"{REMEDY}"))
 
 
 def train_step(run: Run, engine: "DeepSpeedEngine", samples: Sequence[Sample],
@@ -183,6 +194,14 @@ def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> flo
     if not math.isfinite(loss):
         dist.fail(UserError(f"the evaluation loss is {loss}; last good checkpoint: {last_checkpoint(run.directory)}. "
                             f"{REMEDY}"))
+    return loss
+
+
+def evaluate_text(run: Run, engine: "DeepSpeedEngine", data: TrainData, state: TrainState,
+                  log: MetricsLog) -> float | None:
+    """Evaluates on the held-out pretraining text and logs the loss, in nats per token; None without such a text."""
+    if (loss := evaluate(run, engine, data.held_out)) is not None:
+        log.write(step=state.step, text_loss=loss, flops=state.flops)
     return loss
 
 

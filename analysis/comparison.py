@@ -10,9 +10,20 @@ from analysis.statistics import Estimate, over_seeds
 from evaluation.conditions import Conditions, shown, unlike
 
 Chain = dict[int, Stage]  # the stages of one model, method and seed, by number
-Group = dict[int, Chain]  # the chains of one model and method, by seed
+Key = tuple[int, int]  # of a chain: (pretraining seed, 0 if there is a single pair of models; fine-tuning seed)
+Group = dict[Key, Chain]  # the chains of one model and method
 Place = tuple[int, str, str]  # where a result belongs: (stage, BENCHMARKS or TASKS, name)
 Measure = Callable[[Sequence[Chain]], list[Estimate | None]]  # a value of each chain, over what all chains have
+
+
+def key_of(stage: Stage) -> Key:
+    """The key of the chain that a stage belongs to."""
+    return stage.pair or 0, stage.seed
+
+
+def key_name(key: Key) -> str:
+    """How sentences call a chain of a model."""
+    return f"pair {key[0]}, seed {key[1]}" if key[0] else f"seed {key[1]}"
 
 
 def places_of(chain: Chain) -> set[Place]:
@@ -43,7 +54,7 @@ def drop_unlike(group: Group) -> tuple[Group, list[str]]:
     result; and a sentence for each stage about those left out, with both conditions."""
     first: dict[tuple[str, str], dict[str, tuple[object, str]]] = {}  # result -> {condition: (value, stage)}
     dropped: dict[tuple[str, str], dict[str, None]] = {}  # (stage, what differs) -> names of results
-    places: dict[int, set[Place]] = {seed: places_of(chain) for seed, chain in group.items()}
+    places: dict[Key, set[Place]] = {seed: places_of(chain) for seed, chain in group.items()}
     for number, seed in sorted((number, seed) for seed, chain in group.items() for number in chain):
         stage = group[seed][number]
         for key, conditions in stage.conditions.items():
@@ -83,8 +94,8 @@ class CommonPart:
     def __init__(self, one: Group, two: Group, names: tuple[str, str]):
         """names: of the two groups, for the sentences."""
         seeds = sorted(one.keys() & two.keys())
-        self.left_out = [f"{names[0]} and {names[1]} are compared without the seed {seed}, which only one of them has"
-                         for seed in sorted(one.keys() ^ two.keys())]
+        self.left_out = [f"{names[0]} and {names[1]} are compared without the {key_name(key)}, which only one of them "
+                         "has" for key in sorted(one.keys() ^ two.keys())]
         chains = [group[seed] for group in (one, two) for seed in seeds]
         unlike, end = self._unlike(one, two, names), self._first_other_stage(one, two, names)
         places = {(number, kind, name) for number, kind, name in common_places(chains)

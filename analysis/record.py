@@ -1,8 +1,20 @@
 """The stages of an experiment in order: what is missing, and the measures of forgetting over them."""
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from analysis.comparison import Chain, CommonPart, Group, Measure, common_places, drop_unlike, restrict, same
+from analysis.comparison import (
+    Chain,
+    CommonPart,
+    Group,
+    Key,
+    Measure,
+    common_places,
+    drop_unlike,
+    key_name,
+    key_of,
+    restrict,
+    same,
+)
 from analysis.results import BENCHMARKS, Stage, shipped_benchmarks
 from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_seeds
 from common.files import UserError
@@ -27,8 +39,8 @@ class Record:
     """The stages of all models in order.
 
     Attributes:
-        chains: {model: {seed: Chain}}. All seeds of a model share m0. Results under other conditions than those of m0
-            are left out.
+        chains: {model: {(pair, seed): Chain}}. All seeds of a model of a pair share m0. Results under other conditions
+            than those of m0 are left out.
         pair: the models to compare, if both have results.
         several_seeds: whether a model has more than one.
         last: number of the last stage.
@@ -72,9 +84,9 @@ class Record:
         self.missing += [f"{self._title(model)}: {line}" for model, (_, lines) in comparable.items() for line in lines]
         self.missing += self.common.left_out if self.common else []
 
-    def all_chains(self) -> Iterator[tuple[str, int, Chain]]:
-        """(model, seed, chain) of every chain."""
-        return ((model, seed, chain) for model, seeds in self.chains.items() for seed, chain in seeds.items())
+    def all_chains(self) -> Iterator[tuple[str, Key, Chain]]:
+        """(model, (pair, seed), chain) of every chain."""
+        return ((model, key, chain) for model, group in self.chains.items() for key, chain in group.items())
 
     def _stage_names(self) -> list[str]:
         stages: dict[int, Stage] = {}
@@ -85,16 +97,16 @@ class Record:
                                 f"{stage.model}: compare models that learned the same tasks in the same order")
         return [stages[number].name if number in stages else f"m{number}" for number in range(self.last + 1)]
 
-    def _title(self, model: str, number: int = 1, seed: int | None = None) -> str:
+    def _title(self, model: str, number: int = 1, key: Key | None = None) -> str:
         """How sentences call a chain. All methods share the stage 0."""
         return ", ".join([model, *([self.method] if self.method and number else []),
-                          *([] if seed is None else [f"seed {seed}"])])
+                          *([] if key is None else [key_name(key)])])
 
     def _missing(self, model: str, group: Group) -> Iterator[str]:
         """Sentences on what the stages of a model lack."""
-        for seed, chain in group.items():
+        for key, chain in group.items():
             for number, name in enumerate(self.stages):
-                title = self._title(model, number, seed if len(group) > 1 else None)
+                title = self._title(model, number, key if len(group) > 1 else None)
                 if number not in chain:
                     yield f"{title}: the stage {name} is missing"
                     continue
@@ -130,13 +142,15 @@ class Record:
 
     def fg_measure(self, *names: str) -> Measure:
         """The measure of FG: in each chain the mean over benchmarks, since a seed affects them together."""
-        def measure(chains: Sequence[Chain]) -> list[Estimate | None]:
-            found = [[fg(benchmark_at(chain, 0, name), [benchmark_at(chain, number, name)
-                                                        for number in range(1, self.last + 1)])
-                      for chain in chains] for name in names]
-            defined = [estimates for estimates in found if None not in estimates]  # of the same benchmarks everywhere
-            return [mean(estimates[index] for estimates in defined) for index in range(len(chains))]
-        return measure
+        return over_benchmarks(names, lambda chain, name: fg(benchmark_at(chain, 0, name), [
+            benchmark_at(chain, number, name) for number in range(1, self.last + 1)]))
+
+    def change_measure(self, *names: str) -> Measure:
+        """The measure of the change from the start to the last stage, the mean over benchmarks in each chain."""
+        def change(chain: Chain, name: str) -> Estimate | None:
+            start, end = benchmark_at(chain, 0, name), benchmark_at(chain, self.last, name)
+            return end - start if start and end else None
+        return over_benchmarks(names, change)
 
     def category_measure(self, category: str) -> Measure:
         """The measure of a category's FG."""
@@ -176,6 +190,15 @@ class Record:
         return None if model in pair and has_nothing_in_common else found.values[model]
 
 
+def over_benchmarks(names: Sequence[str], value_of: Callable[[Chain, str], Estimate | None]) -> Measure:
+    """The measure that is the mean over the benchmarks that have a value in all chains."""
+    def measure(chains: Sequence[Chain]) -> list[Estimate | None]:
+        found = [[value_of(chain, name) for chain in chains] for name in names]
+        defined = [estimates for estimates in found if None not in estimates]  # of the same benchmarks everywhere
+        return [mean(estimates[index] for estimates in defined) for index in range(len(chains))]
+    return measure
+
+
 def find_benchmarks(stages: Sequence[Stage]) -> list[Benchmark]:
     """The benchmarks that were measured, in the order of the suites."""
     described = {name: benchmark for stage in stages for name, benchmark in stage.described.items()}
@@ -186,20 +209,22 @@ def find_benchmarks(stages: Sequence[Stage]) -> list[Benchmark]:
 
 
 def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
-    """{model: {seed: Chain}} of stages. A seed without m0 takes the model's; a seed with m0 alone is left out if
-    another one was trained. Raises UserError if a stage occurs twice."""
-    chains: dict[str, Group] = {}
+    """{model: {(pair, seed): Chain}} of stages. A seed without m0 takes that of the model of its pair; a seed with m0
+    alone is left out if another one was trained. Raises UserError if a stage occurs twice."""
+    found: dict[str, Group] = {}
     for stage in stages:
-        chain = chains.setdefault(stage.model, {}).setdefault(stage.seed, {})
+        chain = found.setdefault(stage.model, {}).setdefault(key_of(stage), {})
         if stage.number in chain:
             raise UserError(f"there are two stages {stage.number} of {stage.model}: "
                             f"{chain[stage.number].directory or chain[stage.number].name} and "
                             f"{stage.directory or stage.name}. Name the folder of one experiment")
         chain[stage.number] = stage
-    for model, seeds in chains.items():
-        start = next(({0: chain[0]} for chain in seeds.values() if 0 in chain), {})
-        trained = {seed: chain for seed, chain in seeds.items() if chain.keys() - {0}} or seeds
-        chains[model] = {seed: start | chain for seed, chain in trained.items()}
+    chains: dict[str, Group] = {}
+    for model, group in found.items():
+        starts = {pair: {0: chain[0]} for (pair, _), chain in reversed(group.items()) if 0 in chain}
+        trained = {pair for (pair, _), chain in group.items() if chain.keys() - {0}}
+        chains[model] = {key: starts.get(key[0], {}) | chain for key, chain in group.items()
+                         if chain.keys() - {0} or key[0] not in trained}
     return chains
 
 

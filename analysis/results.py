@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.files import UserError, is_number, parsing
 from common.metrics_log import read_log
 from common.provenance import RUN, read_record, wrong_types
 from common.settings import known, read_config, read_toml
 from evaluation.conditions import Conditions, benchmark_conditions, task_conditions, unlike
-from evaluation.result_files import ResultsFile, metric_value, read_results_file, read_task_results, results_files
+from evaluation.result_files import (
+    ResultsFile,
+    metric_value,
+    read_losses,
+    read_results_file,
+    read_task_results,
+    results_files,
+)
 from evaluation.suites import Benchmark, open_suite
 
 STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
@@ -21,6 +30,11 @@ STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
 METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # tried in this order for benchmarks that no suite describes
 
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
+TEXT = "text"  # name of the losses of held-out text
+
+# What losses depend on besides the model.
+LOSS_SETTINGS = ("dtype", "limit", "data_digest", "tokenizer_digest", "seq_length", "max_source_length",
+                 "max_target_length")
 
 # The entries of run.json that a report uses, and their types.
 SETTING_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -35,6 +49,38 @@ class Calibration:
     ece: float
     nll: float
     accuracy: float
+
+
+@dataclass(frozen=True)
+class ItemLosses:
+    """Losses of held-out text, or of a test set's references, by item [N].
+
+    nll, kl: sums over an item's tokens, in nats; kl, the divergence from m0, is None if it was not measured.
+    conditions: what the values depend on besides the model. digests: of the checkpoint and of its m0; None if unknown.
+    """
+    nll: np.ndarray
+    tokens: np.ndarray
+    kl: np.ndarray | None
+    conditions: Conditions
+    digests: tuple[str | None, str | None] = (None, None)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The answers to a multiple-choice benchmark by item [N].
+
+    right: 1 if the chosen option is right, else 0. nll (nats) and bits_per_byte: of the right option; None if a results
+    file does not hold them. chance: the share of right answers by guessing.
+    """
+    right: np.ndarray
+    nll: np.ndarray | None
+    bits_per_byte: np.ndarray | None
+    chance: float
 
 
 @dataclass
@@ -54,18 +100,23 @@ class Stage:
     sampled: dict[str, Calibration] = field(default_factory=dict)  # averaged over posterior samples
     described: dict[str, Benchmark] = field(default_factory=dict)  # suite entries in the results files, by benchmark
     sources: dict[str, tuple[Path, bool]] = field(default_factory=dict)  # benchmark -> (file, evaluate.py wrote it)
+    pair: int | None = None  # pretraining seed of the pair of models; None if there is a single pair
+    rate: str | None = None  # fine-tuning learning rate, as in the folder's name; None if there is a single rate
+    losses: dict[str, ItemLosses] = field(default_factory=dict)  # by task; TEXT for held-out text
+    choices: dict[str, Choices] = field(default_factory=dict)  # by benchmark
     unused: list[str] = field(default_factory=list)  # results that are not used, and why
     run: dict[str, Any] = field(default_factory=dict)  # content of run.json
     log: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
 
 
 def read_runs(folder: str | Path) -> list[Stage]:
-    """The stages in a folder of runs, in the directories <…>/<model>/[<method>/][seed-<n>/]m<k>[-<task>]/."""
+    """The stages in a folder of runs, in the directories
+    <…>/[pair-<n>/]<model>/[<method>/][rate-<rate>/][seed-<n>/]m<k>[-<task>]/."""
     stages = [read_stage(path, int(match[1]), match[2]) for path in sorted(Path(folder).rglob("m[0-9]*"))
               if (match := STAGE.fullmatch(path.name)) and ((path / "eval").is_dir() or read_record(path))]
-    if not any(stage.benchmarks or stage.tasks for stage in stages):
-        raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json or "
-                        "metrics-*.json in it, as evaluate.py writes them")
+    if not any(stage.benchmarks or stage.tasks or stage.losses for stage in stages):
+        raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json, "
+                        "metrics-*.json or losses-*.json in it, as evaluate.py writes them")
     return stages
 
 
@@ -80,16 +131,36 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
     seed, method, owner = settings.get("seed", 0), settings.get("method"), path.parent
     if seeded := re.fullmatch(r"seed-(\d+)", owner.name):
         seed, owner = int(seeded[1]), owner.parent
+    rate = None
+    if rated := re.fullmatch(r"rate-(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)", owner.name):
+        rate, owner = rated[1], owner.parent
     if method is not None and (owner.name == method or owner.name.startswith(f"{method}-")):
         method, owner = owner.name, owner.parent
-    stage = Stage(owner.name, seed, number, path.name, task, path, method, run=run,
-                  log=read_log(path / "metrics.jsonl"))
+    pair = re.fullmatch(r"pair-(\d+)", owner.parent.name)
+    stage = Stage(owner.name, seed, number, path.name, task, path, method, run=run, rate=rate,
+                  pair=int(pair[1]) if pair else None, log=read_log(path / "metrics.jsonl"))
     for file in results_files(path / "eval"):
         add_results(stage, file)
     for found in read_task_results(path / "eval"):
         with parsing(path / "eval", "a folder of results of evaluate.py"):
             add_task_results(stage, found)
+    for found in read_losses(path / "eval"):
+        stage.losses[found["name"]] = losses_of(found)
     return stage
+
+
+def losses_of(found: dict[str, Any]) -> ItemLosses:
+    """The losses in the content of a losses file."""
+    items, run = found["items"], found["run"]
+    conditions = {name: run[name] for name in LOSS_SETTINGS if name in run} | {"items": found["samples"]}
+    return ItemLosses(np.array(items["nll"], float), np.array(items["tokens"], float),
+                      None if items["kl"] is None else np.array(items["kl"], float), conditions,
+                      (text_of(run.get("checkpoint_digest")), text_of(run.get("reference_digest"))))
+
+
+def text_of(value: Any) -> str | None:
+    """A value of a results file that is text, or else None."""
+    return value if isinstance(value, str) else None
 
 
 def add_task_results(stage: Stage, found: dict[str, Any]) -> None:
@@ -185,11 +256,26 @@ def add_benchmark(stage: Stage, file: ResultsFile, name: str, metric: str) -> No
         return
     stage.benchmarks[name] = make_estimate(*value, file.items(name, metric), (name, conditions.get("file")))
     stage.conditions[BENCHMARKS, name], stage.sources[name] = conditions, (file.path, bool(file.run))
+    stage.choices.pop(name, None)
+    if choices := choices_of(file, name, metric):
+        stage.choices[name] = choices
     for suffix, calibration in (("none", stage.calibration), ("sampled", stage.sampled)):
         ece, nll, accuracy = (metric_value(entry, f"{key},{suffix}") for key in ("ece", "nll", "acc"))
         calibration.pop(name, None)
         if ece and nll:
             calibration[name] = Calibration(ece[0], nll[0], (accuracy or value)[0])
+
+
+def choices_of(file: ResultsFile, name: str, metric: str) -> Choices | None:
+    """The answers to a multiple-choice benchmark; None for others, and if its items are not known."""
+    right, options = file.items(name, metric), file.items(name, "filtered_resps")
+    if metric not in ("acc", "r@1") or not right or not all(map(is_number, right)) or \
+            not all(isinstance(one, list) and len(one) > 1 and all(isinstance(option, list) for option in one)
+                    for one in options):
+        return None
+    nll, bits = (np.array(values, float) if all(map(is_number, values)) else None
+                 for values in (file.items(name, key) for key in ("nll", "bits_per_byte")))
+    return Choices(np.array(right, float), nll, bits, statistics.fmean(1 / len(one) for one in options))
 
 
 def replaces(stage: Stage, file: ResultsFile, name: str, value: float, conditions: Conditions) -> bool:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Two-sided 95% quantiles of Student's t for 1, 2, …, 30 degrees of freedom; 1.96 beyond.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-           2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+from analysis.inference import t_quantile
 
 NORMAL = 1.96
 
@@ -97,8 +95,7 @@ def over_seeds(estimates: Iterable[Estimate | None]) -> Estimate | None:
     if count == 1:
         return average
     item_error = math.hypot(parts_error(average.parts), statistics.fmean(e.rest for e in known))
-    widening = (STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL) / NORMAL
-    seed_error = widening * statistics.stdev(e.value for e in known) / count ** 0.5
+    seed_error = t_quantile(count - 1) / NORMAL * statistics.stdev(e.value for e in known) / count ** 0.5
     return Estimate(average.value, math.hypot(item_error, seed_error), average.parts)
 
 

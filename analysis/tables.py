@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from analysis.comparison import key_name, key_of
 from analysis.record import Comparison, Pair, Record
 from analysis.results import Stage, task_metric
 from analysis.statistics import TASK_MEASURES, Estimate
@@ -55,6 +56,31 @@ def forgetting_tables(record: Record) -> tuple[list[str], list[Section]]:
     return sentences, [
         ("Forgetting by category", note + model_table("category", record, by_category.items())),
         ("Forgetting by benchmark", model_table("benchmark", record, by_benchmark))]
+
+
+DETECTABLE = 2.8  # standard errors of a true difference that is found with 80% power at the level of 5%
+
+
+def change_tables(record: Record) -> list[Section]:
+    """The section with the differences in differences of a pair: how much more the grown model's value of a benchmark
+    changed from the start to the last stage than that of the reference."""
+    if not (record.pair and record.benchmarks):
+        return []
+    groups = [(category, [b.name for b in record.benchmarks_of(category)]) for category in record.categories]
+    groups += [(b.label or b.name, [b.name]) for b in record.benchmarks]
+    rows = []
+    for title, names in groups:
+        comparison = record.compare(record.change_measure(*names))
+        gap = comparison.difference
+        known = gap is not None and not math.isnan(gap.error)
+        rows.append([title, *(format_estimate(comparison.values[model], scale=100) for model in record.pair),
+                     format_estimate(gap, scale=100, sign="+"),
+                     f"{100 * DETECTABLE * gap.error:.1f}" if gap is not None and known else "–"])
+    note = ("Change from the start to the last stage in points, and the difference of the changes; negative is more "
+            "forgetting. In brackets the 95% interval. Detectable: the smallest true difference that the items would "
+            f"show with 80% power, {DETECTABLE} standard errors. It holds for this pair of models.\n\n")
+    return [("Differences in differences", note + markdown_table(
+        ["category or benchmark", *record.pair, " − ".join(record.pair), "detectable"], rows))]
 
 
 FORGETS = "{grown} forgets {less} than {reference}"
@@ -116,17 +142,18 @@ def rounded(estimate: Estimate, decimals: int = 1, scale: float = 1, sign: str =
     return value, low, high
 
 
-def reproduction_sections(record: Record, folder: str | Path) -> list[Section]:
+def reproduction_sections(stages: Iterable[Stage], folder: str | Path) -> list[Section]:
     """Provenance, settings and commands of all stages that have a run.json, as sections. folder: of the runs."""
     rows: list[list[Any]] = []
     commands: list[str] = []
     settings: dict[str, dict[str, Any]] = {}
-    for model, seed, chain in record.all_chains():
-        for stage in (stage for _, stage in sorted(chain.items()) if stage.run):
+    for stage in sorted(stages, key=place_of):
+        if stage.run:
+            chain = key_name(key_of(stage)) + (f", rate {stage.rate}" if stage.rate else "")
             digests = (f"`{str(stage.run.get(key))[:12]}`" for key in ("commit", "data_digest", "parent_digest"))
-            rows.append([model, stage.name, seed, *digests])
+            rows.append([stage.model, stage.name, chain, *digests])
             commands += stage_commands(stage, Path(folder))
-            settings[f"{model}, seed {seed}, {stage.name}"] = stage.run["settings"]
+            settings[f"{stage.model}, {chain}, {stage.name}"] = stage.run["settings"]
     if not rows:
         return []
     shared = {name: value for name, value in next(iter(settings.values())).items()
@@ -135,9 +162,14 @@ def reproduction_sections(record: Record, folder: str | Path) -> list[Section]:
            for title, values in settings.items()}
     lines = [f"{title}: " + ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
              for title, values in ({"all stages": shared} | own).items()]
-    return [("Provenance", markdown_table(["model", "stage", "seed", "commit", "data", "parent"], rows)),
+    return [("Provenance", markdown_table(["model", "stage", "chain", "commit", "data", "parent"], rows)),
             ("Settings", "```\n" + "\n".join(lines) + "\n```\n"),
             ("Commands to reproduce the runs", "```\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")]
+
+
+def place_of(stage: Stage) -> tuple:
+    """The place of a stage in the order of an experiment: by pair and model, m0 first, then chain by chain."""
+    return stage.pair or 0, stage.model, stage.number > 0, float(stage.rate or 0), stage.seed, stage.number
 
 
 def stage_commands(stage: Stage, folder: Path) -> list[str]:

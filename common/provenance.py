@@ -10,10 +10,12 @@ from common.files import UserError, digest, read_json, write_json
 
 RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth, in their directories
 
-# Settings that change how a run is carried out but not its numbers, or that a digest stands for (init and data).
+# Settings that change how a run is carried out or reported but not its weights, or that a digest stands for (init and
+# data).
 OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens",
                "gradient_checkpointing", "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes",
-               "tensorboard", "wandb", "local_rank", "zero", "offload", "deepspeed", "method"}
+               "held_out_text", "examples", "tensorboard", "wandb", "local_rank", "zero", "offload", "deepspeed",
+               "method"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
 DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks"}
 

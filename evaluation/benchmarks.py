@@ -1,6 +1,7 @@
-"""Runs a suite of benchmarks through lm-eval, and adds calibration to its results."""
+"""Runs a suite of benchmarks through lm-eval, and adds calibration and the loss of the right options to its results."""
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from common.files import UserError, digest, first_line, parsing
 from common.provenance import git_commit
 from evaluation.harness import HarnessModel
 from evaluation.lm_eval_tasks import Loaded, load_suite, quiet, task_manager
-from evaluation.metrics import average_log_probs, calibration_metrics
+from evaluation.metrics import average_log_probs, calibration_metrics, log_softmax
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import (
     ResultsFile,
@@ -102,9 +103,10 @@ def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
               posterior_samples: Sequence[PosteriorSample] = ()) -> tuple[dict[str, Any], Answers]:
     """Runs all benchmarks of a suite, `limit` items of each task, in one call of lm-eval's `simple_evaluate`.
 
-    Returns lm-eval's results with calibration added, and the answers. For each posterior sample the multiple-choice
-    benchmarks run again; accuracy and calibration of the averaged probabilities are added as "acc,sampled" and so on.
-    The model keeps the weights of the last sample.
+    Returns lm-eval's results with calibration and bits per byte added, and the answers with the loss of the right
+    options added (see `add_option_losses`). For each posterior sample the multiple-choice benchmarks run again;
+    accuracy and calibration of the averaged probabilities are added as "acc,sampled" and so on. The model keeps the
+    weights of the last sample.
     """
     if not loaded:
         return {"results": {}}, {}
@@ -117,8 +119,9 @@ def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
         model.load_posterior_sample(directory, key)
         sampled.append(simple_evaluate(model, multiple_choice, limit)["samples"])
     for benchmark, (_, tasks) in loaded.items():
+        add_option_losses(tasks, answers)
         for name, members in ({task.task_name: [task] for task in tasks} | {benchmark: tasks}).items():
-            results["results"][name] |= calibration_results(members, answers, sampled)
+            results["results"][name] |= option_results(members, answers, sampled)
     return results, answers
 
 
@@ -131,36 +134,63 @@ def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dic
         raise UserError(f"lm-eval cannot compute the results: {type(error).__name__}: {first_line(error)}") from error
 
 
-def calibration_results(tasks: list[ConfigurableTask], answers: Answers, sampled: list[Answers]) -> dict[str, float]:
-    """Calibration over the items of all `tasks`, under lm-eval's keys; empty if they are not multiple-choice.
+def option_results(tasks: list[ConfigurableTask], answers: Answers, sampled: list[Answers]) -> dict[str, float]:
+    """Calibration and mean bits per byte of the right options over the items of all `tasks`, under lm-eval's keys;
+    empty if they are not multiple-choice.
 
     `sampled` holds the answers of each posterior sample; the probabilities are averaged over them.
     """
-    if not (scores := option_scores(tasks, answers)):
+    if not (items := list(answered_items(tasks, answers))):
         return {}
+    scores = [(item.scores, item.target) for item in items]
     results = {f"{key},none": value for key, value in calibration_metrics(*zip(*scores)).items()}
-    if sampled_scores := list(filter(None, (option_scores(tasks, one) for one in sampled))):
+    if bits := [item.sample["bits_per_byte"] for item in items if "bits_per_byte" in item.sample]:
+        results["bits_per_byte,none"] = float(np.mean(bits))
+    if sampled_items := list(filter(None, (list(answered_items(tasks, one)) for one in sampled))):
         targets = [target for _, target in scores]
-        averaged = [average_log_probs([options for options, _ in item]) for item in zip(*sampled_scores)]
+        averaged = [average_log_probs([answer.scores for answer in item]) for item in zip(*sampled_items)]
         results["acc,sampled"] = float(np.mean([log_p.argmax() == target for log_p, target in zip(averaged, targets)]))
         results |= {f"{key},sampled": value for key, value in calibration_metrics(averaged, targets).items()}
     return results
 
 
-def option_scores(tasks: list[ConfigurableTask], answers: Answers) -> list[tuple[list[float], int]]:
-    """(log-likelihoods of the options, index of the right one) of each item of multiple-choice tasks.
+@dataclass(frozen=True)
+class AnsweredItem:
+    """The answer to an item of a multiple-choice task."""
+    sample: dict[str, Any]  # lm-eval's record of the answer
+    scores: list[float]  # log-likelihoods of the options
+    target: int  # index of the right option
+    option: str  # the text whose log-likelihood, given the context, is the score of the right option
+
+
+def answered_items(tasks: list[ConfigurableTask], answers: Answers) -> Iterator[AnsweredItem]:
+    """Yields the answered items of multiple-choice tasks.
 
     Other tasks are left out, and tasks with their own `process_results`, since several options may be right there; r@1
     is an exception. Items without a valid target are left out as well.
     """
-    scores = []
     for task in tasks:
         if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results and "r@1" not in task.aggregation():
             continue
         for sample in answers.get(task.task_name, ()):
-            choices = task.doc_to_choice(sample["doc"])
-            target = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+            doc = sample["doc"]
+            choices = task.doc_to_choice(doc)
+            target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
             target = choices.index(target) if isinstance(target, str) and target in choices else target
             if isinstance(target, int) and 0 <= target < len(choices):
-                scores.append(([score for score, _ in sample["filtered_resps"]][:len(choices)], target))
-    return scores
+                # with several inputs the options are contexts, and all are followed by the same text
+                option = task.doc_to_target(doc) if task.multiple_input else choices[target]
+                yield AnsweredItem(sample, [score for score, _ in sample["filtered_resps"]][:len(choices)], target,
+                                   option)
+
+
+def add_option_losses(tasks: list[ConfigurableTask], answers: Answers) -> None:
+    """Adds the loss of the right option to the answers of multiple-choice tasks (Heineman et al., arXiv 2508.13144).
+
+    "nll" is its negative log-probability in nats, normalised over the options (their softmax). "bits_per_byte" is its
+    negative log-likelihood in bits per UTF-8 byte of its text, and left out if the text is empty.
+    """
+    for item in answered_items(tasks, answers):
+        item.sample["nll"] = float(-log_softmax(item.scores)[item.target])
+        if size := len(item.option.encode()):
+            item.sample["bits_per_byte"] = -item.scores[item.target] / math.log(2) / size

@@ -12,12 +12,22 @@ class EvaluateConfig:
     """Settings of one evaluation."""
     checkpoint: str = setting(None, "checkpoint to evaluate: a directory or a Hub id", required=True)
     out: str | None = setting(None, "folder for the results; none: eval in the checkpoint's directory")
-    tasks: tuple[str, ...] = setting((), "tasks whose test sets are generated (files in configs/task)", names="task")
+    text: str | None = setting(None, "held-out text whose loss is measured: a directory of token shards, or a .txt or "
+                                     ".jsonl file")
+    tasks: tuple[str, ...] = setting((), "tasks whose test sets are evaluated (files in configs/task)", names="task")
     data: str | None = setting(None, "folder of the preprocessed task files, <task>.json")
+    decode: bool = setting(True, "generate the test sets of the tasks; false: only the losses of their references")
+    reference: str | None = setting(None, "checkpoint for the KL divergence from it on the text and the references, "
+                                          "such as m0: a directory or a Hub id")
     suite: str | None = setting(None, "suite of benchmarks: a name in configs/eval, or the path of a .toml file")
     suite_files: str | None = setting(None, "folder of the suite's local files; none: the folder of its .toml file")
-    limit: int | None = setting(None, "use only the first N test items of each task and benchmark", at_least=1)
+    limit: int | None = setting(None, "use only the first N items of the text and of each task and benchmark",
+                                at_least=1)
+    text_tokens: int = setting(100_000, "use the text up to this number of tokens", at_least=1)
+    text_length: int | None = setting(None, "maximum number of tokens of a window of the text; none: 256 for token "
+                                            "shards, the model's context for a text file", at_least=1)
     max_source_length: int = setting(1024, "maximum number of tokens of a prompt, including <bos>", at_least=16)
+    max_target_length: int = setting(256, "maximum number of tokens of a reference, including <eos>", at_least=2)
     seed: int = setting(42, "seed for decoding by sampling, and for posterior samples", at_least=0)
     posterior_samples: int = setting(0, "number of weight samples from the checkpoint's posterior; adds benchmark "
                                      "results with the options' probabilities averaged over them", at_least=0,
@@ -30,8 +40,10 @@ class EvaluateConfig:
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         problems = ["--tasks needs --data, the folder of their files"] if self.tasks and not self.data else []
-        if not self.tasks and not self.suite:
-            problems.append("there is nothing to evaluate: give --tasks or --suite")
+        if not self.tasks and not self.suite and not self.text:
+            problems.append("there is nothing to evaluate: give --text, --tasks or --suite")
+        if self.reference and not self.tasks and not self.text:
+            problems.append("--reference needs --text or --tasks")
         if (self.bertscore_model is None) != (self.bertscore_layer is None):
             problems.append("bertscore_model and bertscore_layer must be given together")
         if self.bertscore_model is not None and not Path(self.bertscore_model, "config.json").is_file():

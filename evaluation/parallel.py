@@ -1,4 +1,4 @@
-"""Log-likelihoods and generation with one model on all processes.
+"""Log-likelihoods, losses and generation with one model on all processes.
 
 Only rank 0 knows tasks and benchmarks. It sends requests; the other ranks run `serve`, which computes their share of
 each request and sends back the result, or what went wrong. Rank 0 raises the error; no rank waits for one that failed.
@@ -19,6 +19,7 @@ from model.loglikelihood import log_likelihoods
 from model.parameter_files import POSTERIOR, ParameterFiles, find_parameter_files
 from model.posterior import sample_posterior
 from model.prefix_packing import common_prefix, sort_sequences
+from model.token_losses import Sample, sample_losses
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -27,10 +28,11 @@ SCORE_TOKENS, DECODE_COLUMNS = 4096, 32768
 
 
 class ParallelModel:
-    """A model whose requests are divided among all processes of `dist`."""
+    """A model whose requests are divided among all processes of `dist`; `reference` is for the KL divergence."""
 
-    def __init__(self, dist: Distributed, model: Transformer, tokenizer: Tokenizer):
-        self.dist, self.model, self.tokenizer = dist, model, tokenizer
+    def __init__(self, dist: Distributed, model: Transformer, tokenizer: Tokenizer,
+                 reference: Transformer | None = None):
+        self.dist, self.model, self.tokenizer, self.reference = dist, model, tokenizer, reference
         self.counts = {"computed": 0, "asked": 0}  # tokens computed, and tokens of all requests without sharing
 
     def log_likelihoods(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[float, bool]]:
@@ -45,6 +47,14 @@ class ParallelModel:
         for name in self.counts:
             self.counts[name] += sum(counts[name] for _, counts in answers)
         return restore_order(shares, [values for values, _ in answers])
+
+    def losses(self, samples: Sequence[Sample]) -> list[tuple[float, float]]:
+        """(negative log-likelihood, KL divergence from the reference) of each sample, as `sample_losses` sums them.
+
+        Without a reference the divergence is 0.
+        """
+        shares = partition_by_prefix([ids[:-1] for ids, _ in samples], self.dist.world_size)
+        return restore_order(shares, self._request("losses", [[samples[i] for i in share] for share in shares]))
 
     def generate(self, prompts: Sequence[list[int]], config: GenerationConfig,
                  stops: Sequence[str] = ()) -> list[list[int]]:
@@ -87,6 +97,11 @@ class ParallelModel:
     def _score(self, pairs: list) -> tuple:
         with self._progress("scoring", len(pairs), "request") as bar:
             return log_likelihoods(self.model, pairs, SCORE_TOKENS, bar.update)
+
+    def _losses(self, samples: list) -> list:
+        with self._progress("losses", len(samples), "sample") as bar:
+            nll, kl = sample_losses(self.model, samples, self.reference, SCORE_TOKENS, bar.update)
+        return list(zip(nll.tolist(), (np.zeros(len(samples)) if kl is None else kl).tolist()))
 
     def _decode(self, share: tuple) -> list:
         config, stops, samples, prompts = share

@@ -1,4 +1,5 @@
-"""Files of evaluation results, written and read: metrics and predictions of tasks, results and samples of lm-eval."""
+"""Files of evaluation results, written and read: losses, metrics and predictions of tasks, lm-eval's results and
+samples."""
 import datetime
 import glob
 import json
@@ -15,7 +16,7 @@ from common.provenance import wrong_types
 # Bounds of metrics that are checked. Other metrics may have any finite value.
 MAX, ROUNDING = 1e300, 1e-6
 BOUNDS = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info", "exact_match", "mrr", "pct_stereotype", "r@1", "r@2",
-                        "ece"), (0.0, 1.0)) | {"nll": (0.0, MAX), "brier": (0.0, 2.0)}
+                        "ece"), (0.0, 1.0)) | {"nll": (0.0, MAX), "bits_per_byte": (0.0, MAX), "brier": (0.0, 2.0)}
 PERCENTAGES = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "sari", "empty", "copied"), (0.0, 100.0))
 
 SUITE_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -100,6 +101,63 @@ def check_task_results(results: dict[str, Any], path: Path) -> None:
         check_number(mean, *PERCENTAGES.get(name, (-MAX, MAX)), f"{path}: the mean of {name}")
         check_number(low, -MAX, MAX, f"{path}: the lower bound of {name}")
         check_number(high, low, MAX, f"{path}: the upper bound of {name}")
+
+
+def losses_file(folder: str | Path, name: str, kind: str) -> Path:
+    """Path of losses-text.json (name "text", kind "text") or of a task's losses-task-<task>.json (kind "task")."""
+    return Path(folder) / (f"losses-{kind}.json" if kind == "text" else f"losses-{kind}-{name}.json")
+
+
+def total_losses(items: dict[str, Any]) -> dict[str, float | None]:
+    """Returns {"loss", "bits_per_byte", "kl"} of all items: nats per token, bits per byte, nats per token or None."""
+    nll, tokens, kl = sum(items["nll"]), sum(items["tokens"]), items["kl"]
+    return {"loss": nll / tokens, "bits_per_byte": nll / math.log(2) / sum(items["bytes"]),
+            "kl": None if kl is None else sum(kl) / tokens}
+
+
+def write_losses(folder: str | Path, name: str, kind: str, items: dict[str, Any],
+                 run: dict[str, Any]) -> dict[str, Any]:
+    """Writes the losses of a text or a task. Returns the content of the file.
+
+    items: the lists "nll" and "kl" (nats, sums over the tokens of each item; "kl" may be None), "tokens" and "bytes".
+    `run` holds the checkpoint, data and settings that the losses depend on. Raises UserError, and writes nothing, if a
+    number is not finite.
+    """
+    path = losses_file(folder, name, kind)
+    results = {"name": name, "kind": kind, "samples": len(items["nll"])} | total_losses(items)
+    text = finite_json(results | {"items": items, "run": run}, path)
+    write_text(path, text + "\n")
+    return results | {"items": items, "run": run}
+
+
+def read_losses(folder: str | Path) -> list[dict[str, Any]]:
+    """The contents of all losses files in a folder, see `write_losses`. Raises UserError if one is damaged."""
+    return [read_losses_file(path) for path in sorted(Path(folder).glob("losses-*.json"))]
+
+
+def read_losses_file(path: Path) -> dict[str, Any]:
+    """The content of a losses file. Raises UserError if a value is not valid, or a total not that of the items."""
+    types: dict[str, type | tuple[type, ...]] = {"name": str, "kind": str, "samples": int, "items": dict, "run": dict}
+    found = dict.fromkeys(types) | read_json(path, dict)
+    with parsing(path, "a losses file of evaluate.py"):
+        if wrong := wrong_types(found, types):
+            raise UserError(f"{path} is damaged or not a losses file of evaluate.py: its entry {wrong[0]!r} is not "
+                            "valid")
+        if losses_file(path.parent, found["name"], found["kind"]) != path:
+            raise UserError(f"{path} holds the losses of {found['kind']} {found['name']!r}: it was renamed")
+        items = found["items"]
+        for name, low in (("nll", 0.0), ("tokens", 1.0), ("bytes", 0.0), ("kl", 0.0)):
+            if name == "kl" and items[name] is None:
+                continue
+            if len(items[name]) != found["samples"]:
+                raise UserError(f"{path} has {len(items[name])} values of {name} for {found['samples']} items")
+            for number, value in enumerate(items[name]):
+                check_number(value, low, MAX, f"{path}: {name} of item {number}")
+        for name, total in total_losses(items).items():
+            if (found[name] is None) != (total is None) or total is not None and not math.isclose(
+                    found[name], total, abs_tol=ROUNDING):
+                raise UserError(f"{path}: {name} is {json.dumps(found[name]):.40}, but that of the items is {total}")
+    return found
 
 
 @dataclass(frozen=True)

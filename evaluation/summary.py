@@ -39,6 +39,17 @@ def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> lis
     return scores
 
 
+def loss_table(results: Iterable[dict[str, Any]]) -> str:
+    """A line for each text or task: its loss, and the KL divergence if there is one. `results` are contents of losses
+    files."""
+    lines = [f"{'losses':<8} {'items':>5}  {'nats/token':>10} {'bits/byte':>9} {'KL/token':>9}"]
+    for result in results:
+        kl = "–" if result["kl"] is None else f"{result['kl']:.4f}"
+        lines.append(f"{result['name']:<8} {result['samples']:>5}  {result['loss']:>10.4f} "
+                     f"{result['bits_per_byte']:>9.4f} {kl:>9}")
+    return "\n".join(lines)
+
+
 def task_table(results: Iterable[dict[str, Any]]) -> str:
     """A line for each task: its metrics with their 95% intervals. `results` are contents of metrics files."""
     names = " ".join(f"{name:>18}" for name in ("BLEU", "ROUGE-1", "ROUGE-L", "SARI"))

@@ -1,20 +1,22 @@
 """Log-likelihoods of continuations given contexts. Common prefixes are computed once.
 
-Dimensions:  N tokens with a target, C hidden size, V vocabulary.
+Dimensions:  N rows of hidden states, n rows of a chunk, C hidden size, V vocabulary.
 """
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.logits import finite_logits
-from model.prefix_packing import common_prefix, packed_passes, sort_sequences, trim_path
+from model.loss import LOGITS_PER_CHUNK
+from model.prefix_packing import packed_passes, sort_sequences, tree_rows
 from model.transformer import Transformer
 
-MAX_LOGITS = 1 << 23  # N·V of a chunk, 32 MiB in fp32: larger chunks are slower per row on a CPU
-
+Ids = Sequence[int] | np.ndarray
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
+Progress = Callable[[int], object]  # called with the number of requests that were finished since the last call
 
 
 def truncate_left(context: list[int], continuation: list[int], max_length: int) -> list[int]:
@@ -22,74 +24,87 @@ def truncate_left(context: list[int], continuation: list[int], max_length: int) 
     return (context + continuation)[-(max_length + 1):][:-1]
 
 
+@dataclass(frozen=True)
+class Targets:
+    """The targets of requests, in order of the rows (see `tree_rows`) whose logits predict them."""
+    rows: np.ndarray
+    ids: np.ndarray
+    requests: np.ndarray  # the index of the request that each target belongs to
+
+    def between(self, start: int, stop: int) -> "Targets":
+        """The targets of the rows from `start` to `stop`, with rows counted from `start`."""
+        part = slice(*np.searchsorted(self.rows, (start, stop)))
+        return Targets(self.rows[part] - start, self.ids[part], self.requests[part])
+
+
+def plan_targets(inputs: Sequence[Ids], targets: Sequence[Ids]) -> tuple[list[np.ndarray], Targets]:
+    """Returns the sorted sequences to compute for requests, and their targets.
+
+    inputs: token ids of each request. targets: ids of the tokens that its last positions predict.
+    """
+    sequences, places = sort_sequences(inputs)
+    by_sequence: list[list[int]] = [[] for _ in sequences]
+    for request, place in enumerate(places):
+        by_sequence[place].append(request)
+    found = [(row, target, request)
+             for positions, requests in zip(tree_rows(sequences), by_sequence) for request in requests
+             for row, target in zip(positions[len(positions) - len(targets[request]):].tolist(), targets[request])]
+    return sequences, Targets(*np.array(sorted(found), dtype=np.int64).reshape(-1, 3).T)
+
+
+def report_finished(targets: Targets, remaining: np.ndarray, progress: Progress | None) -> None:
+    """Counts computed targets of requests, whose numbers of targets are `remaining`, and reports finished requests."""
+    np.subtract.at(remaining, targets.requests, 1)
+    if progress and (finished := int((remaining[np.unique(targets.requests)] == 0).sum())):
+        progress(finished)
+
+
+def target_logits(models: Sequence[Transformer], hidden: Sequence[Tensor],
+                  targets: Targets) -> Iterator[tuple[slice, list[Tensor], Tensor, Tensor]]:
+    """Yields the logits of rows with targets in chunks, so that those of many rows never exist at once.
+
+    models, hidden: one or more models, and the final hidden states [N, C] of each. Yields a slice of the targets, the
+    logits [n, V] of each model, and for each target in the slice its row in the logits and its id. Raises UserError if
+    a logit is not finite.
+    """
+    rows, inverse = np.unique(targets.rows, return_inverse=True)  # a row may have several targets
+    device = models[0].lm_head.weight.device
+    states = [block[torch.from_numpy(rows).to(device)] for block in hidden]
+    size = max(1, LOGITS_PER_CHUNK[device.type] // models[0].config.vocab_size)
+    for start in range(0, len(rows), size):
+        inside = slice(*np.searchsorted(inverse, (start, start + size)))
+        row, target = (torch.from_numpy(x).to(device) for x in (inverse[inside] - start, targets.ids[inside]))
+        yield inside, [finite_logits(*both) for both in zip(models, (block[start:start + size] for block in states))], \
+            row, target
+
+
 @torch.no_grad()
 def log_likelihoods(model: Transformer, pairs: Sequence[Pair], max_tokens: int = 4096,
-                    progress: Callable[[int], object] | None = None
-                    ) -> tuple[list[tuple[float, bool]], dict[str, int]]:
+                    progress: Progress | None = None) -> tuple[list[tuple[float, bool]], dict[str, int]]:
     """Returns log p(continuation | context) of each pair in nats, and whether it is the greedy continuation.
 
     Also returns {"computed", "asked"}: the tokens that the model computed, in passes of `max_tokens` tokens, and the
-    tokens of all pairs. `progress` is called with the number of pairs that were finished since the last call. Raises
-    UserError if a logit is not finite.
+    tokens of all pairs. Raises UserError if a logit is not finite.
     """
     inputs = [truncate_left(*pair, model.config.max_position_embeddings) for pair in pairs]
-    sequences, places = sort_sequences(inputs)
-    targets_of = assign_targets([(place, len(ids) - len(targets), targets)
-                                 for place, ids, (_, targets) in zip(places, inputs, pairs)], sequences)
+    sequences, targets = plan_targets(inputs, [continuation for _, continuation in pairs])
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
-    remaining = [len(targets) for _, targets in pairs]  # without a log-likelihood yet
+    remaining = np.bincount(targets.requests, minlength=len(pairs))
     computed = 0
-    for segments, hidden in packed_passes(model, sequences, max_tokens):
+    for _, hidden in packed_passes(model, sequences, max_tokens):
+        part = targets.between(computed, computed + len(hidden))
         computed += len(hidden)
-        scored = [(segment.offset + position - segment.start, target, pair)
-                  for segment in segments for position, target, pair in targets_of.get(segment.sequence, ())
-                  if segment.start <= position < segment.stop]
-        if not scored:
-            continue
-        positions, targets, owners = map(list, zip(*scored))
-        rows, inverse = np.unique(positions, return_inverse=True)  # a position may have several targets
-        values, matches = token_scores(model, hidden[torch.from_numpy(rows).to(hidden.device)], inverse, targets)
-        np.add.at(sums, owners, values)
-        np.logical_and.at(greedy, owners, matches)
-        for pair in owners:
-            remaining[pair] -= 1
-            if progress and not remaining[pair]:
-                progress(1)
+        values, matches = token_scores(model, hidden, part)
+        np.add.at(sums, part.requests, values)
+        np.logical_and.at(greedy, part.requests, matches)
+        report_finished(part, remaining, progress)
     return list(zip(sums.tolist(), greedy.tolist())), {"computed": computed, "asked": sum(map(len, inputs))}
 
 
-def assign_targets(requests: Iterable[tuple[int, int, list[int]]],
-                   sequences: Sequence[np.ndarray]) -> dict[int, list[tuple[int, int, int]]]:
-    """Assigns each target to the sequence that computes its position: {sequence: [(position, target, request)]}.
-
-    A request is (sequence, position of the first target, target ids). A position in a common prefix is computed by the
-    first of the sorted sequences that contains it.
-    """
-    by_sequence = defaultdict(list)
-    for request, (place, first, targets) in enumerate(requests):
-        by_sequence[place].append((request, first, targets))
-    assigned: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    path: list[tuple[int, int]] = []
-    for place, ids in enumerate(sequences):
-        path = trim_path(path, common_prefix(sequences[place - 1], ids) if place else 0) + [(place, len(ids))]
-        starts = [0, *(stop for _, stop in path)]
-        for request, first, targets in by_sequence[place]:
-            for (owner, stop), start in zip(path, starts):
-                assigned[owner] += [(position, targets[position - first], request)
-                                    for position in range(max(start, first), min(stop, first + len(targets)))]
-    return assigned
-
-
-def token_scores(model: Transformer, hidden: torch.Tensor, rows: np.ndarray,
-                 targets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns log p of each target given hidden[row] [N, C], and whether it is the most probable token."""
-    size = max(1, MAX_LOGITS // model.config.vocab_size)
-    values, matches = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
-    target_ids = np.asarray(targets)
-    for start in range(0, len(hidden), size):
-        logits = finite_logits(model, hidden[start:start + size])  # N V
-        inside = np.flatnonzero((rows >= start) & (rows < start + size))
-        row, target = (torch.from_numpy(x).to(logits.device) for x in (rows[inside] - start, target_ids[inside]))
-        values[inside] = logits.log_softmax(-1)[row, target].cpu().numpy()
-        matches[inside] = (logits.argmax(-1)[row] == target).cpu().numpy()
+def token_scores(model: Transformer, hidden: Tensor, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+    """Returns log p of each target given its row of the hidden states [N, C], and whether it is the most probable."""
+    values, matches = np.empty(len(targets.ids)), np.empty(len(targets.ids), dtype=bool)
+    for part, (logits,), row, target in target_logits([model], [hidden], targets):
+        values[part] = logits.log_softmax(-1)[row, target].cpu().numpy()
+        matches[part] = (logits.argmax(-1)[row] == target).cpu().numpy()
     return values, matches

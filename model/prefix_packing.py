@@ -92,7 +92,7 @@ class PackedPass:
         return y
 
 
-def sort_sequences(sequences: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
+def sort_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
     """Returns the distinct sequences of token ids as sorted arrays, and the index of each input sequence among them."""
     keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in sequences]  # big-endian bytes sort like the numbers
     order = {key: place for place, key in enumerate(sorted(set(keys)))}
@@ -104,6 +104,21 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     size = min(len(first), len(second))
     differ = np.flatnonzero(first[:size] != second[:size])
     return int(differ[0]) if len(differ) else size
+
+
+def tree_rows(sequences: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields, for each of the sorted sequences, the row of each of its positions.
+
+    Rows number the hidden states that `packed_passes` yields, from the first pass to the last. They do not depend on
+    where the passes are cut. Sequences share the rows of a common prefix.
+    """
+    previous, rows, count = np.empty(0, np.int64), np.empty(0, np.int64), 0
+    for ids in sequences:
+        shared = common_prefix(previous, ids)
+        rows = np.concatenate((rows[:shared], np.arange(count, count + len(ids) - shared)))
+        count += len(ids) - shared
+        previous = ids
+        yield rows
 
 
 def trim_path(path: list[tuple[Any, int]], length: int) -> list[tuple[Any, int]]:

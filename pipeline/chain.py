@@ -11,7 +11,9 @@ from pipeline.jobs import optional_flags
 
 ORDER = "simp", "empd", "inqqg", "exp", "hgen"
 SAMPLE_ORDER = ORDER[:3]  # the tasks of an experiment, unless others are given
-MODELS = "llm", "stack"
+PAIR = "llm", "stack"  # the models that are compared, and that are published
+# What m0 may be: from scratch, the shallow base trained on, or grown by an operator (model/growth.py).
+MODELS = "llm", "base", "stack", "interleave", "middle", "solar"
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ def finetune_stages(order: Iterable[str], start: str | Path, folder: Path) -> li
     return stages
 
 
-def chain_folder(folder: Path, method: str | None = None, seed: int | None = None) -> Path:
-    """The folder of a chain's stages, given the folder of the model. A method or seed has its own folder."""
+def chain_folder(folder: Path, method: str | None = None, rate: float | None = None, seed: int | None = None) -> Path:
+    """The folder of a chain's stages, given the folder of the model. A method, learning rate or seed has its own."""
     folder = folder / method.replace(":", "-") if method else folder
+    folder = folder if rate is None else folder / f"rate-{rate:g}"
     return folder if seed is None else folder / f"seed-{seed}"
 
 
@@ -53,9 +56,10 @@ def download_command(python: str, hub: str, out: Path) -> list[object]:
     return [python, "-m", "model.hub", hub, out]
 
 
-def pretrain_command(python: str, size: str, model: str, text: str | Path, folder: Path, launcher: str) -> list[object]:
+def pretrain_command(python: str, size: str, model: str, text: str | Path, folder: Path, launcher: str,
+                     flags: Sequence[object] = ()) -> list[object]:
     """The command that pretrains m0 in the folder of a model, on a directory of token shards."""
-    return [python, ROOT / "pretrain.py", "--size", size, "--model", model, "--data", text, "--out", folder,
+    return [python, ROOT / "pretrain.py", "--size", size, "--model", model, "--data", text, "--out", folder, *flags,
             *optional_flags(launcher=launcher)]
 
 

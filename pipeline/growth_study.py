@@ -1,7 +1,11 @@
-"""Trains a model from scratch and grown from one base at equal FLOPs, and plots loss over FLOPs: does growing pay?
+"""Trains a model grown from a base and its two controls at equal FLOPs, and plots loss over FLOPs: does growing pay?
 
     python -m pipeline.growth_study --size small --data data/text/small --out runs/small/growth-study
-    python -m pipeline.growth_study --size small … --seeds 42,43,44        scratch and stack also for the other seeds
+    python -m pipeline.growth_study --size small … --seeds 42,43,44        stack and the controls for all seeds
+
+The controls are the full depth trained from scratch, and the shallow base trained on for the same FLOPs. Growing pays
+only if the grown model beats both. If the base trained on is best, the budget is too small for the depth. This base is
+a separate run: the schedule of the base that is grown ends at the growth.
 
 All runs of a seed see the same stream of samples and are evaluated on the same held-out text. FLOPs are 6 N D, and a
 grown model's include its base's. Finished runs are not repeated; the table and the figure are made again from the
@@ -29,7 +33,9 @@ from pipeline.jobs import Job, run_jobs
 from pipeline.pretraining import DEPTH_OPERATORS, base_job, growth_job, record_recipe, size_config, training_job
 
 MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "seeds"  # when runs are added to a study
-COLOURS = dict(zip(OPERATORS, PALETTE)) | {"scratch": "#000000", "base": "#777777"}
+TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
+LABELS = {TRAINED_ON: "base, trained on"}  # in the table and the figure
+COLOURS = dict(zip(OPERATORS, PALETTE)) | {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
 # The points of a run: (FLOPs spent, held-out loss in nats per token).
 Curve = list[tuple[float, float]]
 
@@ -50,7 +56,7 @@ class GrowthStudyConfig:
     warmup_steps: int = setting(20, "steps of warm-up of each run", at_least=0)
     eval_steps: int = setting(20, "evaluate every N steps", at_least=1)
     max_eval_samples: int = setting(128, "held-out samples to evaluate on", at_least=1)
-    seeds: tuple[int, ...] = setting((42,), "seeds; for all but the first only scratch and stack are trained",
+    seeds: tuple[int, ...] = setting((42,), "seeds; for all but the first only stack and the controls are trained",
                                      required=True, at_least=0)
     launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
     dry_run: bool = setting(False, "print the commands and run none")
@@ -82,14 +88,16 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
         folder = Path(cfg.out) / f"seed-{seed}"
         flags = ["--seed", seed, "--warmup_steps", cfg.warmup_steps, "--eval_steps", cfg.eval_steps,
                  "--max_eval_samples", cfg.max_eval_samples]
-        full_depth = [*flags, "--max_tokens", "none", "--max_flops", cfg.max_flops]
+        whole = [*flags, "--max_tokens", "none", "--max_flops", cfg.max_flops]
         jobs.append(base_job(cfg, folder / "base", base_depth, cfg.base_tokens, flags))
         for name in cfg.operators if seed == cfg.seeds[0] else {"stack"} & set(cfg.operators):
             grown = folder / f"grown-{name}"
             jobs.append(growth_job(folder / "base", grown, name, base_depth, depth))
             jobs.append(training_job(cfg, folder / name, cfg.max_flops - base_flops,
-                                     ["--phase", "stack", "--init", grown, *full_depth]))
-        jobs.append(training_job(cfg, folder / "scratch", cfg.max_flops, ["--phase", "llm", *full_depth]))
+                                     ["--phase", "stack", "--init", grown, *whole]))
+        jobs.append(training_job(cfg, folder / "scratch", cfg.max_flops, ["--phase", "llm", *whole]))
+        jobs.append(training_job(cfg, folder / TRAINED_ON, cfg.max_flops, [
+            "--phase", "base", "--num_hidden_layers", base_depth, *whole]))
     return jobs
 
 
@@ -115,9 +123,10 @@ def flops_to_loss(curve: Curve, loss: float) -> float | None:
 def summarize_runs(runs: Mapping[int, Mapping[str, Curve]]) -> list[dict]:
     """The rows of the table. runs: {seed: {name: curve}}, each seed with a "scratch".
 
-    A row is {name, seeds, after_growth, final, to_scratch, speed_up}, each a list over the seeds: losses in nats per
-    token, and FLOPs. The speed-up is C_scratch / C - 1 (Du et al., arXiv 2405.15319, section 3), None for a run that
-    does not reach the final loss of scratch, or has it before any training.
+    A row is {name, seeds, after_growth, final, difference, to_scratch, speed_up}, each a list over the seeds: losses in
+    nats per token, and FLOPs. The difference is that of the final loss to scratch's. The speed-up is C_scratch / C - 1
+    (Du et al., arXiv 2405.15319, section 3), None for a run that does not reach the final loss of scratch, or has it
+    before any training.
     """
     rows = []
     for name in next(iter(runs.values())):
@@ -125,6 +134,7 @@ def summarize_runs(runs: Mapping[int, Mapping[str, Curve]]) -> list[dict]:
         ends = [runs[seed]["scratch"][-1] for seed in curves]
         reached = [flops_to_loss(curve, loss) for curve, (_, loss) in zip(curves.values(), ends)]
         rows.append({"name": name, "seeds": list(curves), "final": [curve[-1][1] for curve in curves.values()],
+                     "difference": [curve[-1][1] - loss for curve, (_, loss) in zip(curves.values(), ends)],
                      "after_growth": [curve[0][1] for curve in curves.values()], "to_scratch": reached,
                      "speed_up": [total / flops - 1 if flops else None for flops, (total, _) in zip(reached, ends)]})
     return rows
@@ -143,15 +153,38 @@ def study_table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
     lines = []
     for row in rows:
-        grown = row["name"] not in ("scratch", "base")
+        name = row["name"]
         petaflops = [flops and flops / 1e15 for flops in row["to_scratch"]]
-        lines.append([row["name"], len(row["seeds"]),
-                      format_over_seeds(row["after_growth"], "{:.3f}") if grown else "–",
+        lines.append([LABELS.get(name, name), len(row["seeds"]),
+                      format_over_seeds(row["after_growth"], "{:.3f}") if name in OPERATORS else "–",
                       format_over_seeds(row["final"], "{:.3f}"),
-                      format_over_seeds(petaflops, "{:.4f}") if row["name"] != "base" else "–",
-                      format_over_seeds(row["speed_up"], "{:+.0%}") if grown else "–"])
-    return markdown_table(["model", "seeds", "loss after growth", "final loss", "PFLOP to scratch's final loss",
-                           "speed-up"], lines)
+                      format_over_seeds(row["difference"], "{:+.3f}") if name not in ("scratch", "base") else "–",
+                      format_over_seeds(petaflops, "{:.4f}") if name != "base" else "–",
+                      format_over_seeds(row["speed_up"], "{:+.0%}") if name not in ("scratch", "base") else "–"])
+    return markdown_table(["model", "seeds", "loss after growth", "final loss", "difference to scratch",
+                           "PFLOP to scratch's final loss", "speed-up"], lines)
+
+
+def conclusion(rows: Sequence[dict]) -> str:
+    """Whether depth pays at this budget, and whether growing does: the final losses compared, seed by seed."""
+    final = {row["name"]: row["final"] for row in rows}
+
+    def beats(name: str, other: str) -> tuple[bool, str]:
+        """Whether `name` ends with the lower loss for all seeds, and a sentence on the differences."""
+        differences = [loss - reference for loss, reference in zip(final[name], final[other])]
+        wins, seeds = sum(difference < 0 for difference in differences), len(differences)
+        other = "the base trained on" if other == TRAINED_ON else other
+        return wins == seeds, (f"{name} beats {other} for {wins} of {seeds} seeds: "
+                               f"{format_over_seeds(differences, '{:+.3f}')} nats per token.")
+
+    counts, sentence = beats("scratch", TRAINED_ON)
+    lines = [f"{sentence} Depth {'pays' if counts else 'does not pay'} at this budget: the preset "
+             f"{'counts' if counts else 'does not count'}."]
+    if "stack" in final:
+        controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)]
+        pays = all(better for better, _ in controls)
+        lines += [*(sentence for _, sentence in controls), f"Growing {'pays' if pays else 'does not pay'}."]
+    return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 @styled
@@ -162,7 +195,7 @@ def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) 
     for seed, curves in runs.items():
         for name, curve in curves.items():
             x, y = zip(*((flops / 1e15, loss) for flops, loss in curve))
-            label = f"{name}: final loss {y[-1]:.3f}" if seed == first else None
+            label = f"{LABELS.get(name, name)}: final loss {y[-1]:.3f}" if seed == first else None
             axes.plot(x, y, "--" if name == "base" else "-", label=label, color=COLOURS[name],
                       lw=1.8 if seed == first else 0.8, ms=3, marker="o" if seed == first and name != "base" else "")
     total, goal = runs[first]["scratch"][-1]
@@ -198,10 +231,11 @@ def main(cfg: GrowthStudyConfig) -> None:
     rows, config, out = summarize_runs(runs), size_config(cfg.size), Path(cfg.out) / "growth-study"
     depth = config.num_hidden_layers
     write_json(out.with_suffix(".json"), rows)
-    write_text(out.with_suffix(".md"), study_table(rows))
-    plot_study(out, runs, f"{config.num_parameters / 1e6:.1f}M parameters: {depth} layers from scratch, and grown "
-                          f"from {depth // cfg.factor}")
-    print(study_table(rows) + f"figure: {out}.png")
+    result = f"{study_table(rows)}\n{conclusion(rows)}"
+    write_text(out.with_suffix(".md"), result)
+    plot_study(out, runs, f"{config.num_parameters / 1e6:.1f}M parameters: {depth} layers from scratch and grown, and "
+                          f"the base of {depth // cfg.factor} layers trained on")
+    print(f"{result}figure: {out}.png")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, write_json
-from common.provenance import changed
+from common.files import UserError, is_number, write_json
+from common.provenance import RUN, changed, read_record
 from common.settings import CONFIGS, ROOT, model_shape, read_config, read_toml
 from model.config import ModelConfig
 from model.growth import BLOCK_OPERATORS, OPERATORS
@@ -40,6 +40,14 @@ def growth_job(init: Path, out: Path, operator: str, depth: int, target: int) ->
     OPERATORS[operator](depth, target)
     return Job(out, [sys.executable, ROOT / "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
                      "--target_layers", target])
+
+
+def held_out_loss(checkpoint: str | Path) -> float:
+    """The held-out loss with which a pretraining run ended, in nats per token. Raises UserError if it has none."""
+    result = read_record(checkpoint).get("result", {})
+    if not is_number(result.get("eval_loss_after")):
+        raise UserError(f"{checkpoint} is not a finished pretraining run: its {RUN} holds no eval_loss_after")
+    return result["eval_loss_after"]
 
 
 def record_recipe(path: Path, jobs: Sequence[Job], **settings: Any) -> None:

@@ -8,6 +8,7 @@ Imports the standard library only, since `make help` runs it before the packages
 import common.interrupts
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,8 @@ make train TASK=simp MODEL=stack        fine-tune, after building whatever is mi
 make pretrain MODEL=stack|llm           build m0, the checkpoint that fine-tuning starts from
 make data TASK=simp                     prepare a task
 make evaluate TASK=simp MODEL=stack     test sets and benchmarks of a stage, or of CHECKPOINT=dir
-make experiment SIZE=tiny               both models through the tasks, every stage evaluated, and the report
+make experiment SIZE=tiny PAIRS=5       pairs of models through the tasks, every stage evaluated, and the report
+make experiment-plan RUNS=runs/tiny     how many pairs find a difference of EFFECT, from the pairs in RUNS
 make report RUNS=runs/tiny              tables and figures of a folder of evaluated runs, in report/
 make growth-study SIZE=small            loss over FLOPs, from scratch and grown: figure and table (SEEDS, STUDY)
 make plan SIZE=7b NPROC=8               whether a run fits and how long it takes (ZERO=3 GPU_MEMORY=80 TOKENS=1e9)
@@ -46,6 +48,9 @@ TEXT    directory of token shards to pretrain on
 OUT     folder of the stages (now {out})
 RUNS    folder of the models, with experiment and report (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
+PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6
+RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
+CONTROLS  flops, or flops,loss: with experiment, also train on the m0 that is behind until it is level
 SEEDS   seeds, with experiment and growth-study: 42,43,44
 METHOD  against forgetting: {methods};
         with experiment one or more, with their settings: finetune,ewc:ewc_strength=10
@@ -65,7 +70,7 @@ class Variables:
         self.size = self.get("SIZE", Path(self.init).name or "tiny")
         self.preset = self.size if self.size in known("size") else None
         self.hub = self.get("HUB", chain.hub_id(self.preset, self.model) or "")  # HUB= forces pretraining
-        published = any(chain.hub_id(self.preset, model) for model in chain.MODELS)
+        published = any(chain.hub_id(self.preset, model) for model in chain.PAIR)
         self.source = self.get("SOURCE") or ("raw" if self.get("RAW") else "hub" if published else "sample")
         self.raw = self.get("RAW") or "data/raw"
         self.data = Path("data/prepared", self.source)
@@ -76,6 +81,8 @@ class Variables:
         self.order = self.get("ORDER").split() or list(chain.ORDER)
         self.tasks = self.get("TASKS", " ".join(self.order)).split()
         self.method, self.suite, self.files = self.get("METHOD"), self.get("SUITE", "sample"), self.get("FILES")
+        pairs = self.get("PAIRS")
+        self.pairs = ",".join(map(str, range(1, int(pairs) + 1))) if re.fullmatch("[1-9][0-9]{0,3}", pairs) else pairs
         self.nproc, self.args = self.get("NPROC") or "1", self.get("ARGS")
 
     def get(self, name: str, default: str = "") -> str:
@@ -87,7 +94,7 @@ class Variables:
         stages = "train", "data", "evaluate"
         building = *stages, "experiment", "pretrain", "growth-study"
         has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
-        checks = [(building, "MODEL", [self.model], ("stack", "llm")),
+        checks = [(building, "MODEL", [self.model], chain.MODELS),
                   (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
                   (building, "SIZE", [] if has_init else [self.size], known("size")),
                   ((*stages, "experiment"), "ORDER", self.order, known("task")),
@@ -164,11 +171,31 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     missing = stages[made + 1:]
     tasks = [stage.task for stage in (stages if missing else stages[-1:])]
     commands = m0_commands(v) if made < 0 and not v.init and not v.m0.exists() else []
+    own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
+    held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or own_text else "")
     for stage in missing or stages[-1:]:
         method = ["--method", v.method, *(["--rehearsal", "0"] if stage is stages[0] else [])] if v.method else []
         commands.append(chain.finetune_command(v.torchrun or [PYTHON], stage, v.data / f"{stage.task}.json", v.preset,
-                                               [*method, *args]))
+                                               [*held_out, *method, *args]))
     return data_commands(v, tasks) + commands
+
+
+def next_commands(v: Variables) -> list[str]:
+    """Command lines to continue with after `make train`: the next task, or what follows the last; then real weights."""
+    names = "MODEL", "SIZE", "INIT", "SOURCE", "RAW", "TEXT", "OUT", "ORDER", "METHOD", "NPROC"
+    given = {"MODEL": v.model} | {name: v.get(name) for name in names if v.get(name)}
+    later = v.order[len(v.stages):]
+    if later:
+        args = {"ARGS": v.args} if v.args else {}
+        lines = [("train", {"TASK": later[0]} | given | args, "the next task")]
+    elif v.init:
+        lines = [("evaluate", {"TASK": v.task} | given, "its results")]
+    else:
+        lines = [("experiment", {"SIZE": v.size}, "the models compared")]
+    if not v.hub and not v.init:
+        lines.append(("train", {"TASK": v.task, "MODEL": "stack", "SIZE": "410m"}, "weights from the Hugging Face Hub"))
+    return [f"{shlex.join(['make', target, *(f'{name}={value}' for name, value in values.items())])}  # {comment}"
+            for target, values, comment in lines]
 
 
 def evaluate_commands(v: Variables) -> list[Command]:
@@ -190,7 +217,8 @@ def experiment_commands(v: Variables) -> list[Command]:
             *suite_commands(v.suite), script_command(
                 v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite,
                 text=v.text if pretrains else "", order=",".join(order), init_llm=v.get("INIT_LLM"),
-                init_stack=v.get("INIT_STACK"), seeds=v.get("SEEDS"), methods=v.method, suite_files=v.files,
+                init_stack=v.get("INIT_STACK"), pairs=v.pairs, rates=v.get("RATES"), controls=v.get("CONTROLS"),
+                seeds=v.get("SEEDS"), methods=v.method, suite_files=v.files,
                 launcher=v.get("LAUNCHER") or shlex.join(v.torchrun))]
 
 
@@ -221,6 +249,8 @@ COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
     "data": lambda v: data_commands(v, [v.task]),
     "evaluate": evaluate_commands,
     "experiment": experiment_commands,
+    "experiment-plan": lambda v: [script_command(v, "-m", "pipeline.experiment_plan", runs=v.runs,
+                                                 effect=v.get("EFFECT"))],
     "report": lambda v: [script_command(v, "report.py", runs=v.runs)],
     "growth-study": study_commands,
     "plan": lambda v: [script_command(v, "-m", "pipeline.memory_plan", init=v.init, size="" if v.init else v.size,
@@ -266,6 +296,8 @@ def main(target: str) -> None:
             run_command(command)
     if target == "pretrain":
         print(f"m0: {v.m0}")
+    if target == "train" and not dry_run:
+        print("next:", *next_commands(v), sep="\n  ")
 
 
 if __name__ == "__main__":

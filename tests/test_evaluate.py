@@ -106,7 +106,8 @@ def test_the_table(done):
     out, text = done
     lines = text.splitlines()
     simp = read_json(out / "metrics-simp.json")["metrics"]
-    row, = [line for line in lines if line.startswith("simp ")]
+    losses, row = [line for line in lines if line.startswith("simp ")]
+    assert f"{read_json(out / 'losses-task-simp.json')['loss']:.4f}" in losses.split()
     assert f"{simp['sari']['mean']:.1f} [" in row
     row, = [line for line in lines if line.startswith("Rs ")]
     assert f"{100 * results(out)['results']['continuation']['acc,none']:.1f}" in row.split()
@@ -119,8 +120,8 @@ def test_existing_results_are_kept(done, words, checkpoint, suite_file):
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     again = run_script(*words, "--out", out).stdout
     lines = again.splitlines()
-    assert sum("already exists, with the same model, data and settings" in line for line in lines) == 2
-    assert lines[3:] == text.splitlines()[1:]
+    assert sum("already exists, with the same model, data and settings" in line for line in lines) == 3
+    assert lines[4:] == text.splitlines()[1:]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     run = read_json(out / "metrics-simp.json")["run"]
     assert is_same_run(run, run | {"checkpoint": "moved", "commit": "later"})
@@ -276,7 +277,7 @@ def test_invalid_input(checkpoint, simp_file, tmp_path):
     (tmp_path / "simp.json").write_text(json.dumps(read_json(simp_file) | {"test": []}))
     assert "test set of" in refused(data=str(tmp_path))
     assert "is empty" in refused(data=str(tmp_path))
-    assert "2000 + max_new_tokens 184 of simp is more than" in refused(max_source_length=2000)
+    assert "1865 + max_new_tokens 184 of simp is more than" in refused(max_source_length=1865, max_target_length=2)
     endless = damaged(checkpoint, tmp_path / "endless", without_eos)
     assert "names no end-of-text token" in refused(checkpoint=str(endless))
     assert "no posterior to sample weights from: it was not fine-tuned with IVON" in refused(posterior_samples=2)
@@ -299,7 +300,8 @@ def test_contradictions(refusal):
     for said in ("--checkpoint is missing", "unknown task 'smp'", "--tasks needs --data", "limit is 0",
                  "bertscore_model and bertscore_layer must be given together"):
         assert said in line
-    assert "there is nothing to evaluate" in refusal((EvaluateConfig, main), "--checkpoint", "x")
+    assert "there is nothing to evaluate: give --text, --tasks or --suite" in refusal((EvaluateConfig, main),
+                                                                                      "--checkpoint", "x")
 
 
 def test_decoding_and_source_field_of_every_task():

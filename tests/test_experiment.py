@@ -9,8 +9,9 @@ import pytest
 import experiment
 from common.files import UserError
 from common.settings import load
-from experiment import ExperimentConfig, model_jobs
 from pipeline.costs import Pace
+from pipeline.experiment_config import ExperimentConfig
+from pipeline.experiment_jobs import arms, pair_jobs
 from pipeline.jobs import Job
 from pipeline.ledger import Ledger, ledger_entry
 from tests.conftest import run_script
@@ -22,7 +23,7 @@ def settings(checkpoint, tasks, out, **given):
 
 
 def jobs_of(cfg):
-    return [job for model in cfg.models for job in model_jobs(cfg, model)]
+    return [job for pair in cfg.pairs or (None,) for job in pair_jobs(cfg, pair)]
 
 
 def test_the_jobs_in_order(checkpoint, tasks, tmp_path):
@@ -59,6 +60,42 @@ def test_a_chain_for_each_method(checkpoint, tasks, tmp_path):
     assert cosine.argv[-6:] == ["--method", "finetune", "--lr_scheduler_type", "cosine", "--weight_decay", "0.01"]
     assert cosine.out == tmp_path / "llm/finetune-lr_scheduler_type=cosine-weight_decay=0.01/m1-simp"
     assert any("method/rehearsal.toml" in str(path) for path in jobs[7].inputs)
+
+
+def test_pairs_rates_and_controls(tasks, tmp_path):
+    cfg = ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp", "empd"),
+                           pairs=(1, 2), rates=(3e-3, 3e-4, 1e-3), controls=("flops", "loss"),
+                           models=("llm", "stack", "base"))
+    jobs = {str(job.out.relative_to(tmp_path)): job for job in jobs_of(cfg)}
+    assert [name for name in jobs if name.endswith("/m0")] == [
+        f"pair-{pair}/{model}/m0" for pair in (1, 2) for model in ("llm", "stack", "base", "llm-level")]
+    assert len(jobs) == 2 * 4 * (2 + 3 * 2 * 2)
+    stage, evaluation = (jobs[f"pair-2/stack/rate-0.001/m2-empd{end}"].argv for end in ("", "/eval"))
+    place = tmp_path / "pair-2/stack"
+    assert stage[stage.index("--init") + 1] == f"{place}/rate-0.001/m1-simp"
+    assert stage[-2:] == ["--learning_rate", "0.001"]
+    assert evaluation[evaluation.index("--reference") + 1] == f"{place}/m0"
+    assert evaluation[evaluation.index("--text") + 1] == "some/text"
+    assert {name.split("/")[2] for name, job in jobs.items() if "--suite" in job.argv} == {"m0", "rate-0.001"}
+    assert all(("--decode" in job.argv) == ("--suite" not in job.argv) for name, job in jobs.items() if "eval" in name)
+    pretraining = [jobs[f"pair-2/{model}/m0"].argv for model in ("base", "llm-level")]
+    assert all(words[words.index("--seed") + 1] == "2" for words in pretraining)
+    assert pretraining[0][pretraining[0].index("--model") + 1] == "base"
+    assert pretraining[1][-4:] == ["--init", f"{tmp_path}/pair-2/llm/m0", "--level_with", f"{place}/m0"]
+    assert jobs["pair-1/base/rate-0.001/m1-simp"].flops < jobs["pair-1/llm/rate-0.001/m1-simp"].flops
+
+
+@pytest.mark.parametrize(("llm", "stack", "level"), [
+    (4.0, 3.9, "llm-level"), (3.9, 4.0, "stack-level"), (None, 4.0, "llm-level"), (None, None, "llm-level")])
+def test_the_model_that_is_behind_is_trained_on(tasks, tmp_path, llm, stack, level):
+    cfg = ExperimentConfig(size="tiny", text="x", data=str(tasks), out=str(tmp_path), controls=("flops", "loss"))
+    for model, loss in (("llm", llm), ("stack", stack)):
+        if loss:
+            (tmp_path / model / "m0").mkdir(parents=True)
+            (tmp_path / model / "m0/run.json").write_text(json.dumps({"result": {"eval_loss_after": loss}}))
+    last = arms(cfg, None)[-1]
+    assert (last.folder.name, {last.model, last.level_with}) == (level, {"llm", "stack"})
+    assert level == f"{last.model}-level"
 
 
 def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
@@ -186,7 +223,13 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
     (["--seeds", str(2 ** 64)], "seeds is 18446744073709551616, expected a whole number below 2**63"),
     (["--gpus", "9" * 30], "expected a whole number below 2**63"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
-    (["--seeds", "1,1"], "seeds names one twice"), ([], "llm has no --init_llm, and --size is missing"),
+    (["--seeds", "1,1"], "seeds names one twice"), (["--rates", "1e-3,0.001"], "rates names one twice"),
+    (["--rates", "0"], "rates is 0.0, expected a number above 0"), (["--pairs=-1"], "pairs is -1, expected at least 0"),
+    (["--controls", "loss"], "controls lacks flops"),
+    (["--models", "llm,base", "--controls", "flops,loss"], "which needs the models llm and stack"),
+    (["--pairs", "1", "--init_llm", "x"], "pairs and the loss control pretrain m0: leave out --init_llm"),
+    (["--size", "7b", "--pairs", "1"], "the m0 of the size 7b is published, so that there is one pair of it"),
+     ([], "llm has no --init_llm, and --size is missing"),
     (["--size", "tiny", "--text", "x", "--suite", "smple"], "unknown suite 'smple', expected one of local, paper"),
     (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])
 def test_invalid_experiments(refusal, tmp_path, flags, said):

@@ -60,6 +60,7 @@ HUB = "--task empd --dataset hub --output_path out"
 TEXT = "--source docs.jsonl --tokenizer checkpoint --output_path out/text"
 EVALUATE = ("--checkpoint checkpoint --data tasks --tasks simp --suite suite/suite.toml --limit 2 --dtype fp32 "
             "--out out/eval")
+MEASURE = "--checkpoint checkpoint --text text --text_length 16 --reference checkpoint --dtype fp32 --out out/eval"
 STEP = ("--max_steps 1 --global_batch_size 4 --dtype fp32 --max_source_length 64 --max_target_length 16 "
         "--out out/m1-simp")
 TRAIN = f"--task simp --init checkpoint --data tasks/simp.json {STEP}"
@@ -139,7 +140,12 @@ COMMANDS = [
     ("evaluate", EVALUATE, "checkpoint tasks suite", in_full(TESTS, 0.1)),
     ("evaluate", EVALUATE.replace("out/eval", "evaluated"), "checkpoint tasks suite", {
         "evaluated/results_1.json": 0.2, "evaluated/metrics-simp.json": 0.2, "evaluated/predictions-simp.jsonl": 0.1,
-        "evaluated/samples_next_1.jsonl": 0.1}),
+        "evaluated/samples_next_1.jsonl": 0.1, "evaluated/losses-task-simp.json": 0.2}),
+    ("check evaluation", MEASURE, "checkpoint text", SHARDS),
+    ("evaluate", MEASURE, "checkpoint text", in_full(SHARDS, 0.1)),
+    ("check evaluation", MEASURE.replace("--text text", "--text docs.jsonl"), "checkpoint", {"docs.jsonl": 0.5}),
+    ("check evaluation", MEASURE.replace("--reference checkpoint", "--reference runs/llm/m1-simp"), "checkpoint text", {
+        "runs/llm/m1-simp/config.json": 0.5, "runs/llm/m1-simp/model.safetensors": 0.5}),
     ("check evaluation", moved(EVALUATE, "posterior") + " --posterior_samples 1", "tasks suite", {POSTERIOR: 0.5}),
     ("check training", CONFIGURED, "checkpoint tasks config.toml deepspeed.json", SETTINGS),
     ("train", CONFIGURED, "checkpoint tasks config.toml deepspeed.json", in_full(SETTINGS, 0.1)),
@@ -159,6 +165,7 @@ COMMANDS = [
         "runs/stack/m1-simp/run.json": 1, "runs/stack/m1-simp/metrics.jsonl": 1,
         "runs/stack/m1-simp/eval/results_1.json": 2, "runs/stack/m1-simp/eval/samples_next_1.jsonl": 1,
         "runs/stack/m1-simp/eval/metrics-simp.json": 1, "runs/stack/m1-simp/eval/predictions-simp.jsonl": 1,
+        "runs/stack/m1-simp/eval/losses-task-simp.json": 1,
         "runs/experiment/stack-m1-simp.json": 0.5}),
     ("report", "--results runs/map.toml --out out/report", "", {"runs/map.toml": 1}),
     ("report with figures", REPORT, "", {"runs/stack/m1-simp/eval/results_1.json": 0.1,
@@ -270,7 +277,7 @@ class Folder:
         shutil.copytree(self.path / "runs/llm/m1-simp", self.path / "experiment/llm/m1-simp")
         self.run("pretrain", RECIPE)
         (self.path / "pretrained/m0").mkdir()
-        for name in ("base", "stack", "scratch"):
+        for name in ("base", "base-trained-on", "stack", "scratch"):
             self.write(f"study/seed-42/{name}/metrics.jsonl", [
                 {"step": step, "eval_loss": 5 - step / 9, "flops": 1e15 * step} for step in range(3)])
         self.run("study", STUDY)

@@ -21,7 +21,7 @@ from training.run_directory import prune_checkpoints, start_run
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_steps", "20", "--warmup_steps", "4", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1",
-         "--max_grad_norm", "1", "--eval_steps", "10", "--max_train_samples", "60"]
+         "--max_grad_norm", "1", "--eval_steps", "10", "--max_train_samples", "60", "--examples", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,13 @@ def test_files_of_a_finished_run(finished, checkpoint, simp_file):
     computed = sum(len(prefix) + ids.numel() for ids, _, prefix in make_microbatches(batch, 4096, 32))
     assert logged[0]["computed"] == pytest.approx(computed / count_tokens(batch)[0])
     assert logged[-1]["tokens"] == run["result"]["tokens"] > 9000
-    for text in ("example 3     model:", "example 3 reference:", "eval loss before", f"checkpoint: {out}"):
+    before, after = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]
+    losses_line = f"before {before:.4f}  after {after:.4f}  {after - before:+.4f}  ████████████████████  learned\n"
+    for text in ("example 2     model:", "example 2 reference:", losses_line, f"checkpoint: {out}"):
         assert text in printed
+    assert "example 3" not in printed
+    assert len(run["result"]["examples"]) == 2
+    assert "pretraining text" not in printed
     _, info = AutoModelForCausalLM.from_pretrained(out / "checkpoint-15", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -284,6 +289,50 @@ def test_pretraining_a_base_and_its_grown_model(tmp_path, checkpoint):
     assert "was made with a tokenizer other than that of" in error_line(result)
 
 
+def test_pretraining_ends_at_an_eval_loss(checkpoint, tmp_path):
+    """The run ends after the first evaluation that reaches the loss, also if it was resumed, or before its first step.
+    """
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} is a number; {n + 1} comes after it."}) + "\n"
+                            for n in range(900)))
+    run_script("data_prep.py", "text", "--source", text, "--tokenizer", checkpoint, "--output_path",
+               tmp_path / "shards")
+
+    def pretrain(name, loss, *interrupted):
+        script = ["tests/interrupted.py", *interrupted] if interrupted else []
+        result = run_script(*script, "train.py", "--init", checkpoint, "--data", tmp_path / "shards", "--seq_length",
+                            "32", "--global_batch_size", "4", "--learning_rate", "2e-3", "--max_steps", "12",
+                            "--max_eval_samples", "8", "--eval_steps", "3", "--save_minutes", "0", "--dtype", "fp32",
+                            "--stop_at_eval_loss", loss, "--out", tmp_path / name, check=not interrupted)
+        path = tmp_path / name / "run.json"
+        return result.stdout, json.loads(path.read_text()) if path.exists() else None
+
+    _, whole = pretrain("whole", "none")
+    evaluated = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "whole")[1]}
+    assert sorted(evaluated) == [0, 3, 6, 9, 12]
+    assert sorted(evaluated.values(), reverse=True) == list(evaluated.values())
+    printed, run = pretrain("level", evaluated[6])
+    assert f"the eval loss is at most {evaluated[6]}: ending after step 6" in printed
+    assert (run["result"]["steps"], run["result"]["eval_loss_after"]) == (6, evaluated[6])
+    assert (run["result"]["last_sample"], run["lineage"]["text"]["samples"]) == (24, 24)
+    assert run["settings"]["stop_at_eval_loss"] == evaluated[6]
+    assert run["lineage"]["flops"] == read_metrics(tmp_path / "level")[0][-1]["flops"] == whole["lineage"]["flops"] / 2
+    expected = {key: loss for key, loss in losses(tmp_path / "whole").items() if key[0] <= 6}
+    assert losses(tmp_path / "level") == expected
+    for step in ("5", "6"):  # killed in this step
+        pretrain(f"killed-{step}", evaluated[6], step, "SIGKILL", "all")
+        printed, run = pretrain(f"killed-{step}", evaluated[6])
+        assert f"resuming after step {int(step) - 1}" in printed
+        assert (run["result"]["steps"], losses(tmp_path / f"killed-{step}")) == (6, expected)
+    _, run = pretrain("at-once", evaluated[0])
+    assert (run["result"]["steps"], run["result"]["eval_loss_after"], run["lineage"]["flops"]) == (0, evaluated[0], 0)
+    assert run["lineage"]["text"]["samples"] == 0
+    start, end = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "at-once"))
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    _, run = pretrain("not-reached", evaluated[12] / 2)
+    assert run["result"]["steps"] == 12
+
+
 def test_a_non_finite_loss_stops_before_the_optimizer(train, tmp_path):
     patch = ("import torch; engine_of = train.build_engine\n"
              "def broken(run, model):\n"
@@ -357,6 +406,12 @@ def test_bad_input_is_refused_before_anything_is_written(refusal, monkeypatch, c
         (["--seed", 2 ** 64], "seed is 18446744073709551616, expected a whole number below 2**63"),
         (["--num_train_epochs", "1e308"], "num_train_epochs is 1e+308, expected a number above 0 and at most 10000"),
         (["--timeout_minutes", "1e308"], "timeout_minutes is 1e+308, expected"),
+        (["--stop_at_eval_loss", "3"], "stop_at_eval_loss is for pretraining"),
+        (["--stop_at_eval_loss", "0"], "stop_at_eval_loss is 0.0, expected a number above 0"),
+        (["--task", "none", "--held_out_text", "x", "--examples", "1"], "held_out_text is for fine-tuning: pretraining "
+         "evaluates on the held-out part of its data; examples are those of a task's test set: give --task"),
+        (["--held_out_text", tmp_path / "none"], "none does not exist or is not a directory of token shards"),
+        (["--held_out_text", bad_task], "bad.json"),
         (["--weight_decay", "inf"], "weight_decay is inf, expected a finite number"),
         (["--ewc_strength", "inf"], "ewc_strength is inf, expected a finite number"),
         (["--config", tmp_path], "cannot be read: Is a directory"),

@@ -169,7 +169,7 @@ def save_epoch_checkpoint(run: "Run", engine: "DeepSpeedEngine", state: "TrainSt
     if not run.cfg.save_total_limit:
         return
     directory = run.directory / f"checkpoint-{state.step}"
-    progress = {"flops": state.flops, "last_sample": data.first + state.step * data.batch_size}
+    progress = {"flops": state.flops, "last_sample": data.position(state.step)}
     if not run.dist.on_rank0(directory.exists):  # a resumed run may repeat this step
         save_checkpoint(run, engine, directory, run.record | {"lineage": run.lineage_after(progress)})
     run.dist.on_rank0(lambda: prune_checkpoints(run.directory, run.cfg.save_total_limit))

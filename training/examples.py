@@ -10,8 +10,7 @@ from model.transformer import Transformer
 
 def decode_examples(model: Transformer, tokenizer: Tokenizer, items: Sequence[dict[str, Any]], max_source_length: int,
                     max_target_length: int) -> list[dict[str, str]]:
-    """Decodes the first three test items greedily; returns a list of {input, output, prediction}."""
-    items = items[:3]
+    """Decodes test items greedily; returns a list of {input, output, prediction}."""
     if not items:
         return []
     prompts = encode_prompts(tokenizer, [item["input"] for item in items], max_source_length)

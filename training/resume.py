@@ -124,6 +124,8 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
     load_state(run, engine, folder)
     run.dist.print0(f"resuming after step {state.step}, from {folder}")
     record = run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))
+    if record.get("held_out_digest") != run.record.get("held_out_digest"):  # not to be compared with the loss after
+        state.text_loss_before = None
     return replace(run, record=record), state
 
 

@@ -84,7 +84,7 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         return None
     choices, earlier, fields = checked
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    for path in (cfg.data, *(task["data"] for task in earlier)):
+    for path in filter(None, (cfg.data, cfg.held_out_text, *(task["data"] for task in earlier))):
         check_same_on_all_ranks(path, dist)
     if not cfg.task:
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
@@ -126,6 +126,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     record = describe(settings, parent, digest, **facts)
     if is_finished(cfg.out, record, defaults):
         return None
+    record |= held_out_digest(cfg, source)
     check_earlier_tasks(earlier)
     open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
     return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
@@ -154,6 +155,17 @@ def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:
         raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
                         f"{config.max_position_embeddings}: lower it")
     return config
+
+
+def held_out_digest(cfg: TrainConfig, source: Path) -> dict[str, str]:
+    """The entry of run.json that identifies the held-out text. Raises UserError if its tokenizer is not the model's."""
+    if cfg.held_out_text is None:
+        return {}
+    digest = data_digest(cfg.held_out_text)
+    if not same_tokenizer(source, Path(cfg.held_out_text)):
+        raise UserError(f"held_out_text {cfg.held_out_text} was made with a tokenizer other than that of {cfg.init}: "
+                        f"leave it out, or make it with data_prep.py text --tokenizer {cfg.init}")
+    return {"held_out_digest": digest}
 
 
 def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any]) -> None:

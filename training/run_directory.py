@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.files import UserError, explain_os_errors, lock, named, read_json, remove
-from common.formatting import format_duration, format_loss
+from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import differences, identity, read_record, write_record
 
 if TYPE_CHECKING:
     from training.run import Run
+
+BAR = 20  # characters of the bar of the largest change
 
 
 def partial_directory(out: str | Path) -> Path:
@@ -195,8 +197,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def print_result(out: str | Path) -> None:
-    """Prints the result of a finished run: test examples, speed, eval loss before and after, the path."""
-    result = read_record(out)["result"]
+    """Prints the result of a finished run: test examples, speed, losses before and after, the path."""
+    record = read_record(out)
+    result = record["result"]
     for index, example in enumerate(result["examples"], 1):
         for name, text in (("input", example["input"]), ("reference", example["output"]),
                            ("model", example["prediction"])):
@@ -204,5 +207,16 @@ def print_result(out: str | Path) -> None:
     print(f"{result['steps']} steps, {result['tokens']:,} tokens in {format_duration(result['seconds'])} "
           f"({result['tokens_per_s']:,.0f} tokens/s), "
           f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
-    print(f"eval loss before {format_loss(result['eval_loss_before'])}, after {format_loss(result['eval_loss_after'])}")
-    print(f"checkpoint: {out}", flush=True)
+    print(*loss_lines(result, record["settings"].get("task")), f"checkpoint: {out}", sep="\n", flush=True)
+
+
+def loss_lines(result: Mapping[str, Any], task: str | None) -> list[str]:
+    """A line for each loss that was measured before and after a run, in nats per token, with the change as a bar."""
+    rows = [(f"loss on {task or 'held-out text'}", "eval_loss", "worse"),
+            ("loss on pretraining text", "text_loss", "forgot")]
+    losses = [(label, worse, result[f"{name}_before"], result[f"{name}_after"]) for label, name, worse in rows
+              if result.get(f"{name}_before") is not None and result.get(f"{name}_after") is not None]
+    largest = max((abs(after - before) for *_, before, after in losses), default=0.0) or 1.0
+    return [f"{label:<24}  before {before:.4f}  after {after:.4f}  {after - before:+.4f}  "
+            f"{'█' * round(BAR * abs(after - before) / largest):<{BAR}}  {'learned' if after < before else worse}"
+            for label, worse, before, after in losses]

@@ -34,6 +34,8 @@ class TrainConfig:
     max_steps: int | None = setting(None, "steps, instead of epochs", at_least=1)
     max_tokens: int | None = setting(None, "tokens to pretrain on, instead of epochs", at_least=1)
     max_flops: float | None = setting(None, "FLOPs to pretrain for, including those spent on --init", above=0)
+    stop_at_eval_loss: float | None = setting(None, "pretraining: end after the first evaluation whose loss is at most "
+                                                    "this; the schedule is that of the whole length", above=0)
     max_train_samples: int | None = setting(None, "use only the first N training samples", at_least=1)
     max_eval_samples: int | None = setting(None, "use only the first N evaluation samples", at_least=1)
     skip_samples: int | None = setting(None, "samples of the stream to skip; none: in pretraining those that --init "
@@ -83,6 +85,9 @@ class TrainConfig:
     local_rank: int | None = setting(None, "set by the deepspeed launcher")
     # what is written
     eval_steps: int = setting(300, "evaluate every N steps, and always before the first and after the last", at_least=1)
+    held_out_text: str | None = setting(None, "directory of token shards: fine-tuning evaluates on its held-out part "
+                                              "before the first and after the last step")
+    examples: int = setting(0, "test examples to decode after fine-tuning, and to print", at_least=0)
     logging_steps: int = setting(10, "print every N steps; metrics.jsonl has every step", at_least=1)
     save_total_limit: int = setting(1, "epoch checkpoints to keep, apart from the final weights", at_least=0)
     save_minutes: float = setting(15.0, "minutes between saves of the state to resume from; 0: every step", at_least=0)
@@ -105,6 +110,12 @@ class TrainConfig:
             found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
         if self.task is not None and set(lengths) - {"max_steps"}:
             found.append(f"{lengths[-1]} is for pretraining; for fine-tuning give num_train_epochs or max_steps")
+        if self.task is not None and self.stop_at_eval_loss is not None:
+            found.append("stop_at_eval_loss is for pretraining")
+        if self.task is None and self.held_out_text is not None:
+            found.append("held_out_text is for fine-tuning: pretraining evaluates on the held-out part of its data")
+        if self.task is None and self.examples:
+            found.append("examples are those of a task's test set: give --task")
         if self.init is not None and self.num_hidden_layers is not None:
             found.append("num_hidden_layers is for new weights, but --init gives weights: stack.py makes them deeper")
         if self.offload and self.deepspeed:

@@ -23,19 +23,25 @@ class TrainState:
     seconds: float = 0.0
     flops: float = 0.0  # includes those spent on the initial checkpoint
     eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
+    eval_loss_after: float | None = None  # of the last evaluation
+    text_loss_before: float | None = None  # on the held-out pretraining text
+    text_loss_after: float | None = None
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last applied steps
 
     def check(self) -> None:
         """Raises ValueError if a counter is not a finite number; a saved state may be damaged."""
         counters = [self.step, self.tokens, self.computed_tokens, self.seconds, self.flops, *self.losses,
-                    *filter(None, (self.eval_loss_before, self.eval_loss_after))]
+                    *filter(None, (self.eval_loss_before, self.eval_loss_after, self.text_loss_before))]
         if type(self.step) is not int or self.step < 1 or not all(map(is_number, counters)) or min(counters) < 0:
             raise ValueError("a counter is not valid")
 
     def max_loss(self, ratio: float | None) -> float:
         """The loss above which a step is skipped: `ratio` times the mean of the last steps."""
         return ratio * statistics.fmean(self.losses) if ratio and len(self.losses) >= SPIKE_MINIMUM else math.inf
+
+    def has_reached(self, loss: float | None) -> bool:
+        """Whether the last eval loss is at most `loss`; never if that is None."""
+        return loss is not None and self.eval_loss_after is not None and self.eval_loss_after <= loss
 
     def add_step(self, batch: GlobalBatch, result: StepResult, seconds: float, flops: float) -> None:
         """Counts a step."""
@@ -65,6 +71,8 @@ class TrainState:
     def result(self, data: TrainData) -> dict[str, Any]:
         """The result of a finished run, for run.json."""
         return {"eval_loss_before": self.eval_loss_before, "eval_loss_after": self.eval_loss_after,
-                "steps": data.steps, "first_sample": data.first, "last_sample": data.last, "tokens": self.tokens,
-                "flops": self.flops, "seconds": self.seconds, "tokens_per_s": self.tokens / self.seconds,
-                "computed": self.computed_tokens / self.tokens}
+                "text_loss_before": self.text_loss_before, "text_loss_after": self.text_loss_after,
+                "steps": self.step, "first_sample": data.first, "last_sample": data.position(self.step),
+                "tokens": self.tokens, "flops": self.flops, "seconds": self.seconds,
+                "tokens_per_s": self.tokens / self.seconds if self.step else 0.0,
+                "computed": self.computed_tokens / self.tokens if self.step else 0.0}

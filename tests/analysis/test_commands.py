@@ -8,12 +8,12 @@ import pytest
 
 import experiment
 import pretrain
-from analysis.record import Record
 from analysis.results import read_runs
 from analysis.tables import reproduction_sections
 from common.files import digest, read_json
 from common.settings import load
 from evaluation.evaluate_config import EvaluateConfig
+from pipeline.experiment_jobs import pair_jobs
 from pipeline.ledger import Ledger
 from tests.conftest import run_script
 from training.train_config import TrainConfig
@@ -23,7 +23,7 @@ LOADERS = {"train.py": TrainConfig, "pretrain.py": pretrain.PretrainConfig, "eva
 
 def printed_commands(runs):
     """The words of each command in a report on a folder of runs, without `python`."""
-    text = dict(reproduction_sections(Record(read_runs(runs)), runs))["Commands to reproduce the runs"]
+    text = dict(reproduction_sections(read_runs(runs), runs))["Commands to reproduce the runs"]
     commands = [shlex.split(line) for line in text.strip("`\n").splitlines()]
     assert all(command[0] == "python" for command in commands)
     return [command[1:] for command in commands]
@@ -49,7 +49,7 @@ def jobs(tmp_path, tasks, suite_file):
         "--size", "tiny", "--order", "simp,empd", "--seeds", "42,43", "--text", str(tmp_path / "some text"),
         "--data", str(tasks), "--suite", str(suite_file), "--out", str(tmp_path / "runs"),
         "--train_args", "--max_steps 2 --max_train_samples 9"])
-    return [job for model in cfg.models for job in experiment.model_jobs(cfg, model)]
+    return pair_jobs(cfg, None)
 
 
 def test_commands_that_an_experiment_has_recorded(jobs, tmp_path):

@@ -19,7 +19,7 @@ def test_measures_of_a_record(runs):
     assert record.category_fg("stack", "Rs").value == pytest.approx((0 + 30) / 2)
     assert record.category_fg("llm", "Bias").value == pytest.approx(5)  # parts do not count
     assert record.learned == ["simp", "empd"]
-    matrix = matrix_of(record.chains["llm"][42])
+    matrix = matrix_of(record.chains["llm"][0, 42])
     assert matrix[1, "simp"].value == 40
     assert matrix[1, "simp"].error == pytest.approx(1)
 
@@ -47,11 +47,11 @@ def test_a_seed_affects_all_benchmarks_of_a_category(seed_runs):
 
 def test_seeds_are_chains_from_one_start(seed_runs):
     record = Record(read_runs(seed_runs))
-    assert set(record.chains["llm"]) == {42, 43}
+    assert set(record.chains["llm"]) == {(0, 42), (0, 43)}
     found = record.category_fg("llm", "DK")
     assert found.value == pytest.approx((30 + 0) / 2)
     assert found.error == pytest.approx(97.3, abs=0.1)  # 12.706/1.96 · 21.2 / √2: two distant seeds say little
-    assert record.chains["llm"][43][0].name == "m0"
+    assert record.chains["llm"][0, 43][0].name == "m0"
 
 
 def test_tasks_in_another_order_are_not_compared(runs):

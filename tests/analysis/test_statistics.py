@@ -42,7 +42,7 @@ def test_seeds_add_their_spread_to_the_error_of_the_items():
     assert found.value == 3
     assert over_seeds([Estimate(2, 3), None]) is None  # not of the same items
     assert over_seeds([]) is None
-    assert found.error == pytest.approx((4 ** 2 + (12.706 / 1.96 * 2 ** 0.5 / 2 ** 0.5) ** 2) ** 0.5)
+    assert found.error == pytest.approx((4 ** 2 + (12.7062 / 1.96 * 2 ** 0.5 / 2 ** 0.5) ** 2) ** 0.5)
 
 
 def test_values_of_the_same_items_are_compared_in_pairs():
@@ -62,7 +62,7 @@ def test_values_of_the_same_items_are_compared_in_pairs():
     unknown = mean([a, Estimate(0.5)])  # an unknown error makes that of a difference unknown
     assert np.isnan((unknown - b).error)
     seeds = over_seeds([a, b])
-    spread = 12.706 / 1.96 * np.std([a.value, b.value], ddof=1) / 2 ** 0.5
+    spread = 12.7062 / 1.96 * np.std([a.value, b.value], ddof=1) / 2 ** 0.5
     assert seeds.error == pytest.approx(np.hypot(((one + two) / 2).std(ddof=1) / 200 ** 0.5, spread))
     assert (seeds - estimate_of_items(one, "test set")).error == pytest.approx(
         np.hypot(((two - one) / 2).std(ddof=1) / 200 ** 0.5, spread))

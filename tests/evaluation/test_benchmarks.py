@@ -1,6 +1,8 @@
 """Benchmarks compared with lm-eval's Hugging Face backend, on random weights and local items."""
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import lm_eval
@@ -17,7 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.files import UserError
 from common.settings import known
 from evaluation import benchmarks
-from evaluation.benchmarks import SuiteRun, evaluate_suite, own_results, run_suite
+from evaluation.benchmarks import (
+    SuiteRun,
+    add_option_losses,
+    evaluate_suite,
+    option_results,
+    own_results,
+    run_suite,
+)
 from evaluation.harness import HarnessModel, generation_settings
 from evaluation.lm_eval_tasks import load_suite, local_task, quiet, read_suite, task_manager, with_parts
 from evaluation.parallel import ParallelModel
@@ -171,7 +180,7 @@ def suite_file(tmp_path):
 def test_results_equal_the_backend(models, suite_file):
     suite = read_suite(str(suite_file))
     assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
-    found, _, missing = run(suite, models[0].parallel_model)
+    found, answers, missing = run(suite, models[0].parallel_model)
     with quiet():
         expected = lm_eval.simple_evaluate(models[1], tasks=[local_task(b) for b in suite],
                                            task_manager=task_manager())
@@ -192,8 +201,55 @@ def test_results_equal_the_backend(models, suite_file):
     assert result["brier,none"] == pytest.approx(np.mean([((row - np.eye(3)[k]) ** 2).sum()
                                                           for row, k in zip(p, labels)]), abs=1e-3)
     assert 0 < result["ece,none"] < 1
+    for item, row, (score, _) in zip(answers["questions"], p, (sample["filtered_resps"][sample["doc"]["label"]]
+                                                               for sample in samples)):
+        label, choices = item["doc"]["label"], item["doc"]["choices"]
+        assert item["nll"] == pytest.approx(-np.log(row[label]), abs=1e-3)
+        assert item["bits_per_byte"] == pytest.approx(-score / np.log(2) / len(choices[label].encode()), rel=1e-4)
+    for name in ("nll", "bits_per_byte"):
+        assert result[f"{name},none"] == pytest.approx(np.mean([item[name] for item in answers["questions"]]))
+    assert "bits_per_byte" not in answers["pairs"][0]
     assert "ece,none" in found["results"]["continuation"]
     assert "ece,none" not in found["results"]["pairs"]
+
+
+class AnsweredTask(SimpleNamespace):
+    """A task of lm-eval as far as its answers need it."""
+    OUTPUT_TYPE, multiple_input, config = "multiple_choice", 0, SimpleNamespace(process_results=None)
+
+    def doc_to_text(self, doc):
+        return doc["text"]
+
+    def doc_to_choice(self, doc):
+        return doc["choices"]
+
+    def doc_to_target(self, doc):
+        return doc["target"]
+
+
+def test_losses_of_the_right_option_by_hand():
+    """p = (1/4, 1/8) becomes (2/3, 1/3); 2 and 3 bits. "é" has two bytes."""
+    def answered(**doc):
+        return {"doc": {"text": "a", "choices": ["abcd", "é"]} | doc,
+                "filtered_resps": [(math.log(1 / 4), False), (math.log(1 / 8), False)]}
+
+    def losses(*items, **kind):
+        tasks, answers = [AnsweredTask(task_name="a", **kind)], {"a": list(items)}
+        add_option_losses(tasks, answers)
+        return option_results(tasks, answers, [])
+
+    items = [answered(target=0), answered(target=1), answered(target="é"), answered(target=-1)]
+    results = losses(*items)
+    assert [item.get("nll") for item in items] == [pytest.approx(math.log(3 / 2)), *[pytest.approx(math.log(3))] * 2,
+                                                   None]
+    assert [item.get("bits_per_byte") for item in items] == [pytest.approx(2 / 4), *[pytest.approx(3 / 2)] * 2, None]
+    assert results["bits_per_byte,none"] == pytest.approx((0.5 + 1.5 + 1.5) / 3)
+    assert results["nll,none"] == pytest.approx(np.mean([item["nll"] for item in items[:3]]))
+    item = answered(text=1, target=" goes on")  # the options are contexts of one text, as in winogrande
+    assert losses(item, multiple_input=2)["bits_per_byte,none"] == pytest.approx(3 / 8)
+    item = answered(choices=["abcd", ""], target=1)
+    assert "bits_per_byte,none" not in losses(item)
+    assert item["nll"] == pytest.approx(math.log(3))
 
 
 def test_probabilities_over_posterior_samples(checkpoint, suite_file, model, tmp_path):

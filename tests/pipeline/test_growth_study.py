@@ -9,7 +9,15 @@ import pretrain
 from common.files import UserError
 from common.settings import load
 from pipeline import growth_study
-from pipeline.growth_study import GrowthStudyConfig, flops_to_loss, read_curve, study_table, summarize_runs
+from pipeline.growth_study import (
+    GrowthStudyConfig,
+    conclusion,
+    flops_to_loss,
+    read_curve,
+    study_jobs,
+    study_table,
+    summarize_runs,
+)
 from pipeline.jobs import Job
 from pipeline.pretraining import record_recipe
 from pretrain import PretrainConfig, pretraining_jobs
@@ -46,7 +54,7 @@ def test_recipes_by_hand():
     assert base[1]["seed"] == "42"
     assert (grown[0], grown[1]["init"], grown[1]["target_layers"]) == ("grown-8", "o/base", "8")
     assert (last[0], last[1]["init"], last[1]["phase"], last[1]["seed"]) == ("m0", "o/grown-8", "stack", "3")
-    gradual = jobs(factors=(2, 2), at_tokens=(9000, 15000), operator="interleave")
+    gradual = jobs(factors=(2, 2), at_tokens=(9000, 15000), model="interleave")
     assert [name for name, _ in gradual] == ["base", "grown-4", "trained-4", "grown-8", "m0"]
     assert [flags.get("operator") for _, flags in gradual] == [None, "interleave", None, "interleave", None]
     assert (gradual[0][1]["num_hidden_layers"], gradual[2][1]["max_tokens"]) == ("2", "6000")
@@ -60,8 +68,8 @@ def test_recipes_by_hand():
     (["--factors", "1"], "factors is 1, expected at least 2"),
     (["--factors", "3"], "8 layers are not a multiple of the growth factors 3"),
     (["--factors", "2,2", "--at_tokens", "9000,9900000"], "the jobs before m0 cost"),
-    (["--size", "7b", "--factors", "2,2", "--at_tokens", "9,99", "--operator", "middle"], "cannot make 32"),
-    (["--operator", "partial"], "unknown operator 'partial', expected one of stack, interleave, middle, solar"),
+    (["--size", "7b", "--factors", "2,2", "--at_tokens", "9,99", "--model", "middle"], "cannot make 32"),
+    (["--model", "partial"], "unknown model 'partial', expected one of llm, base, stack, interleave, middle, solar"),
     (["--args", "'x"], "is not a command line: No closing quotation"),
     (["--args", "--learning_rat 1"], "args: unknown flag '--learning_rat'"),
     (["--args", "--learning_rate nan"], "args: learning_rate is nan, expected a finite number"),
@@ -96,11 +104,31 @@ def test_gradual_growth(text, tmp_path, refusal):
     result = run_script(*words)
     assert "m0 is finished already, nothing to do" in result.stdout
     assert "[1/1]" in result.stdout
-    line = refusal((PretrainConfig, pretrain.main), *words[1:-2], "--operator", "interleave")
-    assert "holds stages made with other settings: operator is 'stack' there and 'interleave' here" in line
+    line = refusal((PretrainConfig, pretrain.main), *words[1:-2], "--model", "interleave")
+    assert "holds stages made with other settings: " in line
+    assert "is 'stack' there and 'interleave' here" in line
     line = refusal((PretrainConfig, pretrain.main), *words[1:5], "--out", tmp_path / "x", "--launcher",
                    "no-such-launcher")
     assert "no-such-launcher cannot be started" in line
+
+
+def test_a_model_is_trained_on_until_it_is_level(text, tmp_path):
+    words = ["pretrain.py", "--size", "tiny", "--model", "llm", "--data", text]
+    run_script(*words, "--out", tmp_path / "llm", "--args", "--max_flops none --max_tokens 4096 --max_eval_samples 4")
+    before = json.loads((tmp_path / "llm/m0/run.json").read_text())["result"]
+    goal = before["eval_loss_after"] - 0.01
+    (tmp_path / "better").mkdir()
+    (tmp_path / "better/run.json").write_text(json.dumps({"result": {"eval_loss_after": goal}}))
+    run_script(*words, "--out", tmp_path / "llm-level", "--init", tmp_path / "llm/m0", "--level_with",
+               tmp_path / "better", "--args", "--max_eval_samples 4")
+    run = json.loads((tmp_path / "llm-level/m0/run.json").read_text())
+    entries = [json.loads(line) for line in (tmp_path / "llm-level/m0/metrics.jsonl").read_text().splitlines()]
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    assert losses[0] == pytest.approx(before["eval_loss_after"])
+    assert [loss <= goal for loss in losses] == [False] * (len(losses) - 1) + [True]
+    assert run["result"]["first_sample"] == before["last_sample"]
+    assert run["settings"]["learning_rate"] == pytest.approx(2e-4)  # the rate with which m0 ended
+    assert max(entry["lr"] for entry in entries if "lr" in entry) <= 2.0001e-4
 
 
 def test_flops_to_reach_a_loss_by_hand():
@@ -114,8 +142,10 @@ def test_flops_to_reach_a_loss_by_hand():
 
 def test_the_table_by_hand():
     one = {"base": [(0, 9.0), (2e14, 5.0)], "stack": [(2e14, 5.5), (3e14, 4.5), (4e14, 3.5)],
-           "interleave": [(2e14, 5.2), (4e14, 4.4)], "scratch": [(0, 9.0), (4e14, 4.0)]}
-    two = {"stack": [(2e14, 5.7), (4e14, 3.7)], "scratch": [(0, 9.0), (4e14, 4.7)]}
+           "interleave": [(2e14, 5.2), (4e14, 4.4)], "scratch": [(0, 9.0), (4e14, 4.0)],
+           "base-trained-on": [(0, 9.0), (2e14, 4.0), (4e14, 3.2)]}
+    two = {"stack": [(2e14, 5.7), (4e14, 3.7)], "scratch": [(0, 9.0), (4e14, 4.7)],
+           "base-trained-on": [(0, 9.0), (1e14, 4.7), (4e14, 4.1)]}
     rows = {row["name"]: row for row in summarize_runs({1: one, 2: two})}
     assert rows["stack"]["to_scratch"] == [3.5e14, 3e14]
     assert rows["stack"]["speed_up"] == pytest.approx([4 / 3.5 - 1, 4 / 3 - 1])
@@ -123,10 +153,57 @@ def test_the_table_by_hand():
     assert rows["interleave"]["speed_up"] == [None]
     assert rows["scratch"]["final"] == [4.0, 4.7]
     lines = study_table(list(rows.values())).splitlines()
-    assert "| base | 1 | – | 5.000 | – | – |" in lines
-    assert "| stack | 2 | 5.600 ± 0.141 | 3.600 ± 0.141 | 0.3250 ± 0.0354 | +24% ± 13% |" in lines
-    assert "| interleave | 1 | 5.200 | 4.400 | not reached | not reached |" in lines
-    assert "| scratch | 2 | – | 4.350 ± 0.495 | 0.4000 ± 0.0000 | – |" in lines
+    assert "| base | 1 | – | 5.000 | – | – | – |" in lines
+    assert "| stack | 2 | 5.600 ± 0.141 | 3.600 ± 0.141 | -0.750 ± 0.354 | 0.3250 ± 0.0354 | +24% ± 13% |" in lines
+    assert "| interleave | 1 | 5.200 | 4.400 | +0.400 | not reached | not reached |" in lines
+    assert "| scratch | 2 | – | 4.350 ± 0.495 | – | 0.4000 ± 0.0000 | – |" in lines
+    assert "| base, trained on | 2 | – | 3.650 ± 0.636 | -0.700 ± 0.141 | 0.1500 ± 0.0707 | +200% ± 141% |" in lines
+
+
+@pytest.mark.parametrize(("stack", "trained_on", "said"), [  # the final losses of scratch are 4.0 and 4.7
+    ((3.5, 3.7), (4.4, 4.9), """\
+- scratch beats the base trained on for 2 of 2 seeds: -0.300 ± 0.141 nats per token. Depth pays at this budget: the \
+preset counts.
+- stack beats scratch for 2 of 2 seeds: -0.750 ± 0.354 nats per token.
+- stack beats the base trained on for 2 of 2 seeds: -1.050 ± 0.212 nats per token.
+- Growing pays.
+"""),
+    ((3.5, 3.7), (3.2, 4.1), """\
+- scratch beats the base trained on for 0 of 2 seeds: +0.700 ± 0.141 nats per token. Depth does not pay at this \
+budget: the preset does not count.
+- stack beats scratch for 2 of 2 seeds: -0.750 ± 0.354 nats per token.
+- stack beats the base trained on for 1 of 2 seeds: -0.050 ± 0.495 nats per token.
+- Growing does not pay.
+"""),
+    ((4.1,), (4.0,), """\
+- scratch beats the base trained on for 0 of 1 seeds: +0.000 nats per token. Depth does not pay at this budget: the \
+preset does not count.
+- stack beats scratch for 0 of 1 seeds: +0.100 nats per token.
+- stack beats the base trained on for 0 of 1 seeds: +0.100 nats per token.
+- Growing does not pay.
+""")])
+def test_the_conclusion_by_hand(stack, trained_on, said):
+    runs = {seed: {"stack": [(4e14, grown)], "scratch": [(4e14, scratch)], "base-trained-on": [(4e14, base)]}
+            for seed, (grown, scratch, base) in enumerate(zip(stack, (4.0, 4.7), trained_on))}
+    assert conclusion(summarize_runs(runs)) == said
+
+
+def test_a_conclusion_without_stack():
+    rows = summarize_runs({1: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]}})
+    assert conclusion(rows) == ("- scratch beats the base trained on for 1 of 1 seeds: -1.000 nats per token. Depth "
+                                "pays at this budget: the preset counts.\n")
+
+
+def test_each_seed_has_the_controls():
+    jobs = study_jobs(GrowthStudyConfig(size="tiny", data="d", out="o", operators=("stack", "interleave"),
+                                        base_tokens=8192, max_flops=1e11, seeds=(1, 2)))
+    assert [str(job.out) for job in jobs] == [f"o/seed-{seed}/{name}" for seed, names in (
+        (1, ["base", "grown-stack", "stack", "grown-interleave", "interleave", "scratch", "base-trained-on"]),
+        (2, ["base", "grown-stack", "stack", "scratch", "base-trained-on"])) for name in names]
+    for base, trained_on in ((jobs[0], jobs[6]), (jobs[7], jobs[11])):
+        expected = flags_of(base) | {"max_tokens": "none", "max_flops": "100000000000.0", "out": str(trained_on.out)}
+        assert flags_of(trained_on) == expected
+        assert trained_on.flops == 1e11
 
 
 def test_a_scratch_that_learns_nothing_gives_no_speed_up():
@@ -142,17 +219,26 @@ def test_a_study(text, tmp_path, refusal, capsys):
     result = run_script(*words)
     study = tmp_path / "study"
     logs = {name: [json.loads(line) for line in (study / "seed-42" / name / "metrics.jsonl").read_text().splitlines()]
-            for name in ("base", "stack", "scratch")}
+            for name in ("base", "stack", "scratch", "base-trained-on")}
     assert logs["stack"][0]["flops"] == logs["base"][-1]["flops"] == 6 * 8192 * (4096 * 96 + 96 + 2 * 98496)
-    step = 6 * 2048 * (4096 * 96 + 96 + 8 * 98496)
-    for name in ("stack", "scratch"):  # equal cost, to a step
-        assert 1e11 - step < logs[name][-1]["flops"] <= 1e11
+    shallow, deep = (4096 * 96 + 96 + layers * 98496 for layers in (2, 8))
+    for name, step in (("stack", 2048 * deep), ("scratch", 2048 * deep), ("base-trained-on", 4096 * shallow)):
+        assert 1e11 - 6 * step < logs[name][-1]["flops"] <= 1e11  # equal cost, to a step
+    trained_on = json.loads((study / "seed-42/base-trained-on/run.json").read_text())
+    assert trained_on["settings"]["num_hidden_layers"] == 2
+    assert trained_on["parent_digest"] is None  # with a schedule of its own, and the samples of the base
+    assert logs["base-trained-on"][0]["eval_loss"] == logs["base"][0]["eval_loss"]
+    assert logs["base-trained-on"][1]["loss"] == logs["base"][1]["loss"]
     final = {name: log[-1]["eval_loss"] for name, log in logs.items()}
-    assert f"| scratch | 1 | – | {final['scratch']:.3f} |" in result.stdout
+    assert f"| scratch | 1 | – | {final['scratch']:.3f} | – |" in result.stdout
+    trained_on = final["base-trained-on"]
+    assert f"| base, trained on | 1 | – | {trained_on:.3f} | {trained_on - final['scratch']:+.3f} |" in result.stdout
+    assert (f"\n- scratch beats the base trained on for {int(final['scratch'] < trained_on)} of 1 seeds: "
+            f"{final['scratch'] - trained_on:+.3f} nats per token.") in result.stdout
     assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in result.stdout
     assert (study / "growth-study.md").read_text() in result.stdout
     assert (study / "growth-study.png").read_bytes()[:4] == b"\x89PNG"
-    for said in ("stack: ", "scratch: ", "training compute, base included (PFLOP, 6ND)"):
+    for said in ("stack: ", "scratch: ", "base, trained on: ", "training compute, base included (PFLOP, 6ND)"):
         assert f"<!-- {said}" in (study / "growth-study.svg").read_text()
     # a second call trains nothing; an interrupted study continues where it stopped; another study is refused
     again = load(GrowthStudyConfig, map(str, words[2:]))

@@ -1,0 +1,85 @@
+"""Items of benchmarks that flip between right and wrong, with the effect of guessing taken off; metrics that are noise.
+
+Guessing: an item is either known, and answered rightly, or guessed, and then right with the probability c = 1/options,
+at each stage independently. Of N items let N_kg be known at m0 and guessed later, and N_gg guessed at both. Then
+n00 = (1-c)² N_gg and n10 = (1-c) N_kg + c(1-c) N_gg, where n10 counts the items that were right at m0 and wrong later.
+Hence N_kg = n10 / (1-c) - n00 c / (1-c)²; likewise with n01 for the items that were learned.
+"""
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.inference import LEVEL, mcnemar
+from analysis.results import BENCHMARKS, Choices, Stage
+from analysis.statistics import Estimate, estimate_of_items
+
+# Options of benchmarks of lm-eval by the beginning of their names, for results without their items.
+OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "mathqa": 5, "mutual": 4, "race": 4,
+           "arc_": 4, "openbookqa": 4, "commonsense_qa": 5, "logiqa": 4, "social_iqa": 3, "crows_pairs": 2, "sciq": 4,
+           "copa": 2, "wsc273": 2}
+
+
+@dataclass(frozen=True)
+class Flips:
+    """How the answers to the items of a benchmark changed.
+
+    forgotten, learned: right at m0 and wrong later, and the reverse (n10, n01). known_forgotten, known_learned: the
+    shares of items that were known and are guessed now, and the reverse, without guessing.
+    """
+    items: int
+    forgotten: int
+    learned: int
+    known_forgotten: Estimate
+    known_learned: Estimate
+
+    @property
+    def p(self) -> float:
+        """The p-value of McNemar's exact test that flips in both directions are equally likely."""
+        return mcnemar(self.forgotten, self.learned)
+
+
+def count_flips(start: Choices, end: Choices, key: str) -> Flips:
+    """The flips between two stages. key: identifies the items, so that models are compared item by item."""
+    before, after = start.right > 0.5, end.right > 0.5
+    chance = start.chance
+    neither = chance / (1 - chance) ** 2 * (~before & ~after)
+    forgotten, learned = before & ~after, ~before & after
+    shares = [estimate_of_items(flipped / (1 - chance) - neither, (key, len(before)))
+              for flipped in (forgotten, learned)]
+    return Flips(len(before), int(forgotten.sum()), int(learned.sum()), *shares)
+
+
+def noise_flags(stages: Sequence[Stage]) -> list[str]:
+    """A sentence for each metric that is the same for all models and stages, or at chance level everywhere."""
+    found = []
+    values: dict[tuple[str, str], list[tuple[Stage, Estimate]]] = {}
+    for stage in stages:
+        for kind, results in ((BENCHMARKS, stage.benchmarks), ("tasks", stage.tasks)):
+            for name, estimate in results.items():
+                values.setdefault((kind, name), []).append((stage, estimate))
+    for (kind, name), measured in values.items():
+        numbers = [estimate.value for _, estimate in measured]
+        if len(numbers) > 1 and max(numbers) == min(numbers):
+            found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages")
+        elif kind == BENCHMARKS and (chance := chance_of(name, [stage for stage, _ in measured])) and \
+                is_at_chance([estimate for _, estimate in measured], chance):
+            found.append(f"{name}: its forgetting is noise, since no model and stage differs from chance "
+                         f"({chance:.4g}); the values are {min(numbers):.4g} to {max(numbers):.4g}")
+    return found
+
+
+def chance_of(name: str, stages: Sequence[Stage]) -> float | None:
+    """The value of a benchmark by guessing; None if the number of its options is unknown."""
+    for stage in stages:
+        if name in stage.choices:
+            return stage.choices[name].chance
+    return next((1 / options for beginning, options in OPTIONS.items() if name.startswith(beginning)), None)
+
+
+def is_at_chance(estimates: Sequence[Estimate], chance: float) -> bool:
+    """Whether no value differs from chance, at a level that is corrected for their number (Bonferroni)."""
+    critical = statistics.NormalDist().inv_cdf(1 - LEVEL / 2 / len(estimates))
+    return all(abs(estimate.value - chance) <= critical * estimate.error for estimate in estimates
+               if not np.isnan(estimate.error)) and any(not np.isnan(estimate.error) for estimate in estimates)

@@ -1,0 +1,217 @@
+"""The figures of a study of pairs of models."""
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.figures import FONT, PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
+from analysis.inference import PairedDifference
+from analysis.pairs import LEARNING, Contrast, Difference, Study
+from analysis.record_figures import LINES, use_few_ticks
+
+MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5}
+                               for color, marker in zip(PALETTE[1:] + PALETTE[:1], "osD^vPX*")]  # of the contrasts
+GREY = "#888888"
+
+
+@styled
+def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
+    """Plots the figures for which a study has results. Returns {file name without suffix: caption}."""
+    figures: dict[str, tuple[Callable[[Study, str], Figure | None], str]] = {
+        "differences": (plot_differences, f"Differences after {study.stages[-1]}: mean over the pairs and 95% interval."
+                        " Positive is more forgetting by the first model. The primary measure is on top."),
+        "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for their "
+                     "mean, a point for each learning rate."),
+        "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, which does not match learning."),
+        "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
+        "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the held-out losses "
+                     "of both m0.")}
+    plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(study, primary))}
+    for name, figure in plotted.items():
+        save_figure(figure, folder / name)
+    return {name: figures[name][1] for name in plotted}
+
+
+def setting_of(study: Study) -> str | None:
+    """The rate of the differences in figures: None for those at equal learning, or else the single rate."""
+    return None if study.matches_learning else study.rates[0]
+
+
+def contrast_styles(study: Study) -> list[tuple[Contrast, dict[str, Any]]]:
+    """The contrasts with their styles."""
+    return list(zip(study.contrasts, MARKS))
+
+
+def contrast_handles(contrasts: Sequence[Contrast], study: Study) -> list[Line2D]:
+    """The handles of a legend of contrasts."""
+    return [Line2D([], [], ls="", label=str(contrast), **style) for contrast, style in contrast_styles(study)
+            if contrast in contrasts]
+
+
+def plot_differences(study: Study, primary: str) -> Figure | None:
+    """A forest plot: a panel for each unit, a row for each measure, with a point and an interval for each contrast.
+
+    Like the functions below, returns None without results.
+    """
+    setting = setting_of(study)
+    rows: dict[str, dict[str, list[tuple[int, Difference]]]] = {}  # unit -> measure -> (contrast, difference)
+    for name in dict.fromkeys([primary, *study.measures]):
+        found = [(place, one) for place, contrast in enumerate(study.contrasts[:len(MARKS)])
+                 if (name != LEARNING or setting is not None)
+                 and (one := study.difference(contrast, name, study.last, setting))]
+        if found:
+            rows.setdefault(study.measures[name].unit, {})[name] = found
+    if not rows:
+        return None
+    shown = {place for measures in rows.values() for found in measures.values() for place, _ in found}
+    height = 0.16 + 0.16 * len(shown)
+    heights = [max(0.6, height * len(measures)) for measures in rows.values()]
+    figure = Figure((7.5, sum(heights) + 0.55 * len(rows)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), 1, height_ratios=heights)
+    for index, (unit, measures) in enumerate(rows.items()):
+        panel = figure.add_subplot(grid[index])
+        draw_forest(panel, list(measures.values()), sorted(shown))
+        labels = [fold(name + " (primary)" * (name == primary), 2.2) for name in measures]
+        panel.set_yticks(range(len(measures)), labels)
+        for label, name in zip(panel.get_yticklabels(), measures):
+            label.set_fontweight("bold" if name == primary else "normal")
+        panel.set(ylim=(len(measures) - 0.5, -0.5), xlabel=f"difference ({unit})")
+    add_legend(figure, [*contrast_handles([study.contrasts[place] for place in sorted(shown)], study),
+                        Line2D([], [], ls="", color=GREY, marker="|", ms=8,
+                               label="smallest difference found with 80% power")])
+    return figure
+
+
+def draw_forest(panel: Axes, rows: Sequence[Sequence[tuple[int, Difference]]], places: Sequence[int]) -> None:
+    """Draws a point, an interval and the smallest detectable difference for each contrast of each row. places: of the
+    contrasts in MARKS."""
+    for row, found in enumerate(rows):
+        for place, difference in found:
+            y = row + 0.7 * ((places.index(place) + 0.5) / len(places) - 0.5)
+            estimate = difference.estimate
+            draw_interval(panel, [estimate.mean], [y], [estimate], MARKS[place], horizontal=True)
+            if not math.isnan(limit := estimate.smallest_detectable):
+                panel.plot([-limit, limit], [y, y], ls="", color=GREY, marker="|", ms=8)
+    panel.axvline(0, color="#000000", lw=0.8)
+    panel.grid(axis="x")
+    use_few_ticks(panel.xaxis)
+
+
+def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates: Sequence[PairedDifference],
+                  style: dict[str, Any], horizontal: bool = False) -> None:
+    """Draws points with the 95% intervals of estimates, as far as they have one."""
+    errors = [0 if math.isnan(one.half_width) else one.half_width for one in estimates]
+    panel.errorbar(x, y, xerr=errors if horizontal else None, yerr=None if horizontal else errors, ls="", capsize=2,
+                   elinewidth=1.2, **style)
+
+
+def plot_learning(study: Study, primary: str) -> Figure | None:
+    """Forgetting over the loss on the new task, a panel for each stage and a curve for each model."""
+    styles = dict(zip(study.models, LINES))
+    curves: dict[int, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}  # stage -> model -> (x, y) [R] of each pair
+    for number in range(1, study.last + 1):
+        for model in styles:
+            found = [(x, np.array([one.value for one in y])) for pair in study.pairs
+                     for x, y, _ in [study.curve(primary, pair, model, number)] if len(x)]
+            if found:
+                curves.setdefault(number, {})[model] = found
+    if not curves:
+        return None
+    titles = [fold(study.stages[number], 2.7) for number in curves]
+    figure, panels = make_panels(len(curves), 3.2, 2.4 + text_height(*titles))
+    for panel, title, of_models in zip(panels, titles, curves.values()):
+        for model, found in of_models.items():
+            style = styles[model]
+            for x, y in found:
+                panel.plot(x, y, lw=0.6, alpha=0.5, color=style["color"], ls=style["ls"])
+            most = max(len(x) for x, _ in found)
+            complete = [one for one in found if len(one[0]) == most]
+            panel.plot(*np.mean(complete, axis=0), lw=2, **style)
+        panel.set_title(title)
+        panel.invert_xaxis()
+        panel.grid()
+        use_few_ticks(panel.xaxis, panel.yaxis)
+    figure.supxlabel(f"{LEARNING} (nats/token), to the right more was learned")
+    figure.supylabel(fold(f"{primary} ({study.measures[primary].unit})", 2.4))
+    shown = {model for of_models in curves.values() for model in of_models}
+    add_legend(figure, [Line2D([], [], label=model, **style) for model, style in styles.items() if model in shown])
+    return figure
+
+
+def plot_by_rate(study: Study, primary: str) -> Figure | None:
+    """The primary difference after the last stage at each learning rate, and at equal learning."""
+    settings = [*study.rates, None]
+    labels = [*study.rates, "equal\nlearning"]
+    return plot_over(study, primary, labels, [(study.last, setting) for setting in settings], "learning rate") \
+        if study.matches_learning else None
+
+
+def plot_by_stage(study: Study, primary: str) -> Figure | None:
+    """The primary difference after each stage."""
+    labels = ["\n".join(fold(part, 0.9) for part in name.split("-", 1)) for name in study.stages[1:]]
+    return plot_over(study, primary, labels, [(number, setting_of(study)) for number in range(1, study.last + 1)],
+                     "stage") if study.last > 1 else None
+
+
+def plot_over(study: Study, primary: str, labels: Sequence[str], places: Sequence[tuple[int, str | None]],
+              title: str) -> Figure | None:
+    """The primary difference of each contrast at several places (stage, rate), with the pairs as small points.
+
+    labels: of the places.
+    """
+    found = {contrast: [(place, one) for place, (number, rate) in enumerate(places)
+                        if (one := study.difference(contrast, primary, number, rate))]
+             for contrast, _ in contrast_styles(study)}
+    found = {contrast: points for contrast, points in found.items() if points}
+    if not found:
+        return None
+    figure, (panel,) = make_panels(1, max(4.5, 1.0 * len(labels) + 1.0), 2.6 + text_height(*labels))
+    for index, contrast in enumerate(found):
+        style = dict(contrast_styles(study))[contrast]
+        shift = 0.5 * ((index + 0.5) / len(found) - 0.5)
+        for place, one in found[contrast]:
+            values = one.estimate.values
+            panel.plot([place + shift + 0.06] * len(values), values, ls="", marker=".", ms=3, alpha=0.6,
+                       color=style["color"])
+        x, estimates = [place + shift for place, _ in found[contrast]], [one.estimate for _, one in found[contrast]]
+        draw_interval(panel, x, [one.mean for one in estimates], estimates, style)
+    panel.axhline(0, color="#000000", lw=0.8)
+    panel.set_xticks(range(len(labels)), labels)
+    panel.set(xlim=(-0.5, len(labels) - 0.5), xlabel=title,
+              ylabel=fold(f"difference in {primary} ({study.measures[primary].unit})", 2.2))
+    panel.grid(axis="y")
+    use_few_ticks(panel.yaxis)
+    add_legend(figure, [*contrast_handles(list(found), study),
+                        Line2D([], [], ls="", marker=".", ms=3, color=GREY, label="a pair")])
+    return figure
+
+
+def plot_by_start(study: Study, primary: str) -> Figure | None:
+    """The primary difference of each pair over the difference of the held-out losses of m0."""
+    points: dict[Contrast, list[tuple[float, float]]] = {}
+    for contrast, _ in contrast_styles(study):
+        starts, found = study.start_difference(contrast), study.difference(contrast, primary, study.last,
+                                                                           setting_of(study))
+        both = [(starts[pair], one.value) for pair, one in found.of_pairs.items() if pair in starts] if found else []
+        if both:
+            points[contrast] = both
+    if len(study.pairs) < 2 or not points:
+        return None
+    figure, (panel,) = make_panels(1, 5.0, 3.0)
+    for contrast, style in contrast_styles(study):
+        if contrast in points:
+            panel.plot(*zip(*points[contrast]), ls="", **style)
+    panel.axhline(0, color="#000000", lw=0.8)
+    panel.axvline(0, color="#000000", lw=0.8)
+    panel.set(xlabel="difference of the held-out losses of m0 (nats/token)",
+              ylabel=fold(f"difference in {primary} ({study.measures[primary].unit})", 2.2))
+    panel.xaxis.label.set_fontsize(FONT)
+    panel.grid()
+    use_few_ticks(panel.xaxis, panel.yaxis)
+    add_legend(figure, [*contrast_handles(list(points), study)])
+    return figure

@@ -1,0 +1,236 @@
+"""The answer of a study of pairs of models, and its tables."""
+import math
+import statistics
+from collections.abc import Sequence
+
+from analysis.flips import Flips, count_flips
+from analysis.inference import POWER, PairedDifference, holm
+from analysis.pairs import LEARNING, Difference, Study, pair_name
+from analysis.statistics import Estimate, mean
+from analysis.tables import Section, format_estimate
+from common.formatting import markdown_table
+
+ONE_PAIR = "One pair of models cannot answer whether {0} forgets less than {1}: pairs differ, and the pair is the unit."
+FLOPS_TOLERANCE = 0.02  # relative difference of the FLOPs of two m0 that count as equal: of a few steps
+
+
+def answer(study: Study, primary: str, effect: float) -> list[str]:
+    """The first sentences of a report: the answer by the primary measure, its uncertainty, and where both models
+    started. effect: the difference whose number of pairs is told."""
+    found = study.main_difference(primary)
+    one, two = study.pair
+    lines = [ONE_PAIR.format(one, two)] if len(study.pairs) == 1 else []
+    if found is None:
+        if study.has_losses or len(study.pairs) > 1:
+            lines.append(f"There is no answer by the primary measure, {primary} after {study.stages[-1]}: no pair has "
+                         "it for both models" + " at an equal new-task loss" * study.matches_learning + ".")
+        return lines
+    estimate, unit = found.estimate, found.measure.unit
+    if estimate.n > 1:
+        direction = "less" if estimate.mean < 0 else "more"
+        claim = f"{one} forgets {direction} than {two}" if estimate.is_significant else \
+            f"{one} and {two} cannot be told apart"
+        lines.append(f"{claim}: by the primary measure, {primary} {described(study, found)}, the difference is "
+                     f"{with_interval(estimate)} {unit}, p {p_text(estimate.p, '= ')}, n = "
+                     f"{count(estimate.n, 'pair')}.")
+        lines.append(uncertainty(found, effect))
+    else:
+        lines.append(f"In {pair_name(next(iter(found.of_pairs)))} the difference in the primary measure, {primary} "
+                     f"{described(study, found)}, is {signed(estimate.mean)} {unit}.")
+    lines.append(rests_on(study, found))
+    for contrast in study.contrasts[1:]:
+        control = study.difference(contrast, primary, study.last, found.rate)
+        if contrast.equal_loss and control:
+            lines.append(f"With m0 of equal held-out loss instead of equal FLOPs, the difference is "
+                         f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
+    return lines + start_losses(study)
+
+
+def described(study: Study, found: Difference) -> str:
+    """Where a difference was measured."""
+    learning = "at equal new-task loss" if found.rate is None else "at the same learning rate" + \
+        (f" {found.rate}" if found.rate else "") + ", which does not match learning"
+    return f"after {study.stages[found.number]} {learning} and equal FLOPs"
+
+
+def uncertainty(found: Difference, effect: float) -> str:
+    """The sentence on what the design could have found."""
+    estimate, unit, parts = found.estimate, found.measure.unit, found.components
+    needed = estimate.units_needed(effect)
+    share = "" if parts is None or math.isnan(parts.item_share) else \
+        f" The items are {parts.item_share:.0%} of the variance between pairs."
+    return (f"With these {estimate.n} pairs a true difference of {estimate.smallest_detectable:.3g} {unit} would be "
+            f"found with {POWER:.0%} power; a difference of {effect:g} needs {needed or '–'} pairs.{share}")
+
+
+def rests_on(study: Study, found: Difference) -> str:
+    """The sentence on the data behind the answer."""
+    items = len(next(iter(found.of_pairs.values())).values)
+    left = [pair_name(pair) for pair in study.pairs if pair not in found.of_pairs]
+    seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" * any(found.of_pairs)
+    rates = f", learning rates {', '.join(study.rates)}" if study.matches_learning else ""
+    return (f"It rests on {count(len(found.of_pairs), 'pair')}{seeds}, {items} items{rates}"
+            + (f"; left out: {', '.join(left)}, see What is missing." if left else "."))
+
+
+def count(number: int, noun: str) -> str:
+    """A number with a noun."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def start_losses(study: Study) -> list[str]:
+    """The sentences on the held-out losses of both m0, and on their FLOPs if they are not equal."""
+    losses = [study.start_losses(model) for model in study.pair]
+    differences = PairedDifference(tuple(study.start_difference(study.contrasts[0]).values()) or (math.nan,))
+    if not all(losses):
+        return []
+    texts = [f"{model} {loss.mean:.4f}" for model, loss in zip(study.pair, losses) if loss]
+    lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
+             f"{with_interval(differences)}."]
+    one, two = map(study.start_flops, study.pair)
+    if one and two and max(one, two) > (1 + FLOPS_TOLERANCE) * min(one, two):
+        lines.append(f"The FLOPs before fine-tuning are not equal: {study.pair[0]} {one:.3g}, {study.pair[1]} "
+                     f"{two:.3g}.")
+    return lines
+
+
+def signed(value: float) -> str:
+    """A difference with three significant digits, which a value other than 0 never loses."""
+    return "–" if math.isnan(value) else f"{value:+.3g}" if value else "0"
+
+
+def p_text(p: float, equals: str = "") -> str:
+    """A p-value. equals: what precedes it unless it is too small to be written."""
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+
+
+def with_interval(estimate: PairedDifference) -> str:
+    """A difference with its 95% interval, as far as there is one."""
+    low, high = estimate.interval
+    return signed(estimate.mean) + ("" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]")
+
+
+def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | None, list[Difference]]:
+    """The primary difference, and all others after the last stage: at equal new-task loss where learning is matched,
+    and those of the first contrast also at the shared rate."""
+    first = study.main_difference(primary)
+    others = []
+    for contrast in study.contrasts:
+        for setting in [*([None] if study.matches_learning else []), rate]:
+            if setting is not None and study.matches_learning and contrast is not study.contrasts[0]:
+                continue
+            others += [study.difference(contrast, name, study.last, setting) for name in study.measures
+                       if setting is not None or name != LEARNING]
+    return first, [one for one in others if one is not None and one is not first]
+
+
+def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[Section]:
+    """The sections of a study. rate: the one at which models are compared without matching."""
+    first, others = differences_of(study, primary, rate)
+    found = [*([first] if first else []), *others]
+    if not found:
+        return flip_section(study, rate)
+    corrected = [math.nan, *holm([one.estimate.p for one in others])] if first else \
+        holm([one.estimate.p for one in others])
+    rows = [[one.measure.name + " (primary)" * (one is first), one.measure.unit, str(one.contrast), learning_text(one),
+             one.estimate.n, with_interval(one.estimate), p_text(one.estimate.p), p_text(p),
+             "–" if one.estimate.n < 2 else f"{one.estimate.smallest_detectable:.3g}",
+             one.estimate.units_needed(effect) or "–"] for one, p in zip(found, corrected)]
+    note = (f"After {study.stages[-1]}; mean over the pairs, in brackets the 95% interval by Student's t. Positive is "
+            f"more forgetting (or, for the {LEARNING}, less learning) by the first model. One measure is primary; all "
+            "others are secondary, and Holm's p-value is corrected for their number. Detectable: the smallest true "
+            f"difference found with {POWER:.0%} power.\n\n")
+    table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
+                            "detectable", f"pairs for {effect:g}"], rows)
+    return [("Differences between the models", note + table), *stage_section(study, primary, rate),
+            *match_section(study), level_section(study, primary), *flip_section(study, rate)]
+
+
+def learning_text(found: Difference) -> str:
+    """How the learning of two models compares in a difference."""
+    return "equal loss" if found.rate is None else f"rate {found.rate}" if found.rate else "not matched"
+
+
+def stage_section(study: Study, primary: str, rate: str) -> list[Section]:
+    """The primary difference by stage and by rate."""
+    contrast, rows = study.contrasts[0], []
+    for number in range(1, study.last + 1):
+        for setting in [*([None] if study.matches_learning else []), *study.rates]:
+            if found := study.difference(contrast, primary, number, setting):
+                learned = study.difference(contrast, LEARNING, number, setting) if setting is not None else None
+                rows.append([study.stages[number], learning_text(found), found.estimate.n,
+                             with_interval(found.estimate), p_text(found.estimate.p),
+                             with_interval(learned.estimate) if learned else "0 by design" if setting is None else "–"])
+    table = markdown_table(["stage", "learning", "pairs", primary, "p", LEARNING], rows)
+    note = f"{contrast}, {study.measures[primary].unit}.\n\n"
+    return [("Difference by stage and rate", note + table)] if rows else []
+
+
+def match_section(study: Study) -> list[Section]:
+    """The ranges of the new-task loss over which the models were compared, means over the pairs."""
+    rows = []
+    for contrast in study.contrasts if study.matches_learning else ():
+        found = [one for pair in study.pairs if (one := study.match(contrast, pair, study.last))]
+        matched = [one.ranges for one in found if one.weights]
+        if found:
+            ends = [statistics.fmean(values) for values in zip(*((*one, *two) for one, two in matched))]
+            rows.append([str(contrast), f"{len(matched)} of {len(found)}", *(
+                f"{low:.4f} to {high:.4f}" for low, high in zip(ends[::2], ends[1::2]))])
+    note = (f"The {LEARNING} after {study.stages[-1]} in nats per token, from the rate that learns most to the "
+            "smallest rate; means over the pairs whose ranges overlap. A difference at equal loss is the mean over "
+            "what both ranges of a pair have in common.\n\n")
+    return [("Range of equal learning", note + markdown_table(
+        ["models", "matched pairs", "range of the first", "range of the second"],
+        [[*row, "–", "–"][:4] for row in rows]))] if rows else []
+
+
+def level_section(study: Study, primary: str) -> Section:
+    """The measures of each model at each rate, means over the pairs."""
+    names = list(dict.fromkeys([LEARNING, primary, *study.measures]))
+    rows = []
+    for model in study.models:
+        for rate in study.rates:
+            levels = [[one.value for pair in study.pairs if (one := study.values(name, pair, model, rate, study.last))]
+                      for name in names]
+            if any(levels):
+                rows.append([model, rate or "–", *(f"{sum(one) / len(one):.4f}" if one else "–" for one in levels)])
+    return ("Forgetting and learning by model", f"After {study.stages[-1]}, means over the pairs; positive is "
+            "forgetting.\n\n" + markdown_table(["model", "rate", *names], rows))
+
+
+def flip_section(study: Study, rate: str) -> list[Section]:
+    """The items of each benchmark that changed between right and wrong until the last stage."""
+    rows = []
+    for name in study.choice_benchmarks:
+        for model in study.models:
+            of_pairs = [flips for pair in study.pairs if (flips := flips_of(study, pair, model, rate, name))]
+            found = [one for flips in of_pairs for one in flips]
+            if found:
+                rows.append([name, model, *(sum(numbers) for numbers in zip(*(
+                    (one.items, one.forgotten, one.learned) for one in found))),
+                    p_text(found[0].p) if len(found) == 1 else "–",
+                    share_text([mean(one.known_forgotten for one in flips) for flips in of_pairs]),
+                    share_text([mean(one.known_learned for one in flips) for flips in of_pairs])])
+    note = (f"From m0 to {study.stages[-1]}" + f" at the rate {rate}" * bool(rate) + ": items that were right and are "
+            "wrong, and the reverse, summed over pairs and seeds. p: McNemar's exact test, of a single chain. Known, "
+            "then forgotten: the share of all items without the effect of guessing, in percent, with the 95% interval "
+            "from the pairs, or from the items of a single one.\n\n")
+    return [("Items that flipped", note + markdown_table(
+        ["benchmark", "model", "items", "right, then wrong", "wrong, then right", "p", "known, then forgotten",
+         "unknown, then learned"], rows))] if rows else []
+
+
+def flips_of(study: Study, pair: int, model: str, rate: str, name: str) -> list[Flips]:
+    """The flips of a benchmark between m0 and the last stage, for each seed."""
+    ends = [[chain[number].choices.get(name) if number in chain else None for number in (0, study.last)]
+            for chain in study.chains(pair, model, rate)]
+    return [count_flips(start, end, name) for start, end in ends if start and end]
+
+
+def share_text(shares: Sequence[Estimate | None]) -> str:
+    """A share in percent with its interval: over the pairs, or the items of a single one."""
+    known = [share for share in shares if share is not None]
+    if len(known) == 1:
+        return format_estimate(known[0], scale=100)
+    found = PairedDifference(tuple(100 * share.value for share in known))
+    return f"{found.mean:.1f} [{found.interval[0]:.1f}, {found.interval[1]:.1f}]"

@@ -1,0 +1,129 @@
+"""The settings of experiment.py, and those of train.py and evaluate.py that follow from them."""
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.files import UserError
+from common.settings import CONFIGS, known, load, setting
+from evaluation.evaluate_config import EvaluateConfig
+from pipeline import chain
+from pipeline.jobs import further_flags, optional_flags
+from training.train_config import TrainConfig
+
+# The settings that identify a stage or an evaluation.
+STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
+EVALUATION_SETTINGS = {"checkpoint", "out", "data", "tasks", "suite", "suite_files", "posterior_samples"}
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Settings of an experiment."""
+    size: str | None = setting(None, "size preset (a file in configs/size): m0 and the recipe of fine-tuning",
+                               names="size")
+    models: tuple[str, ...] = setting(chain.PAIR, "models of a pair: llm (from scratch), stack or another growth "
+                                                  "operator, base (the shallow base trained on)", required=True,
+                                      names=chain.MODELS)
+    pairs: tuple[int, ...] = setting((), "pretraining seeds, each a pair of models in a folder pair-<seed>; none: one "
+                                         "pair without a folder", at_least=0)
+    controls: tuple[str, ...] = setting(("flops",), "what is equal between the m0 of llm and stack: flops; loss (the "
+                                                    "one that is behind is also trained on until it is level)",
+                                        required=True, names=("flops", "loss"))
+    order: tuple[str, ...] = setting(chain.SAMPLE_ORDER, "tasks in the order of the stages; one may come again",
+                                     required=True, names="task")
+    seeds: tuple[int, ...] = setting((42,), "seeds of fine-tuning; all but the first have a folder seed-<n>",
+                                     required=True, at_least=0)
+    rates: tuple[float, ...] = setting((), "learning rates of fine-tuning, each a chain from m0 in a folder rate-<x>; "
+                                           "test sets are generated and benchmarks run with the middle one; none: one "
+                                           "chain with the recipe's rate", above=0, at_most=1e6)
+    methods: tuple[str, ...] = setting((), "files in configs/method, each a separate chain from m0; settings of "
+                                           "train.py may follow: ewc:ewc_strength=10; none: one chain, by "
+                                           "configs/train/finetune.toml")
+    text: str | None = setting(None, "directory of token shards that m0 is pretrained on, and whose held-out part "
+                                     "every stage is evaluated on; for a given m0 also a text file")
+    data: str = setting(None, "folder of the preprocessed task files, <task>.json", required=True)
+    out: str = setting(None, "folder of the models, such as runs/tiny", required=True)
+    init_llm: str | None = setting(None, "checkpoint to use as the m0 of llm: a directory or a Hub id")
+    init_stack: str | None = setting(None, "checkpoint to use as the m0 of stack")
+    suite: str = setting("sample", "suite of benchmarks, as for evaluate.py")
+    suite_files: str | None = setting(None, "folder of the suite's local files")
+    report: str = setting("report", "folder of the report")
+    launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process; "
+                                "slurm: a Slurm job for each job")
+    gpus: int = setting(8, "GPUs, and processes, of a Slurm job", at_least=1)
+    slurm_file: str = setting("configs/slurm/step.sbatch", "script of a Slurm job, with the placeholder @COMMAND@")
+    only: str | None = setting(None, "run only the job that makes this directory, and no report")
+    train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
+    evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
+    posterior_samples: int = setting(4, "weight samples for also evaluating stages trained with IVON", at_least=0)
+    dry_run: bool = setting(False, "print the plan and run nothing")
+
+    def problems(self) -> list[str]:
+        """Contradictions between settings, as sentences."""
+        found = [f"{name} names one twice" for name in ("models", "pairs", "controls", "rates", "seeds", "methods")
+                 if len(set(getattr(self, name))) < len(getattr(self, name))]
+        found += [f"{model} has no --init_{model}, and --size is missing" for model in self.models
+                  if not self.size and not self.init(model)]
+        if "flops" not in self.controls:
+            found.append("controls lacks flops: a loss control trains one of the m0 with equal FLOPs on")
+        if "loss" in self.controls and not set(chain.PAIR) <= set(self.models):
+            found.append(f"controls has loss, which needs the models {' and '.join(chain.PAIR)}")
+        if (self.pairs or "loss" in self.controls) and (self.init_llm or self.init_stack):
+            found.append("pairs and the loss control pretrain m0: leave out --init_llm and --init_stack")
+        checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self)]
+        if self.size is None or self.size in known("size"):
+            checks += [functools.partial(train_settings, self, method) for method in self.methods or [None]]
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                found.append(str(error))
+        return found
+
+    def init(self, model: str) -> str | None:
+        """The checkpoint that was given as the m0 of a model."""
+        return {"llm": self.init_llm, "stack": self.init_stack}.get(model)
+
+    @property
+    def shared_rate(self) -> float | None:
+        """The learning rate with which test sets are generated and benchmarks run; None: all."""
+        return sorted(self.rates)[len(self.rates) // 2] if self.rates else None
+
+
+def method_flags(method: str) -> list[str]:
+    """The flags for train.py of a method such as ewc:ewc_strength=10: a file in configs/method, and settings that
+    override it. Raises UserError if they are not the names and values of settings."""
+    name, *parts = method.split(":")
+    flags = ["--method", name]
+    if "/" in method:
+        raise UserError("it names a folder, so that it may have no '/'; give paths in train_args")
+    for part in parts:
+        key, _, value = part.partition("=")
+        if not value or key not in {field.name for field in dataclasses.fields(TrainConfig)} - STAGE_SETTINGS:
+            raise UserError(f"{part!r} is not name=value of a setting that a method may have")
+        flags += [f"--{key}", value]
+    return flags
+
+
+def train_settings(cfg: ExperimentConfig, method: str | None) -> TrainConfig:
+    """The settings of the stages with a method, apart from those that identify a stage. Raises UserError if train_args
+    or the method is not valid."""
+    try:
+        return load(TrainConfig, [
+            "--config", str(CONFIGS / "train/finetune.toml"), *optional_flags(size=cfg.size), "--task", chain.ORDER[0],
+            "--init", "x", "--data", "x", "--out", "x", *further_flags(cfg.train_args, STAGE_SETTINGS),
+            *(method_flags(method) if method else [])])
+    except UserError as error:
+        origins = [*(["train_args"] if cfg.train_args else []), *([f"the method {method!r}"] if method else [])]
+        raise UserError(f"{' and '.join(origins) or 'train.py'}: {error}") from None
+
+
+def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:
+    """The settings of the evaluations, apart from those that identify one. Raises UserError if evaluate_args is not
+    valid."""
+    try:
+        return load(EvaluateConfig, [
+            "--checkpoint", "x", "--suite", cfg.suite, "--posterior_samples", str(cfg.posterior_samples),
+            *further_flags(cfg.evaluate_args, EVALUATION_SETTINGS)])
+    except UserError as error:
+        raise UserError(f"{'evaluate_args' if cfg.evaluate_args else 'evaluate.py'}: {error}") from None

@@ -1,0 +1,100 @@
+"""The size of a study: pairs, items and hours that a difference in forgetting takes, from the pairs of a pilot.
+
+    python -m pipeline.experiment_plan --runs runs/study --effect 0.05
+"""
+import common.interrupts
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.inference import LEVEL, POWER, VarianceComponents, units_needed
+from analysis.pairs import PRIMARY, Difference, Study
+from analysis.results import read_runs
+from common.files import UserError
+from common.provenance import RUN, read_record
+from common.settings import run, setting
+
+FEW = 6  # pairs, below which a standard deviation is rough
+ITEM_SHARE = 0.1  # of the variance between pairs that the items may add: more of them save few pairs
+
+
+@dataclass(frozen=True)
+class ExperimentPlanConfig:
+    """Settings of the plan of a study."""
+    runs: str = setting(None, "folder of a pilot's runs, with at least two pairs", required=True)
+    effect: float = setting(0.05, "difference to be found, in units of the primary measure", above=0)
+    primary: str = setting(PRIMARY, "the measure that answers the question")
+    grown: str = setting("stack", "the model whose forgetting is compared")
+    reference: str = setting("llm", "the model to compare it with")
+    method: str | None = setting(None, "only the stages with this method against forgetting")
+
+
+def training_seconds(folder: Path) -> float:
+    """The seconds of training of all runs in a folder, by their run.json; epoch checkpoints do not count."""
+    results = [read_record(path.parent).get("result", {}) for path in sorted(folder.rglob(RUN))
+               if not path.parent.name.startswith("checkpoint-")]
+    return sum(result.get("seconds", 0.0) + result.get("seconds_after", 0.0) for result in results)
+
+
+def items_needed(components: VarianceComponents) -> int | None:
+    """The number of items whose choice is ITEM_SHARE of the variance between pairs; None if the pairs do not differ
+    by more than their items."""
+    if not components.of_pairs:
+        return None
+    return max(1, math.ceil(components.of_item * (1 - ITEM_SHARE) / ITEM_SHARE / components.of_pairs))
+
+
+def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
+    """The primary difference of the pilot. Raises UserError if it has less than two pairs."""
+    stages = [stage for stage in read_runs(cfg.runs)
+              if not stage.number or cfg.method is None or stage.method == cfg.method]
+    study = Study(stages, cfg.grown, cfg.reference)
+    study.check_measure(cfg.primary)
+    found = study.main_difference(cfg.primary)
+    count = found.estimate.n if found else 0
+    if found is None or count < 2 or not found.estimate.sd:
+        raise UserError(f"{cfg.runs} has {count} pairs with the {cfg.primary} of {cfg.grown} and {cfg.reference} after "
+                        f"{study.stages[-1]}, expected at least 2 that differ: run experiment.py with more --pairs")
+    return found
+
+
+def print_plan(cfg: ExperimentPlanConfig) -> None:
+    """Prints what the pilot found, and how many pairs, items and hours find the effect."""
+    found = pilot_difference(cfg)
+    estimate, unit = found.estimate, found.measure.unit
+    hours = training_seconds(Path(cfg.runs)) / 3600 / estimate.n
+    low, high = estimate.interval
+    learning = "equal new-task loss" if found.rate is None else "a single learning rate, which does not match learning"
+    print(f"pilot: {estimate.n} pairs, {found.measure.name} at {learning}, {found.contrast}: {estimate.mean:+.4g} "
+          f"[{low:+.4g}, {high:+.4g}] {unit}\nstandard deviation between pairs: {estimate.sd:.4g}")
+    if found.components:
+        print_items(found.components, hours, cfg.effect)
+    pairs = units_needed(estimate.sd, cfg.effect)
+    print(f"pairs needed: {pairs} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
+          f"{POWER:.0%} power at the level {LEVEL:g}\n"
+          f"hours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot; evaluation comes on top")
+    if estimate.n < FEW:
+        print(f"note: the standard deviation of {estimate.n} pairs is rough, and the plan with it")
+
+
+def print_items(components: VarianceComponents, hours: float, effect: float) -> None:
+    """Prints the pairs and hours that find the effect with other numbers of items, and the items that are enough.
+
+    hours: of training for each pair.
+    """
+    print(f"of its variance, {components.item_share:.0%} is due to the choice of {components.items} items\n\n"
+          f"{'items':>10} {'deviation':>10} {'pairs':>7} {'hours':>9}")
+    for factor in (0.5, 1, 2, 4, math.inf):
+        items = factor * components.items
+        deviation = components.deviation(items)
+        pairs = units_needed(deviation, effect)
+        name = "all" if math.isinf(items) else f"{items:.0f}"
+        print(f"{name:>10} {deviation:>10.4g} {pairs:>7} {pairs * hours:>9.1f}")
+    needed = items_needed(components)
+    print(f"\nitems needed: {needed}, which are then {ITEM_SHARE:.0%} of the variance" if needed else
+          "\nitems needed: more than the pilot's, whose pairs do not differ by more than their items")
+
+
+if __name__ == "__main__":
+    run((ExperimentPlanConfig, print_plan), __doc__)

@@ -1,0 +1,63 @@
+"""Flips of items, compared with items that are known or guessed by simulation; metrics that are noise."""
+import numpy as np
+import pytest
+
+from analysis.flips import count_flips, noise_flags
+from analysis.results import Choices, Stage
+from analysis.statistics import Estimate
+
+
+def choices(right, options=4):
+    return Choices(np.asarray(right, float), None, None, 1 / options)
+
+
+def test_flips_by_hand():
+    found = count_flips(choices([1, 1, 1, 1, 0, 0, 0, 0]), choices([1, 0, 0, 0, 1, 0, 0, 0]), "items")
+    assert (found.items, found.forgotten, found.learned) == (8, 3, 1)
+    assert found.p == pytest.approx(2 * 5 / 16)  # 3 and 1: 2 · (1 + 4) / 2⁴
+    # n00 = 3 of 8: 3/8 / 0.75 - 3/8 · 0.25 / 0.75²
+    assert found.known_forgotten.value == pytest.approx(0.5 - 3 / 8 / 2.25)
+    assert found.known_learned.value == pytest.approx(1 / 8 / 0.75 - 3 / 8 / 2.25)
+
+
+@pytest.mark.parametrize("options", [2, 4])
+def test_guessing_is_taken_off(options):
+    """Of 20,000 items 30% stay known, 15% are forgotten, 5% learned; the others are guessed both times."""
+    rng = np.random.default_rng(options)
+    kind = rng.choice(4, 20_000, p=[0.3, 0.15, 0.05, 0.5])
+    start, end = (np.where(np.isin(kind, known), True, rng.random(len(kind)) < 1 / options)
+                  for known in ([0, 1], [0, 2]))
+    found = count_flips(choices(start, options), choices(end, options), "items")
+    for share, truth in ((found.known_forgotten, 0.15), (found.known_learned, 0.05)):
+        assert abs(share.value - truth) < 3 * share.error
+        assert share.error < 0.01
+    assert found.forgotten / found.items > 0.19  # with guessing it looks like more
+
+
+def test_models_are_compared_item_by_item():
+    rng = np.random.default_rng(0)
+    start = rng.random(400) < 0.6
+    ends = [start & (rng.random(400) < 0.7) for _ in range(2)]
+    one, two = (count_flips(choices(start), choices(end), "items").known_forgotten for end in ends)
+    values = [(start & ~end) / 0.75 - (~start & ~end) / 2.25 for end in ends]
+    assert (one - two).error == pytest.approx(np.std(values[0] - values[1], ddof=1) / 20)
+
+
+def stages_of(name, values, error=0.02, with_choices=None):
+    """Stages of two models with a benchmark."""
+    return [Stage(f"m{place % 2}", 0, place // 2, f"m{place // 2}", benchmarks={name: Estimate(value, error)},
+                  choices={name: with_choices} if with_choices else {}) for place, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(("stages", "said"), [
+    (stages_of("mine", [0.4, 0.4, 0.4, 0.4]), "it is 0.4 for all models and stages"),
+    (stages_of("piqa", [0.51, 0.48, 0.545, 0.5]), "no model and stage differs from chance (0.5); the values are 0.48"),
+    (stages_of("mine", [0.3, 0.34, 0.36, 0.33], with_choices=choices([1, 0], 3)), "differs from chance (0.3333)"),
+    (stages_of("mine", [0.3, 0.34, 0.36, 0.33]), ""),  # the number of options is unknown
+    (stages_of("piqa", [0.51, 0.48, 0.60, 0.5]), ""),
+    (stages_of("piqa", [0.51, 0.48, 0.50, 0.5], error=np.nan), "")])
+def test_metrics_whose_forgetting_is_noise(stages, said):
+    found = noise_flags(stages)
+    assert len(found) == bool(said)
+    assert said in "".join(found)
+    assert not found or found[0].startswith(f"{next(iter(stages[0].benchmarks))}: its forgetting is noise")

@@ -1,0 +1,64 @@
+"""The figures of a study: their layout, and that they show the differences."""
+from unittest import mock
+
+import pytest
+
+from analysis import pair_figures
+from analysis.pair_figures import draw_forest, plot_differences, plot_learning, plot_pairs
+from analysis.pairs import PRIMARY, Study
+from analysis.results import read_runs
+from tests.analysis.studies import RATES, write_study
+from tests.analysis.test_figures import layout_faults
+
+ALL = {"differences", "learning", "by-rate", "by-stage", "by-start"}
+LONG = "interleave" + 20 * "W"
+
+CASES = {"study": ({"models": ("llm", "stack", "llm-level", "interleave", "base")}, ALL),
+         "one pair and rate": ({"pairs": (0,), "rates": RATES[:1]}, {"differences", "learning", "by-stage"}),
+         "two pairs": ({"pairs": (1, 2), "rates": RATES[:1], "models": ("llm", "stack", LONG)}, ALL - {"by-rate"})}
+
+
+def study_of(folder, **options):
+    return Study(read_runs(write_study(folder, **options)), "stack", "llm")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layout_of_a_study(tmp_path, case):
+    options, names = CASES[case]
+    found = {}
+    with mock.patch.object(pair_figures, "save_figure",
+                           lambda figure, path: found.update({path.name: layout_faults(figure)})):
+        plot_pairs(study_of(tmp_path / "study", **options), tmp_path, PRIMARY)
+    assert {name: faults for name, faults in found.items() if faults} == {}
+    assert found.keys() == names
+
+
+def test_the_primary_measure_is_on_top_and_marked(tmp_path):
+    study = study_of(tmp_path / "study")
+    figure = plot_differences(study, "KL on the new task")
+    labels = [label for panel in figure.axes for label in panel.get_yticklabels()]
+    assert labels[0].get_text() == "KL on the new task (primary)"
+    assert [label.get_fontweight() for label in labels] == ["bold"] + ["normal"] * (len(labels) - 1)
+    assert [panel.get_xlabel() for panel in figure.axes] == [
+        "difference (nats/token)", "difference (nats)", "difference (bits/byte)", "difference (share of items)"]
+
+
+def test_a_forest_shows_difference_interval_and_detectable_size(tmp_path):
+    study = study_of(tmp_path / "study")
+    difference = study.main_difference(PRIMARY)
+    panel = mock.MagicMock()
+    draw_forest(panel, [[(0, difference)]], [0])
+    assert panel.errorbar.call_args.args[0] == [difference.estimate.mean]
+    assert panel.errorbar.call_args.kwargs["xerr"] == [difference.estimate.half_width]
+    limit = difference.estimate.smallest_detectable
+    assert panel.plot.call_args.args[0] == [-limit, limit]
+
+
+def test_the_thick_line_is_the_mean_of_the_pairs(tmp_path):
+    study = study_of(tmp_path / "study")
+    lines = plot_learning(study, PRIMARY).axes[1].get_lines()
+    thick = [line for line in lines if line.get_linewidth() == 2]
+    assert (len(lines), len(thick)) == (2 * (4 + 1), 2)
+    values = [study.values(PRIMARY, pair, "stack", RATES[0], 2).value for pair in study.pairs]
+    assert thick[1].get_ydata()[0] == pytest.approx(sum(values) / 4)
+    assert thick[1].get_xdata() == pytest.approx([2.65, 2.45, 2.25])

@@ -1,0 +1,145 @@
+"""The report of a study: the answer first, the differences, and what the results cannot say."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import report
+from analysis import pair_tables
+from analysis.pairs import Study
+from analysis.results import read_runs
+from common.files import UserError, read_json
+from report import ReportConfig
+from tests.analysis.studies import RATES, write_study
+from tests.analysis.test_report import cells, make_report
+
+
+def first_lines(text):
+    """The sentences at the top of a report."""
+    return [line.removeprefix("- ") for line in text.split("\n\n")[1].splitlines()]
+
+
+def numbers(text):
+    """The numbers in a text."""
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:e-?\d+)?", text)]
+
+
+def test_the_answer_comes_first(tmp_path):
+    text = make_report(tmp_path / "out", runs=write_study(tmp_path / "runs"))
+    answer, uncertainty, data, start = first_lines(text)
+    values = np.array([2 * (np.random.default_rng([pair, 7]).normal(0, 0.02) - 0.1) for pair in (1, 2, 3, 4)])
+    mean, half = values.mean(), 3.18245 * values.std(ddof=1) / 2
+    assert answer.startswith("stack forgets less than llm: by the primary measure, rise of held-out loss after m2-empd "
+                             "at equal new-task loss and equal FLOPs, the difference is ")
+    assert numbers(answer.split("difference is")[1])[:3] == pytest.approx([mean, mean - half, mean + half], abs=6e-3)
+    assert answer.endswith("n = 4 pairs.")
+    assert uncertainty.startswith("With these 4 pairs a true difference of ")
+    assert "a difference of 0.05 needs 25 pairs" in uncertainty
+    assert data == ("It rests on 4 pairs (pretraining seeds 1, 2, 3, 4), 24 items, learning rates 3e-4, 1e-3, 3e-3.")
+    assert start.startswith("Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token; difference -0.2 [")
+    assert text.index("stack forgets less") < text.index("## Differences between the models")
+
+
+def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
+    runs = write_study(tmp_path / "runs", models=("llm", "stack", "llm-level", "interleave"))
+    text = make_report(tmp_path / "out", runs=runs)
+    table = [cells(line) for line in text.split("## Differences between the models")[1].split("## ")[0].splitlines()
+             if line.startswith("| ")][1:]
+    assert [row[0] for row in table if "(primary)" in row[0]] == ["rise of held-out loss (primary)"]
+    assert table[0][7] == "–"
+    assert {row[2] for row in table} == {"stack − llm, equal FLOPs", "stack − llm, equal loss",
+                                         "interleave − llm, equal FLOPs"}
+    learning = next(row for row in table if row[0] == "new-task loss")
+    assert learning[3:6] == ["rate 1e-3", "4", "-0.15 [-0.15, -0.15]"]
+    control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("equal loss"))
+    tested = sum(row[6] != "–" for row in table[1:])
+    assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
+    assert "With m0 of equal held-out loss instead of equal FLOPs, the difference is -0." in text
+    assert "| quiz | llm | 160 | 16 | 0 |" in text  # four of 40 items in each pair
+
+
+def test_a_null_result_says_what_would_have_been_found(tmp_path):
+    study = Study(read_runs(write_study(tmp_path / "runs", effect=0.0)), "stack", "llm")
+    answer, uncertainty, *_ = pair_tables.answer(study, "rise of held-out loss", 0.02)
+    assert answer.startswith("stack and llm cannot be told apart: ")
+    assert re.search(r"a true difference of 0\.\d+ nats/token would be found with 80% power; a difference of 0.02 "
+                     r"needs \d+ pairs", uncertainty)
+
+
+def test_one_pair_cannot_answer(tmp_path):
+    for pairs in ((1,), (0,)):
+        runs = write_study(tmp_path / f"runs{pairs[0]}", pairs=pairs, rates=RATES[:1])
+        first, second, *_ = first_lines(make_report(tmp_path / "out", runs=runs))
+        assert first == ("One pair of models cannot answer whether stack forgets less than llm: pairs differ, and the "
+                         "pair is the unit.")
+        assert "at the same learning rate, which does not match learning" in second
+        assert "n = " not in second
+
+
+def test_unequal_flops_are_told(tmp_path):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2), rates=RATES[:1])
+    for flops, said in ((2.0e15, True), (1.01e15, False)):
+        for model, value in (("llm", 1.0e15), ("stack", flops)):
+            for path in runs.glob(f"pair-*/{model}/m0/run.json"):
+                path.write_text(json.dumps(read_json(path) | {"lineage": {"flops": value}}))
+        lines = pair_tables.answer(Study(read_runs(runs), "stack", "llm"), "rise of held-out loss", 0.05)
+        assert ("The FLOPs before fine-tuning are not equal: stack 2e+15, llm 1e+15." in lines) == said
+
+
+def test_a_pair_without_a_common_range_is_named(tmp_path):
+    runs = write_study(tmp_path / "runs")
+    for rate in RATES[1:]:
+        shutil.rmtree(runs / f"pair-2/llm/rate-{rate}")
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "It rests on 3 pairs (pretraining seeds 1, 3, 4)" in text
+    assert "left out: pair 2, see What is missing." in text
+    missing = text.split("## What is missing")[1]
+    assert ("pair 2 is left out of stack − llm, equal FLOPs after m2-empd: the models reach no common loss on the new "
+            "task (stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in missing
+    assert "| stack − llm, equal FLOPs | 3 of 4 |" in text
+
+
+def test_a_study_without_the_primary_measure_gives_no_answer(tmp_path):
+    runs = write_study(tmp_path / "runs", rates=RATES[:1])
+    for path in runs.rglob("losses-text.json"):
+        path.unlink()
+    text = make_report(tmp_path / "out", runs=runs)
+    assert first_lines(text)[0] == ("There is no answer by the primary measure, rise of held-out loss after m2-empd: "
+                                    "no pair has it for both models.")
+    assert "| rise of earlier tasks' losses | nats/token | stack − llm, equal FLOPs | not matched | 4 |" in text
+    text = make_report(tmp_path / "out", runs=runs, primary="KL on the new task")
+    assert "by the primary measure, KL on the new task" in text
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"primary": "accuracy"}, "unknown measure 'accuracy' of forgetting, expected one of rise of held-out loss, "),
+    ({"primary": "new-task loss"}, "unknown measure 'new-task loss' of forgetting"),
+    ({"rate": 0.5}, "unknown rate 0.5, expected one of 3e-4, 1e-3, 3e-3")])
+def test_unknown_settings_are_refused(tmp_path, options, message):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2))
+    with pytest.raises(UserError, match=message):
+        report.main(ReportConfig(runs=str(runs), out=str(tmp_path / "out"), **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_differences_in_differences(tmp_path):
+    """Of results of any lm-eval, with independent standard errors."""
+    for model, values in (("llm", (0.6, 0.5)), ("stack", (0.62, 0.58))):
+        for number, value in enumerate(values):
+            folder = tmp_path / f"results/{model}/m{number}"
+            folder.mkdir(parents=True)
+            results = {"piqa": {"acc,none": value, "acc_stderr,none": 0.01},
+                       "boolq": {"acc,none": 0.5, "acc_stderr,none": 0.02}}
+            (folder / "results_1.json").write_text(json.dumps({"results": results}))
+    text = make_report(tmp_path / "out", results=tmp_path / "results")
+    rows = {cells(line)[0]: cells(line) for line in text.split("## Differences in differences")[1].split("## ")[0]
+            .splitlines() if line.startswith("| ")}
+    # piqa: (58 - 62) - (50 - 60) = 6 points, with the error 2 · 0.01
+    assert rows["piqa"][1:] == ["-4.0 [-6.8, -1.2]", "-10.0 [-12.8, -7.2]", "+6.0 [+2.1, +9.9]", "5.6"]
+    assert rows["Rs"][3].startswith("+3.0 [")
+    assert rows["Rs"][4] == f"{280 * (0.02 ** 2 + 0.04 ** 2) ** 0.5 / 2:.1f}"
+    assert "- boolq: its forgetting is noise, since it is 0.5 for all models and stages" in text
+    assert "piqa: its" not in text
+    assert "One pair of models cannot answer" in first_lines(text)[0]

@@ -1,0 +1,160 @@
+"""Pairs of models: measures, matched learning, controls, on folders with known effects."""
+import json
+
+import numpy as np
+import pytest
+
+from analysis.matching import efficient_branch, match, mean_weights
+from analysis.pairs import Contrast, Study
+from analysis.results import read_runs
+from common.files import read_json
+from evaluation.result_files import total_losses
+from tests.analysis.studies import RATES, SLOPE, TASKS, write_study
+
+
+def study_of(folder):
+    return Study(read_runs(folder), "stack", "llm")
+
+
+@pytest.fixture
+def study(tmp_path):
+    return study_of(write_study(tmp_path / "study"))
+
+
+def test_the_branch_ends_at_the_lowest_loss():
+    assert efficient_branch(np.array([3.0, 2.2, 2.6, 2.4])).tolist() == [1, 0]
+    assert efficient_branch(np.array([3.0, 3.1, 2.2])).tolist() == [2, 0]  # a rate that learns less than a smaller one
+    assert efficient_branch(np.array([3.0])).tolist() == [0]
+
+
+def test_the_mean_of_a_curve_is_an_integral():
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([0.3, 0.1, 0.7])
+    grid = np.linspace(1.5, 3.5, 200_001)
+    assert mean_weights(x, 1.5, 3.5) @ y == pytest.approx(np.interp(grid, x, y).mean(), abs=1e-5)
+    assert mean_weights(x, 3.0, 3.0) @ y == pytest.approx(0.4)
+    assert mean_weights(x, 1.5, 3.5).sum() == pytest.approx(1)
+
+
+def test_curves_are_matched_where_both_have_learned_as_much():
+    one, two = np.array([3.0, 2.5, 2.0, 2.4]), np.array([2.6, 2.2])
+    found = match(one, two)
+    assert found.ranges == ((2.0, 3.0), (2.2, 2.6))
+    # both forget 3 - x, the first 0.5 more; the last rate of the first is not on its branch
+    assert found.weights[0] @ (3.5 - one + [0, 0, 0, 9]) - found.weights[1] @ (3 - two) == pytest.approx(0.5)
+    assert match(np.array([3.0, 2.7]), two).weights is None
+
+
+def test_the_folders_of_a_study(tmp_path):
+    stages = read_runs(write_study(tmp_path / "study", pairs=(1, 12)))
+    place = tmp_path / "study/pair-12/stack"
+    found = {stage.directory: stage for stage in stages}
+    assert len(stages) == 2 * 2 * (1 + 2 * 3)
+    ends = [found[place / "m0"], found[place / "rate-1e-3/m1-simp"]]
+    assert [(stage.pair, stage.model, stage.rate) for stage in ends] == [(12, "stack", None), (12, "stack", "1e-3")]
+    assert found[place / "m0"].losses.keys() == {"text", *TASKS}
+
+
+def test_forgetting_is_compared_at_equal_learning(study):
+    """The grown model learns more at each rate. At equal learning it forgets 0.1 nats per token and stage less."""
+    assert study.rates == list(RATES)
+    for number in (1, 2):
+        found = study.main_difference("rise of held-out loss", number)
+        own = np.array([np.random.default_rng([pair, 7]).normal(0, 0.02) for pair in study.pairs])
+        assert found.estimate.values == pytest.approx(tuple(number * (own - 0.1)))
+        # at one rate the further learning, 0.15 nats, costs forgetting
+        shared = study.difference(Contrast("stack", "llm"), "rise of held-out loss", number, "1e-3")
+        assert shared.estimate.values == pytest.approx(tuple(number * (own - 0.1 + SLOPE * 0.15)))
+    assert study.difference(Contrast("stack", "llm"), "new-task loss", 1, "1e-3").estimate.mean == pytest.approx(-0.15)
+
+
+def test_measures_of_a_chain_by_hand(study):
+    def value(name, number=2):
+        return study.values(name, 1, "llm", "1e-3", number).value
+    assert value("rise of held-out loss") == pytest.approx(2 * SLOPE * (3.2 - 2.6))
+    assert value("KL on held-out text") == pytest.approx(0.2)
+    assert value("KL on the new task") == pytest.approx(0.02)
+    assert value("rise of earlier tasks' losses") == pytest.approx(0.1)
+    assert study.values("rise of earlier tasks' losses", 1, "llm", "1e-3", 1) is None  # nothing was learned before
+    assert value("new-task loss") == pytest.approx(2.6)
+    assert value("loss of accuracy, DK") == pytest.approx(4 / 40)  # four of 20 right items are wrong after stage 2
+    assert value("rise of right options' NLL, DK") == pytest.approx(4 / 40)
+    assert value("rise of right options' bits per byte, DK", 1) == pytest.approx(2 / 40)
+
+
+def test_items_are_paired(study):
+    found = study.main_difference("rise of held-out loss")
+    start, end = (read_json(study.chains(2, "llm", "1e-3")[0][number].directory / "eval/losses-text.json")["items"]
+                  for number in (0, 2))
+    rises = (np.array(end["nll"]) - start["nll"]) / np.mean(end["tokens"])
+    assert study.values("rise of held-out loss", 2, "llm", "1e-3", 2).values == pytest.approx(rises)
+    assert found.components.items == len(rises)
+    assert found.components.of_item > 0
+
+
+def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
+    folder = write_study(tmp_path / "study")
+    for rate in RATES:
+        path = folder / f"pair-3/stack/rate-{rate}/m1-simp/eval/losses-task-simp.json"
+        change_items(path, lambda nll, tokens: nll - tokens)
+    study = study_of(folder)
+    assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 4]
+    assert list(study.unmatched(study.contrasts[0], 1)) == [
+        "pair 3 is left out of stack − llm, equal FLOPs after m1-simp: the models reach no common loss on the new task "
+        "(stack 1.3500 to 1.7500, llm 2.5000 to 2.9000 nats per token)"]
+
+
+def change_items(path, change):
+    """Changes the losses of the items in a losses file, and its totals."""
+    found = read_json(path)
+    items = found["items"]
+    items["nll"] = change(np.array(items["nll"]), np.array(items["tokens"])).tolist()
+    path.write_text(json.dumps(found | total_losses(items)))
+
+
+def test_a_single_rate_is_not_matched(tmp_path):
+    study = study_of(write_study(tmp_path / "study", rates=("1e-3",)))
+    assert not study.matches_learning
+    assert study.main_difference("rise of held-out loss").rate == ""
+    assert study.main_difference("rise of held-out loss").estimate.n == 4
+
+
+def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
+    folder = write_study(tmp_path / "study", models=("llm", "stack", "llm-level", "interleave"))
+    for path in (folder / "pair-4/llm-level").rglob("m*"):
+        if path.is_dir():
+            path.rename(path.with_name(f"gone-{path.name}"))
+    study = study_of(folder)
+    assert list(map(str, study.contrasts)) == ["stack − llm, equal FLOPs", "stack − llm, equal loss",
+                                               "interleave − llm, equal FLOPs"]
+    control = study.contrasts[1]
+    assert study.models_of(control, 1) == ("stack", "llm-level")
+    assert study.models_of(control, 4) is None
+    assert list(study.difference(control, "rise of held-out loss", 2).of_pairs) == [1, 2, 3]
+    assert study.start_difference(study.contrasts[0])[1] == pytest.approx(-0.2)
+    assert study.start_difference(control)[1] == pytest.approx(0)
+
+
+def test_only_like_losses_are_compared(tmp_path):
+    folder = write_study(tmp_path / "study", rates=("1e-3",))
+    path = folder / "pair-2/stack/m2-empd/eval/losses-text.json"
+    found = read_json(path)
+    found["run"]["dtype"] = "bf16"
+    path.write_text(json.dumps(found))
+    study = study_of(folder)
+    assert list(study.main_difference("rise of held-out loss").of_pairs) == [1, 3, 4]
+    assert study.left_out == ["pair 2, stack, m2-empd: losses of text under other conditions, not used: dtype bf16 "
+                              "(elsewhere fp32)"]
+
+
+def test_the_kl_counts_from_the_own_m0(tmp_path):
+    folder = write_study(tmp_path / "study", rates=("1e-3",))
+    for pair, reference in ((1, folder / "pair-1/stack"), (2, folder / "pair-1/stack")):
+        path = folder / f"pair-{pair}/stack/m1-simp/eval/losses-text.json"
+        found = read_json(path)
+        found["run"]["reference_digest"] = str(reference)
+        path.write_text(json.dumps(found))
+    study = study_of(folder)
+    assert list(study.main_difference("KL on held-out text", 1).of_pairs) == [1, 3, 4]
+    assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 3, 4]
+    assert study.left_out == ["pair 2, stack, m1-simp: the KL of text is not used, since it was measured from another "
+                              "checkpoint than m0"]

@@ -1,0 +1,46 @@
+"""The plan of a study, from pilots with known spread."""
+import json
+import re
+
+import numpy as np
+import pytest
+
+from analysis.inference import VarianceComponents, units_needed
+from pipeline.experiment_plan import ExperimentPlanConfig, items_needed, print_plan, training_seconds
+from tests.analysis.studies import RATES, write_study
+
+
+def test_pairs_items_and_hours(tmp_path, capsys):
+    """Each run takes a minute: 14 runs for each pair, two m0 and two stages at three rates of two models."""
+    runs = write_study(tmp_path / "study")
+    (runs / "pair-1/llm/m0/checkpoint-5").mkdir()
+    (runs / "pair-1/llm/m0/checkpoint-5/run.json").write_text(json.dumps({"result": {"seconds": 9999.0}}))
+    assert training_seconds(runs) == 60 * 4 * 14
+    print_plan(ExperimentPlanConfig(runs=str(runs), effect=0.05))
+    text = capsys.readouterr().out
+    deviation = np.std([2 * np.random.default_rng([pair, 7]).normal(0, 0.02) for pair in (1, 2, 3, 4)], ddof=1)
+    pairs = units_needed(deviation, 0.05)
+    assert f"standard deviation between pairs: {deviation:.4g}" in text
+    assert f"pairs needed: {pairs} with the pilot's items" in text
+    assert f"hours: {pairs * 14 / 60:.1f} of training, 0.23 for each pair" in text
+    assert "at equal new-task loss, stack − llm" in text
+    table = [line.split() for line in re.findall(r"^ +(?:\d|all).*", text, re.MULTILINE)]
+    assert [row[0] for row in table] == ["12", "24", "48", "96", "all"]
+    assert table[1][1:] == [f"{deviation:.4g}", str(pairs), f"{pairs * 14 / 60:.1f}"]
+    assert [float(row[1]) for row in table] == sorted((float(row[1]) for row in table), reverse=True)
+    assert "note: the standard deviation of 4 pairs is rough" in text
+
+
+def test_items_needed_by_hand():
+    assert items_needed(VarianceComponents(0.02, 1.0, 10)) == 450  # 1/450 is a tenth of 0.02 + 1/450
+    assert items_needed(VarianceComponents(0.0, 1.0, 10)) is None
+
+
+@pytest.mark.parametrize(("options", "flags", "message"), [
+    ({"pairs": (1,)}, (), "has 1 pairs with the rise of held-out loss of stack and llm after m2-empd, expected at"),
+    ({"pairs": (1, 2), "models": ("llm",)}, (), "has 0 pairs with"),
+    ({"pairs": (1, 2)}, ("--primary", "accuracy"), "unknown measure 'accuracy'"),
+    ({"pairs": (1, 2)}, ("--effect", "0"), "effect is 0.0, expected a number above 0")])
+def test_too_little_for_a_plan(tmp_path, refusal, options, flags, message):
+    runs = write_study(tmp_path / "study", rates=RATES[:1], **options)
+    assert message in refusal((ExperimentPlanConfig, print_plan), "--runs", runs, *flags)
