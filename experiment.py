@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.files import UserError, check_writable, read_json
+from common.files import UserError, check_writable, read_json, write_json
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.settings import ROOT, run
@@ -27,14 +27,25 @@ from pipeline.costs import Pace, matmul_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, read_own_json
 from training.deepspeed_config import resolve_zero_stage
 
 UTILISATION = 0.3  # share of a matrix product's speed that training and evaluation reach, for the first estimate
 
 def report_command(cfg: ExperimentConfig) -> list[str]:
     """The command that makes the report."""
-    return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report]
+    return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report, "--primary", cfg.primary]
+
+
+def record_primary(cfg: ExperimentConfig) -> None:
+    """Records the primary measure before the first run. Raises UserError if another one was recorded."""
+    path = Path(cfg.out) / "experiment" / "primary.json"
+    if not path.exists():
+        return write_json(path, {"primary": cfg.primary})
+    recorded = read_own_json(path, "the primary measure is then recorded anew").get("primary")
+    if recorded != cfg.primary:
+        raise UserError(f"the primary measure of {cfg.out} is {recorded!r}, as named before its first run, not "
+                        f"{cfg.primary!r}: give --primary {shlex.quote(str(recorded))}; report.py shows any other one")
 
 
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
@@ -120,6 +131,7 @@ def main(cfg: ExperimentConfig) -> None:
     if cfg.dry_run:
         return
     check_before_running(cfg, to_do)
+    record_primary(cfg)
     if cfg.launcher == "slurm":
         return submit(cfg, to_do, ledger)
     incomplete: list[str] = []

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from analysis.pairs import PRIMARY
 from common.files import UserError
 from common.settings import CONFIGS, known, load, setting
 from evaluation.evaluate_config import EvaluateConfig
@@ -48,6 +49,8 @@ class ExperimentConfig:
     suite: str = setting("sample", "suite of benchmarks, as for evaluate.py")
     suite_files: str | None = setting(None, "folder of the suite's local files")
     report: str = setting("report", "folder of the report")
+    primary: str = setting(PRIMARY, "the measure that answers the question, named before the first run: the others are "
+                                    "secondary")
     launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process; "
                                 "slurm: a Slurm job for each job")
     gpus: int = setting(8, "GPUs, and processes, of a Slurm job", at_least=1)
@@ -87,7 +90,7 @@ class ExperimentConfig:
     @property
     def shared_rate(self) -> float | None:
         """The learning rate with which test sets are generated and benchmarks run; None: all."""
-        return sorted(self.rates)[len(self.rates) // 2] if self.rates else None
+        return sorted(self.rates)[(len(self.rates) - 1) // 2] if self.rates else None
 
 
 def method_flags(method: str) -> list[str]:

@@ -194,7 +194,9 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
     assert (tmp_path / "report/report.html").read_bytes() == page
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
     assert {path.name for path in (tmp_path / "runs/experiment").iterdir()} == {
-        "llm-m0-eval.json", "llm-m1-simp.json", "llm-m1-simp-eval.json"}
+        "llm-m0-eval.json", "llm-m1-simp.json", "llm-m1-simp-eval.json", "primary.json"}
+    with pytest.raises(UserError, match="is 'rise of held-out loss', as named before its first run, not 'KL on held"):
+        experiment.main(replace(cfg, primary="KL on held-out text"))
 
 
 @pytest.mark.parametrize(("flags", "said"), [
