@@ -25,6 +25,7 @@ from model.tokenizer import TOKENIZER_FILES
 from tests import damage
 from tests.conftest import ROOT, random_model, sample_texts
 from tests.fuzzing import MEMORY, Runner
+from training.engine import REMEDY
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 300))
 
@@ -355,6 +356,8 @@ def find_faults(outcome, folder, before):
     found += ["a traceback"] * ("Traceback" in outcome.stdout + outcome.stderr)
     found += [f"{len(outcome.errors)} error lines"] * (len(outcome.errors) != (outcome.status == 2))
     found += ["too much memory"] * (outcome.memory > MEMORY or "memory of this machine" in outcome.stderr)
+    if any(REMEDY in line for line in outcome.errors):  # a run that has diverged keeps its log
+        changed = [path for path in changed if ".partial" not in path or not is_sound(folder / path)]
     if outcome.status == 0:
         changed = [path for path in changed if WRITING in path or path in after and not is_sound(folder / path)]
     return found + [f"wrote {', '.join(changed)}"] * bool(changed)
