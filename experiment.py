@@ -117,10 +117,14 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
     return incomplete
 
 
+def all_jobs(cfg: ExperimentConfig) -> list[Job]:
+    """The jobs of all pairs, as far as they are known: see pipeline.experiment_jobs.arms."""
+    return [job for pair in cfg.pairs or (None,) for job in pair_jobs(cfg, pair)]
+
+
 def main(cfg: ExperimentConfig) -> None:
     """Prints the plan, runs the jobs that are missing or changed, and writes the report."""
-    pairs, ledger = cfg.pairs or (None,), Ledger(cfg.out)
-    jobs = [job for pair in pairs for job in pair_jobs(cfg, pair)]
+    jobs, ledger = all_jobs(cfg), Ledger(cfg.out)
     if cfg.only and not (jobs := [job for job in jobs if str(job.out) == cfg.only]):
         raise UserError(f"no job of this experiment makes {cfg.only}")
     pace, to_do = Pace(UTILISATION * matmul_speed()), [job for job in jobs if not ledger.unchanged(job)]
@@ -135,9 +139,10 @@ def main(cfg: ExperimentConfig) -> None:
     if cfg.launcher == "slurm":
         return submit(cfg, to_do, ledger)
     incomplete: list[str] = []
-    for pair in pairs if not cfg.only else ():
+    for pair in cfg.pairs or (None,) if not cfg.only else ():
         if "loss" in cfg.controls:  # which model has to be trained on is known when both m0 are finished
             run_unfinished([m0_job(cfg, arm) for arm in arms(cfg, pair) if not arm.level_with], jobs, ledger, pace)
+            jobs = all_jobs(cfg)
         incomplete += run_unfinished(pair_jobs(cfg, pair), jobs, ledger, pace)
     if cfg.only:
         incomplete = run_unfinished(jobs, jobs, ledger, pace)

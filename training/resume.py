@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import UserError, digest, explain_os_errors, parsing, sync, write_json
+from common.files import UserError, digest, explain_os_errors, parsing, sync
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_weights
 from training.run import Run
-from training.run_directory import continue_run, find_state, fingerprint, read_state
+from training.run_directory import continue_run, find_state, fingerprint, read_state, write_state
 from training.train_state import TrainState
 from training.zero_shards import Fragment, base_optimizer, local_fragments, update_weights
 
@@ -68,8 +68,8 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
             partial.mkdir(parents=True)
 
     def complete() -> None:
-        write_json(partial / "state.json", {"progress": asdict(state), "run": fingerprint(run.record),
-                                            "optimizer_step": optimizer_updates(engine), "files": dict(files)})
+        write_state(partial, {"progress": asdict(state), "run": fingerprint(run.record),
+                              "optimizer_step": optimizer_updates(engine), "files": dict(files)})
         with explain_os_errors(folder):
             sync(partial)
             partial.rename(folder)

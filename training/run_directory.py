@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import UserError, explain_os_errors, lock, named, read_json, remove
+from common.files import UserError, explain_os_errors, lock, named, read_json, remove, write_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import differences, identity, read_record, write_record
@@ -164,7 +164,7 @@ def saved_states(directory: Path) -> list[Path]:
 
 def fingerprint(record: Mapping[str, Any]) -> str:
     """A digest of what identifies a run."""
-    return hashlib.sha256(json.dumps(identity(record), sort_keys=True).encode()).hexdigest()
+    return json_digest(identity(record))
 
 
 def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
@@ -187,13 +187,27 @@ def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
 STATE_TYPES = {"progress": dict, "run": str, "optimizer_step": int, "files": dict}
 
 
+def write_state(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Writes state.json of a saved state: the entries in STATE_TYPES, and their digest."""
+    write_json(folder / "state.json", {**entries, "digest": json_digest(entries)})
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a saved state. Raises UserError if it lacks an entry."""
+    """state.json of a saved state. Raises UserError if it lacks an entry or has been changed."""
     saved = read_json(folder / "state.json", dict)
+    found = saved.pop("digest", None)
     if not all(isinstance(saved.get(name), kind) for name, kind in STATE_TYPES.items()) or \
             not all(re.fullmatch(r"rank-\d+\.safetensors", name) for name in saved["files"]):
         raise UserError(f"{folder}/state.json lacks entries of a saved state: remove {folder} to train again")
+    if found != json_digest(saved):
+        raise UserError(f"{folder}/state.json is damaged, its content does not have the digest in it: remove {folder} "
+                        "to train again")
     return saved
+
+
+def json_digest(value: Any) -> str:
+    """The SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def print_result(out: str | Path) -> None:

@@ -19,7 +19,7 @@ from model.parameter_files import ParameterFiles
 from tests.conftest import TORCHRUN, error_line, losses, read_metrics
 from train import main
 from training.run import compare_digests
-from training.run_directory import claim
+from training.run_directory import claim, read_state, write_state
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_steps", "9", "--warmup_steps", "2", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1",
@@ -124,8 +124,8 @@ def test_a_damaged_state_is_refused(train, killed_copy):
 
 def test_the_state_of_another_run_is_refused(train, killed_copy):
     out, directory = killed_copy
-    state = directory / "resume/step-4/state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"run": "0" * 64}))
+    folder = directory / "resume/step-4"
+    write_state(folder, read_state(folder) | {"run": "0" * 64})
     assert "step-4 is the state of a run other than" in error_line(train(out, check=False))
     assert "seed is 42 there and 1 here" in error_line(train(out, "--seed", "1", check=False))
 
@@ -236,13 +236,23 @@ def test_a_kill_within_an_epochs_checkpoint_does_not_hinder_the_next_start(train
 
 
 @pytest.mark.parametrize("change", [
-    lambda state: [], lambda state: state | {"files": ["rank-0.safetensors"]}, lambda state: state | {"progress": 3},
+    lambda state: state | {"files": ["rank-0.safetensors"]}, lambda state: state | {"progress": 3},
     lambda state: state | {"files": {"../../../etc/passwd": "0"}},
     lambda state: state | {"progress": state["progress"] | {"step": "4"}},
     lambda state: state | {"progress": state["progress"] | {"losses": [None]}},
     lambda state: state | {"progress": state["progress"] | {"unknown": 1}},
 ])
 def test_a_damaged_record_of_the_state_is_refused(train, killed_copy, change):
+    out, directory = killed_copy
+    folder = directory / "resume/step-4"
+    write_state(folder, change(read_state(folder)))
+    assert f"{folder}/state.json" in error_line(train(out, check=False))
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: [], lambda state: state | {"optimizer_step": 0}, lambda state: state | {"optimizer_step": 3},
+    lambda state: state | {"progress": state["progress"] | {"tokens": 1}}])
+def test_a_record_of_the_state_that_was_changed_is_refused(train, killed_copy, change):
     out, directory = killed_copy
     file = directory / "resume/step-4/state.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
