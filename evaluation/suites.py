@@ -45,6 +45,8 @@ def open_suite(name: str, folder: str | Path | None = None) -> tuple[Path, list[
     problems = [f"unknown key {key!r}" for key in table if key not in ("folder", "benchmark")]
     problems += ["folder is not text"] if not isinstance(default_folder, str) else []
     problems += ["it has no [[benchmark]]"] if not entries else []
+    problems += ["the file of a [[benchmark]] is not text"] if not all(
+        isinstance(entry.get("file", ""), str) for entry in entries) else []
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
     return path, entries, Path(folder or (ROOT / default_folder if default_folder else path.parent))

@@ -261,6 +261,13 @@ def test_a_damaged_file_of_a_task_is_found_when_the_jobs_are_planned(checkpoint,
     assert "simp.json: test[0] is not an item whose 'src_info' has a text as 'normal_sentence'" in line
 
 
+def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(checkpoint, tasks, tmp_path, refusal):
+    (tmp_path / "suite.toml").write_text('[[benchmark]]\nname = "x"\ncategory = "DK"\nfile = ["items.jsonl"]\n')
+    line = refusal((ExperimentConfig, experiment.main), "--init_llm", checkpoint, "--models", "llm", "--order", "simp",
+                   "--data", tasks, "--out", tmp_path / "runs", "--suite", tmp_path / "suite.toml", "--dry_run")
+    assert "suite.toml: the file of a [[benchmark]] is not text" in line
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (["--out", "FOLDER/file/runs"], "cannot write FOLDER/file/runs: a part of that path is a file"),
     (["--report", "FOLDER/file"], "cannot write FOLDER/file: a part of that path is a file"),
