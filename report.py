@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.flips import noise_flags
+from analysis.measures import PRIMARY
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
 from analysis.pair_tables import answer, pair_sections
-from analysis.pairs import PRIMARY, Study, rates_of
+from analysis.pairs import Study, rates_of
 from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import Stage, read_results, read_runs

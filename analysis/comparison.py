@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from analysis.results import BENCHMARKS, TASKS, Stage
+from analysis.results import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
 from analysis.statistics import Estimate, over_seeds
 from evaluation.conditions import Conditions, shown, unlike
 
@@ -135,3 +135,42 @@ def same(one: Estimate | None, two: Estimate | None) -> bool:
     """Whether two estimates have the same value and error."""
     return one is two is None or one is not None and two is not None and np.array_equal(
         [one.value, one.error], [two.value, two.error], equal_nan=True)
+
+
+def pair_name(pair: int) -> str:
+    """How sentences call a pair."""
+    return f"pair {pair}" if pair else "the pair"
+
+
+def title_of(stage: Stage) -> str:
+    """How sentences call a stage."""
+    return ", ".join([*([pair_name(stage.pair)] if stage.pair else []), stage.model,
+                      *([f"rate {stage.rate}"] if stage.rate else []), stage.name])
+
+
+def drop_unlike_items(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without losses and answers under other conditions, or of other items, than those of the first stage
+    that has them; and a sentence for each stage about what was dropped."""
+    first: dict[str, ItemLosses] = {}
+    answered: dict[str, tuple[Stage, Choices]] = {}
+    kept, sentences = [], []
+    for stage in sorted(stages, key=lambda stage: (stage.number, stage.pair or 0)):
+        texts = {}
+        for name, losses in stage.losses.items():
+            reference = first.setdefault(name, losses)
+            names = unlike(reference.conditions, losses.conditions)
+            if names or not np.array_equal(reference.tokens, losses.tokens):
+                texts[f"losses of {name}"] = ", ".join(
+                    f"{key} {shown(losses.conditions[key])} (elsewhere {shown(reference.conditions[key])})"
+                    for key in names) or "other tokens"
+        for name, choices in stage.choices.items():
+            other, reference_choices = answered.setdefault(name, (stage, choices))
+            names = unlike(other.conditions[BENCHMARKS, name], stage.conditions[BENCHMARKS, name])
+            if names or len(choices.right) != len(reference_choices.right):
+                texts[f"answers to {name}"] = ", ".join(names) or "other items"
+        sentences += [f"{title_of(stage)}: {what} under other conditions, not used: {text}"
+                      for what, text in texts.items()]
+        kept.append(dataclasses.replace(
+            stage, losses={name: one for name, one in stage.losses.items() if f"losses of {name}" not in texts},
+            choices={name: one for name, one in stage.choices.items() if f"answers to {name}" not in texts}))
+    return kept, sentences

@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import FONT, PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import PairedDifference
-from analysis.pairs import LEARNING, Contrast, Difference, Study
+from analysis.measures import LEARNING
+from analysis.pairs import Contrast, Difference, Study
 from analysis.record_figures import LINES, use_few_ticks
 
 MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5}
@@ -25,8 +26,8 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
     figures: dict[str, tuple[Callable[[Study, str], Figure | None], str]] = {
         "differences": (plot_differences, f"Differences after {study.stages[-1]}: mean over the pairs and 95% interval."
                         " Positive is more forgetting by the first model. The primary measure is on top."),
-        "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for their "
-                     "mean, a point for each learning rate."),
+        "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for the "
+                     "mean over the pairs that all models have, a point for each learning rate."),
         "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, which does not match learning."),
         "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
         "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the held-out losses "
@@ -113,25 +114,26 @@ def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates
 def plot_learning(study: Study, primary: str) -> Figure | None:
     """Forgetting over the loss on the new task, a panel for each stage and a curve for each model."""
     styles = dict(zip(study.models, LINES))
-    curves: dict[int, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}  # stage -> model -> (x, y) [R] of each pair
+    curves: dict[int, dict[str, dict[int, np.ndarray]]] = {}  # stage -> model -> pair -> (x, y) [2, R]
     for number in range(1, study.last + 1):
         for model in styles:
-            found = [(x, np.array([one.value for one in y])) for pair in study.pairs
-                     for x, y, _ in [study.curve(primary, pair, model, number)] if len(x)]
-            if found:
+            if found := {pair: np.array([x, [one.value for one in y]]) for pair in study.pairs
+                         for x, y, _ in [study.curve(primary, pair, model, number)] if len(x)}:
                 curves.setdefault(number, {})[model] = found
     if not curves:
         return None
     titles = [fold(study.stages[number], 2.7) for number in curves]
     figure, panels = make_panels(len(curves), 3.2, 2.4 + text_height(*titles))
     for panel, title, of_models in zip(panels, titles, curves.values()):
+        most = max(curve.shape[1] for found in of_models.values() for curve in found.values())
+        common = set.intersection(*({pair for pair, curve in found.items() if curve.shape[1] == most}
+                                    for found in of_models.values()))
         for model, found in of_models.items():
             style = styles[model]
-            for x, y in found:
-                panel.plot(x, y, lw=0.6, alpha=0.5, color=style["color"], ls=style["ls"])
-            most = max(len(x) for x, _ in found)
-            complete = [one for one in found if len(one[0]) == most]
-            panel.plot(*np.mean(complete, axis=0), lw=2, **style)
+            for curve in found.values():
+                panel.plot(*curve, lw=0.6, alpha=0.5, color=style["color"], ls=style["ls"])
+            if common:
+                panel.plot(*np.mean([found[pair] for pair in common], axis=0), lw=2, **style)
         panel.set_title(title)
         panel.invert_xaxis()
         panel.grid()

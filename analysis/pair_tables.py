@@ -3,9 +3,11 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from analysis.comparison import pair_name
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
-from analysis.pairs import LEARNING, Difference, Study, pair_name
+from analysis.measures import LEARNING
+from analysis.pairs import Difference, Study
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
@@ -80,14 +82,14 @@ def count(number: int, noun: str) -> str:
 
 def start_losses(study: Study) -> list[str]:
     """The sentences on the held-out losses of both m0, and on their FLOPs if they are not equal."""
-    losses = [study.start_losses(model) for model in study.pair]
-    differences = PairedDifference(tuple(study.start_difference(study.contrasts[0]).values()) or (math.nan,))
-    if not all(losses):
+    found = study.start_difference(study.contrasts[0])
+    if not found:
         return []
-    texts = [f"{model} {loss.mean:.4f}" for model, loss in zip(study.pair, losses) if loss]
+    differences = PairedDifference(tuple(found.values()))
+    texts = [f"{model} {study.mean_start_loss(model, found):.4f}" for model in study.pair]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
              f"{with_interval(differences)}."]
-    one, two = map(study.start_flops, study.pair)
+    one, two = (study.start_flops(model, found) for model in study.pair)
     if one and two and max(one, two) > (1 + FLOPS_TOLERANCE) * min(one, two):
         lines.append(f"The FLOPs before fine-tuning are not equal: {study.pair[0]} {one:.3g}, {study.pair[1]} "
                      f"{two:.3g}.")
@@ -193,9 +195,11 @@ def level_section(study: Study, primary: str) -> Section:
             levels = [[one.value for pair in study.pairs if (one := study.values(name, pair, model, rate, study.last))]
                       for name in names]
             if any(levels):
-                rows.append([model, rate or "–", *(f"{sum(one) / len(one):.4f}" if one else "–" for one in levels)])
-    return ("Forgetting and learning by model", f"After {study.stages[-1]}, means over the pairs; positive is "
-            "forgetting.\n\n" + markdown_table(["model", "rate", *names], rows))
+                rows.append([model, rate or "–", max(map(len, levels)),
+                             *(f"{sum(one) / len(one):.4f}" if one else "–" for one in levels)])
+    return ("Forgetting and learning by model", f"After {study.stages[-1]}, means over the pairs that a model has; "
+            "positive is forgetting. Rows with other numbers of pairs are not to be compared: the differences above "
+            "are within pairs.\n\n" + markdown_table(["model", "rate", "pairs", *names], rows))
 
 
 def flip_section(study: Study, rate: str) -> list[Section]:

@@ -1,140 +1,20 @@
 """Pairs of models: does a grown model forget less than one from scratch, with a pair (a pretraining seed) as the unit?
 
-Each measure is the change of one model since its own m0, item by item, so that a value less another is paired by item
-and by pair. Learning is matched: models are compared at equal loss on the new task, see matching.py.
+Learning is matched: models are compared at equal loss on the new task, see matching.py.
 """
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.comparison import Chain
+from analysis.comparison import Chain, drop_unlike_items, pair_name, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
 from analysis.matching import Match, match
+from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, per_token, weighted_sum
 from analysis.record import find_benchmarks, make_chains
-from analysis.results import BENCHMARKS, TEXT, Choices, ItemLosses, Stage
+from analysis.results import TEXT, Stage
 from common.files import UserError
-from evaluation.conditions import shown, unlike
-
-LEARNING = "new-task loss"  # the measure of learning, at which models are matched
-PRIMARY = "rise of held-out loss"  # the default primary measure
-
-TOKEN, NATS, BYTE, SHARE = "nats/token", "nats", "bits/byte", "share of items"  # units
-
-
-@dataclass(frozen=True)
-class ItemValues:
-    """Values of items [N] whose mean is a measure's value. weights [N]: how much each item counts, with the mean 1."""
-    values: np.ndarray
-    weights: np.ndarray
-
-    @property
-    def value(self) -> float:
-        """The measure's value."""
-        return float(self.values.mean())
-
-
-def weighted_sum(terms: Sequence[tuple[float, ItemValues]]) -> ItemValues:
-    """A weighted sum of values of the same items."""
-    return ItemValues(np.sum([weight * one.values for weight, one in terms], axis=0), terms[0][1].weights)
-
-
-def pool(sets: Sequence[ItemValues]) -> ItemValues | None:
-    """The mean over sets of items, each of which counts the same. None without a set."""
-    total = sum(len(one.values) for one in sets)
-    scales = [total / len(sets) / len(one.values) for one in sets]
-    return ItemValues(np.concatenate([scale * one.values for scale, one in zip(scales, sets)]),
-                      np.concatenate([scale * one.weights for scale, one in zip(scales, sets)])) if sets else None
-
-
-Extract = Callable[[Chain, int], ItemValues | None]  # a measure of a chain after a stage; None if it was not measured
-
-
-@dataclass(frozen=True)
-class PairMeasure:
-    """A measure of a chain of stages after one of them. Higher values of all but LEARNING are more forgetting."""
-    name: str
-    unit: str
-    extract: Extract
-
-
-def per_token(sums: np.ndarray, losses: ItemLosses) -> ItemValues:
-    """Sums over the tokens of items as values per token, with the items' tokens as weights."""
-    return ItemValues(sums / losses.tokens.mean(), losses.tokens / losses.tokens.mean())
-
-
-def losses_at(chain: Chain, number: int, name: str) -> ItemLosses | None:
-    """The losses of held-out text or of a task after a stage."""
-    return chain[number].losses.get(name) if number in chain else None
-
-
-def loss_rise(chain: Chain, name: str, before: int, after: int) -> ItemValues | None:
-    """The rise of a loss from one stage to another."""
-    start, end = losses_at(chain, before, name), losses_at(chain, after, name)
-    return per_token(end.nll - start.nll, end) if start and end else None
-
-
-def kl(chain: Chain, number: int, name: str) -> ItemValues | None:
-    """The Kullback-Leibler divergence of a stage from m0."""
-    losses = losses_at(chain, number, name)
-    return per_token(losses.kl, losses) if losses and losses.kl is not None else None
-
-
-def task_at(chain: Chain, number: int) -> str:
-    """The task of a stage; "" if it is unknown."""
-    return (chain[number].task or "") if number in chain else ""
-
-
-def learning(chain: Chain, number: int) -> ItemValues | None:
-    """The loss on the new task, after it was learned."""
-    losses = losses_at(chain, number, task_at(chain, number))
-    return per_token(losses.nll, losses) if losses else None
-
-
-def earlier_tasks(chain: Chain, number: int) -> ItemValues | None:
-    """The mean rise of the losses of earlier tasks since each was learned, as in backward transfer (Lopez-Paz and
-    Ranzato, arXiv 1706.08840, eq. 3). None if one of them is missing."""
-    learned = {task_at(chain, stage): stage for stage in range(1, number)}
-    rises = [loss_rise(chain, task, stage, number) for task, stage in learned.items() if task != task_at(chain, number)]
-    known = [rise for rise in rises if rise]
-    return pool(known) if len(known) == len(rises) else None
-
-
-def options_measure(names: Sequence[str], values_of: Callable[[Choices], np.ndarray | None], sign: int) -> Extract:
-    """The mean change over benchmarks since m0 of a value of the right options, times `sign`."""
-    def extract(chain: Chain, number: int) -> ItemValues | None:
-        found = []
-        for name in names:
-            ends = [chain[stage].choices.get(name) if stage in chain else None for stage in (0, number)]
-            start, end = (values_of(one) if one else None for one in ends)
-            if start is None or end is None:
-                return None
-            found.append(ItemValues(sign * (end - start), np.ones(len(end))))
-        return pool(found)
-    return extract
-
-
-OPTION_VALUES: list[tuple[str, str, Callable[[Choices], np.ndarray | None], int]] = [
-    ("rise of right options' NLL", NATS, lambda choices: choices.nll, 1),
-    ("rise of right options' bits per byte", BYTE, lambda choices: choices.bits_per_byte, 1),
-    ("loss of accuracy", SHARE, lambda choices: choices.right, -1)]
-
-
-def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
-    """All measures by name: of losses, then of the multiple-choice benchmarks of each category."""
-    found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
-             PairMeasure("KL on held-out text", TOKEN, lambda chain, number: kl(chain, number, TEXT)),
-             PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
-             PairMeasure("rise of earlier tasks' losses", TOKEN, earlier_tasks),
-             PairMeasure(LEARNING, TOKEN, learning)]
-    categories: dict[str, list[str]] = {}
-    for benchmark in find_benchmarks(stages):
-        if not benchmark.part_of and any(benchmark.name in stage.choices for stage in stages):
-            categories.setdefault(benchmark.category, []).append(benchmark.name)
-    found += [PairMeasure(f"{title}, {category}", unit, options_measure(names, values_of, sign))
-              for title, unit, values_of, sign in OPTION_VALUES for category, names in categories.items()]
-    return {measure.name: measure for measure in found}
 
 
 @dataclass(frozen=True)
@@ -308,16 +188,14 @@ class Study:
         losses = start.losses.get(TEXT) if start else None
         return per_token(losses.nll, losses) if losses else None
 
-    def start_flops(self, model: str) -> float | None:
-        """The mean training FLOPs of m0 over the pairs; None if one of them is unknown."""
-        records = [start.run.get("lineage", {}) for (_, name), start in self._starts.items() if name == model]
-        found = [record["flops"] for record in records if "flops" in record]
-        return sum(found) / len(found) if found and len(found) == len(records) else None
+    def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
+        """The mean training FLOPs of m0 over pairs; None if one of them is unknown."""
+        found = [self._starts[pair, model].run.get("lineage", {}).get("flops") for pair in pairs]
+        return None if None in found else float(np.mean(found))
 
-    def start_losses(self, model: str) -> PairedDifference | None:
-        """The held-out loss of m0 over the pairs."""
-        found = [loss.value for pair in self.pairs if (loss := self.start_loss(pair, model))]
-        return PairedDifference(tuple(found)) if found else None
+    def mean_start_loss(self, model: str, pairs: Iterable[int]) -> float:
+        """The mean held-out loss of m0 over pairs that have it."""
+        return float(np.mean([loss.value for pair in pairs if (loss := self.start_loss(pair, model))]))
 
     def start_difference(self, contrast: Contrast) -> dict[int, float]:
         """{pair: difference of the held-out losses of both m0}, for the pairs that have both."""
@@ -358,46 +236,7 @@ def level(model: str) -> str:
     return model + LEVEL_ENDING
 
 
-def pair_name(pair: int) -> str:
-    """How sentences call a pair."""
-    return f"pair {pair}" if pair else "the pair"
-
-
-def title_of(stage: Stage) -> str:
-    """How sentences call a stage."""
-    return ", ".join([*([pair_name(stage.pair)] if stage.pair else []), stage.model,
-                      *([f"rate {stage.rate}"] if stage.rate else []), stage.name])
-
-
 def rates_of(stages: Sequence[Stage]) -> list[str]:
     """The learning rates of stages, ascending; [""] if there is a single one."""
     return sorted({stage.rate or "" for stage in stages if stage.number} or {""},
                   key=lambda rate: (float(rate or 0), rate))
-
-
-def drop_unlike_items(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
-    """The stages without losses and answers under other conditions, or of other items, than those of the first stage
-    that has them; and a sentence for each stage about what was dropped."""
-    first: dict[str, ItemLosses] = {}
-    answered: dict[str, tuple[Stage, Choices]] = {}
-    kept, sentences = [], []
-    for stage in sorted(stages, key=lambda stage: (stage.number, stage.pair or 0)):
-        texts = {}
-        for name, losses in stage.losses.items():
-            reference = first.setdefault(name, losses)
-            names = unlike(reference.conditions, losses.conditions)
-            if names or not np.array_equal(reference.tokens, losses.tokens):
-                texts[f"losses of {name}"] = ", ".join(
-                    f"{key} {shown(losses.conditions[key])} (elsewhere {shown(reference.conditions[key])})"
-                    for key in names) or "other tokens"
-        for name, choices in stage.choices.items():
-            other, reference_choices = answered.setdefault(name, (stage, choices))
-            names = unlike(other.conditions[BENCHMARKS, name], stage.conditions[BENCHMARKS, name])
-            if names or len(choices.right) != len(reference_choices.right):
-                texts[f"answers to {name}"] = ", ".join(names) or "other items"
-        sentences += [f"{title_of(stage)}: {what} under other conditions, not used: {text}"
-                      for what, text in texts.items()]
-        kept.append(replace(
-            stage, losses={name: one for name, one in stage.losses.items() if f"losses of {name}" not in texts},
-            choices={name: one for name, one in stage.choices.items() if f"answers to {name}" not in texts}))
-    return kept, sentences

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from analysis.pairs import PRIMARY
+from analysis.measures import PRIMARY
 from common.files import UserError
 from common.settings import CONFIGS, known, load, setting
 from evaluation.evaluate_config import EvaluateConfig

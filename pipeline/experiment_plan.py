@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.inference import LEVEL, POWER, VarianceComponents, units_needed
-from analysis.pairs import PRIMARY, Difference, Study
+from analysis.measures import PRIMARY
+from analysis.pairs import Difference, Study
 from analysis.results import read_runs
 from common.files import UserError
 from common.provenance import RUN, read_record

@@ -35,6 +35,7 @@ from pipeline.pretraining import DEPTH_OPERATORS, base_job, growth_job, record_r
 MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "seeds"  # when runs are added to a study
 TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
 LABELS = {TRAINED_ON: "base, trained on"}  # in the table and the figure
+MIN_SEEDS = 3  # that a verdict on depth and growing takes
 COLOURS = dict(zip(OPERATORS, PALETTE)) | {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
 # The points of a run: (FLOPs spent, held-out loss in nats per token).
 Curve = list[tuple[float, float]]
@@ -166,24 +167,27 @@ def study_table(rows: Sequence[dict]) -> str:
 
 
 def conclusion(rows: Sequence[dict]) -> str:
-    """Whether depth pays at this budget, and whether growing does: the final losses compared, seed by seed."""
+    """Whether depth pays at this budget, and whether growing does: the final losses compared, seed by seed. Fewer than
+    MIN_SEEDS seeds give no verdict."""
     final = {row["name"]: row["final"] for row in rows}
+    seeds = len(final["scratch"])
 
     def beats(name: str, other: str) -> tuple[bool, str]:
         """Whether `name` ends with the lower loss for all seeds, and a sentence on the differences."""
         differences = [loss - reference for loss, reference in zip(final[name], final[other])]
-        wins, seeds = sum(difference < 0 for difference in differences), len(differences)
-        other = "the base trained on" if other == TRAINED_ON else other
-        return wins == seeds, (f"{name} beats {other} for {wins} of {seeds} seeds: "
+        wins = sum(difference < 0 for difference in differences)
+        return wins == seeds, (f"{name} beats {LABELS.get(other, other)} for {wins} of {seeds} seeds: "
                                f"{format_over_seeds(differences, '{:+.3f}')} nats per token.")
 
-    counts, sentence = beats("scratch", TRAINED_ON)
-    lines = [f"{sentence} Depth {'pays' if counts else 'does not pay'} at this budget: the preset "
-             f"{'counts' if counts else 'does not count'}."]
-    if "stack" in final:
-        controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)]
-        pays = all(better for better, _ in controls)
-        lines += [*(sentence for _, sentence in controls), f"Growing {'pays' if pays else 'does not pay'}."]
+    depth_pays, sentence = beats("scratch", TRAINED_ON)
+    controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)] if "stack" in final else []
+    lines = [sentence, *(text for _, text in controls)]
+    if seeds < MIN_SEEDS:
+        lines.append(f"{seeds} of at least {MIN_SEEDS} seeds: no verdict yet. Give more --seeds.")
+    else:
+        lines.append(f"Depth {'pays' if depth_pays else 'does not pay'} at this budget.")
+        if controls:
+            lines.append(f"Growing {'pays' if all(better for better, _ in controls) else 'does not pay'}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 

@@ -4,8 +4,9 @@ from unittest import mock
 import pytest
 
 from analysis import pair_figures
+from analysis.measures import PRIMARY
 from analysis.pair_figures import draw_forest, plot_differences, plot_learning, plot_pairs
-from analysis.pairs import PRIMARY, Study
+from analysis.pairs import Study
 from analysis.results import read_runs
 from tests.analysis.studies import RATES, write_study
 from tests.analysis.test_figures import layout_faults

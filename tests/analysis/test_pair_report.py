@@ -11,8 +11,9 @@ from analysis import pair_tables
 from analysis.pairs import Study
 from analysis.results import read_runs
 from common.files import UserError, read_json
+from evaluation.result_files import write_losses
 from report import ReportConfig
-from tests.analysis.studies import RATES, write_study
+from tests.analysis.studies import RATES, losses_of, write_study
 from tests.analysis.test_report import cells, make_report
 
 
@@ -76,6 +77,18 @@ def test_one_pair_cannot_answer(tmp_path):
                          "pair is the unit.")
         assert "at the same learning rate, which does not match learning" in second
         assert "n = " not in second
+
+
+def test_a_pair_that_only_one_model_has_changes_no_comparison(tmp_path):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2, 3))
+    shutil.rmtree(runs / "pair-3/stack")
+    write_losses(runs / "pair-3/llm/m0/eval", "text", "text", losses_of(9.0, "x"), {
+        "dtype": "fp32", "limit": None, "data_digest": "d", "tokenizer_digest": "t"})
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "It rests on 2 pairs (pretraining seeds 1, 2)" in text
+    assert "Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token" in text
+    assert "| llm | 3e-4 | 3 |" in text
+    assert "| stack | 3e-4 | 2 |" in text
 
 
 def test_unequal_flops_are_told(tmp_path):

@@ -160,38 +160,38 @@ def test_the_table_by_hand():
     assert "| base, trained on | 2 | – | 3.650 ± 0.636 | -0.700 ± 0.141 | 0.1500 ± 0.0707 | +200% ± 141% |" in lines
 
 
-@pytest.mark.parametrize(("stack", "trained_on", "said"), [  # the final losses of scratch are 4.0 and 4.7
-    ((3.5, 3.7), (4.4, 4.9), """\
-- scratch beats the base trained on for 2 of 2 seeds: -0.300 ± 0.141 nats per token. Depth pays at this budget: the \
-preset counts.
-- stack beats scratch for 2 of 2 seeds: -0.750 ± 0.354 nats per token.
-- stack beats the base trained on for 2 of 2 seeds: -1.050 ± 0.212 nats per token.
+@pytest.mark.parametrize(("stack", "trained_on", "said"), [  # the final losses of scratch are 4.0, 4.7 and 4.3
+    ((3.5, 3.7, 3.8), (4.4, 4.9, 4.4), """\
+- scratch beats base, trained on for 3 of 3 seeds: -0.233 ± 0.153 nats per token.
+- stack beats scratch for 3 of 3 seeds: -0.667 ± 0.289 nats per token.
+- stack beats base, trained on for 3 of 3 seeds: -0.900 ± 0.300 nats per token.
+- Depth pays at this budget.
 - Growing pays.
 """),
-    ((3.5, 3.7), (3.2, 4.1), """\
-- scratch beats the base trained on for 0 of 2 seeds: +0.700 ± 0.141 nats per token. Depth does not pay at this \
-budget: the preset does not count.
-- stack beats scratch for 2 of 2 seeds: -0.750 ± 0.354 nats per token.
-- stack beats the base trained on for 1 of 2 seeds: -0.050 ± 0.495 nats per token.
+    ((3.5, 3.7, 3.8), (3.2, 4.1, 4.3), """\
+- scratch beats base, trained on for 0 of 3 seeds: +0.467 ± 0.416 nats per token.
+- stack beats scratch for 3 of 3 seeds: -0.667 ± 0.289 nats per token.
+- stack beats base, trained on for 2 of 3 seeds: -0.200 ± 0.436 nats per token.
+- Depth does not pay at this budget.
 - Growing does not pay.
 """),
-    ((4.1,), (4.0,), """\
-- scratch beats the base trained on for 0 of 1 seeds: +0.000 nats per token. Depth does not pay at this budget: the \
-preset does not count.
-- stack beats scratch for 0 of 1 seeds: +0.100 nats per token.
-- stack beats the base trained on for 0 of 1 seeds: +0.100 nats per token.
-- Growing does not pay.
+    ((3.5,), (4.4,), """\
+- scratch beats base, trained on for 1 of 1 seeds: -0.400 nats per token.
+- stack beats scratch for 1 of 1 seeds: -0.500 nats per token.
+- stack beats base, trained on for 1 of 1 seeds: -0.900 nats per token.
+- 1 of at least 3 seeds: no verdict yet. Give more --seeds.
 """)])
 def test_the_conclusion_by_hand(stack, trained_on, said):
     runs = {seed: {"stack": [(4e14, grown)], "scratch": [(4e14, scratch)], "base-trained-on": [(4e14, base)]}
-            for seed, (grown, scratch, base) in enumerate(zip(stack, (4.0, 4.7), trained_on))}
+            for seed, (grown, scratch, base) in enumerate(zip(stack, (4.0, 4.7, 4.3), trained_on))}
     assert conclusion(summarize_runs(runs)) == said
 
 
 def test_a_conclusion_without_stack():
-    rows = summarize_runs({1: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]}})
-    assert conclusion(rows) == ("- scratch beats the base trained on for 1 of 1 seeds: -1.000 nats per token. Depth "
-                                "pays at this budget: the preset counts.\n")
+    runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
+    assert conclusion(summarize_runs(runs)) == (
+        "- scratch beats base, trained on for 3 of 3 seeds: -1.000 ± 0.000 nats per token.\n"
+        "- Depth pays at this budget.\n")
 
 
 def test_each_seed_has_the_controls():
@@ -233,7 +233,7 @@ def test_a_study(text, tmp_path, refusal, capsys):
     assert f"| scratch | 1 | – | {final['scratch']:.3f} | – |" in result.stdout
     trained_on = final["base-trained-on"]
     assert f"| base, trained on | 1 | – | {trained_on:.3f} | {trained_on - final['scratch']:+.3f} |" in result.stdout
-    assert (f"\n- scratch beats the base trained on for {int(final['scratch'] < trained_on)} of 1 seeds: "
+    assert (f"\n- scratch beats base, trained on for {int(final['scratch'] < trained_on)} of 1 seeds: "
             f"{final['scratch'] - trained_on:+.3f} nats per token.") in result.stdout
     assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in result.stdout
     assert (study / "growth-study.md").read_text() in result.stdout

@@ -1,0 +1,131 @@
+"""Measures of forgetting and of learning: the change of one model since its own m0, item by item.
+
+The values of items are kept, so that the difference of two models is paired by item.
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.comparison import Chain
+from analysis.record import find_benchmarks
+from analysis.results import TEXT, Choices, ItemLosses, Stage
+
+LEARNING = "new-task loss"  # the measure of learning, at which models are matched
+PRIMARY = "rise of held-out loss"  # the default primary measure
+
+TOKEN, NATS, BYTE, SHARE = "nats/token", "nats", "bits/byte", "share of items"  # units
+
+
+@dataclass(frozen=True)
+class ItemValues:
+    """Values of items [N] whose mean is a measure's value. weights [N]: how much each item counts, with the mean 1."""
+    values: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The measure's value."""
+        return float(self.values.mean())
+
+
+def weighted_sum(terms: Sequence[tuple[float, ItemValues]]) -> ItemValues:
+    """A weighted sum of values of the same items."""
+    return ItemValues(np.sum([weight * one.values for weight, one in terms], axis=0), terms[0][1].weights)
+
+
+def pool(sets: Sequence[ItemValues]) -> ItemValues | None:
+    """The mean over sets of items, each of which counts the same. None without a set."""
+    total = sum(len(one.values) for one in sets)
+    scales = [total / len(sets) / len(one.values) for one in sets]
+    return ItemValues(np.concatenate([scale * one.values for scale, one in zip(scales, sets)]),
+                      np.concatenate([scale * one.weights for scale, one in zip(scales, sets)])) if sets else None
+
+
+Extract = Callable[[Chain, int], ItemValues | None]  # a measure of a chain after a stage; None if it was not measured
+
+
+@dataclass(frozen=True)
+class PairMeasure:
+    """A measure of a chain of stages after one of them. Higher values of all but LEARNING are more forgetting."""
+    name: str
+    unit: str
+    extract: Extract
+
+
+def per_token(sums: np.ndarray, losses: ItemLosses) -> ItemValues:
+    """Sums over the tokens of items as values per token, with the items' tokens as weights."""
+    return ItemValues(sums / losses.tokens.mean(), losses.tokens / losses.tokens.mean())
+
+
+def losses_at(chain: Chain, number: int, name: str) -> ItemLosses | None:
+    """The losses of held-out text or of a task after a stage."""
+    return chain[number].losses.get(name) if number in chain else None
+
+
+def loss_rise(chain: Chain, name: str, before: int, after: int) -> ItemValues | None:
+    """The rise of a loss from one stage to another."""
+    start, end = losses_at(chain, before, name), losses_at(chain, after, name)
+    return per_token(end.nll - start.nll, end) if start and end else None
+
+
+def kl(chain: Chain, number: int, name: str) -> ItemValues | None:
+    """The Kullback-Leibler divergence of a stage from m0."""
+    losses = losses_at(chain, number, name)
+    return per_token(losses.kl, losses) if losses and losses.kl is not None else None
+
+
+def task_at(chain: Chain, number: int) -> str:
+    """The task of a stage; "" if it is unknown."""
+    return (chain[number].task or "") if number in chain else ""
+
+
+def learning(chain: Chain, number: int) -> ItemValues | None:
+    """The loss on the new task, after it was learned."""
+    losses = losses_at(chain, number, task_at(chain, number))
+    return per_token(losses.nll, losses) if losses else None
+
+
+def earlier_tasks(chain: Chain, number: int) -> ItemValues | None:
+    """The mean rise of the losses of earlier tasks since each was learned, as in backward transfer (Lopez-Paz and
+    Ranzato, arXiv 1706.08840, eq. 3). None if one of them is missing."""
+    learned = {task_at(chain, stage): stage for stage in range(1, number)}
+    rises = [loss_rise(chain, task, stage, number) for task, stage in learned.items() if task != task_at(chain, number)]
+    known = [rise for rise in rises if rise]
+    return pool(known) if len(known) == len(rises) else None
+
+
+def options_measure(names: Sequence[str], values_of: Callable[[Choices], np.ndarray | None], sign: int) -> Extract:
+    """The mean change over benchmarks since m0 of a value of the right options, times `sign`."""
+    def extract(chain: Chain, number: int) -> ItemValues | None:
+        found = []
+        for name in names:
+            ends = [chain[stage].choices.get(name) if stage in chain else None for stage in (0, number)]
+            start, end = (values_of(one) if one else None for one in ends)
+            if start is None or end is None:
+                return None
+            found.append(ItemValues(sign * (end - start), np.ones(len(end))))
+        return pool(found)
+    return extract
+
+
+OPTION_VALUES: list[tuple[str, str, Callable[[Choices], np.ndarray | None], int]] = [
+    ("rise of right options' NLL", NATS, lambda choices: choices.nll, 1),
+    ("rise of right options' bits per byte", BYTE, lambda choices: choices.bits_per_byte, 1),
+    ("loss of accuracy", SHARE, lambda choices: choices.right, -1)]
+
+
+def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
+    """All measures by name: of losses, then of the multiple-choice benchmarks of each category."""
+    found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
+             PairMeasure("KL on held-out text", TOKEN, lambda chain, number: kl(chain, number, TEXT)),
+             PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
+             PairMeasure("rise of earlier tasks' losses", TOKEN, earlier_tasks),
+             PairMeasure(LEARNING, TOKEN, learning)]
+    categories: dict[str, list[str]] = {}
+    for benchmark in find_benchmarks(stages):
+        if not benchmark.part_of and any(benchmark.name in stage.choices for stage in stages):
+            categories.setdefault(benchmark.category, []).append(benchmark.name)
+    found += [PairMeasure(f"{title}, {category}", unit, options_measure(names, values_of, sign))
+              for title, unit, values_of, sign in OPTION_VALUES for category, names in categories.items()]
+    return {measure.name: measure for measure in found}
