@@ -118,8 +118,9 @@ def open_shard(path: Path, tokens: int) -> np.ndarray:
     return shard
 
 
-def check_shards(directory: str | Path, rank: int = 0, world_size: int = 1) -> None:
-    """Checks this rank's part of the shards of both splits: their digests, and that all ids are in the vocabulary.
+def check_shards(directory: str | Path, rank: int = 0, world_size: int = 1, split: str = "") -> None:
+    """Checks this rank's part of the shards of a split, or of both: their digests, and that all ids are in the
+    vocabulary.
 
     Raises UserError for the first shard that differs from what meta.json says. Reads the shards once, from disk.
     """
@@ -127,7 +128,7 @@ def check_shards(directory: str | Path, rank: int = 0, world_size: int = 1) -> N
     if meta["vocab_size"] != (vocab_size := Tokenizer(directory).vocab_size):
         raise UserError(f"{directory}: meta.json says that the vocabulary has {meta['vocab_size']} tokens, but the "
                         f"tokenizer has {vocab_size}. {RESTORE}")
-    names = sorted(meta["shards"])[rank::world_size]
+    names = sorted(name for name in meta["shards"] if name.startswith(split))[rank::world_size]
     for name in tqdm(names, "checking shards", unit="shard", disable=True if rank else None, delay=2):
         path, shard = Path(directory) / name, meta["shards"][name]
         ids = open_shard(path, shard["tokens"])

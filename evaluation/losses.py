@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from common.files import UserError, digest
+from common.files import UserError
 from common.provenance import data_digest, git_commit
 from corpus.documents import read_documents
-from corpus.shards import RESTORE, ShardDataset, read_meta
+from corpus.shards import ShardDataset, check_shards
 from corpus.tasks import SFTDataset
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.parallel import ParallelModel
@@ -85,17 +85,11 @@ def shard_windows(directory: Path, tokenizer: Tokenizer, limit: int | None, sett
     The bytes of a window are those of its decoded targets. Special tokens count nothing. Of a character that a window
     cuts, each side counts as the replacement character, which has three.
     """
-    for name, shard in read_meta(directory)["shards"].items():
-        if name.startswith("val-") and digest([directory / name]) != shard["sha256"]:
-            raise UserError(f"{directory / name} is not the shard that meta.json describes: its SHA-256 differs. "
-                            f"{RESTORE}")
+    check_shards(directory, split="val")
     seq_length = settings["seq_length"]
     count = max(1, min(settings["text_tokens"] // seq_length, limit or settings["text_tokens"]))
     dataset = ShardDataset(directory, "val", seq_length, count)
     samples = [dataset[index] for index in range(len(dataset))]
-    if (largest := max(int(ids.max()) for ids, _ in samples)) >= tokenizer.vocab_size:
-        raise UserError(f"{directory} holds the token id {largest}, but the vocabulary has {tokenizer.vocab_size} "
-                        f"tokens. {RESTORE}")
     num_bytes = [max(0, decoded_bytes(tokenizer, ids) - decoded_bytes(tokenizer, ids[:first]))
                  for ids, first in samples]
     return LossSet("text", "text", samples, range(len(samples)), num_bytes, settings)

@@ -105,7 +105,7 @@ def test_a_text_of_another_vocabulary_is_refused(train, shards, tmp_path):
     ids = np.load(damaged / "val-00000.npy")
     ids[5] = 600
     np.save(damaged / "val-00000.npy", ids)
-    assert "holds the token id 600, but the model has 512 tokens" in error_line(
+    assert "is not the shard that meta.json describes: its SHA-256 differs" in error_line(
         train(tmp_path / "m1", "--held_out_text", damaged, check=False, launcher=2))
     assert not (tmp_path / "m1").exists()
 
