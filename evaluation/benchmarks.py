@@ -10,11 +10,12 @@ from typing import Any
 import lm_eval
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
 
 from common.files import UserError, digest, first_line, parsing
 from common.provenance import git_commit
 from evaluation.harness import HarnessModel
-from evaluation.lm_eval_tasks import Loaded, load_suite, quiet, task_manager
+from evaluation.lm_eval_tasks import Loaded, load_suite, quiet
 from evaluation.metrics import average_log_probs, calibration_metrics, log_softmax
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import (
@@ -129,7 +130,9 @@ def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dic
     """lm-eval's function of that name. Raises UserError for what it cannot compute, such as an infinite perplexity."""
     try:
         with quiet():
-            return lm_eval.simple_evaluate(HarnessModel(model), tasks=tasks, limit=limit, task_manager=task_manager())
+            # the tasks are loaded already: without an index of lm-eval's own, which takes seconds
+            return lm_eval.simple_evaluate(HarnessModel(model), tasks=tasks, limit=limit,
+                                           task_manager=TaskManager(include_defaults=False))
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"lm-eval cannot compute the results: {type(error).__name__}: {first_line(error)}") from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.logits import finite_logits
-from model.loss import LOGITS_PER_CHUNK
+from model.loss import chunk_rows
 from model.prefix_packing import packed_passes, sort_sequences, tree_rows
 from model.transformer import Transformer
 
@@ -70,7 +70,7 @@ def target_logits(models: Sequence[Transformer], hidden: Sequence[Tensor],
     rows, inverse = np.unique(targets.rows, return_inverse=True)  # a row may have several targets
     device = models[0].lm_head.weight.device
     states = [block[torch.from_numpy(rows).to(device)] for block in hidden]
-    size = max(1, LOGITS_PER_CHUNK[device.type] // models[0].config.vocab_size)
+    size = chunk_rows(models[0].config.vocab_size, device.type)
     for start in range(0, len(rows), size):
         inside = slice(*np.searchsorted(inverse, (start, start + size)))
         row, target = (torch.from_numpy(x).to(device) for x in (inverse[inside] - start, targets.ids[inside]))

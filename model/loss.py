@@ -10,8 +10,13 @@ from torch import nn
 
 IGNORE_INDEX = -100  # marks a position without a target, as in F.cross_entropy
 
-# n·V of a chunk. 32 MiB in fp32 is the largest block that glibc's allocator reuses. GPUs are faster with more rows.
-LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 25}
+
+def chunk_rows(vocab_size: int, device: str) -> int:
+    """Returns n, the rows of hidden states whose logits exist at once on a device of this type.
+
+    On CPUs the logits should stay in the caches and the head should be read few times; GPUs are faster with more rows.
+    """
+    return 256 if device == "cpu" else max(1, (1 << 25) // vocab_size)
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
@@ -26,7 +31,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                 needs_grad: bool) -> torch.Tensor:
-        rows = max(1, LOGITS_PER_CHUNK[hidden.device.type] // len(weight))
+        rows = chunk_rows(len(weight), hidden.device.type)
         nll, hidden_grads = torch.zeros((), device=hidden.device), []
         weight_grad: torch.Tensor | None = None
         for states, labels in zip(hidden.split(rows), targets[:, None].split(rows)):

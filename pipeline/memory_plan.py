@@ -16,7 +16,7 @@ from common.formatting import format_duration
 from common.settings import read_config, run, setting
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint
-from model.loss import LOGITS_PER_CHUNK
+from model.loss import chunk_rows
 from pipeline.pretraining import size_config
 from training.train_config import TrainConfig, default_zero_stage
 
@@ -153,9 +153,9 @@ class MemoryPlan:
     def logits(self) -> float:
         """One chunk of the loss in fp32: the logits, and their log-softmax, which the gradient overwrites. With several
         chunks in bf16 also the head's gradient, as the fp32 sum and as the product that is added to it."""
-        logits, chunk = self.max_tokens_per_microbatch * self.config.vocab_size, LOGITS_PER_CHUNK[self.device]
-        summed = self.weight_bytes == 2 and logits > chunk
-        return 8 * min(chunk, logits) + 6 * summed * self.config.vocab_size * self.config.hidden_size
+        V, rows = self.config.vocab_size, chunk_rows(self.config.vocab_size, self.device)
+        summed = self.weight_bytes == 2 and self.max_tokens_per_microbatch > rows
+        return 8 * V * min(rows, self.max_tokens_per_microbatch) + 6 * summed * V * self.config.hidden_size
 
     def host(self) -> float:
         """Bytes of host memory of all processes together."""

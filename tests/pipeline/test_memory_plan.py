@@ -53,10 +53,10 @@ def test_the_published_7b_by_hand():
     assert rows["gradients"] == parameters * (4 + 4) / 8  # accumulated, and in the update of a sub-group
     assert plan.total() == sum(rows.values()) - min(rows["logits"], rows["buffers"])
     assert rows["gathered weights"] == 2e9
-    assert rows["logits"] == 8 * 2**25 + (4 + 2) * 32_000 * 4096  # 16 chunks, and the head's gradient
+    assert rows["logits"] == 8 * 1048 * 32_000 + (4 + 2) * 32_000 * 4096  # 16 chunks, and the head's gradient
     short = dataclasses.replace(plan, max_tokens_per_microbatch=1000)
     assert short.logits() == 8 * 1000 * 32_000
-    assert dataclasses.replace(plan, dtype="fp32").logits() == 8 * 2**25
+    assert dataclasses.replace(plan, dtype="fp32").logits() == 8 * 1048 * 32_000
     assert plan.flops(1) == 6 * parameters * 4 / 3
     assert plan.disk(1) == parameters * (2 + 2 + 24)
     later = dataclasses.replace(plan, method="vcl")  # with the prior's mean and precision
