@@ -128,8 +128,11 @@ def main(cfg: ExperimentConfig) -> None:
     if cfg.only and not (jobs := [job for job in jobs if str(job.out) == cfg.only]):
         raise UserError(f"no job of this experiment makes {cfg.only}")
     pace, to_do = Pace(UTILISATION * matmul_speed()), [job for job in jobs if not ledger.unchanged(job)]
-    for number, job in enumerate(jobs, 1):
+    listed = jobs if cfg.only or not cfg.pairs else pair_jobs(cfg, cfg.pairs[0])
+    for number, job in enumerate(listed, 1):
         print(f"  {number:>3}  {job.out}: " + (f"{job.flops / 1e12:.2f} TFLOP" if job in to_do else "complete"))
+    if len(listed) < len(jobs):
+        print(f"       and the same for the pairs {', '.join(map(str, cfg.pairs[1:]))}")
     print(f"{len(jobs)} jobs, {len(to_do)} of them to do; about {format_duration(pace.seconds(to_do))} at "
           f"{UTILISATION:.0%} of a matrix product's speed on one device of this machine", flush=True)
     if cfg.dry_run:
