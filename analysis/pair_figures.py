@@ -197,9 +197,10 @@ def plot_by_start(study: Study, primary: str) -> Figure | None:
     """The primary difference of each pair over the difference of the held-out losses of m0."""
     points: dict[Contrast, list[tuple[float, float]]] = {}
     for contrast, _ in contrast_styles(study):
-        starts, found = study.start_difference(contrast), study.difference(contrast, primary, study.last,
-                                                                           setting_of(study))
-        both = [(starts[pair], one.value) for pair, one in found.of_pairs.items() if pair in starts] if found else []
+        starts = study.start_losses(contrast)
+        found = study.difference(contrast, primary, study.last, setting_of(study))
+        both = [(starts[pair][0] - starts[pair][1], one.value) for pair, one in found.of_pairs.items()
+                if pair in starts] if found else []
         if both:
             points[contrast] = both
     if len(study.pairs) < 2 or not points:

@@ -82,11 +82,11 @@ def count(number: int, noun: str) -> str:
 
 def start_losses(study: Study) -> list[str]:
     """The sentences on the held-out losses of both m0, and on their FLOPs if they are not equal."""
-    found = study.start_difference(study.contrasts[0])
+    found = study.start_losses(study.contrasts[0])
     if not found:
         return []
-    differences = PairedDifference(tuple(found.values()))
-    texts = [f"{model} {study.mean_start_loss(model, found):.4f}" for model in study.pair]
+    differences = PairedDifference(tuple(one - two for one, two in found.values()))
+    texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.pair, zip(*found.values()))]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
              f"{with_interval(differences)}."]
     one, two = (study.start_flops(model, found) for model in study.pair)
@@ -145,7 +145,7 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
     table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
                             "detectable", f"pairs for {effect:g}"], rows)
     return [("Differences between the models", note + table), *stage_section(study, primary, rate),
-            *match_section(study), level_section(study, primary), *flip_section(study, rate)]
+            *match_section(study), *start_section(study), level_section(study, primary), *flip_section(study, rate)]
 
 
 def learning_text(found: Difference) -> str:
@@ -184,6 +184,19 @@ def match_section(study: Study) -> list[Section]:
     return [("Range of equal learning", note + markdown_table(
         ["models", "matched pairs", "range of the first", "range of the second"],
         [[*row, "–", "–"][:4] for row in rows]))] if rows else []
+
+
+def start_section(study: Study) -> list[Section]:
+    """The held-out losses of the m0 of each contrast: whether growing paid before anything was fine-tuned."""
+    rows = []
+    for contrast in study.contrasts:
+        if found := study.start_losses(contrast):
+            estimate = PairedDifference(tuple(one - two for one, two in found.values()))
+            rows.append([str(contrast), estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
+                *found.values())), with_interval(estimate), p_text(estimate.p)])
+    return [("Held-out loss before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "
+             "first model is better.\n\n" + markdown_table(
+                 ["models", "pairs", "first", "second", "difference", "p"], rows))] if rows else []
 
 
 def level_section(study: Study, primary: str) -> Section:

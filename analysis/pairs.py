@@ -193,17 +193,13 @@ class Study:
         found = [self._starts[pair, model].run.get("lineage", {}).get("flops") for pair in pairs]
         return None if None in found else float(np.mean(found))
 
-    def mean_start_loss(self, model: str, pairs: Iterable[int]) -> float:
-        """The mean held-out loss of m0 over pairs that have it."""
-        return float(np.mean([loss.value for pair in pairs if (loss := self.start_loss(pair, model))]))
-
-    def start_difference(self, contrast: Contrast) -> dict[int, float]:
-        """{pair: difference of the held-out losses of both m0}, for the pairs that have both."""
+    def start_losses(self, contrast: Contrast) -> dict[int, tuple[float, float]]:
+        """{pair: the held-out losses of both m0}, for the pairs that have both."""
         found = {}
         for pair in self.pairs:
             one, two = (self.start_loss(pair, model) for model in self.models_of(contrast, pair) or ("", ""))
             if one and two:
-                found[pair] = one.value - two.value
+                found[pair] = one.value, two.value
         return found
 
     def unmatched(self, contrast: Contrast, number: int) -> Iterator[str]:

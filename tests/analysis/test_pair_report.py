@@ -58,6 +58,8 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
     tested = sum(row[6] != "–" for row in table[1:])
     assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
     assert "With m0 of equal held-out loss instead of equal FLOPs, the difference is -0." in text
+    assert "| stack − llm, equal FLOPs | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
+    assert "| stack − llm, equal loss | 4 | 4.8000 | 4.8000 | 0 " in text
     assert "| quiz | llm | 160 | 16 | 0 |" in text  # four of 40 items in each pair
 
 

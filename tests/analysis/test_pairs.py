@@ -130,8 +130,9 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
     assert study.models_of(control, 1) == ("stack", "llm-level")
     assert study.models_of(control, 4) is None
     assert list(study.difference(control, "rise of held-out loss", 2).of_pairs) == [1, 2, 3]
-    assert study.start_difference(study.contrasts[0])[1] == pytest.approx(-0.2)
-    assert study.start_difference(control)[1] == pytest.approx(0)
+    assert study.start_losses(study.contrasts[0])[1] == pytest.approx((4.8, 5.0))
+    assert study.start_losses(control)[1] == pytest.approx((4.8, 4.8))
+    assert 4 not in study.start_losses(control)
 
 
 def test_only_like_losses_are_compared(tmp_path):
