@@ -104,7 +104,8 @@ def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
     assert [job.script for job in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
     assert "--size tiny" in " ".join(found[2].argv)
     found = jobs_of(ExperimentConfig(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
-    assert found[0].argv[1:] == ["-m", "model.hub", "llm-stacking/LLM_7B_300BToken", f"{tmp_path}/llm/m0"]
+    assert found[0].argv[1:] == ["-m", "model.hub", "--source", "llm-stacking/LLM_7B_300BToken", "--out",
+                                 f"{tmp_path}/llm/m0"]
     experiment.main(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path / "out"),
                                      order=("simp",), dry_run=True))
     assert re.search(r"8 jobs, 8 of them to do; about \d+:\d\d:\d\d at 30%", capsys.readouterr().out)

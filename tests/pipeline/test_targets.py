@@ -137,7 +137,7 @@ def test_a_checkpoint_instead_of_m0():
 def test_published_weights_come_from_the_hub(tmp_path):
     lines = commands("train", SIZE="7b", OUT=f"{tmp_path}/7b", NPROC="8")
     assert lines[0].endswith("data_prep.py hub --task simp --output_path data/raw")
-    assert lines[2].endswith(f"-m model.hub llm-stacking/StackLLM_7B_300BToken {tmp_path}/7b/m0")
+    assert lines[2].endswith(f"-m model.hub --source llm-stacking/StackLLM_7B_300BToken --out {tmp_path}/7b/m0")
     assert ("torchrun --standalone --nproc_per_node 8 train.py --config configs/train/finetune.toml --size 7b"
             in lines[3])
     assert "pretrain.py --size 7b" in commands("pretrain", SIZE="7b", HUB="")[-1]
