@@ -1,9 +1,9 @@
 """Items of benchmarks that flip between right and wrong, with the effect of guessing taken off; metrics that are noise.
 
-Guessing: an item is either known, and answered rightly, or guessed, and then right with the probability c = 1/options,
-at each stage independently. Of N items let N_kg be known at m0 and guessed later, and N_gg guessed at both. Then
-n00 = (1-c)² N_gg and n10 = (1-c) N_kg + c(1-c) N_gg, where n10 counts the items that were right at m0 and wrong later.
-Hence N_kg = n10 / (1-c) - n00 c / (1-c)²; likewise with n01 for the items that were learned.
+Guessing: an item is either known, and answered rightly, or guessed, and then right with the probability c = 1/options.
+If n10 of N items were right at m0 and are wrong now, and n01 the reverse, then the share of known items fell by
+(n10 - n01) / N / (1 - c). How much was forgotten and how much learned, each without guessing, cannot be told: it would
+take guesses at two stages that are independent, and a model tends to guess an item the same way again.
 """
 import statistics
 from collections.abc import Sequence
@@ -25,14 +25,13 @@ OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "m
 class Flips:
     """How the answers to the items of a benchmark changed.
 
-    forgotten, learned: right at m0 and wrong later, and the reverse (n10, n01). known_forgotten, known_learned: the
-    shares of items that were known and are guessed now, and the reverse, without guessing.
+    forgotten, learned: right at m0 and wrong later, and the reverse (n10, n01). net: the fall of the share of known
+    items, without guessing.
     """
     items: int
     forgotten: int
     learned: int
-    known_forgotten: Estimate
-    known_learned: Estimate
+    net: Estimate
 
     @property
     def p(self) -> float:
@@ -43,12 +42,9 @@ class Flips:
 def count_flips(start: Choices, end: Choices, key: str) -> Flips:
     """The flips between two stages. key: identifies the items, so that models are compared item by item."""
     before, after = start.right > 0.5, end.right > 0.5
-    chance = start.chance
-    neither = chance / (1 - chance) ** 2 * (~before & ~after)
-    forgotten, learned = before & ~after, ~before & after
-    shares = [estimate_of_items(flipped / (1 - chance) - neither, (key, len(before)))
-              for flipped in (forgotten, learned)]
-    return Flips(len(before), int(forgotten.sum()), int(learned.sum()), *shares)
+    net = (before.astype(float) - after) / (1 - start.chance)
+    return Flips(len(before), int((before & ~after).sum()), int((~before & after).sum()),
+                 estimate_of_items(net, (key, len(before))))
 
 
 def noise_flags(stages: Sequence[Stage]) -> list[str]:

@@ -131,7 +131,7 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
         for model, found in of_models.items():
             style = styles[model]
             for curve in found.values():
-                panel.plot(*curve, lw=0.6, alpha=0.5, color=style["color"], ls=style["ls"])
+                panel.plot(*curve, lw=0.6, alpha=0.5, marker=".", ms=3, color=style["color"], ls=style["ls"])
             if common:
                 panel.plot(*np.mean([found[pair] for pair in common], axis=0), lw=2, **style)
         panel.set_title(title)

@@ -50,9 +50,9 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
 
 def described(study: Study, found: Difference) -> str:
     """Where a difference was measured."""
-    learning = "at equal new-task loss" if found.rate is None else "at the same learning rate" + \
+    learning = "equal new-task loss" if found.rate is None else "the same learning rate" + \
         (f" {found.rate}" if found.rate else "") + ", which does not match learning"
-    return f"after {study.stages[found.number]} {learning} and equal FLOPs"
+    return f"after {study.stages[found.number]} at equal FLOPs and {learning}"
 
 
 def uncertainty(found: Difference, effect: float) -> str:
@@ -226,15 +226,14 @@ def flip_section(study: Study, rate: str) -> list[Section]:
                 rows.append([name, model, *(sum(numbers) for numbers in zip(*(
                     (one.items, one.forgotten, one.learned) for one in found))),
                     p_text(found[0].p) if len(found) == 1 else "–",
-                    share_text([mean(one.known_forgotten for one in flips) for flips in of_pairs]),
-                    share_text([mean(one.known_learned for one in flips) for flips in of_pairs])])
+                    share_text([mean(one.net for one in flips) for flips in of_pairs])])
     note = (f"From m0 to {study.stages[-1]}" + f" at the rate {rate}" * bool(rate) + ": items that were right and are "
-            "wrong, and the reverse, summed over pairs and seeds. p: McNemar's exact test, of a single chain. Known, "
-            "then forgotten: the share of all items without the effect of guessing, in percent, with the 95% interval "
-            "from the pairs, or from the items of a single one.\n\n")
+            "wrong, and the reverse, summed over pairs and seeds. p: McNemar's exact test, of a single chain. "
+            "Forgotten, net: the fall of the share of items that are known and not guessed, in percent, with the 95% "
+            "interval from the pairs, or from the items of a single one.\n\n")
     return [("Items that flipped", note + markdown_table(
-        ["benchmark", "model", "items", "right, then wrong", "wrong, then right", "p", "known, then forgotten",
-         "unknown, then learned"], rows))] if rows else []
+        ["benchmark", "model", "items", "right, then wrong", "wrong, then right", "p", "forgotten, net"],
+        rows))] if rows else []
 
 
 def flips_of(study: Study, pair: int, model: str, rate: str, name: str) -> list[Flips]:

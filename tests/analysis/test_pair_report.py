@@ -33,7 +33,7 @@ def test_the_answer_comes_first(tmp_path):
     values = np.array([2 * (np.random.default_rng([pair, 7]).normal(0, 0.02) - 0.1) for pair in (1, 2, 3, 4)])
     mean, half = values.mean(), 3.18245 * values.std(ddof=1) / 2
     assert answer.startswith("stack forgets less than llm: by the primary measure, rise of held-out loss after m2-empd "
-                             "at equal new-task loss and equal FLOPs, the difference is ")
+                             "at equal FLOPs and equal new-task loss, the difference is ")
     assert numbers(answer.split("difference is")[1])[:3] == pytest.approx([mean, mean - half, mean + half], abs=6e-3)
     assert answer.endswith("n = 4 pairs.")
     assert uncertainty.startswith("With these 4 pairs a true difference of ")
@@ -77,7 +77,7 @@ def test_one_pair_cannot_answer(tmp_path):
         first, second, *_ = first_lines(make_report(tmp_path / "out", runs=runs))
         assert first == ("One pair of models cannot answer whether stack forgets less than llm: pairs differ, and the "
                          "pair is the unit.")
-        assert "at the same learning rate, which does not match learning" in second
+        assert "at equal FLOPs and the same learning rate, which does not match learning" in second
         assert "n = " not in second
 
 
