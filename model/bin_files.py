@@ -122,9 +122,9 @@ class TensorUnpickler(pickle.Unpickler):
         """Returns what stands for a function or a type. Every opcode that could call something gets it from here."""
         full_name = f"{module}.{name}"
         if full_name not in ALLOWED:
+            known = ", ".join(name for name in ALLOWED if "Storage" not in name)
             raise UserError(f"{self.path} is refused: it holds {full_name!r:.100}, and a file of weights needs none but "
-                            f"{', '.join(name for name in ALLOWED if 'Storage' not in name)} and torch's storages. Use "
-                            "weights in safetensors files instead")
+                            f"{known} and torch's storages. Use weights in safetensors files instead")
         return ALLOWED[full_name]
 
     def persistent_load(self, pid: Any) -> Storage:

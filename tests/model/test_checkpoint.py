@@ -135,9 +135,10 @@ def test_fetching_keeps_each_dtype_and_a_loser_finds_it_there(copy, tmp_path, ca
              for name, tensor in load_file(copy / WEIGHTS).items()}
     save_file(state, copy / WEIGHTS)
     out, other = tmp_path / "out", write_checkpoint
+    cfg = HubConfig(str(copy), str(out))
     monkeypatch.setattr("model.hub.write_checkpoint", lambda *args: (
-        monkeypatch.setattr("model.hub.write_checkpoint", other), hub.main(HubConfig(str(copy), str(out))), other(*args)))
-    hub.main(HubConfig(str(copy), str(out)))
+        monkeypatch.setattr("model.hub.write_checkpoint", other), hub.main(cfg), other(*args)))
+    hub.main(cfg)
     assert capsys.readouterr().out == f"{out}: 48,288 parameters\n{out} is there already\n"
     written = load_file(out / WEIGHTS)
     assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype
