@@ -18,10 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-from common.files import UserError, check_writable, read_json, write_json
+from common.files import UserError, check_writable, write_json
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.settings import ROOT, run
+from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.costs import Pace, matmul_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
@@ -107,8 +108,8 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
         try:
             run_command(job.argv)
         except SystemExit:
-            results = job.out.glob("results_*.json") if job.script == "evaluate.py" else ()
-            if not any(path.stat().st_mtime >= began and read_json(path, dict).get("missing") for path in results):
+            record = job.out / MISSING
+            if job.script != "evaluate.py" or not record.exists() or record.stat().st_mtime < began:
                 raise
             incomplete.append(str(job.out))  # the results of all available benchmarks are written
         else:

@@ -12,13 +12,14 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from common.files import UserError, digest, first_line, parsing
+from common.files import UserError, digest, first_line, parsing, write_json
 from common.provenance import git_commit
 from evaluation.harness import HarnessModel
 from evaluation.lm_eval_tasks import Loaded, load_suite, quiet
 from evaluation.metrics import average_log_probs, calibration_metrics, log_softmax
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import (
+    MISSING,
     ResultsFile,
     earlier_results,
     is_same_run,
@@ -35,31 +36,33 @@ PosteriorSample = tuple[Path, tuple]  # directory of the posterior, and the key 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A suite whose tasks are loaded, or the results of an earlier run of the same."""
+    """A suite: what earlier runs of the same have measured, and the tasks of the other benchmarks, loaded."""
     suite: list[Benchmark]
     run: dict[str, Any]  # the record of what the results depend on
     posterior_samples: Sequence[PosteriorSample]
-    existing: dict[str, Any] | None
+    existing: list[dict[str, Any]]  # contents of results files
     loaded: Loaded
     missing: dict[str, str]  # reasons by name, of benchmarks whose datasets are not available
 
 
 def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
                   posterior_samples: Sequence[PosteriorSample] = ()) -> SuiteRun:
-    """Loads the tasks of a suite, unless complete results of the same run exist in `out`.
+    """Loads the tasks of a suite, as far as results of the same run in `out` lack them.
 
     Raises UserError for benchmarks that cannot be run, and for damaged results in `out`.
     """
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
-    for file in reversed(own_results(out)):
-        if is_same_run(file.run, run) and not file.content.get("missing", True):
-            with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
-                suite_table(suite, file.content)
-            print(f"{file.path} already exists, with the same model, data and settings", flush=True)
-            return SuiteRun(suite, run, posterior_samples, file.content, {}, {})
+    existing = []
+    for file in [file for file in own_results(out) if is_same_run(file.run, run)]:
+        with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
+            suite_table(suite, file.content)
+        print(f"{file.path} already exists, with the same model, data and settings", flush=True)
+        existing.append(file.content)
+    measured = {name for content in existing for name in content["results"]}
     with quiet():
-        return SuiteRun(suite, run, posterior_samples, None, *load_suite(suite))
+        return SuiteRun(suite, run, posterior_samples, existing, *load_suite(
+            [benchmark for benchmark in suite if benchmark.name not in measured]))
 
 
 def own_results(out: Path) -> list[ResultsFile]:
@@ -70,22 +73,33 @@ def own_results(out: Path) -> list[ResultsFile]:
 
 
 def evaluate_suite(prepared: SuiteRun, model: ParallelModel, out: Path) -> dict[str, Any]:
-    """Runs a suite and writes the results to `out`, unless they exist.
+    """Runs the benchmarks of a suite that earlier runs have not measured, and writes their results to `out`.
 
-    Returns the content of the results file: lm-eval's results with "run", "tokens" and "missing" added. Older results
-    that the new ones supersede are removed.
+    Returns the results of all: lm-eval's, with "run", "tokens" and "missing" added. Older results that the new ones
+    supersede are removed. What is missing is recorded in `out`.
     """
-    if prepared.existing is not None:
-        return prepared.existing
     results, answers = run_suite(prepared.loaded, model, prepared.run["limit"], prepared.posterior_samples)
-    results |= {"run": prepared.run | {"commit": git_commit()}, "tokens": model.counts, "missing": prepared.missing}
     if results["results"]:
+        results |= {"run": prepared.run | {"commit": git_commit()}, "tokens": model.counts}
         superseded = [file.path for file in own_results(out) if supersedes(results, file)]
         write_results(out, results, answers)
         for path in superseded:
             for file in (path, *sample_files(path).values()):
                 file.unlink()
-    return results
+    record = out / MISSING
+    record.unlink(missing_ok=True)
+    if prepared.missing:
+        write_json(record, {"missing": prepared.missing, "run": prepared.run})
+    return merged([*prepared.existing, results]) | {"missing": prepared.missing}
+
+
+def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One content of a results file for several: objects are united, of other values the last one stands."""
+    result: dict[str, Any] = {}
+    for content in contents:
+        for key, value in content.items():
+            result[key] = {**result[key], **value} if key in result and isinstance(value, dict) else value
+    return result
 
 
 def supersedes(results: dict[str, Any], old: ResultsFile) -> bool:

@@ -23,6 +23,8 @@ SUITE_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str, "category": str, "metric": str, "label": (str, type(None)), "part_of": (str, type(None)),
     "file": (str, type(None))}  # of the entries that are read again
 
+MISSING = "missing.json"  # the benchmarks of a suite whose datasets were not available, and why
+
 IGNORED = {"checkpoint", "commit"}  # the path of the checkpoint and the program's version do not change results
 
 

@@ -123,8 +123,8 @@ class TensorUnpickler(pickle.Unpickler):
         full_name = f"{module}.{name}"
         if full_name not in ALLOWED:
             known = ", ".join(name for name in ALLOWED if "Storage" not in name)
-            raise UserError(f"{self.path} is refused: it holds {full_name!r:.100}, and a file of weights needs none but "
-                            f"{known} and torch's storages. Use weights in safetensors files instead")
+            raise UserError(f"{self.path} is refused: it holds {full_name!r:.100}, and a file of weights needs none "
+                            f"but {known} and torch's storages. Use weights in safetensors files instead")
         return ALLOWED[full_name]
 
     def persistent_load(self, pid: Any) -> Storage:

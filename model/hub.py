@@ -71,7 +71,7 @@ class HubConfig:
     """Settings of `python -m model.hub`."""
     source: str = setting("", "Hub id such as owner/name, or a checkpoint directory", required=True)
     out: str = setting("", "new checkpoint directory", required=True)
-    dtype: str = setting("auto", "of its weights; auto is bf16 on hardware that trains in bf16, otherwise that of the source",
+    dtype: str = setting("auto", "of its weights; auto is bf16 on hardware that trains in it, or else that of the source",
                          names=("auto", "bf16", "fp32"))
 
 

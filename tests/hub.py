@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": "Not Found"})
 
     def branch(self, kind: str, repo_id: str, rest: str) -> tuple[Files, str, str] | None:
-        """The files of a revision, its commit, and what follows it in a path. Answers with an error if there is none."""
+        """The files of a revision, its commit, and what follows it in a path. If there is none, answers an error."""
         branches = self.hub.repos.get((kind, repo_id))
         if branches is None:
             self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -136,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, value: object, headers: Mapping[str, str] | None = None) -> None:
         """Sends a JSON value. The Hub also puts the message of an error into a header."""
         message = {"X-Error-Message": str(value["error"])} if isinstance(value, dict) and "error" in value else {}
-        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **message, **(headers or {})})
+        headers = {"Content-Type": "application/json", **message, **(headers or {})}
+        self.send(status, json.dumps(value).encode(), headers)
 
     def send(self, status: int, content: bytes, headers: Mapping[str, str], cut: int | None = None) -> None:
         """Sends an answer, or its first bytes before the connection is cut."""

@@ -121,9 +121,10 @@ def test_whatever_could_be_called_is_refused_by_name(tmp_path, opcodes, as_zip):
                          pickle.dumps({"little_endian": True}, 2) + EVIL[opcodes])
     copyreg.add_extension("posix", "system", 0xf0)
     try:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as refused:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr("os.system", called.append)
-            read_bin(path)
+            with pytest.raises(UserError) as refused:
+                read_bin(path)
     finally:
         copyreg.remove_extension("posix", "system", 0xf0)
     said = str(refused.value)
