@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.distributed import resolve_dtype
 from common.files import ExistsError, UserError, first_line, new_directory
-from common.settings import run, setting
+from common.settings import known, read_config, run, setting
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import TOKENIZER_FILES
@@ -41,15 +41,24 @@ def fetch_checkpoint(source: str | Path) -> Path:
 def download(repo_id: str) -> Path:
     """Downloads a model from the Hub and returns its directory. Fetches .bin weights only if there are no others."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
         directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
         if not list(directory.glob("*.safetensors")):
             patterns += ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
             directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(f"{repo_id} is gated: accept its terms on its page of the Hub, then log in with "
+                        "`hf auth login`") from None
+    except RepositoryNotFoundError:
+        known_ids = [hub for size in known("size") for hub in read_config("size", size).get("hub", {}).values()]
+        raise UserError(f"{repo_id} is neither a directory here nor a repository on the Hub that this account may read."
+                        f" The size presets name {', '.join(known_ids)}; if one of them has moved, give the new id as "
+                        "INIT or --init, or log in with `hf auth login`") from None
     except Exception as error:  # of huggingface_hub, its HTTP library or the system
         raise UserError(f"{repo_id} is not a directory here and cannot be downloaded from the Hub: "
-                        f"{first_line(error)}") from None
+                        f"{first_line(error)}. Run the same command again to go on") from None
     return directory
 
 
@@ -71,7 +80,7 @@ class HubConfig:
     """Settings of `python -m model.hub`."""
     source: str = setting("", "Hub id such as owner/name, or a checkpoint directory", required=True)
     out: str = setting("", "new checkpoint directory", required=True)
-    dtype: str = setting("auto", "of its weights; auto is bf16 on hardware that trains in it, or else that of the source",
+    dtype: str = setting("auto", "of its weights; auto: bf16 on hardware that trains in it, or else that of the source",
                          names=("auto", "bf16", "fp32"))
 
 

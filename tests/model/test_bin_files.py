@@ -11,6 +11,7 @@ import torch
 
 from common.files import UserError
 from model.bin_files import read_bin
+from tests.hub import incremental_save
 
 STATE = {"matrix": torch.arange(12.0).view(3, 4), "half": torch.arange(5.0).bfloat16(), "scalar": torch.tensor(7.0),
          "whole": torch.arange(6), "transposed": torch.arange(6.0).view(2, 3).T, "part": torch.arange(9.0)[2:5],
@@ -38,36 +39,6 @@ def test_every_protocol_is_read(tmp_path, protocol, as_zip):
     state._metadata = OrderedDict({"": {"version": 1}})  # as in the state_dict() of a module
     torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=as_zip)
     assert_same(path, STATE)
-
-
-class IncrementalWriter(pickle.Pickler):
-    """Writes a file as lit-gpt's incremental_save does: each tensor's values at once, as a record of the archive, the
-    description at the end, with protocol 5; tensors through _rebuild_from_type_v2."""
-
-    def __init__(self, archive, buffer):
-        super().__init__(buffer, protocol=5)
-        self.archive, self.count = archive, 0
-
-    def persistent_id(self, obj):
-        return obj[1] if isinstance(obj, tuple) and obj and obj[0] == "a storage" else None
-
-    def reducer_override(self, obj):
-        if not isinstance(obj, torch.Tensor):
-            return NotImplemented
-        storage, key = obj.untyped_storage(), str(self.count)
-        self.count += 1
-        self.archive.write_record(f"data/{key}", storage, storage.nbytes())
-        kind = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage}[obj.dtype]
-        named = ("a storage", ("storage", kind, key, "cpu", storage.nbytes() // obj.element_size()))
-        arguments = named, obj.storage_offset(), tuple(obj.shape), obj.stride(), False, OrderedDict()
-        return torch._tensor._rebuild_from_type_v2, (torch._utils._rebuild_tensor_v2, torch.Tensor, arguments, {})
-
-
-def incremental_save(state, path):
-    archive, buffer = torch._C.PyTorchFileWriter(str(path)), io.BytesIO()
-    IncrementalWriter(archive, buffer).dump(state)
-    archive.write_record("data.pkl", buffer.getvalue(), len(buffer.getvalue()))
-    archive.write_end_of_file()
 
 
 def test_the_published_writer(tmp_path):

@@ -2,9 +2,6 @@
 import json
 import shutil
 import struct
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -259,58 +256,3 @@ def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):
     result = run_script("-c", code, "--source", checkpoint, "--out", tmp_path / "out", check=False)
     assert f"cannot write {tmp_path / 'out'}" in error_line(result)
     assert not list(tmp_path.iterdir())
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's API that the download of a model uses."""
-
-    def __init__(self, root, *args):
-        self.root = root
-        super().__init__(*args)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        files = sorted(path.name for path in self.root.iterdir())
-        if path.startswith("/api/models/owner/name"):
-            body = json.dumps({"id": "owner/name", "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files],
-                               "tags": [], "downloads": 0, "likes": 0, "private": False}).encode()
-            if "/tree/" in path:
-                body = json.dumps([{"type": "file", "path": f, "size": (self.root / f).stat().st_size, "oid": f}
-                                   for f in files]).encode()
-        elif path.startswith("/owner/name/resolve/") and path.rsplit("/", 1)[1] in files:
-            body = (self.root / path.rsplit("/", 1)[1]).read_bytes()
-        else:
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{path.rsplit("/", 1)[1]}"')
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_hub_id_is_downloaded(checkpoint, tmp_path):
-    """The real download code, with a local server in place of the Hub."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, checkpoint))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                   "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    try:
-        run_script("-m", "model.hub", "--source", "owner/name", "--out", tmp_path / "out", **environment)
-        result = run_script("-m", "model.hub", "--source", "owner/other", "--out", tmp_path / "other", check=False,
-                            **environment)
-    finally:
-        server.shutdown()
-    assert torch.equal(logits(tmp_path / "out"), logits(checkpoint))
-    assert "owner/other is not a directory here and cannot be downloaded" in error_line(result)
-    assert not (tmp_path / "other").exists()
