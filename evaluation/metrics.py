@@ -12,6 +12,7 @@ from common.files import UserError, first_line
 RESAMPLES = 1000
 ECE_BINS = 15
 SARI_SIZES = 4  # n-grams of up to so many words
+SARI_VERSION = "EASSE 0.2"  # whose figures `sari` gives
 CALIBRATION_METRICS = ("ece", "nll", "brier")
 
 
@@ -92,25 +93,29 @@ def sari_scores(counts: np.ndarray) -> np.ndarray:
     return 100 * np.divide(2 * right, predicted + wanted, out=np.zeros_like(right), where=right > 0).mean(-1)
 
 
-def corpus_sari(sources: Sequence[str], predictions: Sequence[str],
-                references: Sequence[Sequence[str]]) -> dict[str, float]:
+def sari(sources: Sequence[str], predictions: Sequence[str],
+         references: Sequence[Sequence[str]]) -> tuple[dict[str, float], list[float]]:
     """SARI of a test set (Xu et al., 2016), as EASSE computes it and papers report it (Alva-Manchego et al., arXiv
     1908.04567): the mean of the F1 of added, kept and deleted n-grams, from counts summed over all sentences.
 
     Returns {"mean", "low", "high", "add", "keep", "delete"} in percent, with the 95% interval from the percentile
-    bootstrap over the sentences.
+    bootstrap over the sentences; and the jackknife pseudo-value of each sentence (Tukey, 1958), which is what it
+    contributes, for comparisons sentence by sentence.
     """
     counts = np.array([sari_counts(*texts) for texts in zip(sources, predictions, references)])
     picks = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
     resampled = (picks @ counts.reshape(len(counts), -1)).reshape(RESAMPLES, *counts.shape[1:])
     low, high = np.percentile(sari_scores(resampled).mean(-1), (2.5, 97.5))
-    parts = sari_scores(counts.sum(0))
+    parts, without = sari_scores(counts.sum(0)), sari_scores(counts.sum(0) - counts).mean(-1)
+    contributions = len(counts) * parts.mean() - (len(counts) - 1) * without
     return {"mean": float(parts.mean()), "low": float(low), "high": float(high)} | dict(
-        zip(("add", "keep", "delete"), parts.tolist()))
+        zip(("add", "keep", "delete"), parts.tolist())), contributions.tolist()
 
 
-def sari(source: str, prediction: str, references: list[str]) -> float:
+def sari_hf(source: str, prediction: str, references: list[str]) -> float:
     """SARI of one simplification, as defined by Hugging Face's metric of that name (Xu et al., 2016, section 4).
+
+    Its mean over a test set is up to five points from the SARI that papers report, and orders systems differently.
 
     The mean over n-grams of 1 to 4 words of three scores against all references: F1 of kept words, precision of
     deleted words, F1 of added words. Texts are lower-cased and split by the tokenizer 13a. 0/0 is 1. An empty text is

@@ -52,12 +52,12 @@ def loss_table(results: Iterable[dict[str, Any]]) -> str:
 
 def task_table(results: Iterable[dict[str, Any]]) -> str:
     """A line for each task: its metrics with their 95% intervals. `results` are contents of metrics files."""
-    names = " ".join(f"{name:>18}" for name in ("BLEU", "ROUGE-1", "ROUGE-L", "SARI"))
+    names = " ".join(f"{name:>18}" for name in ("BLEU", "ROUGE-1", "ROUGE-L", "SARI", "SARI (HF)"))
     lines = [f"{'task':<8} {'items':>5}  {names}  words  empty copied"]
     for result in results:
         metrics = result["metrics"]
         cells = [f"{value['mean']:5.1f} [{value['low']:4.1f}, {value['high']:4.1f}]" if value else "–"
-                 for value in map(metrics.get, ("bleu", "rouge1", "rougeL", "sari"))]
+                 for value in map(metrics.get, ("bleu", "rouge1", "rougeL", "sari", "sari_hf"))]
         words, empty, copied = (metrics[name]["mean"] for name in ("words", "empty", "copied"))
         lines.append(f"{result['task']:<8} {result['samples']:>5}  " + " ".join(f"{cell:>18}" for cell in cells)
                      + f" {words:6.1f} {empty:5.1f}% {copied:5.1f}%")

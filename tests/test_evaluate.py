@@ -20,7 +20,7 @@ from corpus.tasks import encode_prompts
 from evaluate import main, prepare_evaluation
 from evaluation import benchmarks
 from evaluation.evaluate_config import EvaluateConfig
-from evaluation.metrics import sari
+from evaluation.metrics import sari, sari_hf
 from evaluation.result_files import is_same_run, sample_files
 from evaluation.test_sets import task_decoding
 from model.tokenizer import Tokenizer
@@ -81,9 +81,12 @@ def test_predictions_and_metrics(done, checkpoint, simp_file):
     assert metrics["samples"] == 6
     assert metrics["metrics"]["bleu"]["mean"] == pytest.approx(
         sacrebleu.corpus_bleu(texts, [[item["output"] for item in items]]).score)
-    scores = [sari(item["src_info"]["normal_sentence"], text, [item["output"]]) for item, text in zip(items, texts)]
-    assert metrics["metrics"]["sari"]["mean"] == pytest.approx(sum(scores) / 6)
-    assert [line["scores"]["sari"] for line in lines] == pytest.approx(scores, abs=1e-4)
+    sources = [item["src_info"]["normal_sentence"] for item in items]
+    references = [[item["output"]] for item in items]
+    scores = [sari_hf(*found) for found in zip(sources, texts, references)]
+    assert metrics["metrics"]["sari_hf"]["mean"] == pytest.approx(sum(scores) / 6)
+    assert [line["scores"]["sari_hf"] for line in lines] == pytest.approx(scores, abs=1e-4)
+    assert metrics["metrics"]["sari"] == pytest.approx(sari(sources, texts, references)[0])
     assert metrics["run"]["decoding"]["num_beams"] == 3
 
 

@@ -339,7 +339,7 @@ def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model)
         answers = {name: [{"doc_id": n, "acc": 0.5} for n in range(size)] for name, size in sizes.items()}
         monkeypatch.setattr(benchmarks, "run_suite", lambda *_: (results, answers))
         run = {"limit": None} | ({"posterior_samples": posterior_samples} if posterior_samples else {})
-        evaluate_suite(SuiteRun([], run, (), None, {}, {}), model, tmp_path)
+        evaluate_suite(SuiteRun([], run, (), [], {}, {}), model, tmp_path)
         return [{name: len(file.samples[name]) for name in file.results} for file in own_results(tmp_path)]
 
     assert evaluate(a=9, b=9) == [{"a": 9, "b": 9}]
