@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.inference import LEVEL, mcnemar
-from analysis.results import BENCHMARKS, Choices, Stage
+from analysis.results import BENCHMARKS, TASKS, Choices, Stage
 from analysis.statistics import Estimate, estimate_of_items
 
 # Options of benchmarks of lm-eval by the beginning of their names, for results without their items.
@@ -47,22 +47,49 @@ def count_flips(start: Choices, end: Choices, key: str) -> Flips:
                  estimate_of_items(net, (key, len(before))))
 
 
-def noise_flags(stages: Sequence[Stage]) -> list[str]:
-    """A sentence for each metric that is the same for all models and stages, or at chance level everywhere."""
-    found = []
-    values: dict[tuple[str, str], list[tuple[Stage, Estimate]]] = {}
+Measured = list[tuple[Stage, Estimate]]  # the values of one metric, with their stages
+
+
+def by_metric(stages: Sequence[Stage]) -> dict[tuple[str, str], Measured]:
+    """{("benchmarks" or "tasks", name): its values} of all stages."""
+    values: dict[tuple[str, str], Measured] = {}
     for stage in stages:
-        for kind, results in ((BENCHMARKS, stage.benchmarks), ("tasks", stage.tasks)):
+        for kind, results in ((BENCHMARKS, stage.benchmarks), (TASKS, stage.tasks)):
             for name, estimate in results.items():
                 values.setdefault((kind, name), []).append((stage, estimate))
-    for (kind, name), measured in values.items():
+    return values
+
+
+def is_constant(measured: Measured) -> bool:
+    """Whether a metric has several values that are all the same, as one that does not depend on the answers."""
+    numbers = {estimate.value for _, estimate in measured}
+    return len(measured) > 1 and len(numbers) == 1
+
+
+def constant_benchmarks(stages: Sequence[Stage]) -> frozenset[str]:
+    """The names of the benchmarks with the same value for all models and stages."""
+    return frozenset(name for (kind, name), measured in by_metric(stages).items()
+                     if kind == BENCHMARKS and is_constant(measured))
+
+
+def noise_flags(stages: Sequence[Stage]) -> list[str]:
+    """A sentence for each metric that is the same for all models and stages, or at chance level everywhere or at the
+    start."""
+    found = []
+    for (kind, name), measured in by_metric(stages).items():
         numbers = [estimate.value for _, estimate in measured]
-        if len(numbers) > 1 and max(numbers) == min(numbers):
-            found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages")
-        elif kind == BENCHMARKS and (chance := chance_of(name, [stage for stage, _ in measured])) and \
-                is_at_chance([estimate for _, estimate in measured], chance):
+        chance = chance_of(name, [stage for stage, _ in measured]) if kind == BENCHMARKS else None
+        unlearned = [stage.model for stage, estimate in measured
+                     if chance and not stage.number and is_at_chance([estimate], chance)]
+        if is_constant(measured):
+            found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages"
+                         + "; it is not counted in its category unless --constant is true" * (kind == BENCHMARKS))
+        elif chance and is_at_chance([estimate for _, estimate in measured], chance):
             found.append(f"{name}: its forgetting is noise, since no model and stage differs from chance "
                          f"({chance:.4g}); the values are {min(numbers):.4g} to {max(numbers):.4g}")
+        elif unlearned:
+            found.append(f"{name}: the forgetting of {', '.join(dict.fromkeys(unlearned))} is noise, since the start "
+                         f"does not differ from chance ({chance:.4g})")
     return found
 
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from analysis.flips import constant_benchmarks
 from analysis.record import Record, matrix_of
 from analysis.results import read_runs
 from common.files import UserError, read_json
@@ -22,6 +23,20 @@ def test_measures_of_a_record(runs):
     matrix = matrix_of(record.chains["llm"][0, 42])
     assert matrix[1, "simp"].value == 40
     assert matrix[1, "simp"].error == pytest.approx(1)
+
+
+def test_constant_benchmarks_do_not_count(runs):
+    """As r@1 of MuTual, which lm-eval 0.4.13 computes without the model's answers."""
+    for path in runs.rglob("results_1.json"):
+        found = read_json(path)
+        found["results"]["passages"]["acc,none"] = 200 / 886
+        path.write_text(json.dumps(found))
+    stages = read_runs(runs)
+    assert constant_benchmarks(stages) == {"passages", "pairs_age", "pairs_race"}  # the parts are constant in these runs
+    assert Record(stages).category_fg("llm", "Rs").value == pytest.approx((37.5 + 0) / 2)
+    counted = Record(stages, uncounted=constant_benchmarks(stages))
+    assert counted.category_fg("llm", "Rs").value == pytest.approx(37.5)
+    assert counted.compare(counted.fg_measure("passages")).values["llm"].value == 0  # still shown
 
 
 def test_missing_stages_and_results_are_listed(runs):
