@@ -52,7 +52,7 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
     Raises UserError for benchmarks that cannot be run, and for damaged results in `out`.
     """
     run = run | {"lm_eval": version("lm_eval"), "suite": [
-        dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
+        dataclasses.asdict(benchmark) | {"file": file_digest(benchmark)} for benchmark in suite]}
     existing = []
     for file in [file for file in own_results(out) if is_same_run(file.run, run)]:
         with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
@@ -63,6 +63,11 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
     with quiet():
         return SuiteRun(suite, run, posterior_samples, existing, *load_suite(
             [benchmark for benchmark in suite if benchmark.name not in measured]))
+
+
+def file_digest(benchmark: Benchmark) -> str | None:
+    """The digest of a benchmark's local file. None for a task of lm-eval, and for a file that is still to be made."""
+    return digest([benchmark.file]) if benchmark.file and Path(benchmark.file).is_file() else None
 
 
 def own_results(out: Path) -> list[ResultsFile]:

@@ -20,6 +20,7 @@ class Benchmark:
     label: str | None = None  # the name in tables, if not `name`
     part_of: str | None = None  # the benchmark that includes this one; a part does not count in the category's mean
     file: str | None = None  # local JSONL file: the first num_fewshot lines are the few-shot examples, the rest items
+    make_file: str | None = None  # how to make the file; without it, a missing file is an error in the suite
     pairs: bool = False  # items are {sent_more, sent_less}; the metric is the share with sent_more more likely
     by: str | None = None  # a field of the items: the items of each value also form a benchmark, part of this one
     where: dict[str, Any] = field(default_factory=dict)  # use only items whose fields have these values
