@@ -212,10 +212,20 @@ class Study:
                 yield (f"{pair_name(pair)} is left out of {contrast} after {self.stages[number]}: the models reach no "
                        f"common loss on the new task ({one}, {two} nats per token)")
 
+    def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
+        """Sentences on the pairs in which only one model of a contrast was measured at some of the learning rates."""
+        for pair in self.pairs if self.matches_learning else ():
+            models = self.models_of(contrast, pair) or ()
+            rates = [set(self.curve(LEARNING, pair, model, number)[2]) for model in models]
+            for model, own, other in zip(models, rates, reversed(rates)):
+                if own and (lacking := sorted(other - own, key=float)):
+                    yield (f"{pair_name(pair)}, {contrast} after {self.stages[number]}: {model} lacks the rate "
+                           f"{', '.join(lacking)}, which the other model has")
+
     def all_left_out(self) -> list[str]:
-        """Sentences on all that is not used, and on the pairs that could not be matched."""
+        """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
         return self.left_out + [line for contrast in self.contrasts for number in range(1, self.last + 1)
-                                for line in self.unmatched(contrast, number)]
+                                for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
 
     def check_measure(self, name: str) -> None:
         """Raises UserError if a measure of forgetting is unknown."""

@@ -183,7 +183,7 @@ def conclusion(rows: Sequence[dict]) -> str:
     controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)] if "stack" in final else []
     lines = [sentence, *(text for _, text in controls)]
     if seeds < MIN_SEEDS:
-        lines.append(f"{seeds} of at least {MIN_SEEDS} seeds: no verdict yet. Give more --seeds.")
+        lines.append(f"No verdict: it takes at least {MIN_SEEDS} seeds, found {seeds}. Give more --seeds.")
     else:
         lines.append(f"Depth {'pays' if depth_pays else 'does not pay'} at this budget.")
         if controls:
