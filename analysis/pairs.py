@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis.comparison import Chain, drop_unlike_items, pair_name, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
+from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
 from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, per_token, weighted_sum
 from analysis.record import find_benchmarks, make_chains
@@ -187,6 +188,11 @@ class Study:
         start = self._starts.get((pair, model))
         losses = start.losses.get(TEXT) if start else None
         return per_token(losses.nll, losses) if losses else None
+
+    def pretraining_curve(self, pair: int, model: str) -> Curve:
+        """The evaluations on held-out text during the pretraining of m0; empty without a log of them."""
+        start = self._starts.get((pair, model))
+        return curve_of_log(start.log) if start else []
 
     def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
         """The mean training FLOPs of m0 over pairs; None if one of them is unknown."""
