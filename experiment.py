@@ -133,7 +133,7 @@ def main(cfg: ExperimentConfig) -> None:
     for number, job in enumerate(listed, 1):
         print(f"  {number:>3}  {job.out}: " + (f"{job.flops / 1e12:.2f} TFLOP" if job in to_do else "complete"))
     if len(listed) < len(jobs):
-        print(f"       and the same for the pairs {', '.join(map(str, cfg.pairs[1:]))}")
+        print(f"       and those of the pairs {', '.join(map(str, cfg.pairs[1:]))}")
     print(f"{len(jobs)} jobs, {len(to_do)} of them to do; about {format_duration(pace.seconds(to_do))} at "
           f"{UTILISATION:.0%} of a matrix product's speed on one device of this machine", flush=True)
     if cfg.dry_run:

@@ -25,8 +25,8 @@ OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "m
 class Flips:
     """How the answers to the items of a benchmark changed.
 
-    forgotten, learned: right at m0 and wrong later, and the reverse (n10, n01). net: the fall of the share of known
-    items, without guessing.
+    forgotten, learned: right at m0 and wrong later, and the reverse (n10, n01). net: the decrease in the share of
+    known items, without guessing.
     """
     items: int
     forgotten: int

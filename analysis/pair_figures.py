@@ -11,8 +11,9 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import FONT, PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import PairedDifference
+from analysis.loss_curves import draw_loss_curves
 from analysis.measures import LEARNING
-from analysis.pairs import Contrast, Difference, Study
+from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
 from analysis.record_figures import LINES, use_few_ticks
 
 MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5}
@@ -31,7 +32,9 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
         "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, which does not match learning."),
         "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
         "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the held-out losses "
-                     "of both m0.")}
+                     "of both m0."),
+        "pretraining": (plot_pretraining, "Held-out loss during pretraining: a thin line for each pair, a thick one "
+                        "for the mean over the pairs. A grown model starts with the FLOPs of its base.")}
     plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(study, primary))}
     for name, figure in plotted.items():
         save_figure(figure, folder / name)
@@ -217,4 +220,16 @@ def plot_by_start(study: Study, primary: str) -> Figure | None:
     panel.grid()
     use_few_ticks(panel.xaxis, panel.yaxis)
     add_legend(figure, [*contrast_handles(list(points), study)])
+    return figure
+
+
+def plot_pretraining(study: Study, primary: str) -> Figure | None:
+    """The held-out loss of each m0 over its training FLOPs."""
+    styles = {model: style | {"marker": ""} for model, style in zip(study.models, LINES)}
+    curves = {model: found for model in styles if not model.endswith(LEVEL_ENDING)
+              and (found := [curve for pair in study.pairs if (curve := study.pretraining_curve(pair, model))])}
+    if not curves:
+        return None
+    figure, (panel,) = make_panels(1, 6.5, 3.6)
+    add_legend(figure, draw_loss_curves(panel, curves, styles))
     return figure

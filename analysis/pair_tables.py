@@ -229,8 +229,8 @@ def flip_section(study: Study, rate: str) -> list[Section]:
                     share_text([mean(one.net for one in flips) for flips in of_pairs])])
     note = (f"From m0 to {study.stages[-1]}" + f" at the rate {rate}" * bool(rate) + ": items that were right and are "
             "wrong, and the reverse, summed over pairs and seeds. p: McNemar's exact test, of a single chain. "
-            "Forgotten, net: the fall of the share of items that are known and not guessed, in percent, with the 95% "
-            "interval from the pairs, or from the items of a single one.\n\n")
+            "Forgotten, net: the decrease in the share of items that are known rather than guessed, in percent, with "
+            "the 95% interval from the pairs, or from the items of a single one.\n\n")
     return [("Items that flipped", note + markdown_table(
         ["benchmark", "model", "items", "right, then wrong", "wrong, then right", "p", "forgotten, net"],
         rows))] if rows else []

@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis.comparison import Chain, drop_unlike_items, pair_name, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
+from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
 from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, per_token, weighted_sum
 from analysis.record import find_benchmarks, make_chains
@@ -188,6 +189,11 @@ class Study:
         losses = start.losses.get(TEXT) if start else None
         return per_token(losses.nll, losses) if losses else None
 
+    def pretraining_curve(self, pair: int, model: str) -> Curve:
+        """The evaluations on held-out text during the pretraining of m0; empty without a log of them."""
+        start = self._starts.get((pair, model))
+        return curve_of_log(start.log) if start else []
+
     def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
         """The mean training FLOPs of m0 over pairs; None if one of them is unknown."""
         found = [self._starts[pair, model].run.get("lineage", {}).get("flops") for pair in pairs]
@@ -212,10 +218,20 @@ class Study:
                 yield (f"{pair_name(pair)} is left out of {contrast} after {self.stages[number]}: the models reach no "
                        f"common loss on the new task ({one}, {two} nats per token)")
 
+    def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
+        """Sentences on the pairs in which only one model of a contrast was measured at some of the learning rates."""
+        for pair in self.pairs if self.matches_learning else ():
+            models = self.models_of(contrast, pair) or ()
+            rates = [set(self.curve(LEARNING, pair, model, number)[2]) for model in models]
+            for model, own, other in zip(models, rates, reversed(rates)):
+                if own and (lacking := sorted(other - own, key=float)):
+                    yield (f"{pair_name(pair)}, {contrast} after {self.stages[number]}: {model} lacks the rate "
+                           f"{', '.join(lacking)}, which the other model has")
+
     def all_left_out(self) -> list[str]:
-        """Sentences on all that is not used, and on the pairs that could not be matched."""
+        """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
         return self.left_out + [line for contrast in self.contrasts for number in range(1, self.last + 1)
-                                for line in self.unmatched(contrast, number)]
+                                for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
 
     def check_measure(self, name: str) -> None:
         """Raises UserError if a measure of forgetting is unknown."""

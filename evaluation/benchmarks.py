@@ -149,7 +149,7 @@ def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dic
     """lm-eval's function of that name. Raises UserError for what it cannot compute, such as an infinite perplexity."""
     try:
         with quiet():
-            # the tasks are loaded already: without an index of lm-eval's own, which takes seconds
+            # `tasks` are loaded. The default manager would read the files of all lm-eval tasks, which takes seconds.
             return lm_eval.simple_evaluate(HarnessModel(model), tasks=tasks, limit=limit,
                                            task_manager=TaskManager(include_defaults=False))
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:

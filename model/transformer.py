@@ -179,7 +179,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """The token embedding. On the meta device it draws nothing, for which PyTorch would import its compiler (2 s)."""
+    """The token embedding. Not initialized on the meta device: PyTorch would import its compiler for that (2 s)."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

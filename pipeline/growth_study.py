@@ -23,7 +23,8 @@ from typing import ClassVar
 from matplotlib.lines import Line2D
 
 from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styled
-from common.files import UserError, parsing, write_json, write_text
+from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, mean_curve
+from common.files import UserError, write_json, write_text
 from common.formatting import markdown_table
 from common.metrics_log import read_log
 from common.provenance import data_digest
@@ -37,8 +38,6 @@ TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growt
 LABELS = {TRAINED_ON: "base, trained on"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
 COLOURS = dict(zip(OPERATORS, PALETTE)) | {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
-# The points of a run: (FLOPs spent, held-out loss in nats per token).
-Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,7 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
 
 def read_curve(path: Path) -> Curve:
     """The evaluations in a run's metrics.jsonl. Raises UserError if there are none."""
-    with parsing(path, "the log of a pretraining run"):
-        curve = [(float(step["flops"]), float(step["eval_loss"])) for step in read_log(path) if "eval_loss" in step]
-    if not curve:
+    if not (curve := curve_of_log(read_log(path))):
         raise UserError(f"{path} has no evaluations: remove {path.parent}, and the run is repeated")
     return curve
 
@@ -183,7 +180,7 @@ def conclusion(rows: Sequence[dict]) -> str:
     controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)] if "stack" in final else []
     lines = [sentence, *(text for _, text in controls)]
     if seeds < MIN_SEEDS:
-        lines.append(f"{seeds} of at least {MIN_SEEDS} seeds: no verdict yet. Give more --seeds.")
+        lines.append(f"No verdict: it takes at least {MIN_SEEDS} seeds, found {seeds}. Give more --seeds.")
     else:
         lines.append(f"Depth {'pays' if depth_pays else 'does not pay'} at this budget.")
         if controls:
@@ -194,28 +191,19 @@ def conclusion(rows: Sequence[dict]) -> str:
 @styled
 def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) -> None:
     """Plots loss over FLOPs of all runs to path.png and path.svg."""
-    figure, (axes,) = make_panels(1, 7.2, 4.6)
-    first = next(iter(runs))
-    for seed, curves in runs.items():
-        for name, curve in curves.items():
-            x, y = zip(*((flops / 1e15, loss) for flops, loss in curve))
-            label = f"{LABELS.get(name, name)}: final loss {y[-1]:.3f}" if seed == first else None
-            axes.plot(x, y, "--" if name == "base" else "-", label=label, color=COLOURS[name],
-                      lw=1.8 if seed == first else 0.8, ms=3, marker="o" if seed == first and name != "base" else "")
-    total, goal = runs[first]["scratch"][-1]
-    axes.axhline(goal, color=COLOURS["scratch"], lw=0.8, ls=":")
-    for name, curve in runs[first].items():
-        if name not in ("base", "scratch") and (reached := flops_to_loss(curve, goal)) is not None:
-            axes.plot(reached / 1e15, goal, "D", ms=7, color=COLOURS[name], mec="white")
-    visible = [loss for curves in runs.values() for curve in curves.values() for flops, loss in curve
-               if flops > 0.1 * total]
-    margin = 0.05 * (max(visible) - min(visible)) or 0.1
-    axes.set(xlim=(0, total * 1.01 / 1e15), ylim=(min(visible) - margin, max(visible) + margin), title=title,
-             xlabel="training compute, base included (PFLOP, 6ND)", ylabel="held-out loss (nats per token)")
-    axes.grid()
-    add_legend(figure, [*axes.get_legend_handles_labels()[0],
-                        Line2D([], [], ls="", marker="D", ms=7, color="#777777", mec="white",
-                               label="reaches scratch's final loss")])
+    figure, (panel,) = make_panels(1, 7.2, 4.6)
+    names = list(next(iter(runs.values())))
+    curves = {LABELS.get(name, name): [of_seed[name] for of_seed in runs.values() if name in of_seed] for name in names}
+    styles = {LABELS.get(name, name): {"color": COLOURS[name], "ls": "--" if name == "base" else "-"} for name in names}
+    handles = draw_loss_curves(panel, curves, styles)
+    goal = mean_curve(curves["scratch"])[-1][1]
+    panel.axhline(goal, color=COLOURS["scratch"], lw=0.8, ls=":")
+    for name, of_seeds in curves.items():
+        if name not in ("base", "scratch") and (reached := flops_to_loss(mean_curve(of_seeds), goal)) is not None:
+            panel.plot(reached / 1e15, goal, "D", ms=7, color=styles[name]["color"], mec="white")
+    panel.set_title(title)
+    add_legend(figure, [*handles, Line2D([], [], ls="", marker="D", ms=7, color="#777777", mec="white",
+                                         label="reaches scratch's final loss")])
     save_figure(figure, path)
 
 

@@ -113,7 +113,7 @@ def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
                                      order=("simp",), pairs=(1, 2, 3), dry_run=True))
     *listed, rest, total = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == [str(number) for number in range(1, 9)]
-    assert rest.strip() == "and the same for the pairs 2, 3"
+    assert rest.strip() == "and those of the pairs 2, 3"
     assert total.startswith("24 jobs, 24 of them")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="m0 of llm has to be pretrained: give --text, or --init_llm"):

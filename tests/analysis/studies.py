@@ -36,6 +36,13 @@ def rise(model, pair, number, x, effect):
     return number * (SLOPE * (3.2 - x) + (effect + own if model.startswith("stack") else 0.0))
 
 
+def write_pretraining(folder, start, flops=0):
+    """Writes the log of the pretraining of an m0: its held-out loss falls from 3 nats above `start`."""
+    (folder / "m0/metrics.jsonl").write_text("".join(json.dumps(
+        {"step": step, "eval_loss": start + 3 - step, "flops": flops + (1e13 - flops) * step / 3}) + "\n"
+        for step in range(4)))
+
+
 def write_stage_of(folder, number, settings, losses, right, seconds=60.0):
     """Writes a stage with losses {name: (items, kind)} and a benchmark of four options."""
     stage = folder / ("m0" if number == 0 else f"m{number}-{TASKS[number - 1]}")
@@ -65,6 +72,7 @@ def write_study(folder, pairs=(1, 2, 3, 4), rates=RATES, models=("llm", "stack")
             right = np.arange(40) % 2
             tasks = {task: (losses_of(3.2, f"{task} {pair} {model}"), "task") for task in TASKS}
             write_stage_of(place, 0, {}, {"text": (losses_of(start, f"{pair} {model}"), "text")} | tasks, right)
+            write_pretraining(place, start + 0.01 * pair, 0 if base in ("llm", "base") else 2.5e12)
             for step, rate in enumerate(rates):
                 chain = place / f"rate-{rate}" if len(rates) > 1 else place
                 for number in (1, 2):

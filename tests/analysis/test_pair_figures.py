@@ -5,17 +5,17 @@ import pytest
 
 from analysis import pair_figures
 from analysis.measures import PRIMARY
-from analysis.pair_figures import draw_forest, plot_differences, plot_learning, plot_pairs
+from analysis.pair_figures import draw_forest, plot_differences, plot_learning, plot_pairs, plot_pretraining
 from analysis.pairs import Study
 from analysis.results import read_runs
 from tests.analysis.studies import RATES, write_study
 from tests.analysis.test_figures import layout_faults
 
-ALL = {"differences", "learning", "by-rate", "by-stage", "by-start"}
+ALL = {"differences", "learning", "by-rate", "by-stage", "by-start", "pretraining"}
 LONG = "interleave" + 20 * "W"
 
 CASES = {"study": ({"models": ("llm", "stack", "llm-level", "interleave", "base")}, ALL),
-         "one pair and rate": ({"pairs": (0,), "rates": RATES[:1]}, {"differences", "learning", "by-stage"}),
+         "one pair and rate": ({"pairs": (0,), "rates": RATES[:1]}, ALL - {"by-rate", "by-start"}),
          "two pairs": ({"pairs": (1, 2), "rates": RATES[:1], "models": ("llm", "stack", LONG)}, ALL - {"by-rate"})}
 
 
@@ -63,3 +63,19 @@ def test_the_thick_line_is_the_mean_of_the_pairs(tmp_path):
     values = [study.values(PRIMARY, pair, "stack", RATES[0], 2).value for pair in study.pairs]
     assert thick[1].get_ydata()[0] == pytest.approx(sum(values) / 4)
     assert thick[1].get_xdata() == pytest.approx([2.65, 2.45, 2.25])
+
+
+def test_pretraining_shows_each_pair_and_their_mean(tmp_path):
+    """The held-out loss of llm falls from 8 to 5 nats, and 0.01 nats are added in pair 1, 0.02 in pair 2, and so on."""
+    study = study_of(tmp_path / "study", models=("llm", "stack", "llm-level"))
+    (tmp_path / "study/pair-2/stack/m0/metrics.jsonl").unlink()
+    figure = plot_pretraining(Study(read_runs(tmp_path / "study"), "stack", "llm"), PRIMARY)
+    thin, thick = ([line for line in figure.axes[0].get_lines() if (line.get_linewidth() > 1) is is_thick]
+                   for is_thick in (False, True))
+    assert len(thin) == 4 + 3
+    assert thick[0].get_ydata() == pytest.approx([8.025, 7.025, 6.025, 5.025])
+    assert thick[1].get_xdata() == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "llm: 5.025 at the end, mean of 4", "stack: 4.827 at the end, mean of 3"]
+    assert study.pretraining_curve(1, "stack")[0] == (2.5e12, pytest.approx(7.81))
+    assert study.pretraining_curve(1, "middle") == []

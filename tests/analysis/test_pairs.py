@@ -1,5 +1,6 @@
 """Pairs of models: measures, matched learning, controls, on folders with known effects."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +102,15 @@ def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
     assert list(study.unmatched(study.contrasts[0], 1)) == [
         "pair 3 is left out of stack − llm, equal FLOPs after m1-simp: the models reach no common loss on the new task "
         "(stack 1.3500 to 1.7500, llm 2.5000 to 2.9000 nats per token)"]
+
+
+def test_a_rate_that_only_one_model_has_is_named(tmp_path):
+    folder = write_study(tmp_path / "study")
+    shutil.rmtree(folder / "pair-2/stack/rate-1e-3")
+    study = study_of(folder)
+    assert list(study.lacking_rates(study.contrasts[0], 2)) == [
+        "pair 2, stack − llm, equal FLOPs after m2-empd: stack lacks the rate 1e-3, which the other model has"]
+    assert set(study.lacking_rates(study.contrasts[0], 2)) < set(study.all_left_out())
 
 
 def change_items(path, change):

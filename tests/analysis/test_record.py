@@ -32,7 +32,7 @@ def test_constant_benchmarks_do_not_count(runs):
         found["results"]["passages"]["acc,none"] = 200 / 886
         path.write_text(json.dumps(found))
     stages = read_runs(runs)
-    assert constant_benchmarks(stages) == {"passages", "pairs_age", "pairs_race"}  # the parts are constant in these runs
+    assert constant_benchmarks(stages) == {"passages", "pairs_age", "pairs_race"}  # the parts are constant here
     assert Record(stages).category_fg("llm", "Rs").value == pytest.approx((37.5 + 0) / 2)
     counted = Record(stages, uncounted=constant_benchmarks(stages))
     assert counted.category_fg("llm", "Rs").value == pytest.approx(37.5)

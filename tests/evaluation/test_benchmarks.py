@@ -11,6 +11,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._index import TaskIndex
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Fast
 from tokenizers.processors import TemplateProcessing
@@ -175,6 +176,14 @@ def suite_file(tmp_path):
                                            for a, b in zip(texts[:20], texts[20:40])])
     (tmp_path / "suite.toml").write_text(SUITE)
     return tmp_path / "suite.toml"
+
+
+def test_loaded_tasks_are_not_searched_again(model, suite_file, monkeypatch):
+    """lm-eval reads all its task files, for seconds, unless it is told not to."""
+    folders, build = [], TaskIndex.build
+    monkeypatch.setattr(TaskIndex, "build", staticmethod(lambda paths: folders.extend(paths) or build(paths)))
+    run(read_suite(str(suite_file)), model)
+    assert not folders
 
 
 def test_results_equal_the_backend(models, suite_file):

@@ -2,6 +2,7 @@
 import json
 import shutil
 import struct
+import sys
 
 import pytest
 import torch
@@ -247,6 +248,12 @@ def test_open_checkpoint_checks_the_parts_together(checkpoint, copy, tmp_path):
     write_checkpoint(copy, ours.config, ours.named_parameters(), checkpoint)
     with pytest.raises(UserError, match="special tokens need 512 ids, but the model's vocabulary has only 500"):
         open_checkpoint(copy)
+
+
+def test_opening_a_checkpoint_does_not_import_the_compiler(checkpoint):
+    code = ("import sys; from model.hub import load_model; from model.checkpoint import open_checkpoint;"
+            "open_checkpoint(sys.argv[1]); load_model(sys.argv[1]); print('torch._dynamo' in sys.modules)")
+    assert run_script("-c", code, checkpoint, launcher=[sys.executable]).stdout == "False\n"
 
 
 def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):

@@ -179,7 +179,7 @@ def test_the_table_by_hand():
 - scratch beats base, trained on for 1 of 1 seeds: -0.400 nats per token.
 - stack beats scratch for 1 of 1 seeds: -0.500 nats per token.
 - stack beats base, trained on for 1 of 1 seeds: -0.900 nats per token.
-- 1 of at least 3 seeds: no verdict yet. Give more --seeds.
+- No verdict: it takes at least 3 seeds, found 1. Give more --seeds.
 """)])
 def test_the_conclusion_by_hand(stack, trained_on, said):
     runs = {seed: {"stack": [(4e14, grown)], "scratch": [(4e14, scratch)], "base-trained-on": [(4e14, base)]}
