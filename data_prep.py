@@ -104,7 +104,10 @@ class HubDataConfig:
     dataset: str | None = setting(None, "Hub id, or a local directory of parquet files; none: the task's own")
     max_samples: int = setting(112_000, "maximum number of training samples; a tenth becomes the evaluation split",
                                at_least=1, at_most=MAX_SAMPLES)
-    max_test_samples: int = setting(2_000, "maximum number of test samples", at_least=1, at_most=MAX_SAMPLES)
+    max_test_samples: int | None = setting(None, "maximum number of test samples; none: the task's own", at_least=1,
+                                           at_most=MAX_SAMPLES)
+    test_split: str | None = setting(None, "split of the dataset that is the test set, such as test_asset of simp; "
+                                           "none: the task's own")
 
 
 def prepare_hub(cfg: HubDataConfig) -> None:
@@ -113,7 +116,7 @@ def prepare_hub(cfg: HubDataConfig) -> None:
     folder = Path(cfg.output_path) / spec["folder"]
     if folder.is_dir():
         return print(f"{folder} exists already")
-    splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples)
+    splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples, cfg.test_split)
     try:
         write_raw_task(folder, splits, spec)
     except ExistsError:
