@@ -52,7 +52,8 @@ def record_primary(cfg: ExperimentConfig) -> None:
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
     name, the length of samples, the suite, folders to write to."""
-    training = [train_settings(cfg, method) for method in cfg.methods or [None]]
+    training = [train_settings(cfg, method, stage_args) for method in cfg.methods or [None]
+                for stage_args in cfg.stage_args or [""]]
     for settings in training:
         check_services(settings.tensorboard, settings.wandb)
         resolve_zero_stage(settings, 1)  # reads the DeepSpeed file

@@ -14,7 +14,8 @@ from pipeline.experiment_config import ExperimentConfig
 from pipeline.experiment_jobs import arms, pair_jobs
 from pipeline.jobs import Job
 from pipeline.ledger import Ledger, ledger_entry
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
+from training.train_config import TrainConfig
 
 
 def settings(checkpoint, tasks, out, **given):
@@ -206,7 +207,28 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
         experiment.main(replace(cfg, primary="KL on held-out text"))
 
 
+def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
+    """Three stages, each with a recipe of its own, as far as the sources say."""
+    file = str(ROOT / "configs/experiment/published.toml")
+    for task in ("simp", "empd", "inqqg"):
+        shutil.copy(tasks / "simp.json", tmp_path / f"{task}.json")
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--init_llm", str(checkpoint), "--models", "llm",
+             "--size", "7b"]
+    cfg = load(ExperimentConfig, ["--config", file, *words])
+    stages = [load(TrainConfig, list(map(str, job.argv[2:]))) for job in jobs_of(cfg) if job.script == "train.py"]
+    assert [(one.task, one.global_batch_size, one.lr_scheduler_type, one.warmup_steps, one.weight_decay,
+             one.max_train_samples) for one in stages] == [
+        ("simp", 48, "constant", 0, 0.0, None), ("empd", 48, "constant", 0, 0.0, None),
+        ("inqqg", 256, "cosine", 100, 0.01, 100_000)]
+    for one in stages:
+        assert (one.num_train_epochs, one.learning_rate, one.max_grad_norm, one.eval_steps, one.seed,
+                one.max_source_length, one.max_target_length) == (3, 2e-5, 0.3, 300, 42, 1024, 256)
+    line = refusal((ExperimentConfig, experiment.main), "--config", file, *words, "--order", "simp,empd")
+    assert "stage_args has 3 texts for 2 stages" in line
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    (["--stage_args", "--max_steps 1,--seed 3"], "stage_args: seed cannot be given here"),
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown models 'big'"),
     (["--methods", "ewk"], "the method 'ewk': unknown method 'ewk', expected one of ewc"),
     (["--methods", "ewc:seed=3"], "the method 'ewc:seed=3': 'seed=3' is not name=value of a setting"),
