@@ -138,6 +138,11 @@ class Record:
         """A benchmark at a stage, over the seeds. None if a seed lacks it."""
         return over_seeds(benchmark_at(chain, number, name) for chain in self.own[model].values())
 
+    def version(self, model: str, name: str) -> str:
+        """The version of lm-eval's task by which a benchmark of a model was measured; "" if it is unknown."""
+        return next((str(version) for chain in self.chains[model].values() for stage in chain.values()
+                     if (version := stage.conditions.get((BENCHMARKS, name), {}).get("version"))), "")
+
     def task_value(self, model: str, number: int, task: str) -> Estimate | None:
         """A task's metric at a stage, over the seeds. None if a seed lacks it."""
         return over_seeds(matrix_of(chain).get((number, task)) for chain in self.own[model].values())

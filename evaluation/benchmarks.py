@@ -157,15 +157,18 @@ def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dic
 
 
 def option_results(tasks: list[ConfigurableTask], answers: Answers, sampled: list[Answers]) -> dict[str, float]:
-    """Calibration and mean bits per byte of the right options over the items of all `tasks`, under lm-eval's keys;
-    empty if they are not multiple-choice.
+    """Chance level, calibration and mean bits per byte of the right options over the items of all `tasks`, under
+    lm-eval's keys; empty if they are not multiple-choice.
 
     `sampled` holds the answers of each posterior sample; the probabilities are averaged over them.
     """
+    options = [len(task.doc_to_choice(sample["doc"])) for task in tasks if task.OUTPUT_TYPE == "multiple_choice"
+               for sample in answers.get(task.task_name, ())]
+    results = {"chance,none": float(np.mean([1 / count for count in options]))} if options else {}
     if not (items := list(answered_items(tasks, answers))):
-        return {}
+        return results
     scores = [(item.scores, item.target) for item in items]
-    results = {f"{key},none": value for key, value in calibration_metrics(*zip(*scores)).items()}
+    results |= {f"{key},none": value for key, value in calibration_metrics(*zip(*scores)).items()}
     if bits := [item.sample["bits_per_byte"] for item in items if "bits_per_byte" in item.sample]:
         results["bits_per_byte,none"] = float(np.mean(bits))
     if sampled_items := list(filter(None, (list(answered_items(tasks, one)) for one in sampled))):

@@ -76,6 +76,8 @@ def parse_benchmark(entry: dict[str, Any], title: str, folder: Path) -> Benchmar
     problems += [f"{title}: {key} is {value!r:.80}, expected text" for key, value in options.items()
                  if type(value) not in OPTIONS.get(key, (type(value),))]
     problems += [f"{title}: num_fewshot is below 0"] if values.get("num_fewshot", 0) < 0 else []
+    problems += [f"{title} needs both published_name and published_metric"] if \
+        ("published_name" in entry) != ("published_metric" in entry) else []
     if "file" not in entry:
         if local := {"pairs", "by", "make_file"} & entry.keys() | options.keys():
             problems.append(f"{title}: {', '.join(sorted(local))} needs a file; tasks of lm-eval have their own")

@@ -387,7 +387,7 @@ def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
     assert set(known("eval")) == {"local", "paper", "sample"}
     names = [benchmark.name for benchmark in read_suite("paper")]
     assert len(names) == 22
-    assert {"mmlu_stem", "race", "mutual", "crows_pairs_english_age"} <= set(names)
+    assert {"mmlu_stem", "race", "mutual_text", "crows_pairs_english_age"} <= set(names)
     assert open_suite("sample")[2] == ROOT / "data/eval/sample"
     with pytest.raises(UserError, match="mmlu.jsonl does not exist"):
         read_suite("local", tmp_path)
