@@ -7,9 +7,9 @@ import pytest
 
 from common.settings import read_config
 from evaluation.result_files import results_files
-from tests.benchmarks import add_benchmarks
 from tests.conftest import run_script
 from tests.hub import HubStandIn
+from tests.hub_datasets import add_benchmarks
 
 ORACLE = """
 import json, sys, lm_eval

@@ -1,4 +1,5 @@
-"""Stand-ins of the benchmarks' datasets on the Hub: their columns, configurations and splits, with made-up items."""
+"""Stand-ins of datasets on the Hub, of tasks and benchmarks: their columns, configurations and splits, with made-up
+items."""
 import io
 import random
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 import lm_eval
 from pyarrow import Table, parquet
 
+from corpus.documents import CONVERTED
 from tests.hub import HubStandIn
 
 WORDS = ["stone", "river", "lamp", "cloud", "garden", "horse", "paper", "winter", "bridge", "candle", "market"]
@@ -60,6 +62,43 @@ def of_one_configuration() -> dict[str, dict[str, Rows]]:
             for n, rng in items(f"mathqa {split}", 9)] for split in ("train", "validation", "test")}}
 
 
+def add_tasks(hub: HubStandIn) -> None:
+    """Adds the datasets of the five tasks: two of them have a loading script on the main branch, and parquet files only
+    on the branch to which the Hub converts datasets."""
+    add_dataset(hub, "GEM/wiki_auto_asset_turk", {"default": {split: [
+        {"gem_id": str(n), "source": f"{phrase(rng, 12)}.", "target": f"{phrase(rng, 5)}.", "references": [
+            f"{phrase(rng, 5)}." for _ in range(references)]} for n, rng in items(f"simp {split}", 60)]
+        for split, references in (("train", 1), ("test_asset", 10))}})
+    add_dataset(hub, "Estwld/empathetic_dialogues_llm", {"default": {split: [
+        {"conv_id": str(n), "situation": phrase(rng, 8), "emotion": "proud", "conversations": [
+            {"role": role, "content": phrase(rng, 6)} for role in ("user", "assistant", "user", "assistant")]}
+        for n, rng in items(f"empd {split}", 20)] for split in ("train", "valid", "test")}})
+    add_dataset(hub, "sentence-transformers/eli5", {"pair": {"train": [
+        {"question": f"{'Why' if n % 3 else 'Does'} {phrase(rng, 5)}?", "answer": f"{phrase(rng, 15)}."}
+        for n, rng in items("inqqg", 90)]}})
+    add_converted(hub, "esnli/esnli", "plain_text", {split: [
+        {"premise": phrase(rng, 8), "hypothesis": phrase(rng, 5), "label": n % 3, "explanation_1": phrase(rng, 7),
+         "explanation_2": "", "explanation_3": ""} for n, rng in items(f"exp {split}", 40)]
+        for split in ("train", "validation", "test")})
+    add_converted(hub, "Harvard/gigaword", "default", {split: [
+        {"document": phrase(rng, 20).lower(), "summary": phrase(rng, 5).lower()}
+        for n, rng in items(f"hgen {split}", 40)] for split in ("train", "validation", "test")})
+
+
+def add_converted(hub: HubStandIn, name: str, config: str, splits: dict[str, Rows]) -> None:
+    """Adds a dataset whose main branch holds a loading script, and whose conversion holds parquet files."""
+    hub.add("datasets", name, {"README.md": b"# Dataset\n", f"{name.split('/')[1]}.py": b"import datasets\n"})
+    hub.add("datasets", name, {f"{config}/{split}/0000.parquet": parquet_of(rows) for split, rows in splits.items()},
+            branch=CONVERTED)
+
+
+def parquet_of(rows: Rows) -> bytes:
+    """A parquet file."""
+    buffer = io.BytesIO()
+    parquet.write_table(Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
 def add_dataset(hub: HubStandIn, name: str, configs: dict[str, dict[str, Rows]]) -> None:
     """Adds a dataset with its configurations, {split: rows} each, as parquet files."""
     files = {}
@@ -67,9 +106,8 @@ def add_dataset(hub: HubStandIn, name: str, configs: dict[str, dict[str, Rows]])
     for config, splits in configs.items():
         lines += [f"- config_name: {config}", "  data_files:"]
         for split, rows in splits.items():
-            path, buffer = f"{config}/{split}-00000-of-00001.parquet", io.BytesIO()
-            parquet.write_table(Table.from_pylist(rows), buffer)
-            files[path] = buffer.getvalue()
+            path = f"{config}/{split}-00000-of-00001.parquet"
+            files[path] = parquet_of(rows)
             lines += [f"  - split: {split}", f"    path: {path}"]
     hub.add("datasets", name, {"README.md": "\n".join([*lines, "---", ""]).encode(), **files})
 
