@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     """Runs the targets."""
     folder.mkdir(parents=True)
     subprocess.run(["git", "clone", "-q", ROOT, folder / "project"], check=True)
-    (folder / "project/.venv").symlink_to(Path(sys.prefix))
+    (folder / "project/.venv").symlink_to(Path(sys.prefix))  # the packages are not installed again
     with HubStandIn() as hub:
         add_tasks(hub)
         for seed, name in enumerate(("LLM", "StackLLM")):
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         for target in TARGETS:
             start = time.monotonic()
             print(f"$ make {target}", flush=True)
-            subprocess.run(["make", *shlex.split(target)], cwd=folder / "project",
+            subprocess.run(["make", "-o", ".venv/user", *shlex.split(target)], cwd=folder / "project",
                            env=os.environ | hub.environment(folder / "cache"), check=True)
             print(f"({time.monotonic() - start:.0f} s)", flush=True)
 
