@@ -4,6 +4,7 @@
 """
 import common.interrupts
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator
@@ -41,13 +42,29 @@ def fetch_checkpoint(source: str | Path) -> Path:
 def download(repo_id: str) -> Path:
     """Downloads a model from the Hub and returns its directory. Fetches .bin weights only if there are no others."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
-    try:
+    with explain_hub_errors(repo_id):
         directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
         if not list(directory.glob("*.safetensors")):
             patterns += ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
             directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
+    return directory
+
+
+def published_config(repo_id: str) -> ModelConfig:
+    """The configuration of a model on the Hub, without its weights."""
+    from huggingface_hub import hf_hub_download
+    with explain_hub_errors(repo_id):
+        path = hf_hub_download(repo_id, "config.json")
+    return ModelConfig.read(path)
+
+
+@contextlib.contextmanager
+def explain_hub_errors(repo_id: str) -> Iterator[None]:
+    """Turns errors of a download into a UserError that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    try:
+        yield
     except GatedRepoError:
         raise UserError(f"{repo_id} is gated: accept its terms on its page of the Hub, then log in with "
                         "`hf auth login`") from None
@@ -59,7 +76,6 @@ def download(repo_id: str) -> Path:
     except Exception as error:  # of huggingface_hub, its HTTP library or the system
         raise UserError(f"{repo_id} is not a directory here and cannot be downloaded from the Hub: "
                         f"{first_line(error)}. Run the same command again to go on") from None
-    return directory
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32,

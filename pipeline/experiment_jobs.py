@@ -10,7 +10,7 @@ from common.files import UserError
 from common.settings import CONFIGS, read_config
 from evaluation.suites import open_suite
 from model.config import ModelConfig
-from model.hub import fetch_checkpoint
+from model.hub import fetch_checkpoint, published_config
 from pipeline import chain
 from pipeline.costs import evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, method_flags, train_settings
@@ -149,6 +149,9 @@ def model_config(cfg: ExperimentConfig, model: str) -> ModelConfig:
     if init := cfg.init(model):
         return ModelConfig.read(fetch_checkpoint(init) / "config.json")
     assert cfg.size  # see problems()
+    if "model" not in read_config("size", cfg.size) and (hub := chain.hub_id(cfg.size, model)):
+        made = Path(cfg.out) / model / "m0/config.json"
+        return ModelConfig.read(made) if made.exists() else published_config(hub)
     depth = size_config(cfg.size).num_hidden_layers
     factors = read_config("size", cfg.size).get("growth", {}).get("factors", [4])
     return size_config(cfg.size, depth // math.prod(factors) if model == "base" else depth)
