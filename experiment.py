@@ -24,7 +24,7 @@ from common.metrics_log import check_services
 from common.settings import ROOT, run
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
-from pipeline.costs import Pace, matmul_speed
+from pipeline.costs import Pace, machine_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
@@ -129,7 +129,7 @@ def main(cfg: ExperimentConfig) -> None:
     jobs, ledger = all_jobs(cfg), Ledger(cfg.out)
     if cfg.only and not (jobs := [job for job in jobs if str(job.out) == cfg.only]):
         raise UserError(f"no job of this experiment makes {cfg.only}")
-    pace, to_do = Pace(UTILISATION * matmul_speed()), [job for job in jobs if not ledger.unchanged(job)]
+    pace, to_do = Pace(UTILISATION * machine_speed()), [job for job in jobs if not ledger.unchanged(job)]
     listed = jobs if cfg.only or not cfg.pairs else pair_jobs(cfg, cfg.pairs[0])
     for number, job in enumerate(listed, 1):
         print(f"  {number:>3}  {job.out}: " + (f"{job.flops / 1e12:.2f} TFLOP" if job in to_do else "complete"))

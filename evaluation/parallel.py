@@ -24,7 +24,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 # Tokens of a forward pass, and columns of a batch's key-value cache. Both are lowered if memory runs out.
-SCORE_TOKENS, DECODE_COLUMNS = 4096, 32768
+SCORE_TOKENS, DECODE_COLUMNS = {"cpu": 4096, "cuda": 32_768}, {"cpu": 32_768, "cuda": 262_144}
 
 
 class ParallelModel:
@@ -96,11 +96,12 @@ class ParallelModel:
 
     def _score(self, pairs: list) -> tuple:
         with self._progress("scoring", len(pairs), "request") as bar:
-            return log_likelihoods(self.model, pairs, SCORE_TOKENS, bar.update)
+            return log_likelihoods(self.model, pairs, SCORE_TOKENS[self.dist.device.type], bar.update)
 
     def _losses(self, samples: list) -> list:
         with self._progress("losses", len(samples), "sample") as bar:
-            nll, kl = sample_losses(self.model, samples, self.reference, SCORE_TOKENS, bar.update)
+            nll, kl = sample_losses(self.model, samples, self.reference, SCORE_TOKENS[self.dist.device.type],
+                                    bar.update)
         return list(zip(nll.tolist(), (np.zeros(len(samples)) if kl is None else kl).tolist()))
 
     def _decode(self, share: tuple) -> list:
@@ -112,7 +113,7 @@ class ParallelModel:
 
         with self._progress("decoding", len(prompts), "prompt") as bar:
             return generate(self.model, prompts, config, self.tokenizer.eos_ids, stopped if stops else None,
-                            BatchOptions(samples, DECODE_COLUMNS, bar.update))
+                            BatchOptions(samples, DECODE_COLUMNS[self.dist.device.type], bar.update))
 
     @torch.no_grad()
     def _load_sample(self, share: tuple) -> None:
@@ -122,6 +123,7 @@ class ParallelModel:
             mean, precision = torch.empty(2, parameter.numel())
             posterior.read("mean", name, 0, mean)
             posterior.read("precision", name, 0, precision)
+            mean, precision = mean.to(parameter.device), precision.to(parameter.device)
             parameter.view(-1).copy_(sample_posterior(mean, precision, key, name))
 
     def _progress(self, description: str, total: int, unit: str) -> tqdm:

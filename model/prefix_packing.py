@@ -18,7 +18,8 @@ import torch
 from model.oom import halve_batch
 from model.transformer import Transformer, additive_mask, attention
 
-MAX_GROUP_TOKENS = 128  # segments under one path attend in one call up to this size: fewer calls, more masked scores
+# Segments under one path attend in one call up to this size: fewer calls, more masked scores. On a GPU calls cost more.
+MAX_GROUP_TOKENS = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(eq=False)
@@ -65,12 +66,13 @@ class PackedPass:
 
     def __init__(self, segments: list[Segment], kept: set[Segment], model: Transformer):
         positions = torch.cat([torch.arange(segment.start, segment.stop) for segment in segments])
-        self.positions = positions[None].to(model.lm_head.weight.device)  # 1 N
+        device = model.lm_head.weight.device
+        self.positions, group_tokens = positions[None].to(device), MAX_GROUP_TOKENS[device.type]  # 1 N
         self.segments, self.kept = set(segments), [segment for segment in segments if segment in kept]
         groups: list[list[Segment]] = []
         for segment in segments:
             if groups and segment.start >= groups[-1][0].start and \
-                    segment.rows(segment.stop, groups[-1][0].offset).stop <= MAX_GROUP_TOKENS:
+                    segment.rows(segment.stop, groups[-1][0].offset).stop <= group_tokens:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])

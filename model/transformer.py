@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.distributed import to_device
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX, Head
 
@@ -112,8 +113,8 @@ class SharedPrefix:
 
     def __init__(self, prefix_length: int, rows: torch.Size, device: torch.device):
         self.P, self.rows = prefix_length, rows  # rows: (B, T)
-        positions = torch.cat((torch.arange(self.P), torch.arange(self.P, self.P + rows[1]).repeat(rows[0])))
-        self.positions = positions[None].to(device)  # 1 P+B·T
+        own = torch.arange(self.P, self.P + rows[1], device=device).repeat(rows[0])
+        self.positions = torch.cat((torch.arange(self.P, device=device), own))[None]  # 1 P+B·T
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the attention of query [1, H, P + B·T, D] over key and value [1, K, P + B·T, D]."""
@@ -215,7 +216,8 @@ class Transformer(nn.Module):
 
     `forward(input_ids)` returns logits [B, T, V]. `forward(input_ids, targets)` returns the negative log-likelihood in
     nats, a fp32 scalar, summed over the targets [B, T] that are not IGNORE_INDEX. targets[b, t] is the token expected
-    after input_ids[b, t]. The head runs only at those positions. A prefix [P] precedes every row and is computed once.
+    after input_ids[b, t]. The head runs only at those positions. On a GPU the targets should be in host memory, where
+    they are counted without waiting for the GPU. A prefix [P] precedes every row and is computed once.
     """
 
     def __init__(self, config: ModelConfig):
@@ -239,8 +241,9 @@ class Transformer(nn.Module):
             hidden = hidden[0, len(prefix):].unflatten(0, input_ids.shape)  # B T C
         if targets is None:
             return self.lm_head(hidden)  # B T V
-        has_target = targets != IGNORE_INDEX
-        return self.lm_head(hidden[has_target], targets[has_target])  # N C, N
+        index = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]
+        labels = to_device(targets.flatten()[index], hidden.device)
+        return self.lm_head(hidden.flatten(0, 1)[to_device(index, hidden.device)], labels)  # N C, N
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

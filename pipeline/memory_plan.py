@@ -126,7 +126,14 @@ class MemoryPlan:
         if self.zero == 0:
             return 0
         bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.config.num_parameters)
-        return bucket * (self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
+        # one is filled while the other is reduced; on a CPU, memory that was never written does not count
+        in_turn = 2 if self.overlaps and self.device == "cuda" else 1
+        return bucket * (in_turn * self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the reduction of gradients overlaps with the backward pass: configs/deepspeed/zero2.json."""
+        return self.zero == 2 and not self.offload
 
     def block_activations(self) -> float:
         """Bytes per token that one block keeps for the backward pass.
@@ -211,7 +218,8 @@ def main(cfg: MemoryPlanConfig) -> None:
     on_or_off = {True: "on", False: "off"}
     print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
           f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
-          f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing {on_or_off[plan.gradient_checkpointing]}"
+          f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing {on_or_off[plan.gradient_checkpointing]}, "
+          f"reduction of gradients {'' if plan.overlaps else 'not '}overlapped, blocks not compiled"
           "\n\nmemory of each process")
     other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"

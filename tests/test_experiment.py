@@ -312,7 +312,7 @@ def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(check
 def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, tasks, suite_file, tmp_path, monkeypatch,
                                                                 refusal, flags, said):
     monkeypatch.setattr(experiment, "run_command", lambda words: pytest.fail(f"{words} was run"))
-    monkeypatch.setattr(experiment, "matmul_speed", lambda: 1e9)
+    monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("gone")
     shutil.copy(suite_file, tmp_path)  # without its items

@@ -122,8 +122,9 @@ def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_
     (["--max_tokens_per_microbatch", "200", "--gradient_checkpointing"], TORCHRUN),
     (["--max_tokens_per_microbatch", "9000", "--zero", "0"], 2),
     (["--zero", "2"], 2),
+    pytest.param(["--compile"], 1, marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
     (["--zero", "3", "--gradient_checkpointing"], 2),
-], ids=["small micro-batches", "two processes", "two processes, large micro-batches", "ZeRO 2", "ZeRO 3"])
+], ids=["small micro-batches", "two processes", "two processes, large micro-batches", "ZeRO 2", "compiled", "ZeRO 3"])
 def test_losses_do_not_depend_on_how_the_work_is_distributed(train, finished, tmp_path, flags, launcher):
     train(tmp_path / "run", *flags, launcher=launcher)
     expected, actual = losses(finished[0]), losses(tmp_path / "run")

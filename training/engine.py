@@ -63,6 +63,8 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
         model = materialize_model(config, ((name, tensor.to(device=run.dist.device, dtype=run.dtype))
                                            for name, tensor in weights))
     model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
+    for block in model.model.layers if run.cfg.compile else ():
+        block.compile(dynamic=True)  # for all sizes of micro-batches
     return Tokenizer(run.source), model.train()
 
 
