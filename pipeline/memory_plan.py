@@ -218,9 +218,9 @@ def main(cfg: MemoryPlanConfig) -> None:
     on_or_off = {True: "on", False: "off"}
     print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
           f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
-          f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing {on_or_off[plan.gradient_checkpointing]}, "
-          f"reduction of gradients {'' if plan.overlaps else 'not '}overlapped, blocks not compiled"
-          "\n\nmemory of each process")
+          f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing "
+          f"{on_or_off[plan.gradient_checkpointing]}, reduction of gradients "
+          f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled\n\nmemory of each process")
     other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"
     for name, size in plan.memory().items():

@@ -19,7 +19,7 @@ from tests.hub_datasets import add_tasks
 
 TARGETS = ["train TASK=simp MODEL=stack SIZE=410m",
            *(f"data TASK={task} SOURCE=hub" for task in ("simp", "empd", "inqqg", "exp", "hgen")),
-           "experiment SIZE=410m"]
+           "experiment SIZE=410m ARGS=\"--evaluate_args '--limit 20'\""]
 
 
 def main(folder: Path) -> None:
