@@ -7,9 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model.loss
 import model.transformer
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import additive_mask, attention
+from model.transformer import Transformer, additive_mask, attention
 from tests.conftest import SHAPE, random_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -98,6 +99,20 @@ def test_a_prefix_is_as_if_it_stood_in_every_row(shape, gradient_checkpointing):
     reference = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert (parameter.grad - reference[name].grad).abs().max() / reference[name].grad.abs().max() < 1e-4, name
+
+
+def test_a_micro_step_does_not_wait_for_the_device():
+    """On the meta device it is an error to ask for a value, which a GPU would have to finish computing."""
+    with torch.device("meta"):
+        on_device = Transformer(ModelConfig(**SHAPE))
+    input_ids, targets, *_ = padded_batch()
+    prefix = torch.zeros(5, dtype=torch.int64, device="meta")
+    for arguments in ((), (prefix,)):
+        loss = on_device(input_ids.to("meta"), targets, *arguments)
+        loss.backward()
+        assert loss.is_meta
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_device(input_ids.to("meta"), targets.to("meta"))
 
 
 @pytest.mark.parametrize("change", ["chunks", "gradient_checkpointing"])
