@@ -46,7 +46,7 @@ RAW     folder of raw task folders
 INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
 TEXT    directory of token shards to pretrain on
 OUT     folder of the stages (now {out})
-RUNS    folder of the models, with experiment and report (now {runs})
+RUNS    folder of the models (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
 PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6
 RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
@@ -76,7 +76,7 @@ class Variables:
         self.data = Path("data/prepared", self.source)
         self.text = self.get("TEXT") or str(Path("data/text", self.size))
         self.runs = self.get("RUNS") or str(Path("runs", self.size))
-        self.out = Path(self.get("OUT") or Path("runs", self.size, self.model))
+        self.out = Path(self.get("OUT") or Path(self.runs, self.model))
         self.m0 = self.out / "m0"
         self.order = self.get("ORDER").split() or list(chain.ORDER)
         self.tasks = self.get("TASKS", " ".join(self.order)).split()

@@ -66,6 +66,12 @@ def test_what_exists_is_not_built_again(tmp_path):
         ("data_prep", "data/prepared/sample/empd.json"), ("train", f"{tmp_path}/m2-empd")]
 
 
+def test_the_folder_of_the_models():
+    assert [where for script, where in scripts("train", RUNS="mine", MODEL="llm") if script == "train"] == [
+        "mine/llm/m1-simp"]
+    assert "--out mine/llm " in commands("pretrain", RUNS="mine", MODEL="llm")[-1]
+
+
 def test_a_task_may_come_again():
     assert [where for script, where in scripts("train", ORDER="simp empd simp", OUT="o") if script == "train"] == [
         "o/m1-simp", "o/m2-empd", "o/m3-simp"]
