@@ -1,6 +1,6 @@
 """Tensors in the files that torch.save writes, such as `pytorch_model.bin`: nothing in them is executed.
 
-Such a file holds a pickle that describes the tensors, and their values beside it: as records of a zip archive since
+Such a file holds a pickle that describes the tensors, and their values next to it: as records of a zip archive since
 torch 1.6, one after the other before that. `torch.load(weights_only=True)` reads pickles of protocol 2 alone; the
 published growth models were written with protocol 5. This reader takes every protocol. It knows the few functions and
 types that a description of tensors needs, and refuses a file that names any other.
@@ -8,13 +8,13 @@ types that a description of tensors needs, and refuses a file that names any oth
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 
@@ -27,16 +27,31 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of a file without a zip archive
 
 
-@dataclass(slots=True)
-class Storage:
+class Sealed:
+    """Something that a pickle may make and not change: BUILD, which sets attributes, calls __setstate__."""
+
+    def __setstate__(self, state: Any) -> NoReturn:
+        raise ValueError("the description changes an object")
+
+
+class StateDict(dict):
+    """Stands for OrderedDict. The attribute _metadata that torch.save writes is dropped."""
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignores the attributes."""
+
+
+@dataclass
+class Storage(Sealed):
     """Values in a file, from byte `offset` on."""
     dtype: torch.dtype
     numel: int
     offset: int | None = None  # known once the pickle is read, in files without a zip archive
 
 
-@dataclass(frozen=True, slots=True)
-class BinTensor:
+@dataclass(frozen=True)
+class BinTensor(Sealed):
     """A tensor in a file, not read yet."""
     storage: Storage
     start: int  # its first value in the storage
@@ -65,9 +80,8 @@ class BinTensor:
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
 
 
-class Rebuild:
-    """Stands for torch's functions that make a tensor of a storage. Without attributes, which a pickle could set."""
-    __slots__ = ()
+class Rebuild(Sealed):
+    """Stands for torch's functions that make a tensor of a storage."""
 
     def __call__(self, storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> BinTensor:
         """As torch._utils._rebuild_tensor_v2. Raises ValueError unless the storage holds all values of the tensor."""
@@ -84,36 +98,42 @@ class Rebuild:
 
 class RebuildParameter(Rebuild):
     """As torch._utils._rebuild_parameter."""
-    __slots__ = ()
 
     def __call__(self, data: Any, *_: Any) -> BinTensor:
+        """Returns the tensor of a parameter. Raises ValueError if it is not one."""
         if not isinstance(data, BinTensor):
-            raise ValueError("a parameter is no tensor")
+            raise ValueError("a parameter is not a tensor")
         return data
 
 
 class RebuildFromType(Rebuild):
     """As torch._tensor._rebuild_from_type_v2, for tensors and parameters. Attributes of the tensor are dropped."""
-    __slots__ = ()
 
     def __call__(self, function: Any, kind: Any, arguments: Any, *_: Any) -> BinTensor:
+        """Returns the tensor that a function makes. Raises ValueError for an unknown function or type."""
         if not isinstance(function, Rebuild) or kind not in ("Tensor", "Parameter"):
             raise ValueError("a tensor is made by an unknown function")
         return function(*arguments)
 
 
-# All that a pickle may name. Whatever stands for a name here has no attributes that the pickle could change.
+# All that a pickle may name, and what stands for it. None of it can be changed by the pickle.
 ALLOWED: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict, "torch.Tensor": "Tensor", "torch.nn.parameter.Parameter": "Parameter",
+    "collections.OrderedDict": StateDict, "torch.Tensor": "Tensor", "torch.nn.parameter.Parameter": "Parameter",
     "torch._utils._rebuild_tensor_v2": Rebuild(), "torch._utils._rebuild_parameter": RebuildParameter(),
     "torch._tensor._rebuild_from_type_v2": RebuildFromType(),
     **{f"torch.{name}": dtype for name, dtype in STORAGES.items()}}
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Reads a description of tensors. Raises UserError for a name that is not ALLOWED."""
+    """Reads a description of tensors. Raises UserError for a name that is not ALLOWED, and ValueError for a description
+    that would take much more memory than its length."""
 
     def __init__(self, file: BinaryIO, path: Path):
+        start = file.tell()
+        for opcode, argument, position in pickletools.genops(file):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > (position or 0):
+                raise ValueError(f"the description numbers an object {argument}")
+        file.seek(start)
         super().__init__(file)
         self.path = path
         self.storages: dict[str, Storage] = {}  # by their keys in the file
@@ -168,7 +188,9 @@ def read_bin(path: str | Path) -> dict[str, BinTensor]:
 def read_archive(file: BinaryIO, path: Path) -> tuple[Any, dict[str, Storage]]:
     """Reads the description in a zip archive: returns what it holds, and its storages."""
     with zipfile.ZipFile(file) as archive:
-        records = {name.partition("/")[2]: record for name, record in archive.NameToInfo.items()}
+        records = {name.partition("/")[2]: record for name, record in zip(archive.namelist(), archive.infolist())}
+        if records["data.pkl"].compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its description is compressed")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
             raise ValueError("its numbers are not little-endian")
         with archive.open(records["data.pkl"]) as pickled:

@@ -149,14 +149,54 @@ def test_allowed_functions_cannot_be_changed(tmp_path):
     assert_same(tmp_path / "good.bin", STATE)
 
 
-def description(shape=(2,), strides=(1,), start=0, numel=2, key="0", kind=torch.FloatStorage):
+def description(shape=(2,), strides=(1,), start=0, numel=2, key="0", kind=torch.FloatStorage, state=()):
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj):
             return ("storage", kind, key, "cpu", numel) if isinstance(obj, bytes) else None
 
     buffer = io.BytesIO()
-    Pickler(buffer, 4).dump({"weight": Call(MADE[0], (b"", start, shape, strides, False, OrderedDict()))})
+    tensor = Call(MADE[0], (b"", start, shape, strides, False, OrderedDict()), *state)
+    Pickler(buffer, 4).dump({"weight": tensor})
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("state", [[["a", -8, (2,), (1,)]], [{"start": -8}], [(None, {"start": -8})]], ids=str)
+def test_a_tensor_cannot_be_changed_after_it_was_checked(tmp_path, state):
+    archive_with(tmp_path / "evil.bin", description(state=state), **{"data/0": bytes(8)})
+    with pytest.raises(UserError, match="the description changes an object"):
+        read_bin(tmp_path / "evil.bin")
+
+
+def test_a_storage_cannot_be_changed(tmp_path):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            return ("storage", torch.FloatStorage, "0", "cpu", 2) if isinstance(obj, bytes) else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump(b"")
+    archive_with(tmp_path / "evil.bin", buffer.getvalue()[:-1] + b"}X\x05\0\0\0numelK\x99sb.", **{"data/0": bytes(8)})
+    with pytest.raises(UserError, match="the description changes an object"):
+        read_bin(tmp_path / "evil.bin")
+
+
+def test_attributes_of_the_state_dict_are_dropped(tmp_path):
+    """torch.save writes _metadata. An attribute "items" would hide what the dictionary holds."""
+    state = OrderedDict(STATE)
+    state._metadata = OrderedDict(version=1)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_same(tmp_path / "pytorch_model.bin", STATE)
+    evil = Call(OrderedDict, (), {"items": OrderedDict}, None, iter([("weight", 5)]))
+    archive_with(tmp_path / "evil.bin", pickle.dumps(evil, 4))
+    with pytest.raises(UserError, match="weight is int, expected a tensor"):
+        read_bin(tmp_path / "evil.bin")
+
+
+@pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\x7f", b"p2147483647\n"])
+def test_a_short_description_cannot_take_much_memory(tmp_path, opcode):
+    """An object's number is an index into a table, which the unpickler makes as long."""
+    archive_with(tmp_path / "evil.bin", b"\x80\x02}" + opcode + b".")
+    with pytest.raises(UserError, match="the description numbers an object 2147483647"):
+        read_bin(tmp_path / "evil.bin")
 
 
 @pytest.mark.parametrize(("changed", "records", "said"), [
@@ -181,6 +221,11 @@ def test_compressed_and_truncated_values(tmp_path):
     with zipfile.ZipFile(path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", description())
         archive.writestr("archive/data/0", struct.pack("<2f", 1, 2))
+    with pytest.raises(UserError, match="its description is compressed"):
+        read_bin(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", description())
+        archive.writestr("archive/data/0", struct.pack("<2f", 1, 2), compress_type=zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="compressed or missing"):
         read_bin(path)
     torch.save(STATE, path, _use_new_zipfile_serialization=False)
