@@ -21,6 +21,9 @@ OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "m
            "copa": 2, "wsc273": 2}
 
 
+FEWEST_EQUAL = 4  # results with one value that are no coincidence
+
+
 @dataclass(frozen=True)
 class Flips:
     """How the answers to the items of a benchmark changed.
@@ -60,16 +63,18 @@ def by_metric(stages: Sequence[Stage]) -> dict[tuple[str, str], Measured]:
     return values
 
 
-def is_constant(measured: Measured) -> bool:
-    """Whether a metric has several values that are all the same, as one that does not depend on the answers."""
+def is_constant(name: str, measured: Measured) -> bool:
+    """Whether a metric is the same in at least FEWEST_EQUAL results, as one that does not depend on the answers. Where
+    the answers to the items are known, they have to be the same as well."""
+    answers = {stage.choices[name].right.tobytes() for stage, _ in measured if name in stage.choices}
     numbers = {estimate.value for _, estimate in measured}
-    return len(measured) > 1 and len(numbers) == 1
+    return len(measured) >= FEWEST_EQUAL and len(numbers) == 1 and len(answers) <= 1
 
 
 def constant_benchmarks(stages: Sequence[Stage]) -> frozenset[str]:
     """The names of the benchmarks with the same value for all models and stages."""
     return frozenset(name for (kind, name), measured in by_metric(stages).items()
-                     if kind == BENCHMARKS and is_constant(measured))
+                     if kind == BENCHMARKS and is_constant(name, measured))
 
 
 def noise_flags(stages: Sequence[Stage]) -> list[str]:
@@ -79,17 +84,18 @@ def noise_flags(stages: Sequence[Stage]) -> list[str]:
     for (kind, name), measured in by_metric(stages).items():
         numbers = [estimate.value for _, estimate in measured]
         chance = chance_of(name, [stage for stage, _ in measured]) if kind == BENCHMARKS else None
-        unlearned = [stage.model for stage, estimate in measured
-                     if chance and not stage.number and is_at_chance([estimate], chance)]
-        if is_constant(measured):
+        unlearned = dict.fromkeys(stage.model if stage.pair is None else f"{stage.model} of pair {stage.pair}"
+                                  for stage, estimate in measured
+                                  if chance and not stage.number and is_at_chance([estimate], chance))
+        if is_constant(name, measured):
             found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages"
                          + "; it is not counted in its category unless --constant is true" * (kind == BENCHMARKS))
         elif chance and is_at_chance([estimate for _, estimate in measured], chance):
             found.append(f"{name}: its forgetting is noise, since no model and stage differs from chance "
                          f"({chance:.4g}); the values are {min(numbers):.4g} to {max(numbers):.4g}")
         elif unlearned:
-            found.append(f"{name}: the forgetting of {', '.join(dict.fromkeys(unlearned))} is noise, since the start "
-                         f"does not differ from chance ({chance:.4g})")
+            found.append(f"{name}: it cannot show forgetting of {', '.join(unlearned)}, whose start does not differ "
+                         f"from chance ({chance:.4g})")
     return found
 
 

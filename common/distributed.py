@@ -48,7 +48,8 @@ class Distributed:
         self.local_rank = launcher_number("LOCAL_RANK", 0, below=self.local_world_size)
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the user's own, under the variable's older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
-        if self.local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if threads is None or threads == "1" and self.local_world_size > 1:
             # torchrun sets one thread per process, which leaves most of a CPU unused, by an offloaded optimizer, too
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // self.local_world_size))
@@ -140,7 +141,7 @@ class Distributed:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor to a device, from the host without waiting for what a GPU computes: pageable memory would."""
+    """Copies a tensor to a device. From host memory it goes through pinned memory: the host does not wait for a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.files import UserError, parsing, read_json, write_text
 
-LETTERS = "ABCD"
+LETTERS = ["A", "B", "C", "D"]
 
 # Replacements that undo the tokenization of the published texts, in order; those that lm-eval's task makes.
 DETOKENIZED = ((" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't"), ("`` ", '"'), ("''", '"'), (" :", ":"),
@@ -41,7 +41,7 @@ def read_item(path: Path) -> dict[str, Any]:
     raw = read_json(path, dict)
     with parsing(path, "an item of MuTual"):
         options, label = [detokenize(option) for option in raw["options"]], LETTERS.index(raw["answers"])
-        if len(options) != len(LETTERS) or not raw["answers"]:
+        if len(options) != len(LETTERS):
             raise ValueError(f"it has {len(options)} options, expected {len(LETTERS)}")
         return {"id": str(raw.get("id", path.stem)), "article": detokenize(raw["article"]), "options": options,
                 "label": label}

@@ -1,5 +1,6 @@
 """Runs a suite of benchmarks through lm-eval, and adds calibration and the loss of the right options to its results."""
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,22 +48,34 @@ class SuiteRun:
 
 def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
                   posterior_samples: Sequence[PosteriorSample] = ()) -> SuiteRun:
-    """Loads the tasks of a suite, as far as results of the same run in `out` lack them.
+    """Loads the tasks of a suite that are missing in the results of the same run in `out`.
 
     Raises UserError for benchmarks that cannot be run, and for damaged results in `out`.
     """
     run = run | {"lm_eval": version("lm_eval"), "suite": [
         dataclasses.asdict(benchmark) | {"file": file_digest(benchmark)} for benchmark in suite]}
-    existing = []
-    for file in [file for file in own_results(out) if is_same_run(file.run, run)]:
+    existing: list[dict[str, Any]] = []
+    measured: set[str] = set()
+    for file in [file for file in own_results(out) if is_same_run(file.run | {"suite": run["suite"]}, run)]:
         with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
-            suite_table(suite, file.content)
-        print(f"{file.path} already exists, with the same model, data and settings", flush=True)
-        existing.append(file.content)
-    measured = {name for content in existing for name in content["results"]}
+            known = {entry["name"]: value_settings(entry) for entry in file.suite}
+            same = {entry["name"] for entry in run["suite"] if known.get(entry["name"]) == value_settings(entry)}
+            if same := same & file.results.keys():
+                suite_table([benchmark for benchmark in suite if benchmark.name in same], file.content)
+                print(f"{file.path} already exists, with the same model, data and settings", flush=True)
+                changed = {benchmark.name for benchmark in suite} - same
+                existing.append(file.content | {"results": {
+                    name: values for name, values in file.results.items() if name not in changed}})
+                measured |= same
     with quiet():
         return SuiteRun(suite, run, posterior_samples, existing, *load_suite(
             [benchmark for benchmark in suite if benchmark.name not in measured]))
+
+
+def value_settings(entry: dict[str, Any]) -> dict[str, Any]:
+    """What the value of a benchmark depends on, of its entry in the record of a run."""
+    return json.loads(json.dumps({name: entry.get(name) for name in (
+        "metric", "num_fewshot", "file", "pairs", "by", "where", "options")}))
 
 
 def file_digest(benchmark: Benchmark) -> str | None:
@@ -99,7 +112,7 @@ def evaluate_suite(prepared: SuiteRun, model: ParallelModel, out: Path) -> dict[
 
 
 def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One content of a results file for several: objects are united, of other values the last one stands."""
+    """The contents of several results files as one: objects are united; of other values the last one is kept."""
     result: dict[str, Any] = {}
     for content in contents:
         for key, value in content.items():

@@ -99,8 +99,8 @@ def sari(sources: Sequence[str], predictions: Sequence[str],
     1908.04567): the mean of the F1 of added, kept and deleted n-grams, from counts summed over all sentences.
 
     Returns {"mean", "low", "high", "add", "keep", "delete"} in percent, with the 95% interval from the percentile
-    bootstrap over the sentences; and the jackknife pseudo-value of each sentence (Tukey, 1958), which is what it
-    contributes, for comparisons sentence by sentence.
+    bootstrap over the sentences; and what each sentence contributes, for comparisons sentence by sentence: its
+    jackknife pseudo-value (Tukey, 1958), shifted so that their mean is SARI.
     """
     counts = np.array([sari_counts(*texts) for texts in zip(sources, predictions, references)])
     picks = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
@@ -108,6 +108,7 @@ def sari(sources: Sequence[str], predictions: Sequence[str],
     low, high = np.percentile(sari_scores(resampled).mean(-1), (2.5, 97.5))
     parts, without = sari_scores(counts.sum(0)), sari_scores(counts.sum(0) - counts).mean(-1)
     contributions = len(counts) * parts.mean() - (len(counts) - 1) * without
+    contributions += parts.mean() - contributions.mean()  # the jackknife's estimate of the bias, which SARI keeps
     return {"mean": float(parts.mean()), "low": float(low), "high": float(high)} | dict(
         zip(("add", "keep", "delete"), parts.tolist())), contributions.tolist()
 
@@ -115,7 +116,7 @@ def sari(sources: Sequence[str], predictions: Sequence[str],
 def sari_hf(source: str, prediction: str, references: list[str]) -> float:
     """SARI of one simplification, as defined by Hugging Face's metric of that name (Xu et al., 2016, section 4).
 
-    Its mean over a test set is up to five points from the SARI that papers report, and orders systems differently.
+    Its mean over a test set is up to five points from the SARI that papers report.
 
     The mean over n-grams of 1 to 4 words of three scores against all references: F1 of kept words, precision of
     deleted words, F1 of added words. Texts are lower-cased and split by the tokenizer 13a. 0/0 is 1. An empty text is

@@ -38,9 +38,10 @@ def earlier_results() -> Iterator[None]:
 
 
 def is_same_run(recorded: Any, run: dict[str, Any]) -> bool:
-    """Whether the "run" in a results file names the same weights, data and settings as `run`."""
+    """Whether the "run" in a results file names the same weights, data and settings as `run`. A setting that is off
+    is the same as one that is missing."""
     run = json.loads(json.dumps(run))
-    return isinstance(recorded, dict) and all(recorded.get(key) == run.get(key)
+    return isinstance(recorded, dict) and all((recorded.get(key) or None) == (run.get(key) or None)
                                               for key in (recorded.keys() | run.keys()) - IGNORED)
 
 

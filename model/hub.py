@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -21,6 +22,8 @@ from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, op
 from model.config import ModelConfig
 from model.tokenizer import TOKENIZER_FILES
 from model.transformer import Transformer, parameter_shapes
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def fetch_checkpoint(source: str | Path) -> Path:
@@ -75,7 +78,7 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
                         "INIT or --init, or log in with `hf auth login`") from None
     except Exception as error:  # of huggingface_hub, its HTTP library or the system
         raise UserError(f"{repo_id} is not a directory here and cannot be downloaded from the Hub: "
-                        f"{first_line(error)}. Run the same command again to go on") from None
+                        f"{first_line(error)}. After a lost connection the same command goes on") from None
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
@@ -91,13 +94,13 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
     return materialize_model(config, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
 
 
-@dataclass
+@dataclass(frozen=True)
 class HubConfig:
     """Settings of `python -m model.hub`."""
-    source: str = setting("", "Hub id such as owner/name, or a checkpoint directory", required=True)
-    out: str = setting("", "new checkpoint directory", required=True)
-    dtype: str = setting("auto", "of its weights; auto: bf16 on hardware that trains in it, or else that of the source",
-                         names=("auto", "bf16", "fp32"))
+    source: str = setting(None, "Hub id such as owner/name, or a checkpoint directory", required=True)
+    out: str = setting(None, "new checkpoint directory", required=True)
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "of its weights; auto: bf16 on hardware that trains in it, otherwise that of the source")
 
 
 def main(cfg: HubConfig) -> None:
@@ -112,7 +115,11 @@ def main(cfg: HubConfig) -> None:
         except ExistsError:
             if not (Path(cfg.out) / "config.json").exists():  # not a checkpoint that another process has made
                 raise
-    open_checkpoint(cfg.out)
+    made = open_checkpoint(cfg.out)
+    found = {made.weights.dtype(name) for name in parameter_shapes(made.config)}
+    if cfg.dtype != "auto" and found != {DTYPES[cfg.dtype]}:
+        raise UserError(f"{cfg.out} is there already, with weights of another dtype than {cfg.dtype}: remove it, or "
+                        "leave out --dtype")
     print(f"{cfg.out} is there already")
 
 
@@ -120,8 +127,8 @@ def copy_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     """Writes a checkpoint to an empty folder with weights of a dtype, see HubConfig."""
     config, weights = checkpoint.config, checkpoint.weights
     dtypes = {name: weights.dtype(name) for name in parameter_shapes(config)}
-    if dtype == "fp32" or resolve_dtype(dtype) == "bf16":
-        dtypes = dict.fromkeys(dtypes, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    if dtype != "auto" or resolve_dtype(dtype) == "bf16":
+        dtypes = dict.fromkeys(dtypes, DTYPES[resolve_dtype(dtype)])
     size = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in parameter_shapes(config).items())
     with tqdm(total=size, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:

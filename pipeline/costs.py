@@ -68,8 +68,12 @@ def matmul_speed(size: int = 1024, repeats: int = 8) -> float:
 def machine_speed() -> float:
     """`matmul_speed`, measured in another process: this one would keep its CUDA context while the jobs run."""
     code = "from pipeline.costs import matmul_speed; print(matmul_speed())"
-    measured = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return float(measured.stdout)
+    measured = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    try:
+        return float(measured.stdout.split()[-1])
+    except (IndexError, ValueError):
+        raise UserError("the speed of this machine cannot be measured: "
+                        f"{(measured.stderr.splitlines() or ['no output'])[-1]:.200}") from None
 
 
 class Pace:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from common.files import UserError
+from common.files import UserError, read_json
 from common.formatting import format_duration
-from common.settings import read_config, run, setting
+from common.settings import CONFIGS, read_config, run, setting
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint
 from model.loss import chunk_rows
@@ -132,8 +132,9 @@ class MemoryPlan:
 
     @property
     def overlaps(self) -> bool:
-        """Whether the reduction of gradients overlaps with the backward pass: configs/deepspeed/zero2.json."""
-        return self.zero == 2 and not self.offload
+        """Whether the reduction of gradients overlaps with the backward pass."""
+        path = CONFIGS / f"deepspeed/zero{self.zero}{'_offload' if self.offload else ''}.json"
+        return bool(read_json(path)["zero_optimization"].get("overlap_comm"))
 
     def block_activations(self) -> float:
         """Bytes per token that one block keeps for the backward pass.

@@ -43,6 +43,7 @@ MODEL   stack (grown) or llm (full size from the start)
 SIZE    {sizes} (now {size})
 SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)
 RAW     folder of raw task folders
+EVAL_SIZE  training samples that are set aside for evaluation: a share (0.1 if not given) or a number
 INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
 TEXT    directory of token shards to pretrain on
 OUT     folder of the stages (now {out})
@@ -138,7 +139,7 @@ def data_commands(v: Variables, tasks: Iterable[str]) -> list[Command]:
         if v.source == "hub":
             commands.append([PYTHON, "data_prep.py", "hub", "--task", task, "--output_path", v.raw])
         commands.append([PYTHON, "data_prep.py", "task", "--task", task, "--folder_path", folder, "--output_path",
-                         v.data / f"{task}.json"])
+                         v.data / f"{task}.json", *optional_flags(eval_dataset_size=v.get("EVAL_SIZE"))])
     return commands
 
 

@@ -1,6 +1,6 @@
 """The commands of a user with published models, from nothing to the report, through a stand-in of the Hub.
 
-    python -m tests.hub_path FOLDER      clones the repository into FOLDER, which has to be empty, and runs make in it
+    python -m tests.hub_path FOLDER      makes FOLDER, clones the repository into it, and runs make there
 
 The repositories have the names and the kinds of files of the published ones; the models are small.
 """

@@ -24,7 +24,7 @@ from evaluation.metrics import sari, sari_hf
 from evaluation.result_files import is_same_run, sample_files
 from evaluation.test_sets import task_decoding
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT, TORCHRUN, random_model, run_script, sample_texts
+from tests.conftest import ROOT, TORCHRUN, error_line, random_model, run_script, sample_texts
 
 SUITE = """
 [[benchmark]]
@@ -64,6 +64,36 @@ def done(words, tmp_path_factory):
 def results(folder):
     path, = folder.glob("results_*.json")
     return read_json(path)
+
+
+def test_a_missing_benchmark_is_tried_again_alone(checkpoint, suite_file, tmp_path):
+    """Also if its file is made later, or what is shown of a benchmark changes. Another prompt is measured again."""
+    late = SUITE.replace("continuation", "late").replace('"items.jsonl"', '"late.jsonl"\nmake_file = "write it"')
+    shutil.copy(suite_file.parent / "items.jsonl", tmp_path)
+    suite, out = tmp_path / "suite.toml", tmp_path / "out"
+    command = ["evaluate.py", "--checkpoint", checkpoint, "--suite", suite, "--limit", "6", "--dtype", "fp32", "--out",
+               out]
+    suite.write_text(SUITE + late)
+    line = error_line(run_script(*command, check=False))
+    assert "the others were run: late (" in line
+    assert "late.jsonl does not exist: write it" in line
+    assert read_json(out / "missing.json")["missing"].keys() == {"late"}
+    first, = out.glob("results_*.json")
+    content = first.read_bytes()
+    (tmp_path / "late.jsonl").write_bytes((tmp_path / "items.jsonl").read_bytes())
+    suite.write_text(SUITE.replace('category = "Rs"', 'category = "DK"') + late)
+    printed = run_script(*command).stdout
+    assert f"{first} already exists, with the same model, data and settings" in printed
+    assert [line.split()[:2] for line in printed.splitlines() if line.split()[1:2] in (["continuation"], ["late"])] == [
+        ["DK", "continuation"], ["Rs", "late"]]
+    assert first.read_bytes() == content
+    assert not (out / "missing.json").exists()
+    other, = set(out.glob("results_*.json")) - {first}
+    assert read_json(other)["results"].keys() == {"late"}
+    suite.write_text(SUITE + 'target_delimiter = ": "\n' + late)
+    printed = run_script(*command).stdout
+    assert f"{other} already exists" in printed
+    assert f"{first} already exists" not in printed
 
 
 def test_predictions_and_metrics(done, checkpoint, simp_file):

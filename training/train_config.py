@@ -1,6 +1,4 @@
 """The settings of train.py: names, defaults, ranges, and contradictions between them."""
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,8 +128,6 @@ class TrainConfig:
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
         if self.compile and self.zero == 3:
             found.append("--compile needs --zero 0, 1 or 2: under ZeRO-3 the weights are gathered within the blocks")
-        if self.compile and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-            found.append("--compile needs a C++ compiler, such as g++")
         return found + self.method_problems()
 
     def method_problems(self) -> list[str]:

@@ -9,6 +9,7 @@ export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) PYTHON=${PYTHON:
 # Since Slurm 22.05 srun does not take over --cpus-per-task of the job: each task would have one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 fi
 mkdir -p "${LOGS:=logs}"
 # After the first task ends, the others have 30 seconds to end by themselves, with their own status.

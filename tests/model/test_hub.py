@@ -58,10 +58,19 @@ def test_weights_in_bf16(hub, checkpoint, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_a_copy_of_another_dtype_is_not_taken_for_the_one_asked_for(hub, tmp_path):
+    fetch(hub, tmp_path, ID, "--dtype", "fp32")
+    line = error_line(fetch(hub, tmp_path, ID, "--dtype", "bf16", check=False))
+    assert "is there already, with weights of another dtype than bf16" in line
+    assert "is there already" in fetch(hub, tmp_path, ID, "--dtype", "fp32").stdout
+
+
 def test_a_cut_connection(hub, checkpoint, tmp_path):
     """The client library itself goes on with the missing part."""
     hub.cut["pytorch_model.bin"] = 100_000
     fetch(hub, tmp_path, ID, "--dtype", "fp32")
+    assert not hub.cut
+    assert sum(path.endswith("pytorch_model.bin") for method, path in hub.requests if method == "GET") == 2
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "out")(IDS), load_model(checkpoint)(IDS))
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,6 +114,34 @@ def test_a_micro_step_does_not_wait_for_the_device():
         assert loss.is_meta
     with pytest.raises(NotImplementedError, match="meta"):
         on_device(input_ids.to("meta"), targets.to("meta"))
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, monkeypatch):
+    """Graphs are captured and run, without code for them, which would take minutes. A graph that is interrupted in the
+    attention, as on a GPU after a shared prefix, does not make each layer compile anew until PyTorch gives up."""
+    from torch import _dynamo
+    plain, compiled = (random_model(num_hidden_layers=10) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    compile_block, attend = nn.Module.compile, model.transformer.attention
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
+
+    def interrupted(query, key, value, attn_mask=None):
+        if query.shape[2] != key.shape[2]:
+            _dynamo.graph_break()
+        return attend(query, key, value, attn_mask)
+
+    monkeypatch.setattr(model.transformer, "attention", interrupted if is_interrupted else attend)
+    _dynamo.reset()
+    with _dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled.compile_blocks()
+        for rows, length, prefix_length in ((2, 8, 9), (3, 11, 9), (4, 20, 5), (2, 7, 3)):
+            ids, targets = torch.randint(3, 500, (2, rows, length), generator=generator)
+            prefix = torch.randint(3, 500, (prefix_length,), generator=generator)
+            loss = compiled(ids, targets, prefix)
+            loss.backward()
+            assert loss.item() == pytest.approx(plain(ids, targets, prefix).item(), rel=1e-5)
+    _dynamo.reset()
 
 
 @pytest.mark.parametrize("change", ["chunks", "gradient_checkpointing"])

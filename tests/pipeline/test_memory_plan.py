@@ -17,7 +17,7 @@ from tests.conftest import SHAPE
 
 def kept_for_backward(config, dtype, tokens=64):
     """Bytes per token that autograd keeps for one block, without the weights and the rotary table."""
-    block = Block(config, 0).to(dtype)
+    block = Block(config).to(dtype)
     x = torch.zeros(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     rotary = rotary_table(config, torch.arange(tokens)[None], dtype)
     ignored = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *rotary)}

@@ -66,6 +66,13 @@ def test_what_exists_is_not_built_again(tmp_path):
         ("data_prep", "data/prepared/sample/empd.json"), ("train", f"{tmp_path}/m2-empd")]
 
 
+def test_the_evaluation_split_has_the_given_size():
+    prepared = [line for line in commands("experiment", EVAL_SIZE="0.01") if "data_prep.py task" in line]
+    assert len(prepared) == 3
+    assert all(line.endswith("--eval_dataset_size 0.01") for line in prepared)
+    assert "--eval_dataset_size" not in commands("data")[-1]
+
+
 def test_the_folder_of_the_models():
     assert [where for script, where in scripts("train", RUNS="mine", MODEL="llm") if script == "train"] == [
         "mine/llm/m1-simp"]
