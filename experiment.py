@@ -43,7 +43,7 @@ def record_primary(cfg: ExperimentConfig) -> None:
     path = Path(cfg.out) / "experiment" / "primary.json"
     if not path.exists():
         return write_json(path, {"primary": cfg.primary})
-    recorded = read_own_json(path, "the primary measure is then recorded anew").get("primary")
+    recorded = read_own_json(path, "the primary measure is then recorded again").get("primary")
     if recorded != cfg.primary:
         raise UserError(f"the primary measure of {cfg.out} is {recorded!r}, as named before its first run, not "
                         f"{cfg.primary!r}: give --primary {shlex.quote(str(recorded))}; report.py shows any other one")
