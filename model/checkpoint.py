@@ -1,8 +1,8 @@
 """Checkpoints: Hugging Face directories, read and written.
 
 A directory holds `config.json`, the tokenizer files, and the weights: one `model.safetensors`, or shards with an index.
-Older ones with `pytorch_model.bin` are read without a conversion. Weights move one tensor at a time: reading needs memory for
-the model, writing needs memory for one tensor.
+Older ones with `pytorch_model.bin` are read without a conversion. Weights move one tensor at a time: reading needs
+memory for the model, writing needs memory for one tensor.
 """
 import itertools
 import json
