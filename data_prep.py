@@ -4,6 +4,7 @@
     python data_prep.py text --source docs --size tiny --output_path data/text/tiny
     python data_prep.py hub --task simp --output_path data/raw
     python data_prep.py suite --output_path data/eval/sample
+    python data_prep.py mutual --folder_path MuTual/data/mutual/dev
 """
 import common.interrupts
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from common.files import ExistsError, new_directory
 from common.settings import Commands, known, model_shape, read_config, run, setting
 from corpus.documents import read_documents
+from corpus.mutual import write_mutual
 from corpus.raw_tasks import read_hub_task, read_raw_task, write_raw_task
 from corpus.sample_suite import suite_exists, write_suite
 from corpus.shards import shards_exist, write_shards
@@ -102,7 +104,10 @@ class HubDataConfig:
     dataset: str | None = setting(None, "Hub id, or a local directory of parquet files; none: the task's own")
     max_samples: int = setting(112_000, "maximum number of training samples; a tenth becomes the evaluation split",
                                at_least=1, at_most=MAX_SAMPLES)
-    max_test_samples: int = setting(2_000, "maximum number of test samples", at_least=1, at_most=MAX_SAMPLES)
+    max_test_samples: int | None = setting(None, "maximum number of test samples; none: the task's own", at_least=1,
+                                           at_most=MAX_SAMPLES)
+    test_split: str | None = setting(None, "split of the dataset that is the test set, such as test_asset of simp; "
+                                           "none: the task's own")
 
 
 def prepare_hub(cfg: HubDataConfig) -> None:
@@ -111,7 +116,7 @@ def prepare_hub(cfg: HubDataConfig) -> None:
     folder = Path(cfg.output_path) / spec["folder"]
     if folder.is_dir():
         return print(f"{folder} exists already")
-    splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples)
+    splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples, cfg.test_split)
     try:
         write_raw_task(folder, splits, spec)
     except ExistsError:
@@ -138,13 +143,26 @@ def prepare_suite(cfg: SuiteDataConfig) -> None:
     print(f"{cfg.output_path}: {format_counts(suite)}")
 
 
+@dataclass(frozen=True)
+class MutualDataConfig:
+    """Settings of `data_prep.py mutual`."""
+    folder_path: str = setting(None, "a split of the published MuTual, such as MuTual/data/mutual/dev", required=True)
+    output_path: str = setting("data/eval/paper/mutual.jsonl", "file to write")
+
+
+def prepare_mutual(cfg: MutualDataConfig) -> None:
+    """Writes the items of MuTual for the suite `paper`."""
+    print(f"{cfg.output_path}: {write_mutual(cfg.folder_path, cfg.output_path):,} items")
+
+
 def format_counts(lists: Mapping[str, Sized]) -> str:
     """The lengths of named lists: "3,600 train, 400 eval"."""
     return ", ".join(f"{len(items):,} {name}" for name, items in lists.items())
 
 
 COMMANDS: Commands = {"task": (TaskDataConfig, prepare_task), "text": (TextDataConfig, prepare_text),
-                      "hub": (HubDataConfig, prepare_hub), "suite": (SuiteDataConfig, prepare_suite)}
+                      "hub": (HubDataConfig, prepare_hub), "suite": (SuiteDataConfig, prepare_suite),
+                      "mutual": (MutualDataConfig, prepare_mutual)}
 
 if __name__ == "__main__":
     run(COMMANDS, __doc__)

@@ -24,7 +24,7 @@ from common.settings import CONFIGS, read_config
 from corpus.tasks import read_task
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.losses import LossSet, evaluate_losses, existing_losses, open_loss_sets
-from evaluation.metrics import bertscore
+from evaluation.metrics import SARI_VERSION, bertscore
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results
 from evaluation.summary import loss_table, suite_table, task_table
@@ -158,7 +158,7 @@ def open_test_sets(cfg: EvaluateConfig, max_length: int) -> list[TaskTestSet]:
             continue
         spec, decoding = read_config("task", task), task_decoding(task, cfg.seed)
         with parsing(CONFIGS / "task" / f"{task}.toml", "the description of a task"):
-            source, uses_sari = spec["source"], spec.get("sari", False)
+            source, sari = spec["source"], SARI_VERSION if spec.get("sari") else None
         items = read_task(path, source)[0]["test"][:cfg.limit]
         if not items:
             problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
@@ -166,7 +166,7 @@ def open_test_sets(cfg: EvaluateConfig, max_length: int) -> list[TaskTestSet]:
             if (cfg.decode or name == "max_target_length") and cfg.max_source_length + length > max_length:
                 problems.append(f"max_source_length {cfg.max_source_length} + {name} {length} of {task} is more than "
                                 f"the model's max_position_embeddings {max_length}: lower max_source_length")
-        test_sets.append(TaskTestSet(task, items, digest([path]), decoding, cfg.max_source_length, source, uses_sari,
+        test_sets.append(TaskTestSet(task, items, digest([path]), decoding, cfg.max_source_length, source, sari,
                                      cfg.bertscore_model, cfg.bertscore_layer))
     if problems:
         raise UserError("; ".join(problems))

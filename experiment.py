@@ -18,12 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-from common.files import UserError, check_writable, read_json, write_json
+from common.files import UserError, check_writable, write_json
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.settings import ROOT, run
+from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
-from pipeline.costs import Pace, matmul_speed
+from pipeline.costs import Pace, machine_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
@@ -42,7 +43,7 @@ def record_primary(cfg: ExperimentConfig) -> None:
     path = Path(cfg.out) / "experiment" / "primary.json"
     if not path.exists():
         return write_json(path, {"primary": cfg.primary})
-    recorded = read_own_json(path, "the primary measure is then recorded anew").get("primary")
+    recorded = read_own_json(path, "the primary measure is then recorded again").get("primary")
     if recorded != cfg.primary:
         raise UserError(f"the primary measure of {cfg.out} is {recorded!r}, as named before its first run, not "
                         f"{cfg.primary!r}: give --primary {shlex.quote(str(recorded))}; report.py shows any other one")
@@ -51,7 +52,8 @@ def record_primary(cfg: ExperimentConfig) -> None:
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
     name, the length of samples, the suite, folders to write to."""
-    training = [train_settings(cfg, method) for method in cfg.methods or [None]]
+    training = [train_settings(cfg, method, stage_args) for method in cfg.methods or [None]
+                for stage_args in cfg.stage_args or [""]]
     for settings in training:
         check_services(settings.tensorboard, settings.wandb)
         resolve_zero_stage(settings, 1)  # reads the DeepSpeed file
@@ -107,8 +109,8 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
         try:
             run_command(job.argv)
         except SystemExit:
-            results = job.out.glob("results_*.json") if job.script == "evaluate.py" else ()
-            if not any(path.stat().st_mtime >= began and read_json(path, dict).get("missing") for path in results):
+            record = job.out / MISSING
+            if job.script != "evaluate.py" or not record.exists() or record.stat().st_mtime < began:
                 raise
             incomplete.append(str(job.out))  # the results of all available benchmarks are written
         else:
@@ -127,7 +129,7 @@ def main(cfg: ExperimentConfig) -> None:
     jobs, ledger = all_jobs(cfg), Ledger(cfg.out)
     if cfg.only and not (jobs := [job for job in jobs if str(job.out) == cfg.only]):
         raise UserError(f"no job of this experiment makes {cfg.only}")
-    pace, to_do = Pace(UTILISATION * matmul_speed()), [job for job in jobs if not ledger.unchanged(job)]
+    pace, to_do = Pace(UTILISATION * machine_speed()), [job for job in jobs if not ledger.unchanged(job)]
     listed = jobs if cfg.only or not cfg.pairs else pair_jobs(cfg, cfg.pairs[0])
     for number, job in enumerate(listed, 1):
         print(f"  {number:>3}  {job.out}: " + (f"{job.flops / 1e12:.2f} TFLOP" if job in to_do else "complete"))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.flips import noise_flags
+from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
@@ -41,6 +41,8 @@ class ReportConfig:
     rate: float | None = setting(None, "learning rate at which models are compared without matching their learning; "
                                        "none: the middle one", above=0)
     effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
+    constant: bool = setting(False, "count benchmarks in their categories that have the same value for all models and "
+                                    "stages, as in published figures")
     categories: tuple[str, ...] = setting((), "only these categories; none: all categories in the results")
 
     def problems(self) -> list[str]:
@@ -74,7 +76,8 @@ def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None, 
     a single pair; of several pairs only the means are shown, since the study compares them."""
     is_single = len({stage.pair for stage in stages}) == 1
     return records_by_method([stage for stage in stages if not stage.number or (stage.rate or "") == rate],
-                             cfg.categories, cfg.baseline, pair if is_single else None)
+                             cfg.categories, cfg.baseline, pair if is_single else None,
+                             () if cfg.constant else constant_benchmarks(stages))
 
 
 def describe(records: dict[str, Record], record: Record, study: Study | None, cfg: ReportConfig,

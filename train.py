@@ -22,11 +22,11 @@ import torch
 from tqdm import tqdm
 
 from common import settings
-from common.distributed import Distributed, StopRequest
+from common.distributed import Distributed, StopRequest, to_device
 from common.files import UserError
 from common.formatting import format_loss
 from common.metrics_log import MetricsLog
-from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, make_microbatches
+from training.batches import GlobalBatch, Microbatch, Sample, SampleDataset, count_tokens, make_microbatches
 from training.data import TrainData, load_data
 from training.engine import (
     REMEDY,
@@ -166,7 +166,7 @@ def train_step(run: Run, engine: "DeepSpeedEngine", samples: Sequence[Sample],
     for index, microbatch in enumerate(microbatches):
         last = index == len(microbatches) - 1
         engine.set_gradient_accumulation_boundary(last)
-        microbatch_nll = engine(*(tensor.to(dist.device) for tensor in microbatch))
+        microbatch_nll = engine(*inputs(microbatch, dist.device))
         nll += microbatch_nll.detach()
         if last:  # the loss is known before the last gradient: a rejected loss sets the gradients to NaN
             total, computed = dist.all_reduce_sum(nll, computed)
@@ -174,6 +174,12 @@ def train_step(run: Run, engine: "DeepSpeedEngine", samples: Sequence[Sample],
             rejected = not (math.isfinite(loss) and loss <= max_loss)
         engine.backward(microbatch_nll * (math.nan if rejected else scale), scale_wrt_gas=False)
     return StepResult(loss, optimizer_step(engine, cfg.max_grad_norm, rejected), computed)
+
+
+def inputs(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """The arguments of the model. The targets stay in host memory, see Transformer."""
+    input_ids, targets, prefix = microbatch
+    return to_device(input_ids, device), targets, to_device(prefix, device)
 
 
 @torch.no_grad()
@@ -187,7 +193,7 @@ def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> flo
         num_targets += count_tokens(samples)[1]
         for microbatch in make_microbatches(samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens,
                                             dist.rank, dist.world_size):
-            nll += engine.module(*(tensor.to(dist.device) for tensor in microbatch))
+            nll += engine.module(*inputs(microbatch, dist.device))
     if not num_targets:
         return None
     loss = dist.all_reduce_sum(nll)[0] / num_targets

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.inference import LEVEL, mcnemar
-from analysis.results import BENCHMARKS, Choices, Stage
+from analysis.results import BENCHMARKS, TASKS, Choices, Stage
 from analysis.statistics import Estimate, estimate_of_items
 
 # Options of benchmarks of lm-eval by the beginning of their names, for results without their items.
 OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "mathqa": 5, "mutual": 4, "race": 4,
            "arc_": 4, "openbookqa": 4, "commonsense_qa": 5, "logiqa": 4, "social_iqa": 3, "crows_pairs": 2, "sciq": 4,
            "copa": 2, "wsc273": 2}
+
+
+FEWEST_EQUAL = 4  # results with one value that are no coincidence
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,52 @@ def count_flips(start: Choices, end: Choices, key: str) -> Flips:
                  estimate_of_items(net, (key, len(before))))
 
 
-def noise_flags(stages: Sequence[Stage]) -> list[str]:
-    """A sentence for each metric that is the same for all models and stages, or at chance level everywhere."""
-    found = []
-    values: dict[tuple[str, str], list[tuple[Stage, Estimate]]] = {}
+Measured = list[tuple[Stage, Estimate]]  # the values of one metric, with their stages
+
+
+def by_metric(stages: Sequence[Stage]) -> dict[tuple[str, str], Measured]:
+    """{("benchmarks" or "tasks", name): its values} of all stages."""
+    values: dict[tuple[str, str], Measured] = {}
     for stage in stages:
-        for kind, results in ((BENCHMARKS, stage.benchmarks), ("tasks", stage.tasks)):
+        for kind, results in ((BENCHMARKS, stage.benchmarks), (TASKS, stage.tasks)):
             for name, estimate in results.items():
                 values.setdefault((kind, name), []).append((stage, estimate))
-    for (kind, name), measured in values.items():
+    return values
+
+
+def is_constant(name: str, measured: Measured) -> bool:
+    """Whether a metric is the same in at least FEWEST_EQUAL results, as one that does not depend on the answers. Where
+    the answers to the items are known, they have to be the same as well."""
+    answers = {stage.choices[name].right.tobytes() for stage, _ in measured if name in stage.choices}
+    numbers = {estimate.value for _, estimate in measured}
+    return len(measured) >= FEWEST_EQUAL and len(numbers) == 1 and len(answers) <= 1
+
+
+def constant_benchmarks(stages: Sequence[Stage]) -> frozenset[str]:
+    """The names of the benchmarks with the same value for all models and stages."""
+    return frozenset(name for (kind, name), measured in by_metric(stages).items()
+                     if kind == BENCHMARKS and is_constant(name, measured))
+
+
+def noise_flags(stages: Sequence[Stage]) -> list[str]:
+    """A sentence for each metric that is the same for all models and stages, or at chance level everywhere or at the
+    start."""
+    found = []
+    for (kind, name), measured in by_metric(stages).items():
         numbers = [estimate.value for _, estimate in measured]
-        if len(numbers) > 1 and max(numbers) == min(numbers):
-            found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages")
-        elif kind == BENCHMARKS and (chance := chance_of(name, [stage for stage, _ in measured])) and \
-                is_at_chance([estimate for _, estimate in measured], chance):
+        chance = chance_of(name, [stage for stage, _ in measured]) if kind == BENCHMARKS else None
+        unlearned = dict.fromkeys(stage.model if stage.pair is None else f"{stage.model} of pair {stage.pair}"
+                                  for stage, estimate in measured
+                                  if chance and not stage.number and is_at_chance([estimate], chance))
+        if is_constant(name, measured):
+            found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages"
+                         + "; it is not counted in its category unless --constant is true" * (kind == BENCHMARKS))
+        elif chance and is_at_chance([estimate for _, estimate in measured], chance):
             found.append(f"{name}: its forgetting is noise, since no model and stage differs from chance "
                          f"({chance:.4g}); the values are {min(numbers):.4g} to {max(numbers):.4g}")
+        elif unlearned:
+            found.append(f"{name}: it cannot show forgetting of {', '.join(unlearned)}, whose start does not differ "
+                         f"from chance ({chance:.4g})")
     return found
 
 

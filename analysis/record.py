@@ -1,5 +1,5 @@
 """The stages of an experiment in order: what is missing, and the measures of forgetting over them."""
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from analysis.comparison import (
@@ -52,7 +52,7 @@ class Record:
     """
 
     def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = (), pair: Pair | None = None,
-                 last: int = 0, method: str = ""):
+                 last: int = 0, method: str = "", uncounted: Collection[str] = ()):
         """Finds what can be compared.
 
         Args:
@@ -61,11 +61,13 @@ class Record:
             pair: the models to compare.
             last: number of the last stage, if these stages may lack it.
             method: its name, for the sentences in `missing`; empty if there is only one.
+            uncounted: benchmarks that do not count in their categories.
         """
         found = make_chains(stages)
         comparable = {model: drop_unlike(group) for model, group in found.items()}
         self.chains = {model: group for model, (group, _) in comparable.items()}
         self.method, self.several_seeds = method, max(map(len, self.chains.values())) > 1
+        self._uncounted = uncounted
         self.last = max([last, *(number for _, _, chain in self.all_chains() for number in chain)])
         self.stages = self._stage_names()
         self.benchmarks = find_benchmarks(stages)
@@ -136,6 +138,11 @@ class Record:
         """A benchmark at a stage, over the seeds. None if a seed lacks it."""
         return over_seeds(benchmark_at(chain, number, name) for chain in self.own[model].values())
 
+    def version(self, model: str, name: str) -> str:
+        """The version of lm-eval's task by which a benchmark of a model was measured; "" if it is unknown."""
+        return next((str(version) for chain in self.chains[model].values() for stage in chain.values()
+                     if (version := stage.conditions.get((BENCHMARKS, name), {}).get("version"))), "")
+
     def task_value(self, model: str, number: int, task: str) -> Estimate | None:
         """A task's metric at a stage, over the seeds. None if a seed lacks it."""
         return over_seeds(matrix_of(chain).get((number, task)) for chain in self.own[model].values())
@@ -154,7 +161,8 @@ class Record:
 
     def category_measure(self, category: str) -> Measure:
         """The measure of a category's FG."""
-        return self.fg_measure(*(benchmark.name for benchmark in self.benchmarks_of(category)))
+        return self.fg_measure(*(benchmark.name for benchmark in self.benchmarks_of(category)
+                                 if benchmark.name not in self._uncounted))
 
     def task_measure(self, name: str) -> Measure:
         """One of TASK_MEASURES after the last stage, by name."""
@@ -235,14 +243,14 @@ def common_group(group: Group) -> Group:
 
 
 def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str,
-                      pair: Pair | None = None) -> dict[str, Record]:
+                      pair: Pair | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
     """{method: Record}, the baseline first. All methods start from the same m0. Stages without a method have the
     method "none"."""
     methods = {stage.method or "none" for stage in stages if stage.number} or {"none"}
     starts = [stage for stage in stages if not stage.number]
     last = max(stage.number for stage in stages)
     return {method: Record(starts + [stage for stage in stages if stage.number and (stage.method or "none") == method],
-                           categories, pair, last, method if len(methods) > 1 else "")
+                           categories, pair, last, method if len(methods) > 1 else "", uncounted)
             for method in sorted(methods, key=lambda name: (name != baseline, name))}
 
 

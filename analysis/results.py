@@ -312,14 +312,19 @@ def make_estimate(value: float, error: float, items: Sequence | None, key: tuple
 
 def benchmark_of(entry: dict[str, Any]) -> Benchmark:
     """The Benchmark of a suite's entry, with the fields that a report needs."""
-    return Benchmark(**{key: entry[key] for key in ("name", "category", "metric", "label", "part_of") if key in entry})
+    needed = "name", "category", "metric", "label", "part_of", "published_version"
+    return Benchmark(**{key: entry[key] for key in needed if key in entry})
 
 
 @functools.cache
 def shipped_benchmarks() -> dict[str, Benchmark]:
-    """The benchmarks of the suites in configs/eval, by name. `paper` has precedence: it uses lm-eval's own tasks."""
+    """The benchmarks of the suites in configs/eval, by name, those of published results included. `paper` has
+    precedence: it uses lm-eval's own tasks."""
     found: dict[str, Benchmark] = {}
     for name in sorted(known("eval"), key=lambda name: name != "paper"):
         for entry in open_suite(name)[1]:
             found.setdefault(entry["name"], benchmark_of(entry))
+            if "published_name" in entry:
+                found.setdefault(entry["published_name"], Benchmark(
+                    entry["published_name"], entry["category"], entry["published_metric"]))
     return found

@@ -12,6 +12,7 @@ from analysis.statistics import TASK_MEASURES, Estimate
 from common.files import UserError, read_json
 from common.formatting import markdown_table
 from common.settings import ROOT
+from evaluation.suites import version_note
 
 BIAS = "Bias"  # the category in which neither direction is better, and whose parts are plotted as a heat map
 PART = " (part)"  # marks a difference of what two have in common, of which one has more
@@ -37,8 +38,10 @@ def result_tables(record: Record) -> tuple[list[str], list[Section]]:
         lines = [[b.category, b.label or b.name, b.metric,
                   *(format_estimate(record.benchmark_value(model, number, b.name), scale=100)
                     for number in range(record.last + 1))] for b in record.benchmarks]
-        sections.append((f"Benchmarks by stage: {model}",
-                         markdown_table(["category", "benchmark", "metric (%)", *record.stages], lines)))
+        notes = "".join(f"{note}.\n\n" for b in record.benchmarks
+                        if (note := version_note(b, record.version(model, b.name))))
+        sections.append((f"Benchmarks by stage: {model}", notes + markdown_table(
+            ["category", "benchmark", "metric (%)", *record.stages], lines)))
     return sentences, sections
 
 

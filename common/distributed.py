@@ -19,6 +19,10 @@ from common.files import UserError
 CONNECTION_ERRORS = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
 T = TypeVar("T")
 
+# Micro-batches have many sizes, between which segments that can grow leave no gaps. By default torch rounds pinned host
+# memory, such as offloaded weights, up to a power of two.
+ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1024"
+
 
 class Distributed:
     """The process group of a run, as a context manager.
@@ -42,20 +46,21 @@ class Distributed:
             os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
         self.local_world_size = launcher_number("LOCAL_WORLD_SIZE", self.world_size, at_least=1)
         self.local_rank = launcher_number("LOCAL_RANK", 0, below=self.local_world_size)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the user's own, under the variable's older name
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if threads is None or threads == "1" and self.local_world_size > 1:
+            # torchrun sets one thread per process, which leaves most of a CPU unused, by an offloaded optimizer, too
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // self.local_world_size))
         if torch.cuda.is_available():
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"{self.local_world_size} processes on a node with {torch.cuda.device_count()} GPUs: "
                                 "start one for each GPU")
-            # by default torch rounds pinned host memory, such as offloaded weights, up to a power of two
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1024")
             torch.cuda.set_device(self.local_rank)
             self.device = torch.device("cuda", self.local_rank)
         else:
             self.device = torch.device("cpu")
-            if self.local_world_size > 1 or "OMP_NUM_THREADS" not in os.environ:
-                # torchrun sets one thread per process, which leaves most of a CPU unused
-                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-                torch.set_num_threads(max(1, cores // self.local_world_size))
         launcher_number("MASTER_PORT", None, below=1 << 16)
         torch_dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                       timeout=self.timeout)
@@ -133,6 +138,13 @@ class Distributed:
         """Prints a line on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor to a device. From host memory it goes through pinned memory: the host does not wait for a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def launcher_number(name: str, default: int | None, at_least: int = 0, below: int = 1 << 31) -> int:

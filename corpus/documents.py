@@ -17,6 +17,7 @@ from tqdm import tqdm
 from common.files import UserError, first_line, parse_json
 
 VALIDATION_PER_MILLE = 10  # documents per thousand that are held out for validation
+CONVERTED = "refs/convert/parquet"  # the branch of a dataset on the Hub to which its files are converted
 TEXT_SUFFIXES = ".txt", ".jsonl"
 DOCUMENT_CHARACTERS = 10_000  # a .txt file is cut into documents of about this length
 
@@ -132,14 +133,20 @@ def load_hub_dataset(name: str, split: str, columns: list[str], config: str | No
                      revision: str | None = None, streaming: bool = False) -> Iterator[dict[str, Any]]:
     """Yields the rows of a Hub dataset, or of a local directory of parquet files, with the given columns.
 
-    `config` is the dataset's configuration (such as "en"), `revision` a branch (such as "refs/convert/parquet").
+    `config` is the dataset's configuration (such as "en"), `revision` a branch or commit. A dataset whose main branch
+    holds a loading script, which datasets no longer runs, is read from the Hub's automatic conversion to parquet.
     """
     from datasets import load_dataset
     data_dir, path = None, os.path.realpath(name)
     if os.path.isdir(path) and glob.has_magic(path):  # datasets would take the path for a pattern
         data_dir = os.path.relpath(glob.escape(path), path)
     try:
-        rows = load_dataset(name, config, data_dir, split=split, revision=revision, streaming=streaming)
+        try:
+            rows = load_dataset(name, config, data_dir, split=split, revision=revision, streaming=streaming)
+        except RuntimeError as error:
+            if revision is not None or "scripts are no longer supported" not in str(error):
+                raise
+            rows = load_dataset(name, config, data_dir, split=split, revision=CONVERTED, streaming=streaming)
         yield from tqdm(rows.select_columns(columns), split, disable=True if streaming else None)
     except Exception as error:  # datasets and huggingface_hub raise many types: network, name, split, columns
         raise UserError(f"cannot read the split {split!r} of {name}: {first_line(error)}. Without a network, put raw "

@@ -5,8 +5,10 @@ of configs/task/<name>.toml.
 """
 import re
 import sys
+import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +17,53 @@ from common.formatting import format_names
 from corpus.documents import load_hub_dataset
 
 LISTS = ("src", "tgt", "src_info")
+TEST_SAMPLES = 2_000  # of a task on the Hub, unless configs/task says otherwise
 BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank escapes; both cases occur
 
 
-def read_hub_task(spec: dict[str, Any], dataset: str | None, max_train: int, max_test: int) -> dict[str, list[dict]]:
+def read_hub_task(spec: dict[str, Any], dataset: str | None, max_train: int, max_test: int | None = None,
+                  test_split: str | None = None) -> dict[str, list[dict]]:
     """{"train", "test"}: the src_info fields of at most `max_train` and `max_test` samples of a task on the Hub.
 
-    `dataset` replaces the Hub id in `spec`, the task's configuration. If the dataset has no test split, the last tenth
-    of the training samples (at most `max_test`) becomes the test split. Raises UserError for a row without the fields
-    that `spec` names, and if a split would be empty.
+    `dataset` and `test_split` replace the Hub id and the test split in `spec`, the task's configuration. Without a test
+    split, the last samples of the training split are the test set. Raises UserError for a row without the fields that
+    `spec` names, and if a split would be empty.
     """
     hub = spec["hub"]
-    name = dataset or hub["dataset"]
-    columns = [*hub["columns"].values(), *(hub[key] for key in ("dialogue", "references") if key in hub),
-               *([hub["labels"]["column"]] if "labels" in hub else [])]
-    limits = {"train": max_train, "test": max_test} if "test" in hub["splits"] else {"train": max_train + max_test}
-    splits = {}
-    for split, hub_split in hub["splits"].items():
-        rows = load_hub_dataset(name, hub_split, columns, hub.get("config"), hub.get("revision"))
-        samples = chain.from_iterable(row_samples(row, hub, f"{name}: row {number} of the split {hub_split!r}")
-                                      for number, row in enumerate(rows))
-        splits[split] = list(islice(samples, limits[split]))
-    if "test" not in splits:
-        num_test = max(1, min(max_test, len(splits["train"]) // 10))
-        splits = {"train": splits["train"][:-num_test], "test": splits["train"][-num_test:]}
+    name, max_test = dataset or hub["dataset"], max_test or hub.get("test_samples", TEST_SAMPLES)
+    test_split = test_split or hub["splits"].get("test")
+    train = read_hub_split(name, hub["splits"]["train"], hub)
+    if test_split:
+        splits = {"train": list(islice(train, max_train)),
+                  "test": list(islice(read_hub_split(name, test_split, hub), max_test))}
+    else:
+        splits = cut_test_set(train, max_train, max_test, hub.get("held_out", max_test))
     if empty := [split for split, samples in splits.items() if not samples]:
         raise UserError(f"{name} holds no {' and no '.join(empty)} samples")
     return splits
+
+
+def read_hub_split(name: str, split: str, hub: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the src_info fields of each sample in a split of a Hub dataset."""
+    columns = [*hub["columns"].values(), *(hub[key] for key in ("dialogue", "references") if key in hub),
+               *([hub["labels"]["column"]] if "labels" in hub else [])]
+    for number, row in enumerate(load_hub_dataset(name, split, columns, hub.get("config"), hub.get("revision"))):
+        yield from row_samples(row, hub, f"{name}: row {number} of the split {split!r}")
+
+
+def cut_test_set(samples: Iterable[dict], max_train: int, max_test: int, held_out: int) -> dict[str, list[dict]]:
+    """{"train", "test"} of samples: the last `held_out` ones, at most a tenth, are not trained on; the last `max_test`
+    of those are the test set."""
+    train: list[dict] = []
+    end: deque[dict] = deque(maxlen=held_out)
+    count = 0
+    for sample in samples:
+        if count < max_train:
+            train.append(sample)
+        end.append(sample)
+        count += 1
+    held_out = min(held_out, max(1, count // 10))
+    return {"train": train[:max(0, count - held_out)], "test": list(end)[-min(max_test, held_out):]}
 
 
 def row_samples(row: dict[str, Any], hub: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -56,18 +78,20 @@ def row_samples(row: dict[str, Any], hub: dict[str, Any], where: str) -> list[di
             if label is None or label < 0:  # datasets mark a missing label with -1
                 return []
             info[hub["labels"]["field"]] = hub["labels"]["names"][label]
+        if any(not re.fullmatch(pattern, info[field]) for field, pattern in hub.get("matches", {}).items()):
+            return []
         if "references" in hub and len(references := checked_texts(row[hub["references"]] or [])) > 1:
             info["references"] = references
         return [info | sample for sample in dialogue_samples(row[hub["dialogue"]])] if "dialogue" in hub else [info]
 
 
 def dialogue_samples(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The src_info fields of each of the listener's turns: it answers the turns before it."""
+    """The src_info fields of each turn but the first: it answers the turns before it. Turns of the speaker count."""
     if unknown := {turn["role"] for turn in turns} - {"user", "assistant"}:
         raise ValueError(f"unknown roles {sorted(map(str, unknown))}")
     texts = [checked_text(turn["content"]).strip() for turn in turns]
     return [{"input_text": "\n".join(f"- {text}" for text in texts[:index]), "output_text": texts[index]}
-            for index in range(1, len(turns)) if turns[index]["role"] == "assistant"]
+            for index in range(1, len(turns))]
 
 
 def checked_text(value: Any) -> str:
@@ -104,10 +128,25 @@ def build_raw_files(samples: Iterable[dict], spec: dict[str, Any]) -> dict[str, 
     files: dict[str, dict[str, list]] = {name: {"src": [], "tgt": [], "src_info": []} for name in spec["prompts"]}
     for index, info in enumerate(samples):
         name, template = templates[index % len(templates)]
+        info = info | constraint(name, info[spec["target"]])
         files[name]["src"].append(fill_template(template, info))
         files[name]["tgt"].append(info.get("references", info[spec["target"]]))
         files[name]["src_info"].append(info | {"prompt": template, "prompt_name": name})
     return files
+
+
+def constraint(prompt_name: str, target: str) -> dict[str, str]:
+    """The fields of a prompt that asks for a target with a certain word: its first, its last, or any of its words.
+
+    The prompts with "constrain_start", "constrain_end" or "constrain_contain" in their name have them (Scialom et al.,
+    arXiv 2205.12393). Which word "any" is depends on the target alone.
+    """
+    found = re.match("constrain_(start|contain|end)", prompt_name)
+    if not found:
+        return {}
+    words = target.split() or [""]
+    place = {"start": 0, "end": -1}.get(found[1], zlib.crc32(target.encode()) % len(words))
+    return {"TO_REPLACE_1": words[place], "constrain_type": found[1]}
 
 
 def fill_template(template: str, fields: dict[str, str]) -> str:
@@ -118,21 +157,21 @@ def fill_template(template: str, fields: dict[str, str]) -> str:
 def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], list[dict]]:
     """(training, test) items {input, output, src_info, index}; several targets add `references`.
 
-    The raw files are in the task's folder in `path` or in `path` itself. If the task has a `test_prompt`, only the test
-    items with this prompt are returned.
+    The raw files are in the task's folder in `path` or in `path` itself. If the task has a `test_prompt`, a list, only
+    the test items with these prompts are returned; if there are none, all, with a note.
     """
     folder = Path(path) / spec["folder"] if (Path(path) / spec["folder"]).is_dir() else Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected the raw files of the task, or a folder {spec['folder']} "
                         "with them")
     train, test = (read_raw_split(folder, split, spec["source"]) for split in ("train", "test"))
-    if "test_prompt" in spec:
-        prompt_names = sorted({str(item["src_info"].get("prompt_name")) for item in test})
-        test = [item for item in test if item["src_info"].get("prompt_name") == spec["test_prompt"]]
-        if not test:
-            raise UserError(f"{folder}: no test item has prompt_name {spec['test_prompt']!r}; found "
-                            + format_names(prompt_names))
-    return train, test
+    prompts = spec.get("test_prompt", [])
+    chosen = [item for item in test if item["src_info"].get("prompt_name") in prompts]
+    if prompts and not chosen:
+        found = sorted({str(item["src_info"].get("prompt_name")) for item in test})
+        print(f"{folder}: no test item has the prompt_name {' or '.join(prompts)}, so that all {len(test)} are used: "
+              f"{format_names(found)}", file=sys.stderr)
+    return train, chosen or test
 
 
 def read_raw_split(folder: Path, split: str, source_field: str) -> list[dict]:

@@ -1,5 +1,6 @@
 """Runs a suite of benchmarks through lm-eval, and adds calibration and the loss of the right options to its results."""
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from common.files import UserError, digest, first_line, parsing
+from common.files import UserError, digest, first_line, parsing, write_json
 from common.provenance import git_commit
 from evaluation.harness import HarnessModel
 from evaluation.lm_eval_tasks import Loaded, load_suite, quiet
 from evaluation.metrics import average_log_probs, calibration_metrics, log_softmax
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import (
+    MISSING,
     ResultsFile,
     earlier_results,
     is_same_run,
@@ -35,31 +37,50 @@ PosteriorSample = tuple[Path, tuple]  # directory of the posterior, and the key 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A suite whose tasks are loaded, or the results of an earlier run of the same."""
+    """A suite: what earlier runs of the same have measured, and the tasks of the other benchmarks, loaded."""
     suite: list[Benchmark]
     run: dict[str, Any]  # the record of what the results depend on
     posterior_samples: Sequence[PosteriorSample]
-    existing: dict[str, Any] | None
+    existing: list[dict[str, Any]]  # contents of results files
     loaded: Loaded
     missing: dict[str, str]  # reasons by name, of benchmarks whose datasets are not available
 
 
 def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
                   posterior_samples: Sequence[PosteriorSample] = ()) -> SuiteRun:
-    """Loads the tasks of a suite, unless complete results of the same run exist in `out`.
+    """Loads the tasks of a suite that are missing in the results of the same run in `out`.
 
     Raises UserError for benchmarks that cannot be run, and for damaged results in `out`.
     """
     run = run | {"lm_eval": version("lm_eval"), "suite": [
-        dataclasses.asdict(benchmark) | {"file": benchmark.file and digest([benchmark.file])} for benchmark in suite]}
-    for file in reversed(own_results(out)):
-        if is_same_run(file.run, run) and not file.content.get("missing", True):
-            with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
-                suite_table(suite, file.content)
-            print(f"{file.path} already exists, with the same model, data and settings", flush=True)
-            return SuiteRun(suite, run, posterior_samples, file.content, {}, {})
+        dataclasses.asdict(benchmark) | {"file": file_digest(benchmark)} for benchmark in suite]}
+    existing: list[dict[str, Any]] = []
+    measured: set[str] = set()
+    for file in [file for file in own_results(out) if is_same_run(file.run | {"suite": run["suite"]}, run)]:
+        with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
+            known = {entry["name"]: value_settings(entry) for entry in file.suite}
+            same = {entry["name"] for entry in run["suite"] if known.get(entry["name"]) == value_settings(entry)}
+            if same := same & file.results.keys():
+                suite_table([benchmark for benchmark in suite if benchmark.name in same], file.content)
+                print(f"{file.path} already exists, with the same model, data and settings", flush=True)
+                changed = {benchmark.name for benchmark in suite} - same
+                existing.append(file.content | {"results": {
+                    name: values for name, values in file.results.items() if name not in changed}})
+                measured |= same
     with quiet():
-        return SuiteRun(suite, run, posterior_samples, None, *load_suite(suite))
+        return SuiteRun(suite, run, posterior_samples, existing, *load_suite(
+            [benchmark for benchmark in suite if benchmark.name not in measured]))
+
+
+def value_settings(entry: dict[str, Any]) -> dict[str, Any]:
+    """What the value of a benchmark depends on, of its entry in the record of a run."""
+    return json.loads(json.dumps({name: entry.get(name) for name in (
+        "metric", "num_fewshot", "file", "pairs", "by", "where", "options")}))
+
+
+def file_digest(benchmark: Benchmark) -> str | None:
+    """The digest of a benchmark's local file. None for a task of lm-eval, and for a file that is still to be made."""
+    return digest([benchmark.file]) if benchmark.file and Path(benchmark.file).is_file() else None
 
 
 def own_results(out: Path) -> list[ResultsFile]:
@@ -70,22 +91,33 @@ def own_results(out: Path) -> list[ResultsFile]:
 
 
 def evaluate_suite(prepared: SuiteRun, model: ParallelModel, out: Path) -> dict[str, Any]:
-    """Runs a suite and writes the results to `out`, unless they exist.
+    """Runs the benchmarks of a suite that earlier runs have not measured, and writes their results to `out`.
 
-    Returns the content of the results file: lm-eval's results with "run", "tokens" and "missing" added. Older results
-    that the new ones supersede are removed.
+    Returns the results of all: lm-eval's, with "run", "tokens" and "missing" added. Older results that the new ones
+    supersede are removed. What is missing is recorded in `out`.
     """
-    if prepared.existing is not None:
-        return prepared.existing
     results, answers = run_suite(prepared.loaded, model, prepared.run["limit"], prepared.posterior_samples)
-    results |= {"run": prepared.run | {"commit": git_commit()}, "tokens": model.counts, "missing": prepared.missing}
     if results["results"]:
+        results |= {"run": prepared.run | {"commit": git_commit()}, "tokens": model.counts}
         superseded = [file.path for file in own_results(out) if supersedes(results, file)]
         write_results(out, results, answers)
         for path in superseded:
             for file in (path, *sample_files(path).values()):
                 file.unlink()
-    return results
+    record = out / MISSING
+    record.unlink(missing_ok=True)
+    if prepared.missing:
+        write_json(record, {"missing": prepared.missing, "run": prepared.run})
+    return merged([*prepared.existing, results]) | {"missing": prepared.missing}
+
+
+def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The contents of several results files as one: objects are united; of other values the last one is kept."""
+    result: dict[str, Any] = {}
+    for content in contents:
+        for key, value in content.items():
+            result[key] = {**result[key], **value} if key in result and isinstance(value, dict) else value
+    return result
 
 
 def supersedes(results: dict[str, Any], old: ResultsFile) -> bool:
@@ -138,15 +170,18 @@ def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dic
 
 
 def option_results(tasks: list[ConfigurableTask], answers: Answers, sampled: list[Answers]) -> dict[str, float]:
-    """Calibration and mean bits per byte of the right options over the items of all `tasks`, under lm-eval's keys;
-    empty if they are not multiple-choice.
+    """Chance level, calibration and mean bits per byte of the right options over the items of all `tasks`, under
+    lm-eval's keys; empty if they are not multiple-choice.
 
     `sampled` holds the answers of each posterior sample; the probabilities are averaged over them.
     """
+    options = [len(task.doc_to_choice(sample["doc"])) for task in tasks if task.OUTPUT_TYPE == "multiple_choice"
+               for sample in answers.get(task.task_name, ())]
+    results = {"chance,none": float(np.mean([1 / count for count in options]))} if options else {}
     if not (items := list(answered_items(tasks, answers))):
-        return {}
+        return results
     scores = [(item.scores, item.target) for item in items]
-    results = {f"{key},none": value for key, value in calibration_metrics(*zip(*scores)).items()}
+    results |= {f"{key},none": value for key, value in calibration_metrics(*zip(*scores)).items()}
     if bits := [item.sample["bits_per_byte"] for item in items if "bits_per_byte" in item.sample]:
         results["bits_per_byte,none"] = float(np.mean(bits))
     if sampled_items := list(filter(None, (list(answered_items(tasks, one)) for one in sampled))):

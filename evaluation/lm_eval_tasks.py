@@ -58,7 +58,7 @@ def read_suite(name: str, folder: str | Path | None = None) -> list[Benchmark]:
         raise UserError(f"{path}: " + "; ".join(problems))
     with quiet():
         for benchmark in benchmarks:
-            if benchmark.file:
+            if benchmark.file and Path(benchmark.file).is_file():
                 local_task(benchmark)
     return benchmarks
 
@@ -76,8 +76,10 @@ def parse_benchmark(entry: dict[str, Any], title: str, folder: Path) -> Benchmar
     problems += [f"{title}: {key} is {value!r:.80}, expected text" for key, value in options.items()
                  if type(value) not in OPTIONS.get(key, (type(value),))]
     problems += [f"{title}: num_fewshot is below 0"] if values.get("num_fewshot", 0) < 0 else []
+    problems += [f"{title} needs both published_name and published_metric"] if \
+        ("published_name" in entry) != ("published_metric" in entry) else []
     if "file" not in entry:
-        if local := {"pairs", "by"} & entry.keys() | options.keys():
+        if local := {"pairs", "by", "make_file"} & entry.keys() | options.keys():
             problems.append(f"{title}: {', '.join(sorted(local))} needs a file; tasks of lm-eval have their own")
     else:
         pairs = values.get("pairs")
@@ -89,7 +91,8 @@ def parse_benchmark(entry: dict[str, Any], title: str, folder: Path) -> Benchmar
             problems.append(f"{title} has the metric {metric!r}, expected {' or '.join(metrics)}")
         if "file" in values:
             values["file"] = str(folder / values["file"])
-            problems += [f"{title}: {values['file']} does not exist"] if not Path(values["file"]).is_file() else []
+            if not Path(values["file"]).is_file() and not values.get("make_file"):
+                problems.append(f"{title}: {values['file']} does not exist")
     if problems:
         raise UserError("; ".join(problems))
     return Benchmark(**values, options=options)
@@ -112,7 +115,7 @@ def task_manager() -> TaskManager:
 
 def with_parts(benchmark: Benchmark) -> list[Benchmark]:
     """A benchmark, followed by one for each value of its field `by`."""
-    if not benchmark.by or not benchmark.file:
+    if not benchmark.by or not benchmark.file or not Path(benchmark.file).is_file():
         return [benchmark]
     values = [item.get(benchmark.by) for item in read_json_lines(benchmark.file)[benchmark.num_fewshot:]]
     if wrong := [value for value in values if not isinstance(value, str | int | float)]:
@@ -151,6 +154,9 @@ def load_suite(suite: list[Benchmark]) -> tuple[Loaded, dict[str, str]]:
     loaded: Loaded = {}
     missing = {}
     for benchmark in suite:
+        if benchmark.file and not Path(benchmark.file).is_file():
+            missing[benchmark.name] = f"{benchmark.file} does not exist: {benchmark.make_file}"
+            continue
         if benchmark.file:
             task = local_task(benchmark)
             loaded[benchmark.name] = task, [task]

@@ -11,6 +11,8 @@ from common.files import UserError, first_line
 
 RESAMPLES = 1000
 ECE_BINS = 15
+SARI_SIZES = 4  # n-grams of up to so many words
+SARI_VERSION = "EASSE 0.2"  # whose figures `sari` gives
 CALIBRATION_METRICS = ("ece", "nll", "brier")
 
 
@@ -54,8 +56,67 @@ def tokenizer_13a() -> Callable[[str], str]:
     return Tokenizer13a()
 
 
-def sari(source: str, prediction: str, references: list[str]) -> float:
-    """SARI of one simplification (Xu et al., 2016, section 4), as defined by Hugging Face's metric of that name.
+def sari_words(text: str) -> list[str]:
+    """The words of a text for SARI: lower-cased, split by the tokenizer 13a."""
+    return tokenizer_13a()(text.lower()).split()
+
+
+def sari_counts(source: str, prediction: str, references: Sequence[str]) -> np.ndarray:
+    """The n-gram counts of one simplification that corpus SARI sums, [3, 4, 3].
+
+    Axes: the operations add, keep and delete; n-grams of 1 to 4 words; the number that are right, that the prediction
+    has, and that the references have. Added n-grams count once. The others count with their frequency: those of source
+    and prediction times the number of references, since they are compared with the sum over the references.
+    """
+    texts = [sari_words(text) for text in (source, prediction, *references)]
+    counts = np.zeros((3, SARI_SIZES, 3))
+    for size in range(1, SARI_SIZES + 1):
+        before, after, *wanted = (Counter(ngrams(words, size)) for words in texts)
+        reference: Counter = sum(wanted, Counter())
+        added, addable = after.keys() - before.keys(), reference.keys() - before.keys()
+        before, after = (Counter({gram: len(wanted) * count for gram, count in text.items()})
+                         for text in (before, after))
+        kept, keepable, deleted, deletable = before & after, before & reference, before - after, before - reference
+        counts[:, size - 1] = [[len(added & addable), len(added), len(addable)],
+                               [(kept & keepable).total(), kept.total(), keepable.total()],
+                               [(deleted & deletable).total(), deleted.total(), deletable.total()]]
+    return counts
+
+
+def sari_scores(counts: np.ndarray) -> np.ndarray:
+    """F1 of adding, keeping and deleting, in percent: [..., 3] of summed `sari_counts` [..., 3, 4, 3].
+
+    The mean over the four sizes of n-grams; 0/0 is 0.
+    """
+    right, predicted, wanted = np.moveaxis(counts, -1, 0)
+    # F1 of the precision right/predicted and the recall right/wanted is 2·right / (predicted + wanted).
+    return 100 * np.divide(2 * right, predicted + wanted, out=np.zeros_like(right), where=right > 0).mean(-1)
+
+
+def sari(sources: Sequence[str], predictions: Sequence[str],
+         references: Sequence[Sequence[str]]) -> tuple[dict[str, float], list[float]]:
+    """SARI of a test set (Xu et al., 2016), as EASSE computes it and papers report it (Alva-Manchego et al., arXiv
+    1908.04567): the mean of the F1 of added, kept and deleted n-grams, from counts summed over all sentences.
+
+    Returns {"mean", "low", "high", "add", "keep", "delete"} in percent, with the 95% interval from the percentile
+    bootstrap over the sentences; and what each sentence contributes, for comparisons sentence by sentence: its
+    jackknife pseudo-value (Tukey, 1958), shifted so that their mean is SARI.
+    """
+    counts = np.array([sari_counts(*texts) for texts in zip(sources, predictions, references)])
+    picks = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
+    resampled = (picks @ counts.reshape(len(counts), -1)).reshape(RESAMPLES, *counts.shape[1:])
+    low, high = np.percentile(sari_scores(resampled).mean(-1), (2.5, 97.5))
+    parts, without = sari_scores(counts.sum(0)), sari_scores(counts.sum(0) - counts).mean(-1)
+    contributions = len(counts) * parts.mean() - (len(counts) - 1) * without
+    contributions += parts.mean() - contributions.mean()  # the jackknife's estimate of the bias, which SARI keeps
+    return {"mean": float(parts.mean()), "low": float(low), "high": float(high)} | dict(
+        zip(("add", "keep", "delete"), parts.tolist())), contributions.tolist()
+
+
+def sari_hf(source: str, prediction: str, references: list[str]) -> float:
+    """SARI of one simplification, as defined by Hugging Face's metric of that name (Xu et al., 2016, section 4).
+
+    Its mean over a test set is up to five points from the SARI that papers report.
 
     The mean over n-grams of 1 to 4 words of three scores against all references: F1 of kept words, precision of
     deleted words, F1 of added words. Texts are lower-cased and split by the tokenizer 13a. 0/0 is 1. An empty text is

@@ -17,11 +17,13 @@ from common.provenance import wrong_types
 MAX, ROUNDING = 1e300, 1e-6
 BOUNDS = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info", "exact_match", "mrr", "pct_stereotype", "r@1", "r@2",
                         "ece"), (0.0, 1.0)) | {"nll": (0.0, MAX), "bits_per_byte": (0.0, MAX), "brier": (0.0, 2.0)}
-PERCENTAGES = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "sari", "empty", "copied"), (0.0, 100.0))
+PERCENTAGES = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "sari", "sari_hf", "empty", "copied"), (0.0, 100.0))
 
 SUITE_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str, "category": str, "metric": str, "label": (str, type(None)), "part_of": (str, type(None)),
     "file": (str, type(None))}  # of the entries that are read again
+
+MISSING = "missing.json"  # the benchmarks of a suite whose datasets were not available, and why
 
 IGNORED = {"checkpoint", "commit"}  # the path of the checkpoint and the program's version do not change results
 
@@ -36,9 +38,10 @@ def earlier_results() -> Iterator[None]:
 
 
 def is_same_run(recorded: Any, run: dict[str, Any]) -> bool:
-    """Whether the "run" in a results file names the same weights, data and settings as `run`."""
+    """Whether the "run" in a results file names the same weights, data and settings as `run`. A setting that is off
+    is the same as one that is missing."""
     run = json.loads(json.dumps(run))
-    return isinstance(recorded, dict) and all(recorded.get(key) == run.get(key)
+    return isinstance(recorded, dict) and all((recorded.get(key) or None) == (run.get(key) or None)
                                               for key in (recorded.keys() | run.keys()) - IGNORED)
 
 

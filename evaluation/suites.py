@@ -18,12 +18,28 @@ class Benchmark:
     metric: str = "acc"  # the primary metric
     num_fewshot: int = 0
     label: str | None = None  # the name in tables, if not `name`
+    # the name, metric and version of lm-eval's task in the published results, where they differ
+    published_name: str | None = None
+    published_metric: str | None = None
+    published_version: float | None = None
     part_of: str | None = None  # the benchmark that includes this one; a part does not count in the category's mean
     file: str | None = None  # local JSONL file: the first num_fewshot lines are the few-shot examples, the rest items
+    make_file: str | None = None  # how to make the file; without it, a missing file is an error in the suite
     pairs: bool = False  # items are {sent_more, sent_less}; the metric is the share with sent_more more likely
     by: str | None = None  # a field of the items: the items of each value also form a benchmark, part of this one
     where: dict[str, Any] = field(default_factory=dict)  # use only items whose fields have these values
     options: dict[str, Any] = field(default_factory=dict)  # lm-eval's own keys: doc_to_text, doc_to_choice, …
+
+
+def version_note(benchmark: Benchmark, version: str) -> str | None:
+    """A sentence on a benchmark whose task in lm-eval is not the published runs'; None if it is, or nothing is known.
+
+    version: of the task that was run; empty if unknown.
+    """
+    version, published = version.removesuffix(".0"), benchmark.published_version
+    if not version or published is None or version == f"{published:g}":
+        return None
+    return f"{benchmark.name}: version {version} of lm-eval's task, the published figures are of version {published:g}"
 
 
 def open_suite(name: str, folder: str | Path | None = None) -> tuple[Path, list[dict], Path]:

@@ -7,7 +7,7 @@ from typing import Any
 from common.files import UserError
 from evaluation.metrics import CALIBRATION_METRICS
 from evaluation.result_files import metric_value
-from evaluation.suites import Benchmark
+from evaluation.suites import Benchmark, version_note
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,17 @@ class BenchmarkScore:
     value: float  # of the primary metric
     stderr: float  # NaN if unknown
     items: int
+    version: str  # of lm-eval's task; empty if unknown
+    chance: float  # the value by guessing; NaN if unknown
     calibration: dict[str, float]  # empty if the benchmark is not multiple-choice
     sampled: dict[str, float]  # accuracy and calibration over posterior samples; empty without samples
 
 
 def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> list[BenchmarkScore]:
     """The scores of all benchmarks of a suite that were run. `results` is the content of a results file."""
-    def num_items(name: str) -> int:
+    def tasks_of(name: str) -> list[str]:
         parts = results.get("group_subtasks", {}).get(name)
-        return sum(map(num_items, parts)) if parts else results["n-samples"][name]["effective"]
+        return [task for part in parts for task in tasks_of(part)] if parts else [name]
 
     scores = []
     for benchmark in (benchmark for benchmark in suite if benchmark.name in results["results"]):
@@ -35,7 +37,12 @@ def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> lis
             raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
         calibration = {key: entry[f"{key},none"] for key in CALIBRATION_METRICS if f"{key},none" in entry}
         sampled = {key: entry[f"{key},sampled"] for key in ("acc", *CALIBRATION_METRICS) if f"{key},sampled" in entry}
-        scores.append(BenchmarkScore(benchmark, *measured, num_items(benchmark.name), calibration, sampled))
+        tasks = tasks_of(benchmark.name)
+        items = sum(results["n-samples"][task]["effective"] for task in tasks)
+        versions = {str(results["versions"][task]) for task in tasks if task in results.get("versions", {})}
+        version = "" if benchmark.file else ", ".join(sorted(versions))
+        scores.append(BenchmarkScore(benchmark, *measured, items, version,
+                                     entry.get("chance,none", math.nan), calibration, sampled))
     return scores
 
 
@@ -52,12 +59,12 @@ def loss_table(results: Iterable[dict[str, Any]]) -> str:
 
 def task_table(results: Iterable[dict[str, Any]]) -> str:
     """A line for each task: its metrics with their 95% intervals. `results` are contents of metrics files."""
-    names = " ".join(f"{name:>18}" for name in ("BLEU", "ROUGE-1", "ROUGE-L", "SARI"))
+    names = " ".join(f"{name:>18}" for name in ("BLEU", "ROUGE-1", "ROUGE-L", "SARI", "SARI (HF)"))
     lines = [f"{'task':<8} {'items':>5}  {names}  words  empty copied"]
     for result in results:
         metrics = result["metrics"]
         cells = [f"{value['mean']:5.1f} [{value['low']:4.1f}, {value['high']:4.1f}]" if value else "–"
-                 for value in map(metrics.get, ("bleu", "rouge1", "rougeL", "sari"))]
+                 for value in map(metrics.get, ("bleu", "rouge1", "rougeL", "sari", "sari_hf"))]
         words, empty, copied = (metrics[name]["mean"] for name in ("words", "empty", "copied"))
         lines.append(f"{result['task']:<8} {result['samples']:>5}  " + " ".join(f"{cell:>18}" for cell in cells)
                      + f" {words:6.1f} {empty:5.1f}% {copied:5.1f}%")
@@ -70,8 +77,8 @@ def suite_table(suite: Iterable[Benchmark], results: dict[str, Any]) -> str:
     Benchmarks that also ran over posterior samples have a second line.
     """
     scores = benchmark_scores(suite, results)
-    lines = [f"{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5}  {'metric':<15} {'%':>6} {'±':>4}  "
-             + "  ".join(f"{name.upper():>6}" for name in CALIBRATION_METRICS)]
+    lines = [f"{'category':<9} {'benchmark':<36} {'items':>6} {'shots':>5} {'version':>7}  {'metric':<15} {'%':>6} "
+             f"{'±':>4} {'chance':>6}  " + "  ".join(f"{name.upper():>6}" for name in CALIBRATION_METRICS)]
     for category in dict.fromkeys(score.benchmark.category for score in scores):
         in_category = [score for score in scores if score.benchmark.category == category]
         for score in in_category:
@@ -80,15 +87,20 @@ def suite_table(suite: Iterable[Benchmark], results: dict[str, Any]) -> str:
             error = f"{'–':>4}" if math.isnan(score.stderr) else f"{100 * score.stderr:4.1f}"
             calibration = "  ".join(f"{score.calibration[key]:6.3f}" if key in score.calibration else f"{'–':>6}"
                                     for key in CALIBRATION_METRICS)
-            lines.append(f"{category:<9} {label:<36} {score.items:>6} {benchmark.num_fewshot:>5}  "
-                         f"{benchmark.metric:<15} {100 * score.value:6.1f} {error}  {calibration}")
+            chance = f"{'–':>6}" if math.isnan(score.chance) else f"{100 * score.chance:6.1f}"
+            version = score.version or "–"
+            lines.append(f"{category:<9} {label:<36} {score.items:>6} {benchmark.num_fewshot:>5} {version:>7}  "
+                         f"{benchmark.metric:<15} {100 * score.value:6.1f} {error} {chance}  {calibration}")
             if score.sampled:
                 label = f"  over {results['run']['posterior_samples']} posterior samples"
-                lines.append(f"{'':<9} {label:<36} {'':>6} {'':>5}  {'acc':<15} {100 * score.sampled['acc']:6.1f} "
-                             f"{'':>4}  " + "  ".join(f"{score.sampled[key]:6.3f}" for key in CALIBRATION_METRICS))
+                lines.append(f"{'':<9} {label:<36} {'':>6} {'':>5} {'':>7}  {'acc':<15} "
+                             f"{100 * score.sampled['acc']:6.1f} {'':>4} {'':>6}  "
+                             + "  ".join(f"{score.sampled[key]:6.3f}" for key in CALIBRATION_METRICS))
         wholes = [score.value for score in in_category if not score.benchmark.part_of]
         if len(wholes) > 1:
-            lines.append(f"{category:<9} {'mean':<36} {'':>6} {'':>5}  {'':<15} {100 * sum(wholes) / len(wholes):6.1f}")
+            lines.append(f"{category:<9} {'mean':<36} {'':>6} {'':>5} {'':>7}  {'':<15} "
+                         f"{100 * sum(wholes) / len(wholes):6.1f}")
+    lines += [note for score in scores if (note := version_note(score.benchmark, score.version))]
     tokens = results["tokens"]
     if tokens["computed"]:
         lines.append(f"tokens computed: {tokens['computed']:,} of {tokens['asked']:,} requested; sharing prefixes "

@@ -9,7 +9,7 @@ from common.provenance import git_commit
 from common.settings import Resolved, read_config
 from corpus.raw_tasks import restore_brackets
 from corpus.tasks import encode_prompts
-from evaluation.metrics import bertscore, bleu, bootstrap_interval, rouge, sanity_metrics, sari
+from evaluation.metrics import bertscore, bleu, bootstrap_interval, rouge, sanity_metrics, sari, sari_hf
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results, is_same_run, task_files, write_task_results
 from evaluation.summary import task_table
@@ -25,7 +25,7 @@ class TaskTestSet:
     decoding: GenerationConfig
     max_source_length: int  # tokens of a prompt
     source: str  # the field of src_info with the source text, for SARI and for the detection of copies
-    sari: bool
+    sari: str | None  # the definition of SARI, or None for a task that is not judged by it
     bertscore_model: str | None
     bertscore_layer: int | None
 
@@ -85,20 +85,23 @@ def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, ru
     prompts = encode_prompts(model.tokenizer, [item["input"] for item in items], test_set.max_source_length)
     predictions = [model.tokenizer.decode(ids).strip() for ids in model.generate(prompts, test_set.decoding)]
     references = [item.get("references") or [item["output"]] for item in items]
-    values = item_scores(test_set, predictions, references)
+    sources = [restore_brackets(item["src_info"].get(test_set.source) or item["input"]) for item in items]
+    values = item_scores(test_set, sources, predictions, references)
     metrics = {"bleu": bleu(predictions, references)} | {name: bootstrap_interval(scores)
                                                          for name, scores in values.items()}
+    if test_set.sari:
+        metrics["sari"], values["sari"] = sari(sources, predictions, references)
     lines = [item | {"prediction": text, "scores": {name: round(scores[i], 4) for name, scores in values.items()}}
              for i, (item, text) in enumerate(zip(items, predictions))]
     return write_task_results(out, test_set.task, lines, metrics, record(test_set, run) | {"commit": git_commit()})
 
 
-def item_scores(test_set: TaskTestSet, predictions: list[str], references: list[list[str]]) -> dict[str, list[float]]:
+def item_scores(test_set: TaskTestSet, sources: list[str], predictions: list[str],
+                references: list[list[str]]) -> dict[str, list[float]]:
     """{metric: score of each item} for all metrics that are defined for single items."""
-    sources = [restore_brackets(item["src_info"].get(test_set.source) or item["input"]) for item in test_set.items]
     scores = rouge(predictions, references)
     if test_set.sari:
-        scores["sari"] = [sari(*texts) for texts in zip(sources, predictions, references)]
+        scores["sari_hf"] = [sari_hf(*texts) for texts in zip(sources, predictions, references)]
     if test_set.bertscore_model:
         scores["bertscore"] = bertscore(predictions, references, test_set.bertscore_model, test_set.bertscore_layer)
     return scores | sanity_metrics(predictions, sources)

@@ -1,16 +1,14 @@
 """Checkpoints: Hugging Face directories, read and written.
 
 A directory holds `config.json`, the tokenizer files, and the weights: one `model.safetensors`, or shards with an index.
-Weights move one tensor at a time: reading needs memory for the model, writing needs memory for one tensor. Old
-checkpoints with `pytorch_model.bin` are converted once.
+Older ones with `pytorch_model.bin` are read without a conversion. Weights move one tensor at a time: reading needs
+memory for the model, writing needs memory for one tensor.
 """
 import itertools
 import json
 import math
 import re
 import struct
-import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,9 +26,9 @@ from common.files import (
     first_line,
     read_json,
     sync,
-    temporary_sibling,
     write_json,
 )
+from model.bin_files import read_bin
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer, parameter_shapes
@@ -48,37 +46,78 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LEGACY_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # saved by old checkpoints
 
 
+class SafetensorsFile:
+    """A file of weights: its tensors' names, their dtypes and shapes, and their values. BinFile offers the same."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = open_safetensors(path)
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self.file.keys())
+
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype, by its name in safetensors, and the shape of a tensor, without reading it."""
+        view = self.file.get_slice(name)
+        return view.get_dtype(), tuple(view.get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a tensor."""
+        # A new mapping for each tensor: one long-lived mapping would keep the pages of all tensors in memory.
+        with open_safetensors(self.path) as file:
+            return file.get_tensor(name)
+
+
+class BinFile:
+    """A file that torch.save wrote, as a SafetensorsFile."""
+
+    def __init__(self, path: Path):
+        self.path, self.tensors = path, read_bin(path)
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
+        dtype = self.tensors[name].dtype
+        return DTYPE_NAMES.get(dtype, str(dtype)), self.tensors[name].shape
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name].read(self.path)
+
+
 class CheckpointReader:
     """Reads the tensors of a checkpoint directory one at a time: `reader[name]`. The names are in `reader.files`.
 
-    Raises UserError for an index that names a missing file or one outside the directory, for a truncated file, and for
-    a tensor with values that are not finite.
+    Weights are in safetensors, or, in directories without them, in .bin files. Raises UserError for an index that names
+    a missing file or one outside the directory, for a truncated file, for a .bin file that holds more than tensors, and
+    for a tensor with values that are not finite.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        index = self.directory / INDEX
-        if not (self.directory / WEIGHTS).exists() and not index.exists():
-            raise UserError(f"{directory} holds no weights: expected {WEIGHTS} or {INDEX}")
-        if index.exists():
-            self.files = read_index(index)
-            self.shards = {file: open_safetensors(self.directory / file) for file in set(self.files.values())}
+        self.shards: dict[str, SafetensorsFile | BinFile]
+        for weights, index, kind in ((WEIGHTS, INDEX, SafetensorsFile), (BIN, BIN_INDEX, BinFile)):
+            if (self.directory / index).exists():
+                self.files = read_index(self.directory / index)
+                self.shards = {file: kind(self.directory / file) for file in sorted(set(self.files.values()))}
+                break
+            if (self.directory / weights).exists():
+                self.shards = {weights: kind(self.directory / weights)}
+                self.files = dict.fromkeys(self.shards[weights].names(), weights)
+                break
         else:
-            self.shards = {WEIGHTS: open_safetensors(self.directory / WEIGHTS)}
-            self.files = dict.fromkeys(self.shards[WEIGHTS].keys(), WEIGHTS)
-        stored = {file: set(shard.keys()) for file, shard in self.shards.items()}
+            raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX}, {BIN} or {BIN_INDEX}")
+        stored = {file: set(shard.names()) for file, shard in self.shards.items()}
         if missing := [f"{name} is not in {file}" for name, file in self.files.items() if name not in stored[file]]:
-            raise UserError(f"{index}: " + "; ".join(missing[:20]))
+            raise UserError(f"{self.directory / index}: " + "; ".join(missing[:20]))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        # A new mapping for each tensor: one long-lived mapping would keep the pages of all tensors in memory.
-        with open_safetensors(self.directory / self.files[name]) as shard:
-            return require_finite(shard.get_tensor(name), f"{self.directory}: {name}")
+        return require_finite(self.shards[self.files[name]].read(name), f"{self.directory}: {name}")
 
     def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Returns the dtype, by its name in safetensors, and the shape of a tensor, without reading it."""
-        view = self.shards[self.files[name]].get_slice(name)
-        return view.get_dtype(), tuple(view.get_shape())
+        return self.shards[self.files[name]].stored(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Returns the dtype of a tensor, without reading it."""
@@ -177,54 +216,6 @@ def open_safetensors(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or damaged ({first_line(error):.200}): download or copy it again") \
             from None
-
-
-def convert_bin(directory: Path) -> None:
-    """Converts .bin weights to safetensors in the same directory if it has none. Executes nothing in the pickle.
-
-    Processes that convert the same directory at the same time put equal files in place of each other's.
-    """
-    if (directory / WEIGHTS).exists() or (directory / INDEX).exists():
-        return
-    if (directory / BIN_INDEX).exists():
-        files = sorted(set(read_index(directory / BIN_INDEX).values()))
-    elif (directory / BIN).exists():
-        files = [BIN]
-    else:
-        raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX} or {BIN}")
-    config = ModelConfig.read(directory / "config.json")
-    print(f"converting {directory}/{BIN} to safetensors, once", file=sys.stderr)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors |= read_bin(directory / file)
-    check_tensors({name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-                   for name, tensor in tensors.items()}, config, directory)
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with explain_os_errors(directory), temporary_sibling(directory / "converted", Path.mkdir) as folder:
-        write_weights(folder, specs, tensors.items())
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == INDEX):  # the index last
-            path.replace(directory / path.name)
-
-
-def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the memory-mapped tensors of a .bin file. Raises UserError if it holds anything else."""
-    try:
-        # Only the zip format of torch 1.6 and later supports mmap. Older files are read into memory.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError and others; torch advises to allow execution
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f": it calls {forbidden[1]}" if forbidden else \
-            ", or its pickle protocol is not 2" if "Unsupported operand" in str(error) else ""
-        raise UserError(f"{path} is damaged or holds more than tensors{reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path} holds {type(state).__name__}, expected an object from names to tensors")
-    size = path.stat().st_size
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path}: {name} is {type(tensor).__name__}, expected a tensor")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > size:
-            raise UserError(f"{path}: {name} is not a tensor with all its values")
-    return {name: tensor for name, tensor in state.items() if not LEGACY_BUFFERS.search(name)}
 
 
 def write_weights(directory: str | Path, specs: Mapping[str, TensorSpec], tensors: NamedTensors,

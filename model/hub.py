@@ -1,37 +1,44 @@
-"""Checkpoints from the Hub: download, with the weights as safetensors.
+"""Checkpoints from the Hub: download, and a copy with weights as safetensors.
 
-    python -m model.hub llm-stacking/StackLLM_7B_300BToken runs/7b/stack/m0
+    python -m model.hub --source llm-stacking/StackLLM_7B_300BToken --out runs/7b/stack/m0
 """
 import common.interrupts
 
+import contextlib
+import math
 import re
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from tqdm import tqdm
 
+from common.distributed import resolve_dtype
 from common.files import ExistsError, UserError, first_line, new_directory
-from common.settings import describe_error
-from model.checkpoint import CheckpointReader, convert_bin, materialize_model, open_checkpoint, write_checkpoint
+from common.settings import known, read_config, run, setting
+from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import TOKENIZER_FILES
 from model.transformer import Transformer, parameter_shapes
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def fetch_checkpoint(source: str | Path) -> Path:
-    """Returns the local directory of a checkpoint, with its weights as safetensors.
+    """Returns the local directory of a checkpoint.
 
     A Hub id such as "owner/name" is downloaded to the Hub's cache. Raises UserError if the source is neither a
-    directory nor a Hub id, or if the download or the conversion of .bin weights fails.
+    directory nor a Hub id, or if the download fails.
     """
     directory = Path(source)
     if not directory.is_dir():
         if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
             raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name)")
-        directory = download(str(source))
-    elif not (directory / "config.json").exists():
+        return download(str(source))
+    if not (directory / "config.json").exists():
         raise UserError(f"{source} is not a checkpoint: it holds no config.json")
-    convert_bin(directory)
     return directory
 
 
@@ -39,15 +46,39 @@ def download(repo_id: str) -> Path:
     """Downloads a model from the Hub and returns its directory. Fetches .bin weights only if there are no others."""
     from huggingface_hub import snapshot_download
     patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
-    try:
+    with explain_hub_errors(repo_id):
         directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
         if not list(directory.glob("*.safetensors")):
             patterns += ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
             directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
+    return directory
+
+
+def published_config(repo_id: str) -> ModelConfig:
+    """The configuration of a model on the Hub, without its weights."""
+    from huggingface_hub import hf_hub_download
+    with explain_hub_errors(repo_id):
+        path = hf_hub_download(repo_id, "config.json")
+    return ModelConfig.read(path)
+
+
+@contextlib.contextmanager
+def explain_hub_errors(repo_id: str) -> Iterator[None]:
+    """Turns errors of a download into a UserError that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    try:
+        yield
+    except GatedRepoError:
+        raise UserError(f"{repo_id} is gated: accept its terms on its page of the Hub, then log in with "
+                        "`hf auth login`") from None
+    except RepositoryNotFoundError:
+        known_ids = [hub for size in known("size") for hub in read_config("size", size).get("hub", {}).values()]
+        raise UserError(f"{repo_id} is neither a directory here nor a repository on the Hub that this account may read."
+                        f" The size presets name {', '.join(known_ids)}; if one of them has moved, give the new id as "
+                        "INIT or --init, or log in with `hf auth login`") from None
     except Exception as error:  # of huggingface_hub, its HTTP library or the system
         raise UserError(f"{repo_id} is not a directory here and cannot be downloaded from the Hub: "
-                        f"{first_line(error)}") from None
-    return directory
+                        f"{first_line(error)}. After a lost connection the same command goes on") from None
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
@@ -63,28 +94,57 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
     return materialize_model(config, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
 
 
-def main(source: str, out: str) -> None:
+@dataclass(frozen=True)
+class HubConfig:
+    """Settings of `python -m model.hub`."""
+    source: str = setting(None, "Hub id such as owner/name, or a checkpoint directory", required=True)
+    out: str = setting(None, "new checkpoint directory", required=True)
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "of its weights; auto: bf16 on hardware that trains in it, otherwise that of the source")
+
+
+def main(cfg: HubConfig) -> None:
     """Fetches a checkpoint and writes it to `out` as safetensors, one tensor at a time, unless `out` is complete."""
-    if not (Path(out) / "config.json").exists():
-        checkpoint = open_checkpoint(fetch_checkpoint(source))
-        config, weights = checkpoint.config, checkpoint.weights
+    if not (Path(cfg.out) / "config.json").exists():
+        checkpoint = open_checkpoint(fetch_checkpoint(cfg.source))
         try:
-            with new_directory(out) as folder:
-                write_checkpoint(folder, config, weights.named_tensors(config), checkpoint.directory,
-                                 {name: weights.dtype(name) for name in parameter_shapes(config)})
-            return print(f"{out}: {config.num_parameters:,} parameters")
+            with new_directory(cfg.out) as folder:
+                copy_checkpoint(folder, checkpoint, cfg.dtype)
+            print(f"{cfg.out}: {checkpoint.config.num_parameters:,} parameters")
+            return print_cache(cfg.source, checkpoint.directory)
         except ExistsError:
-            if not (Path(out) / "config.json").exists():  # not a checkpoint that another process has made
+            if not (Path(cfg.out) / "config.json").exists():  # not a checkpoint that another process has made
                 raise
-    open_checkpoint(out)
-    print(f"{out} is there already")
+    made = open_checkpoint(cfg.out)
+    found = {made.weights.dtype(name) for name in parameter_shapes(made.config)}
+    if cfg.dtype != "auto" and found != {DTYPES[cfg.dtype]}:
+        raise UserError(f"{cfg.out} is there already, with weights of another dtype than {cfg.dtype}: remove it, or "
+                        "leave out --dtype")
+    print(f"{cfg.out} is there already")
+
+
+def copy_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
+    """Writes a checkpoint to an empty folder with weights of a dtype, see HubConfig."""
+    config, weights = checkpoint.config, checkpoint.weights
+    dtypes = {name: weights.dtype(name) for name in parameter_shapes(config)}
+    if dtype != "auto" or resolve_dtype(dtype) == "bf16":
+        dtypes = dict.fromkeys(dtypes, DTYPES[resolve_dtype(dtype)])
+    size = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in parameter_shapes(config).items())
+    with tqdm(total=size, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights.named_tensors(config):
+                yield name, tensor.to(dtypes[name])
+                bar.update(tensor.numel() * dtypes[name].itemsize)
+        write_checkpoint(folder, config, tensors(), checkpoint.directory, dtypes)
+
+
+def print_cache(source: str, directory: Path) -> None:
+    """Prints where a downloaded checkpoint lies that is not needed any more, and its size."""
+    if not Path(source).is_dir():
+        cache = next(parent for parent in directory.parents if parent.name.startswith("models--"))
+        size = sum(path.stat().st_size for path in (cache / "blobs").glob("*"))
+        print(f"the download is not needed any more: {cache} ({size / 1e9:.1f} GB)")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except (UserError, OSError, MemoryError) as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        sys.exit(2)
+    run((HubConfig, main), __doc__)

@@ -3,13 +3,14 @@
 Dimensions:  S columns of the cache, otherwise as in transformer.py.
 """
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.prefix_packing import Segment, packed_passes, sort_sequences
-from model.transformer import Transformer, additive_mask, attention
+from model.transformer import Attend, Transformer, additive_mask, attention
 
 
 class KVCache:
@@ -29,6 +30,10 @@ class KVCache:
         """
         self.positions, self.length = positions, mask.shape[2]
         self.attn_mask = additive_mask(mask, self.model.config.group_size, self.keys[0].dtype)
+
+    def of_layer(self, index: int) -> Attend:
+        """Returns the attention of a layer."""
+        return partial(self.attend, index)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Stores key and value [B, K, T, D] in the last columns and returns the attention of query [B, H, T, D]."""

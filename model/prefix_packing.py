@@ -10,15 +10,20 @@ Dimensions:  N tokens of a pass, otherwise as in transformer.py.
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from model.oom import halve_batch
-from model.transformer import Transformer, additive_mask, attention
+from model.transformer import Attend, Transformer, additive_mask, attention
 
-MAX_GROUP_TOKENS = 128  # segments under one path attend in one call up to this size: fewer calls, more masked scores
+
+def group_tokens(device: str) -> int:
+    """Returns the tokens of segments under one path that attend in one call on a device of this type: the more, the
+    fewer calls, which cost more on GPUs, and the more masked scores."""
+    return 128 if device == "cpu" else 1024
 
 
 @dataclass(eq=False)
@@ -65,17 +70,22 @@ class PackedPass:
 
     def __init__(self, segments: list[Segment], kept: set[Segment], model: Transformer):
         positions = torch.cat([torch.arange(segment.start, segment.stop) for segment in segments])
-        self.positions = positions[None].to(model.lm_head.weight.device)  # 1 N
+        device = model.lm_head.weight.device
+        self.positions, most = positions[None].to(device), group_tokens(device.type)  # 1 N
         self.segments, self.kept = set(segments), [segment for segment in segments if segment in kept]
         groups: list[list[Segment]] = []
         for segment in segments:
             if groups and segment.start >= groups[-1][0].start and \
-                    segment.rows(segment.stop, groups[-1][0].offset).stop <= MAX_GROUP_TOKENS:
+                    segment.rows(segment.stop, groups[-1][0].offset).stop <= most:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
         self.groups = [(group[0].path, slice(group[0].offset, group[-1].rows(group[-1].stop).stop),
                         group_mask(group, model)) for group in groups]  # path, rows of the pass, mask
+
+    def of_layer(self, index: int) -> Attend:
+        """Returns the attention of a layer."""
+        return partial(self.attend, index)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Returns the attention of query [1, H, N, D]. Keeps the keys and values that later passes attend to."""

@@ -7,7 +7,7 @@ Training pads on the right and needs no attention mask: under causal attention n
 scaled_dot_product_attention can therefore use its causal flash kernel (on GPUs in bf16, on CPUs in fp32).
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.distributed import to_device
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX, Head
 
@@ -97,11 +98,14 @@ def additive_mask(mask: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     return bias.repeat(1, group_size, 1)[:, None]
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value -> attention, as `attention` without a mask
+
+
 class AttentionContext(Protocol):
     """Replaces plain causal attention in `Decoder`: a key-value cache, a packed pass or a shared prefix."""
     positions: Tensor  # 1|B T
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...  # B H T D
+    def of_layer(self, index: int) -> Attend: ...
 
 
 class SharedPrefix:
@@ -112,10 +116,14 @@ class SharedPrefix:
 
     def __init__(self, prefix_length: int, rows: torch.Size, device: torch.device):
         self.P, self.rows = prefix_length, rows  # rows: (B, T)
-        positions = torch.cat((torch.arange(self.P), torch.arange(self.P, self.P + rows[1]).repeat(rows[0])))
-        self.positions = positions[None].to(device)  # 1 P+B·T
+        own = torch.arange(self.P, self.P + rows[1], device=device).repeat(rows[0])
+        self.positions = torch.cat((torch.arange(self.P, device=device), own))[None]  # 1 P+B·T
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def of_layer(self, index: int) -> Attend:
+        """Returns the attention of a layer, which is that of any other."""
+        return self.attend
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the attention of query [1, H, P + B·T, D] over key and value [1, K, P + B·T, D]."""
         prefix, rows = zip(*map(self.split, (query, key, value)))
         keys_values = (torch.cat((x.expand(len(y), -1, -1, -1), y), 2) for x, y in zip(prefix[1:], rows[1:]))
@@ -131,21 +139,21 @@ class SharedPrefix:
 class Attention(nn.Module):
     """Causal self-attention with K key-value heads for H query heads (GQA: Ainslie et al., arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.index, self.head_dim = index, D
+        self.head_dim = D
         self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = attention) -> Tensor:
         B, T, _ = x.shape
         query, key, value = (projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H|K T D
                              for projection in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        y = context.attend(self.index, query, key, value) if context else attention(query, key, value)  # B H T D
+        y = attend(query, key, value)  # B H T D
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
 
@@ -166,15 +174,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each applied to a norm of the residual stream and added to it."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, context)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -194,7 +202,7 @@ class Decoder(nn.Module):
         self.config = config
         self.gradient_checkpointing = False  # recompute each block in the backward pass instead of storing it
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, context: AttentionContext | None = None) -> Tensor:
@@ -202,11 +210,12 @@ class Decoder(nn.Module):
         positions = context.positions if context else torch.arange(input_ids.shape[1], device=x.device)[None]
         cos, sin = rotary_table(self.config, positions, x.dtype)
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            attend = context.of_layer(index) if context else attention
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, context, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rotary, context)
+                x = layer(x, rotary, attend)
         return self.norm(x)
 
 
@@ -215,7 +224,8 @@ class Transformer(nn.Module):
 
     `forward(input_ids)` returns logits [B, T, V]. `forward(input_ids, targets)` returns the negative log-likelihood in
     nats, a fp32 scalar, summed over the targets [B, T] that are not IGNORE_INDEX. targets[b, t] is the token expected
-    after input_ids[b, t]. The head runs only at those positions. A prefix [P] precedes every row and is computed once.
+    after input_ids[b, t]. The head runs only at those positions. On a GPU the targets should be in host memory, where
+    they are counted without waiting for the GPU. A prefix [P] precedes every row and is computed once.
     """
 
     def __init__(self, config: ModelConfig):
@@ -230,6 +240,11 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def compile_blocks(self) -> None:
+        """Compiles the blocks with torch.compile, once for all blocks, and again when sizes of micro-batches change."""
+        for block in self.model.layers:
+            block.compile()
+
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         if prefix is None or not len(prefix):
             hidden = self.model(input_ids)  # B T C
@@ -239,8 +254,9 @@ class Transformer(nn.Module):
             hidden = hidden[0, len(prefix):].unflatten(0, input_ids.shape)  # B T C
         if targets is None:
             return self.lm_head(hidden)  # B T V
-        has_target = targets != IGNORE_INDEX
-        return self.lm_head(hidden[has_target], targets[has_target])  # N C, N
+        index = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]
+        labels = to_device(targets.flatten()[index], hidden.device)
+        return self.lm_head(hidden.flatten(0, 1)[to_device(index, hidden.device)], labels)  # N C, N
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

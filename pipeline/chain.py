@@ -53,7 +53,7 @@ def hub_id(size: str | None, model: str) -> str | None:
 
 def download_command(python: str, hub: str, out: Path) -> list[object]:
     """The command that makes m0 from published weights."""
-    return [python, "-m", "model.hub", hub, out]
+    return [python, "-m", "model.hub", "--source", hub, "--out", out]
 
 
 def pretrain_command(python: str, size: str, model: str, text: str | Path, folder: Path, launcher: str,

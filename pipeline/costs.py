@@ -1,5 +1,7 @@
 """Estimates: the FLOPs of fine-tuning and evaluation, and the time that jobs take."""
 import functools
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.files import UserError, read_text
-from common.settings import read_config
+from common.settings import ROOT, read_config
 from corpus.tasks import read_task
 from model.config import ModelConfig
 from pipeline.jobs import Job
@@ -60,6 +62,18 @@ def matmul_speed(size: int = 1024, repeats: int = 8) -> float:
         b = a @ a
     b.sum().item()
     return 2 * size ** 3 * repeats / (time.perf_counter() - began)
+
+
+@functools.cache
+def machine_speed() -> float:
+    """`matmul_speed`, measured in another process: this one would keep its CUDA context while the jobs run."""
+    code = "from pipeline.costs import matmul_speed; print(matmul_speed())"
+    measured = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    try:
+        return float(measured.stdout.split()[-1])
+    except (IndexError, ValueError):
+        raise UserError("the speed of this machine cannot be measured: "
+                        f"{(measured.stderr.splitlines() or ['no output'])[-1]:.200}") from None
 
 
 class Pace:

@@ -57,6 +57,8 @@ class ExperimentConfig:
     slurm_file: str = setting("configs/slurm/step.sbatch", "script of a Slurm job, with the placeholder @COMMAND@")
     only: str | None = setting(None, "run only the job that makes this directory, and no report")
     train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
+    stage_args: tuple[str, ...] = setting((), "flags for the fine-tuning of each stage, after train_args; in a file a "
+                                              "list of texts")
     evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
     posterior_samples: int = setting(4, "weight samples for also evaluating stages trained with IVON", at_least=0)
     dry_run: bool = setting(False, "print the plan and run nothing")
@@ -73,9 +75,12 @@ class ExperimentConfig:
             found.append(f"controls has loss, which needs the models {' and '.join(chain.PAIR)}")
         if (self.pairs or "loss" in self.controls) and (self.init_llm or self.init_stack):
             found.append("pairs and the loss control pretrain m0: leave out --init_llm and --init_stack")
+        if len(self.stage_args) not in (0, len(self.order)):
+            found.append(f"stage_args has {len(self.stage_args)} texts for {len(self.order)} stages")
         checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self)]
         if self.size is None or self.size in known("size"):
-            checks += [functools.partial(train_settings, self, method) for method in self.methods or [None]]
+            checks += [functools.partial(train_settings, self, method, stage_args)
+                       for method in self.methods or [None] for stage_args in dict.fromkeys(self.stage_args or [""])]
         for check in checks:
             try:
                 check()
@@ -108,16 +113,17 @@ def method_flags(method: str) -> list[str]:
     return flags
 
 
-def train_settings(cfg: ExperimentConfig, method: str | None) -> TrainConfig:
-    """The settings of the stages with a method, apart from those that identify a stage. Raises UserError if train_args
-    or the method is not valid."""
+def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = "") -> TrainConfig:
+    """The settings of a stage with a method, apart from those that identify it. Raises UserError if train_args, the
+    method or the stage's own flags are not valid."""
     try:
         return load(TrainConfig, [
             "--config", str(CONFIGS / "train/finetune.toml"), *optional_flags(size=cfg.size), "--task", chain.ORDER[0],
             "--init", "x", "--data", "x", "--out", "x", *further_flags(cfg.train_args, STAGE_SETTINGS),
-            *(method_flags(method) if method else [])])
+            *further_flags(stage_args, STAGE_SETTINGS), *(method_flags(method) if method else [])])
     except UserError as error:
-        origins = [*(["train_args"] if cfg.train_args else []), *([f"the method {method!r}"] if method else [])]
+        origins = [name for name, given in (("train_args", cfg.train_args), ("stage_args", stage_args),
+                                            (f"the method {method!r}", method)) if given]
         raise UserError(f"{' and '.join(origins) or 'train.py'}: {error}") from None
 
 

@@ -10,7 +10,7 @@ from common.files import UserError
 from common.settings import CONFIGS, read_config
 from evaluation.suites import open_suite
 from model.config import ModelConfig
-from model.hub import fetch_checkpoint
+from model.hub import fetch_checkpoint, published_config
 from pipeline import chain
 from pipeline.costs import evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, method_flags, train_settings
@@ -75,19 +75,20 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, variant: Chain) 
     """The jobs of one chain from m0: the stages with one method, learning rate and seed."""
     method, rate, seed = variant.method, variant.rate, variant.seed
     place = chain.chain_folder(arm.folder, method, rate, None if seed == cfg.seeds[0] else seed)
-    flags, settings = method_flags(method) if method else [], train_settings(cfg, method)
+    flags, stage_args = method_flags(method) if method else [], cfg.stage_args or [""] * len(cfg.order)
+    settings = [train_settings(cfg, method, args) for args in stage_args]
     recipe = [CONFIGS / "train/finetune.toml", *size_files(cfg)]
-    recipe += [CONFIGS / f"method/{settings.method}.toml"] if method else []
+    recipe += [CONFIGS / f"method/{settings[0].method}.toml"] if method else []
     shared = ["--learning_rate", rate] if rate else []
-    sampled = ["--posterior_samples", cfg.posterior_samples] if settings.optimizer == "ivon" else []
+    sampled = ["--posterior_samples", cfg.posterior_samples] if settings[0].optimizer == "ivon" else []
     jobs, stages = [], chain.finetune_stages(cfg.order, m0, place)
-    for stage in stages:
+    for stage, args, own in zip(stages, stage_args, settings):
         data = Path(cfg.data) / f"{stage.task}.json"
-        first = ["--rehearsal", "0"] if stage is stages[0] and settings.rehearsal else []
+        first = ["--rehearsal", "0"] if stage is stages[0] and own.rehearsal else []
         command = chain.finetune_command(launcher_words(cfg), stage, data, cfg.size, [
-            "--seed", seed, *split_words(cfg.train_args), *flags, *shared, *first])
-        jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, settings),
-                        "train.py", (stage.parent, data, *recipe)))
+            "--seed", seed, *split_words(cfg.train_args), *split_words(args), *flags, *shared, *first])
+        jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, own), "train.py",
+                        (stage.parent, data, *recipe)))
         jobs.append(evaluation_job(cfg, arm, stage.out, m0, sampled, rate in (None, cfg.shared_rate)))
     return jobs
 
@@ -148,6 +149,9 @@ def model_config(cfg: ExperimentConfig, model: str) -> ModelConfig:
     if init := cfg.init(model):
         return ModelConfig.read(fetch_checkpoint(init) / "config.json")
     assert cfg.size  # see problems()
+    if "model" not in read_config("size", cfg.size) and (hub := chain.hub_id(cfg.size, model)):
+        made = Path(cfg.out) / model / "m0/config.json"
+        return ModelConfig.read(made) if made.exists() else published_config(hub)
     depth = size_config(cfg.size).num_hidden_layers
     factors = read_config("size", cfg.size).get("growth", {}).get("factors", [4])
     return size_config(cfg.size, depth // math.prod(factors) if model == "base" else depth)

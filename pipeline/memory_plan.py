@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from common.files import UserError
+from common.files import UserError, read_json
 from common.formatting import format_duration
-from common.settings import read_config, run, setting
+from common.settings import CONFIGS, read_config, run, setting
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint
 from model.loss import chunk_rows
@@ -126,7 +126,15 @@ class MemoryPlan:
         if self.zero == 0:
             return 0
         bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.config.num_parameters)
-        return bucket * (self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
+        # one is filled while the other is reduced; on a CPU, memory that was never written does not count
+        in_turn = 2 if self.overlaps and self.device == "cuda" else 1
+        return bucket * (in_turn * self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the reduction of gradients overlaps with the backward pass."""
+        path = CONFIGS / f"deepspeed/zero{self.zero}{'_offload' if self.offload else ''}.json"
+        return bool(read_json(path)["zero_optimization"].get("overlap_comm"))
 
     def block_activations(self) -> float:
         """Bytes per token that one block keeps for the backward pass.
@@ -211,8 +219,9 @@ def main(cfg: MemoryPlanConfig) -> None:
     on_or_off = {True: "on", False: "off"}
     print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
           f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
-          f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing {on_or_off[plan.gradient_checkpointing]}"
-          "\n\nmemory of each process")
+          f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing "
+          f"{on_or_off[plan.gradient_checkpointing]}, reduction of gradients "
+          f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled\n\nmemory of each process")
     other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"
     for name, size in plan.memory().items():

@@ -43,10 +43,11 @@ MODEL   stack (grown) or llm (full size from the start)
 SIZE    {sizes} (now {size})
 SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)
 RAW     folder of raw task folders
+EVAL_SIZE  training samples that are set aside for evaluation: a share (0.1 if not given) or a number
 INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
 TEXT    directory of token shards to pretrain on
 OUT     folder of the stages (now {out})
-RUNS    folder of the models, with experiment and report (now {runs})
+RUNS    folder of the models (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
 PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6
 RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
@@ -76,7 +77,7 @@ class Variables:
         self.data = Path("data/prepared", self.source)
         self.text = self.get("TEXT") or str(Path("data/text", self.size))
         self.runs = self.get("RUNS") or str(Path("runs", self.size))
-        self.out = Path(self.get("OUT") or Path("runs", self.size, self.model))
+        self.out = Path(self.get("OUT") or Path(self.runs, self.model))
         self.m0 = self.out / "m0"
         self.order = self.get("ORDER").split() or list(chain.ORDER)
         self.tasks = self.get("TASKS", " ".join(self.order)).split()
@@ -138,7 +139,7 @@ def data_commands(v: Variables, tasks: Iterable[str]) -> list[Command]:
         if v.source == "hub":
             commands.append([PYTHON, "data_prep.py", "hub", "--task", task, "--output_path", v.raw])
         commands.append([PYTHON, "data_prep.py", "task", "--task", task, "--folder_path", folder, "--output_path",
-                         v.data / f"{task}.json"])
+                         v.data / f"{task}.json", *optional_flags(eval_dataset_size=v.get("EVAL_SIZE"))])
     return commands
 
 

@@ -48,7 +48,7 @@ def make_entries():
     no_tasks = lm_eval_tasks.TaskManager(include_path=str(ROOT / "tests"), include_defaults=False)
     lm_eval_tasks.task_manager = benchmarks.task_manager = lambda: no_tasks
     evaluator.add_env_info = lambda storage: None
-    experiment.matmul_speed = lambda: 1e12
+    experiment.machine_speed = lambda: 1e12
     train_step, decoding = train.train_step, evaluate.task_decoding
     evaluate.task_decoding = lambda *values: replace(decoding(*values), max_new_tokens=8)
 

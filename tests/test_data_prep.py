@@ -90,7 +90,8 @@ def test_two_processes_that_make_one_path(tmp_path, command, made, flags):
         check_shards(tmp_path / made)
     else:
         names = {"suite": ["continuation.jsonl", "pairs.jsonl", "reading.jsonl", "terms.jsonl"],
-                 "hub": ["make_a_title.test.json", "make_a_title.train.json"]}[command]
+                 "hub": [f"constrain_{kind}+make_a_title.{split}.json" for kind in ("contain", "end", "start")
+                         for split in ("test", "train")]}[command]
         assert sorted(path.name for path in (tmp_path / made).iterdir()) == names
 
 
@@ -136,8 +137,6 @@ BAD = {
                 "src 30, tgt 29, src_info 30"),
     "no train": (lambda raw: (raw / "simplification_1.train.json").unlink(), "holds no train file"),
     "no test": (lambda raw: [path.unlink() for path in raw.glob("*.test.json")], "holds no test file"),
-    "other prompt": (lambda raw: (raw / "simplification_1.test.json").unlink(),
-                     "no test item has prompt_name 'simplification_1'; found simplification_2"),
     "binary": (lambda raw: (raw / "simplification_1.train.json").write_bytes(b"\xff\xfe"), "is not UTF-8"),
     "a number": (lambda raw: damage(raw, "simplification_1.train.json", lambda data: data["tgt"].__setitem__(4, 5)),
                  "simplification_1.train.json: item 4: expected a text as src"),
@@ -243,7 +242,7 @@ DIALOGUE = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role 
 ROWS = {
     "simp": [{"source": f"s{n}", "target": f"t{n}", "references": [["a", "b"], ["t1"], [], None][n]} for n in range(4)],
     "empd": [{"emotion": "proud", "situation": "A race.", "conversations": DIALOGUE, "conv_id": "x"}],
-    "inqqg": [{"question": f"q{n}?", "answer": f"a{n}"} for n in range(20)],
+    "inqqg": [{"question": f"Why {n}?", "answer": f"a{n}"} for n in range(20)],
     "exp": [{"premise": "p", "hypothesis": "h", "label": n, "explanation_1": f"e{n}", "explanation_2": ""}
             for n in range(3)],
     "hgen": [{"document": f"d{n}", "summary": f"s{n}", "id": str(n)} for n in range(3)],
@@ -264,17 +263,17 @@ def test_hub_rows_become_raw_files(task, tmp_path):
     items = [json.loads(path.read_text()) for path in sorted(folder.glob("*.train.json"))]
     sources, targets, infos = (sum((item[key] for item in items), []) for key in ("src", "tgt", "src_info"))
     if task == "simp":
-        assert targets == [["a", "b"], "t1", "t2", "t3"]
+        assert targets == [["a", "b"], "t1", "t2"]  # the last sample is the test set
         assert sources[0].startswith("s0\n\n")
         assert '"s1"' in sources[1]
     elif task == "empd":
-        assert targets == ["assistant 0", "assistant 1"]
-        assert infos[1]["input_text"] == "- user 0\n- assistant 0\n- user 1"
+        assert targets == ["assistant 0", "user 1", "assistant 1"]
+        assert infos[2]["input_text"] == "- user 0\n- assistant 0\n- user 1"
         assert '"proud"' in sources[0]
         assert sources[1].endswith(infos[1]["input_text"])
     elif task == "inqqg":
-        assert targets == [f"q{n}?" for n in range(18)]  # the last tenth is the test set
-        assert json.loads(next(folder.glob("*.test.json")).read_text())["tgt"] == ["q18?", "q19?"]
+        assert targets == [f"Why {n}?" for n in range(18)]  # the last tenth is the test set
+        assert json.loads(next(folder.glob("*.test.json")).read_text())["tgt"] == ["Why 18?", "Why 19?"]
     elif task == "exp":
         assert [info["gold_label_prompt"] for info in infos] == ["entail each other", "are unrelated",
                                                                  "contradict each other"]
@@ -289,5 +288,5 @@ def test_hub_rows_become_raw_files(task, tmp_path):
 def test_a_missing_network_is_reported_in_one_line(tmp_path):
     result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False,
                         HF_HOME=str(tmp_path / "cache"))
-    assert "EdinburghNLP/xsum" in error_line(result)
+    assert "Harvard/gigaword" in error_line(result)
     assert not (tmp_path / "raw").exists()

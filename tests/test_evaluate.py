@@ -20,11 +20,11 @@ from corpus.tasks import encode_prompts
 from evaluate import main, prepare_evaluation
 from evaluation import benchmarks
 from evaluation.evaluate_config import EvaluateConfig
-from evaluation.metrics import sari
+from evaluation.metrics import sari, sari_hf
 from evaluation.result_files import is_same_run, sample_files
 from evaluation.test_sets import task_decoding
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT, TORCHRUN, random_model, run_script, sample_texts
+from tests.conftest import ROOT, TORCHRUN, error_line, random_model, run_script, sample_texts
 
 SUITE = """
 [[benchmark]]
@@ -66,6 +66,36 @@ def results(folder):
     return read_json(path)
 
 
+def test_a_missing_benchmark_is_tried_again_alone(checkpoint, suite_file, tmp_path):
+    """Also if its file is made later, or what is shown of a benchmark changes. Another prompt is measured again."""
+    late = SUITE.replace("continuation", "late").replace('"items.jsonl"', '"late.jsonl"\nmake_file = "write it"')
+    shutil.copy(suite_file.parent / "items.jsonl", tmp_path)
+    suite, out = tmp_path / "suite.toml", tmp_path / "out"
+    command = ["evaluate.py", "--checkpoint", checkpoint, "--suite", suite, "--limit", "6", "--dtype", "fp32", "--out",
+               out]
+    suite.write_text(SUITE + late)
+    line = error_line(run_script(*command, check=False))
+    assert "the others were run: late (" in line
+    assert "late.jsonl does not exist: write it" in line
+    assert read_json(out / "missing.json")["missing"].keys() == {"late"}
+    first, = out.glob("results_*.json")
+    content = first.read_bytes()
+    (tmp_path / "late.jsonl").write_bytes((tmp_path / "items.jsonl").read_bytes())
+    suite.write_text(SUITE.replace('category = "Rs"', 'category = "DK"') + late)
+    printed = run_script(*command).stdout
+    assert f"{first} already exists, with the same model, data and settings" in printed
+    assert [line.split()[:2] for line in printed.splitlines() if line.split()[1:2] in (["continuation"], ["late"])] == [
+        ["DK", "continuation"], ["Rs", "late"]]
+    assert first.read_bytes() == content
+    assert not (out / "missing.json").exists()
+    other, = set(out.glob("results_*.json")) - {first}
+    assert read_json(other)["results"].keys() == {"late"}
+    suite.write_text(SUITE + 'target_delimiter = ": "\n' + late)
+    printed = run_script(*command).stdout
+    assert f"{other} already exists" in printed
+    assert f"{first} already exists" not in printed
+
+
 def test_predictions_and_metrics(done, checkpoint, simp_file):
     out, _ = done
     lines, items = read_json_lines(out / "predictions-simp.jsonl"), read_json(simp_file)["test"][:6]
@@ -81,9 +111,12 @@ def test_predictions_and_metrics(done, checkpoint, simp_file):
     assert metrics["samples"] == 6
     assert metrics["metrics"]["bleu"]["mean"] == pytest.approx(
         sacrebleu.corpus_bleu(texts, [[item["output"] for item in items]]).score)
-    scores = [sari(item["src_info"]["normal_sentence"], text, [item["output"]]) for item, text in zip(items, texts)]
-    assert metrics["metrics"]["sari"]["mean"] == pytest.approx(sum(scores) / 6)
-    assert [line["scores"]["sari"] for line in lines] == pytest.approx(scores, abs=1e-4)
+    sources = [item["src_info"]["normal_sentence"] for item in items]
+    references = [[item["output"]] for item in items]
+    scores = [sari_hf(*found) for found in zip(sources, texts, references)]
+    assert metrics["metrics"]["sari_hf"]["mean"] == pytest.approx(sum(scores) / 6)
+    assert [line["scores"]["sari_hf"] for line in lines] == pytest.approx(scores, abs=1e-4)
+    assert metrics["metrics"]["sari"] == pytest.approx(sari(sources, texts, references)[0])
     assert metrics["run"]["decoding"]["num_beams"] == 3
 
 

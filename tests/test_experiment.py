@@ -14,7 +14,8 @@ from pipeline.experiment_config import ExperimentConfig
 from pipeline.experiment_jobs import arms, pair_jobs
 from pipeline.jobs import Job
 from pipeline.ledger import Ledger, ledger_entry
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
+from training.train_config import TrainConfig
 
 
 def settings(checkpoint, tasks, out, **given):
@@ -104,7 +105,8 @@ def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
     assert [job.script for job in found] == ["pretrain.py", "evaluate.py", "train.py", "evaluate.py"] * 2
     assert "--size tiny" in " ".join(found[2].argv)
     found = jobs_of(ExperimentConfig(size="7b", data=str(tasks), out=str(tmp_path), order=("simp",), models=("llm",)))
-    assert found[0].argv[1:] == ["-m", "model.hub", "llm-stacking/LLM_7B_300BToken", f"{tmp_path}/llm/m0"]
+    assert found[0].argv[1:] == ["-m", "model.hub", "--source", "llm-stacking/LLM_7B_300BToken", "--out",
+                                 f"{tmp_path}/llm/m0"]
     experiment.main(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path / "out"),
                                      order=("simp",), dry_run=True))
     assert re.search(r"8 jobs, 8 of them to do; about \d+:\d\d:\d\d at 30%", capsys.readouterr().out)
@@ -205,7 +207,28 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
         experiment.main(replace(cfg, primary="KL on held-out text"))
 
 
+def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
+    """Three stages, each with a recipe of its own, as far as the sources say."""
+    file = str(ROOT / "configs/experiment/published.toml")
+    for task in ("simp", "empd", "inqqg"):
+        shutil.copy(tasks / "simp.json", tmp_path / f"{task}.json")
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--init_llm", str(checkpoint), "--models", "llm",
+             "--size", "7b"]
+    cfg = load(ExperimentConfig, ["--config", file, *words])
+    stages = [load(TrainConfig, list(map(str, job.argv[2:]))) for job in jobs_of(cfg) if job.script == "train.py"]
+    assert [(one.task, one.global_batch_size, one.lr_scheduler_type, one.warmup_steps, one.weight_decay,
+             one.max_train_samples) for one in stages] == [
+        ("simp", 48, "constant", 0, 0.0, None), ("empd", 48, "constant", 0, 0.0, None),
+        ("inqqg", 256, "cosine", 100, 0.01, 100_000)]
+    for one in stages:
+        assert (one.num_train_epochs, one.learning_rate, one.max_grad_norm, one.eval_steps, one.seed,
+                one.max_source_length, one.max_target_length) == (3, 2e-5, 0.3, 300, 42, 1024, 256)
+    line = refusal((ExperimentConfig, experiment.main), "--config", file, *words, "--order", "simp,empd")
+    assert "stage_args has 3 texts for 2 stages" in line
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    (["--stage_args", "--max_steps 1,--seed 3"], "stage_args: seed cannot be given here"),
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown models 'big'"),
     (["--methods", "ewk"], "the method 'ewk': unknown method 'ewk', expected one of ewc"),
     (["--methods", "ewc:seed=3"], "the method 'ewc:seed=3': 'seed=3' is not name=value of a setting"),
@@ -289,7 +312,7 @@ def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(check
 def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, tasks, suite_file, tmp_path, monkeypatch,
                                                                 refusal, flags, said):
     monkeypatch.setattr(experiment, "run_command", lambda words: pytest.fail(f"{words} was run"))
-    monkeypatch.setattr(experiment, "matmul_speed", lambda: 1e9)
+    monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("gone")
     shutil.copy(suite_file, tmp_path)  # without its items

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from sentencepiece import SentencePieceTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.distributed import free_port
 from corpus.shards import ShardDataset
 from corpus.tasks import PROMPT, SFTDataset, read_task
 from model.tokenizer import Tokenizer
-from tests.conftest import TORCHRUN, TRAIN_FLAGS, error_line, losses, read_metrics, run_script
+from tests.conftest import SHAPE, TORCHRUN, TRAIN_FLAGS, error_line, losses, read_metrics, run_script, sample_texts
 from train import learning_rate, main
 from training.batches import count_tokens, make_microbatches, sample_indices
 from training.run_directory import prune_checkpoints, start_run
@@ -43,6 +44,33 @@ def test_learning_rate_schedules():
     assert rates("cosine") == [0.25, 0.5, 0.75, 1, 0.55, round(0.1 + 0.9 * (1 + math.cos(0.9 * math.pi)) / 2, 4)]
     wsd = dataclasses.replace(cfg, lr_scheduler_type="wsd", decay_ratio=0.5, warmup_steps=0)
     assert [round(learning_rate(wsd, step, 8), 4) for step in range(8)] == [1, 1, 1, 1, 1, 0.775, 0.55, 0.325]
+
+
+def test_a_stage_of_the_original_tool_continues(simp_file, tmp_path):
+    """Its checkpoints have a SentencePiece tokenizer and one more embedding, of the added [PAD]: 32,001 of them."""
+    start = tmp_path / "start"
+    start.mkdir()
+    SentencePieceTrainer.train(sentence_iterator=iter(sample_texts()), model_prefix=str(start / "tokenizer"),
+                               vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)
+    (start / "tokenizer.vocab").unlink()
+    files = {"added_tokens.json": {"[PAD]": 400}, "special_tokens_map.json": {
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]", "unk_token": "<unk>"},
+        "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"}}
+    for name, content in files.items():
+        (start / name).write_text(json.dumps(content))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 401}))
+    torch.save(model.state_dict(), start / "pytorch_model.bin")
+    (start / "config.json").write_text(json.dumps(model.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "pad_token_id": 400}))
+    run_script("train.py", *TRAIN_FLAGS, "--init", start, "--data", simp_file, "--out", tmp_path / "m1-simp",
+               "--max_steps", "2")
+    (entry, _), (before, _) = read_metrics(tmp_path / "m1-simp")
+    assert entry["loss"] == pytest.approx(before["eval_loss"], abs=0.2)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "m1-simp", dtype=torch.float32)
+    assert after.config.vocab_size == 401
+    assert torch.equal(after.model.embed_tokens.weight[400], model.model.embed_tokens.weight[400])  # never an input
+    assert (tmp_path / "m1-simp/tokenizer.model").read_bytes() == (start / "tokenizer.model").read_bytes()
+    assert Tokenizer(tmp_path / "m1-simp").pad_id == 400
 
 
 def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_file):
@@ -119,6 +147,16 @@ def test_bf16_keeps_fp32_master_weights(train, tmp_path, zero, launcher):
     assert decrease["fp32"] > 0.01
     assert decrease["bf16"] == pytest.approx(decrease["fp32"], rel=0.5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto").dtype == torch.bfloat16
+
+
+def test_losses_of_compiled_blocks(train, finished, tmp_path):
+    """The graphs of the blocks are captured and run. To generate code for them would take minutes."""
+    patch = ("import torch; compiled = torch.nn.Module.compile\n"
+             "torch.nn.Module.compile = lambda block, **given: print('compiled') or compiled(block, backend='eager', "
+             "**given)")
+    result = train(tmp_path / "run", "--compile", "--max_tokens_per_microbatch", "200", patch=patch)
+    assert result.stdout.count("compiled\n") == 2
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
 
 
 def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):

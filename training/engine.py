@@ -2,6 +2,7 @@
 import contextlib
 import math
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +64,10 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
         model = materialize_model(config, ((name, tensor.to(device=run.dist.device, dtype=run.dtype))
                                            for name, tensor in weights))
     model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
+    if run.cfg.compile:
+        if not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
+            raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
+        model.compile_blocks()
     return Tokenizer(run.source), model.train()
 
 

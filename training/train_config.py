@@ -81,6 +81,8 @@ class TrainConfig:
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
     offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
     deepspeed: str | None = setting(None, "DeepSpeed file to use instead of the stage's file in configs/deepspeed")
+    compile: bool = setting(False, "compile the blocks with torch.compile: faster on a GPU; takes minutes and a C++ "
+                                   "compiler, and ZeRO 0 to 2")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, 1/3 more work")
     local_rank: int | None = setting(None, "set by the deepspeed launcher")
     # what is written
@@ -124,6 +126,8 @@ class TrainConfig:
             found.append("--offload needs --zero 2 or 3")
         if self.zero == 0 and resolve_dtype(self.dtype) == "bf16":
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
+        if self.compile and self.zero == 3:
+            found.append("--compile needs --zero 0, 1 or 2: under ZeRO-3 the weights are gathered within the blocks")
         return found + self.method_problems()
 
     def method_problems(self) -> list[str]:

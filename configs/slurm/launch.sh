@@ -6,6 +6,11 @@ set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
 export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) PYTHON=${PYTHON:-.venv/bin/python}
+# Since Slurm 22.05 srun does not take over --cpus-per-task of the job: each task would have one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+fi
 mkdir -p "${LOGS:=logs}"
 # After the first task ends, the others have 30 seconds to end by themselves, with their own status.
 exec srun --kill-on-bad-exit=0 --wait=${WAIT:-30} --output="$LOGS/%x-%j-rank%t.log" --open-mode=append \

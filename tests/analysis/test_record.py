@@ -3,8 +3,10 @@ import json
 
 import pytest
 
+from analysis.flips import constant_benchmarks
 from analysis.record import Record, matrix_of
-from analysis.results import read_runs
+from analysis.results import read_results, read_runs
+from analysis.tables import result_tables
 from common.files import UserError, read_json
 
 
@@ -22,6 +24,32 @@ def test_measures_of_a_record(runs):
     matrix = matrix_of(record.chains["llm"][0, 42])
     assert matrix[1, "simp"].value == 40
     assert matrix[1, "simp"].error == pytest.approx(1)
+
+
+def test_constant_benchmarks_do_not_count(runs):
+    """As r@1 of MuTual, which lm-eval 0.4.13 computes without the model's answers."""
+    for path in runs.rglob("results_1.json"):
+        found = read_json(path)
+        found["results"]["passages"]["acc,none"] = 200 / 886
+        path.write_text(json.dumps(found))
+    stages = read_runs(runs)
+    assert constant_benchmarks(stages) == {"passages", "pairs_age", "pairs_race"}  # the parts are constant here
+    assert Record(stages).category_fg("llm", "Rs").value == pytest.approx((37.5 + 0) / 2)
+    counted = Record(stages, uncounted=constant_benchmarks(stages))
+    assert counted.category_fg("llm", "Rs").value == pytest.approx(37.5)
+    assert counted.compare(counted.fg_measure("passages")).values["llm"].value == 0  # still shown
+
+
+@pytest.mark.parametrize(("version", "is_noted"), [(3.0, True), (2, False), (2.0, False), (None, False)])
+def test_another_version_than_the_published_one_is_noted(tmp_path, version, is_noted):
+    for number in range(2):
+        (tmp_path / f"llm/m{number}").mkdir(parents=True)
+        versions = {"versions": {"race": version}} if version else {}
+        (tmp_path / f"llm/m{number}/results_1.json").write_text(json.dumps(
+            {"results": {"race": {"acc,none": 0.4 - number / 10}}} | versions))
+    _, sections = result_tables(Record(read_results(tmp_path)))
+    note = "race: version 3 of lm-eval's task, the published figures are of version 2.\n\n"
+    assert dict(sections)["Benchmarks by stage: llm"].startswith(note) is is_noted
 
 
 def test_missing_stages_and_results_are_listed(runs):

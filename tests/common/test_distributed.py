@@ -89,3 +89,14 @@ def test_auto_dtype_is_bf16_if_the_hardware_multiplies_it(monkeypatch, gpu, supp
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: supported)
     assert resolve_dtype("auto") == dtype
     assert (resolve_dtype("bf16"), resolve_dtype("fp32")) == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "expandable_segments:True,pinned_max_round_threshold_mb:1024"),
+    ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None")])
+def test_the_users_settings_of_the_allocator_are_kept(given, expected, monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)  # of another test's group
+    code = ("import os; from common.distributed import Distributed\n"
+            "with Distributed(): print(os.environ.get('PYTORCH_ALLOC_CONF'))")
+    assert run_script("-c", code, launcher=[sys.executable], **given).stdout.strip() == expected

@@ -9,6 +9,7 @@ import pytest
 from common import settings
 from common.files import UserError
 from common.settings import CONFIGS, dispatch, known, load, read_config, read_toml, setting
+from corpus.raw_tasks import constraint
 from data_prep import HubDataConfig, TaskDataConfig, TextDataConfig
 from model.config import ModelConfig
 from pipeline.growth_study import GrowthStudyConfig
@@ -188,6 +189,7 @@ def test_prompts_of_shipped_tasks_use_existing_fields(task):
     spec = read_config("task", task)
     assert (ROOT / "data/sample" / spec["folder"]).is_dir()
     existing = {*spec["hub"]["columns"], *([spec["hub"]["labels"]["field"]] if "labels" in spec["hub"] else [])}
+    existing |= constraint(next(iter(spec["prompts"])), "a target").keys()
     if "dialogue" in spec["hub"]:
         existing |= {"input_text", "output_text"}
     assert spec["target"] in existing

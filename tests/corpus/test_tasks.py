@@ -7,10 +7,21 @@ import pytest
 from common.files import UserError
 from common.settings import read_config
 from corpus import raw_tasks
-from corpus.raw_tasks import build_raw_files, read_hub_task, read_raw_file, restore_brackets, split_of_file
+from corpus.raw_tasks import (
+    build_raw_files,
+    constraint,
+    cut_test_set,
+    fill_template,
+    read_hub_task,
+    read_raw_file,
+    read_raw_task,
+    restore_brackets,
+    split_of_file,
+)
 from corpus.tasks import PROMPT, RESPONSE, SFTDataset, encode_prompts, read_task, split_indices, write_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT
+from training.data import TrainData
 
 
 @pytest.mark.parametrize(("count", "size"), [(125, 0.1), (4000, 0.1), (17, 0.33), (100, 7), (11, 1)])
@@ -38,15 +49,19 @@ def test_prompt_names_may_contain_the_words_train_and_test(tmp_path):
 def test_the_sample_is_large_enough_and_has_no_duplicates(task, train, test):
     spec = read_config("task", task)
     counts, seen = {}, []
-    for path in sorted((ROOT / "data/sample" / spec["folder"]).glob("*.json")):
-        raw = json.loads(path.read_text())
-        counts["train" if "train" in path.name else "test"] = len(raw["src"])
-        fields = {name for name in raw["src_info"][0] if name not in ("prompt", "prompt_name", "gold_label_prompt",
-                                                                      "context_emotion")}
-        seen += [info[name] for info in raw["src_info"] for name in fields]
-        samples = [{key: value for key, value in info.items() if key not in ("prompt", "prompt_name")}
-                   for info in raw["src_info"]]
-        assert raw == build_raw_files(samples, spec)[raw["src_info"][0]["prompt_name"]]
+    added = {"prompt", "prompt_name", "TO_REPLACE_1", "constrain_type"}
+    for split in ("train", "test"):
+        files = {path.name.split(".")[0]: json.loads(path.read_text())
+                 for path in (ROOT / "data/sample" / spec["folder"]).glob(f"*.{split}.json")}
+        counts[split] = sum(len(raw["src"]) for raw in files.values())
+        infos = [info for name in spec["prompts"] for info in files.get(name, {"src_info": []})["src_info"]]
+        fields = infos[0].keys() - added - {"gold_label_prompt", "context_emotion"}
+        seen += [info[name] for info in infos for name in fields]
+        for raw in files.values():
+            for source, info in zip(raw["src"], raw["src_info"]):
+                assert info["prompt"] in spec["prompts"][info["prompt_name"]]
+                assert source == fill_template(info["prompt"], info)
+                assert info == info | constraint(info["prompt_name"], info[spec["target"]])
     assert counts["train"] >= train
     assert counts["test"] >= test
     assert len(set(seen)) == len(seen)
@@ -143,6 +158,40 @@ def test_bad_items_of_raw_files_are_named(tmp_path, lists):
         list(read_raw_file(path, "normal_sentence"))
 
 
+def write_prompts(folder, names, split, count=2):
+    """A raw file for each prompt, as the published scripts write them."""
+    for name in names:
+        (folder / f"{name}.{split}.json").write_text(json.dumps({
+            "src": [f"{name} {n}" for n in range(count)], "tgt": [["t", "", None]] * count,
+            "src_info": [{"prompt_name": name} for _ in range(count)]}))
+
+
+def test_three_of_the_eight_published_test_prompts_of_hgen_are_used(tmp_path, capsys):
+    kinds = ["", "constrain_start+", "constrain_contain+", "constrain_end+"]
+    names = [f"{kind}{prompt}" for prompt in ("make_a_title", "write_its_sentence") for kind in kinds]
+    write_prompts(tmp_path, names[1:4], "train")
+    write_prompts(tmp_path, names, "test")
+    train, test = read_raw_task(tmp_path, read_config("task", "hgen"))
+    assert sorted({item["src_info"]["prompt_name"] for item in test}) == sorted(names[1:4])
+    assert (len(train), len(test)) == (6, 6)
+    assert "references" not in test[0]  # the later ones are empty
+    assert capsys.readouterr().err == ""
+    for name in names[1:]:
+        (tmp_path / f"{name}.test.json").unlink()
+    assert len(read_raw_task(tmp_path, read_config("task", "hgen"))[1]) == 2
+    assert "no test item has the prompt_name constrain_start+make_a_title or " in (said := capsys.readouterr().err)
+    assert said.endswith("so that all 2 are used: make_a_title\n")
+
+
+def test_the_published_split_of_simp():
+    """Of 100,002 raw training samples, a hundredth is set aside. The published run took 2,063 steps of 48 samples in
+    each of 3 epochs, the last one of an epoch smaller; here a batch may hold the end and the beginning of epochs."""
+    train, evaluation = split_indices(100_002, 0.01)
+    assert (len(train), len(evaluation)) == (99_001, 1_001)
+    assert 3 * -(-len(train) // 48) == 6_189
+    assert TrainData([], [], [], [], 42, 48, 0, 3 * len(train)).steps == 6_188
+
+
 # ------------------------------------------------------------------------------------------------------- Hub datasets
 
 TURNS = [{"role": role, "content": f"turn {n}"} for n, role in enumerate(("user", "user", "assistant", "assistant"))]
@@ -160,10 +209,55 @@ def hub(monkeypatch):
     return call
 
 
-def test_replies_are_the_turns_of_the_assistant(hub):
+def test_every_turn_but_the_first_is_a_sample(hub):
     samples = hub("empd", [HUB_ROWS["empd"]])["train"]
     assert [(sample["input_text"], sample["output_text"]) for sample in samples] == [
-        ("- turn 0\n- turn 1", "turn 2"), ("- turn 0\n- turn 1\n- turn 2", "turn 3")]
+        ("- turn 0", "turn 1"), ("- turn 0\n- turn 1", "turn 2"), ("- turn 0\n- turn 1\n- turn 2", "turn 3")]
+
+
+def test_questions_that_begin_with_w_or_h_are_kept(hub):
+    questions = ["What is it?", "Is it?", "How? Why?", "Why not", "what is it?", "Hot\nor cold? Say."]
+    samples = hub("inqqg", [{"answer": "a", "question": question} for question in questions] * 10)
+    assert {sample["question"] for sample in samples["train"]} == {"What is it?", "Hot\nor cold? Say."}
+
+
+def test_the_test_set_is_the_end_of_the_training_split(hub):
+    """As published: of simp, 4,000 of the last 10,000 samples, none of which is trained on; here a tenth at most."""
+    rows = [{"n": n} for n in range(100)]
+    numbers = {name: [row["n"] for row in part] for name, part in cut_test_set(rows, 1000, 4, 6).items()}
+    assert numbers == {"train": list(range(94)), "test": [96, 97, 98, 99]}
+    numbers = {name: [row["n"] for row in part] for name, part in cut_test_set(rows, 50, 40, 60).items()}
+    assert numbers == {"train": list(range(50)), "test": list(range(90, 100))}
+    simp = hub("simp", [HUB_ROWS["simp"] | {"target": str(n)} for n in range(30)])
+    assert [sample["simple_sentence"] for sample in simp["test"]] == ["27", "28", "29"]
+    assert [sample["simple_sentence"] for sample in simp["train"]] == [str(n) for n in range(10)]
+
+
+def test_another_test_split(monkeypatch):
+    """Simplifications are tested on the end of the training split, or by choice on ASSET, with all its references."""
+    asked = []
+    monkeypatch.setattr(raw_tasks, "load_hub_dataset",
+                        lambda name, split, *_: asked.append(split) or iter([HUB_ROWS["simp"]] * 3))
+    splits = read_hub_task(read_config("task", "simp"), None, 2, 2, "test_asset")
+    assert asked == ["train", "test_asset"]
+    assert {name: len(part) for name, part in splits.items()} == {"train": 2, "test": 2}
+    assert splits["test"][0]["references"] == ["t", "u"]
+
+
+def test_constraint_prompts_ask_for_a_word_of_the_headline():
+    spec = read_config("task", "hgen")
+    files = build_raw_files([{"document": "d", "summary": headline} for headline in ["one two three", "four", ""] * 3],
+                            spec)
+    assert {name: len(raw["src"]) for name, raw in files.items()} == dict.fromkeys(spec["test_prompt"], 3)
+    words = {name: [info["TO_REPLACE_1"] for info in raw["src_info"]] for name, raw in files.items()}
+    assert words["constrain_start+make_a_title"] == ["one"] * 3
+    assert words["constrain_contain+make_a_title"] == ["four"] * 3
+    assert words["constrain_end+make_a_title"] == [""] * 3
+    assert 'first word is "one"' in files["constrain_start+make_a_title"]["src"][0]
+    assert constraint("constrain_end+x", "one two three") == {"TO_REPLACE_1": "three", "constrain_type": "end"}
+    any_word = {constraint("constrain_contain+x", f"{n} b c d")["TO_REPLACE_1"] for n in range(20)}
+    assert {"b", "c", "d"} < any_word
+    assert constraint("make_a_title", "one") == {}
 
 
 @pytest.mark.parametrize(("task", "change", "said"), [
@@ -177,7 +271,7 @@ def test_replies_are_the_turns_of_the_assistant(hub):
     ("empd", {"conversations": [TURNS[0], {"role": "assistant", "content": 5}]}, "expected a text, found 5")])
 def test_bad_rows_of_a_hub_dataset_are_named(hub, task, change, said):
     row = HUB_ROWS[task]
-    assert hub(task, [row])["train"]
+    assert hub(task, [row, row])["train"]
     name = read_config("task", task)["hub"]["dataset"]
     with pytest.raises(UserError, match=f"{name}: row 1 of the split 'train' is damaged or not as .*{said}"):
         hub(task, [row, row | change])
@@ -185,7 +279,7 @@ def test_bad_rows_of_a_hub_dataset_are_named(hub, task, change, said):
 
 @pytest.mark.parametrize(("task", "rows", "said"), [
     ("simp", [], "holds no train and no test samples"),
-    ("inqqg", [{"answer": "a", "question": "q"}], "holds no train samples"),
+    ("inqqg", [{"answer": "a", "question": "Why?"}], "holds no train samples"),
     ("empd", [HUB_ROWS["empd"] | {"conversations": TURNS[:1]}], "holds no train and no test samples")])
 def test_a_hub_dataset_without_samples_is_an_error(hub, task, rows, said):
     with pytest.raises(UserError, match=said):

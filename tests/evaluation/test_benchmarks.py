@@ -348,7 +348,7 @@ def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model)
         answers = {name: [{"doc_id": n, "acc": 0.5} for n in range(size)] for name, size in sizes.items()}
         monkeypatch.setattr(benchmarks, "run_suite", lambda *_: (results, answers))
         run = {"limit": None} | ({"posterior_samples": posterior_samples} if posterior_samples else {})
-        evaluate_suite(SuiteRun([], run, (), None, {}, {}), model, tmp_path)
+        evaluate_suite(SuiteRun([], run, (), [], {}, {}), model, tmp_path)
         return [{name: len(file.samples[name]) for name in file.results} for file in own_results(tmp_path)]
 
     assert evaluate(a=9, b=9) == [{"a": 9, "b": 9}]
@@ -387,7 +387,7 @@ def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
     assert set(known("eval")) == {"local", "paper", "sample"}
     names = [benchmark.name for benchmark in read_suite("paper")]
     assert len(names) == 22
-    assert {"mmlu_stem", "race", "mutual", "crows_pairs_english_age"} <= set(names)
+    assert {"mmlu_stem", "race", "mutual_text", "crows_pairs_english_age"} <= set(names)
     assert open_suite("sample")[2] == ROOT / "data/eval/sample"
     with pytest.raises(UserError, match="mmlu.jsonl does not exist"):
         read_suite("local", tmp_path)

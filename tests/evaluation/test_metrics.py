@@ -22,15 +22,46 @@ BY_HAND = [(("a b c", "a b", ["a b", "a c"]), (41 / 48 + 7 / 8 + 3 / 4) / 3),
 
 
 @pytest.mark.parametrize(("texts", "expected"), BY_HAND)
-def test_sari_by_hand(texts, expected):
-    assert metrics.sari(*texts) == pytest.approx(100 * expected)
+def test_sari_hf_by_hand(texts, expected):
+    assert metrics.sari_hf(*texts) == pytest.approx(100 * expected)
 
 
-def test_sari_equals_the_published_example():
+def test_sari_hf_equals_the_published_example():
     references = ["About 95 species are currently known.", "About 95 species are now accepted.",
                   "95 species are now accepted."]
-    value = metrics.sari("About 95 species are currently accepted.", "About 95 you now get in.", references)
+    value = metrics.sari_hf("About 95 species are currently accepted.", "About 95 you now get in.", references)
     assert value == pytest.approx(26.953601953601954, abs=1e-9)  # from the documentation of Hugging Face's metric
+
+
+SOURCES = ["About 95 species are currently accepted.", "The cat perched imposingly on the mat.",
+           "It's a small-sized town, in 1990 terms."]
+SIMPLER = ["About 95 you now get in.", "The cat sat on the mat on the mat.", ""]
+REFERENCES = [["About 95 species are currently known.", "About 95 species are now accepted.",
+               "95 species are now accepted."],
+              ["The cat sat on the mat.", "A cat sat there, on the mat.", "The cat was on the mat."],
+              ["It was a small town in 1990.", "It is a small town.", "In 1990 it was a small town."]]
+
+
+def test_sari_equals_easse():
+    """The expected values are those of easse 0.2.4 (github.com/feralvam/easse, commit 6a4352e), which is not on PyPI:
+    get_corpus_sari_operation_scores with its defaults."""
+    found, contributions = metrics.sari(SOURCES, SIMPLER, REFERENCES)
+    assert [found[name] for name in ("add", "keep", "delete")] == pytest.approx(
+        [17.80405405405406, 66.89189189189189, 85.10034665207078], abs=1e-9)
+    assert found["mean"] == pytest.approx(56.598764199338916, abs=1e-9)
+    assert found["low"] < found["mean"] < found["high"]
+    rest = [[[text for number, text in enumerate(texts) if number != left_out]
+             for texts in (SOURCES, SIMPLER, REFERENCES)] for left_out in range(3)]
+    pseudo_values = np.array([3 * found["mean"] - 2 * metrics.sari(*texts)[0]["mean"] for texts in rest])
+    assert contributions == pytest.approx((pseudo_values + found["mean"] - pseudo_values.mean()).tolist())
+    assert np.mean(contributions) == pytest.approx(found["mean"], abs=1e-9)  # so that a report can compare sentences
+
+
+def test_sari_by_hand():
+    """a b → a c; the reference a c: kept a, deleted b and a b, added c and a c; no n-grams of three or four words."""
+    found, _ = metrics.sari(["A b"], ["a c"], [["a c"]])
+    assert [found[name] for name in ("add", "keep", "delete")] == [50, 25, 50]
+    assert metrics.sari(["a"], ["a"], [["a"]])[0]["mean"] == pytest.approx(25 / 3)  # 0/0 is 0
 
 
 def texts():

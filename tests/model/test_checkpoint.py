@@ -1,13 +1,8 @@
 """Reading and writing Hugging Face directories, and rejecting damaged ones."""
 import json
-import pickle
 import shutil
 import struct
 import sys
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +15,14 @@ from model.checkpoint import (
     INDEX,
     WEIGHTS,
     CheckpointReader,
+    checkpoint_digest,
     is_finite,
     open_checkpoint,
     write_checkpoint,
     write_weights,
 )
 from model.config import ModelConfig
-from model.hub import fetch_checkpoint, load_model
+from model.hub import HubConfig, load_model
 from model.transformer import parameter_shapes
 from tests.conftest import error_line, random_model, run_script
 
@@ -82,7 +78,7 @@ def test_shards_are_what_the_library_reads(tmp_path):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_bin_is_converted_once(copy, sharded):
+def test_bin_files_are_read_as_they_are(copy, sharded):
     expected = logits(copy)
     state = load_file(copy / WEIGHTS) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     (copy / WEIGHTS).unlink()
@@ -95,98 +91,22 @@ def test_bin_is_converted_once(copy, sharded):
         (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
         torch.save(state, copy / "pytorch_model.bin")
-    assert torch.equal(logits(copy), expected)
-    first = (copy / WEIGHTS).stat().st_mtime_ns
-    assert torch.equal(logits(copy), expected)
-    assert (copy / WEIGHTS).stat().st_mtime_ns == first
-    assert not (copy / "converted").exists()
-
-
-def test_a_bin_from_before_the_zip_format(copy):
-    expected = logits(copy)
-    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    (copy / WEIGHTS).unlink()
-    assert torch.equal(logits(copy), expected)
-
-
-@pytest.mark.parametrize(("value", "said"), [({"nested": 1}, "model.norm.weight is dict, expected a tensor"),
-                                             (torch.ones(2, dtype=torch.int64),
-                                              "model.norm.weight has the dtype torch.int64, expected F32, BF16, F16")])
-def test_a_bin_with_other_things_than_weights(copy, value, said):
-    torch.save(load_file(copy / WEIGHTS) | {"model.norm.weight": value}, copy / "pytorch_model.bin")
-    (copy / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=said):
-        fetch_checkpoint(copy)
-
-
-@pytest.mark.parametrize("as_zip", [False, True])
-def test_a_bin_with_another_pickle_protocol(copy, as_zip):
-    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin", pickle_protocol=4,
-               _use_new_zipfile_serialization=as_zip)
-    (copy / WEIGHTS).unlink()
-    with pytest.warns(UserWarning, match="protocol 4"), \
-            pytest.raises(UserError, match="more than tensors, or its pickle protocol is not 2$"):
-        fetch_checkpoint(copy)
-
-
-@pytest.mark.parametrize(("content", "said"), [
-    (torch.ones(3), "holds Tensor, expected an object from names to tensors"),
-    ([torch.ones(3)], "holds list, expected"), ({1: torch.ones(3)}, "expected an object from names to tensors"),
-    ({"model.norm.weight": torch.eye(3).to_sparse()}, "is not a tensor with all its values"),
-    ({"model.norm.weight": torch.ones(1).expand(1 << 40)}, "is not a tensor with all its values"),
-    ({"model.norm.weight": torch.ones(2, device="meta")}, "is not a tensor with all its values"),
-    ({}, "does not fit its config.json: model.embed_tokens.weight is missing")])
-def test_a_bin_of_another_shape(copy, content, said):
-    (copy / WEIGHTS).unlink()
-    torch.save(content, copy / "pytorch_model.bin")
     before = sorted(copy.iterdir())
-    with pytest.raises(UserError, match=said):
-        fetch_checkpoint(copy)
+    assert torch.equal(logits(copy), expected)
     assert sorted(copy.iterdir()) == before
+    digests = {checkpoint_digest(copy)}
+    state["model.norm.weight"][0] += 1
+    torch.save({name: state[name] for name in (names[5:] if sharded else names)},
+               copy / ("pytorch_model-00002-of-00002.bin" if sharded else "pytorch_model.bin"))
+    assert checkpoint_digest(copy) not in digests
 
 
-def test_processes_that_convert_at_once_and_a_killed_one(copy, monkeypatch):
-    expected, names = logits(copy), {path.name for path in copy.iterdir()}
-    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin")
+def test_a_bin_with_other_dtypes(copy):
+    norm = {"model.norm.weight": torch.ones(32, dtype=torch.int64)}
+    torch.save(load_file(copy / WEIGHTS) | norm, copy / "pytorch_model.bin")
     (copy / WEIGHTS).unlink()
-    killed = copy / ".converted.01234567.writing"
-    killed.mkdir()
-    (killed / WEIGHTS).write_text("half")
-    replace = Path.replace
-
-    def meet(path, target):  # another process converts everything just before the files of this one are moved
-        monkeypatch.setattr(Path, "replace", replace)
-        fetch_checkpoint(copy)
-        assert torch.equal(logits(copy), expected)
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", meet)
-    fetch_checkpoint(copy)
-    assert torch.equal(logits(copy), expected)
-    assert {path.name for path in copy.iterdir()} == names | {"pytorch_model.bin"}
-
-
-def test_a_conversion_killed_between_two_shards_starts_again(copy, monkeypatch):
-    expected = logits(copy)
-    torch.save(load_file(copy / WEIGHTS), copy / "pytorch_model.bin")
-    (copy / WEIGHTS).unlink()
-    monkeypatch.setattr("model.checkpoint.write_weights", partial(write_weights, max_shard_bytes=50_000))
-    replace, moved = Path.replace, []
-
-    def second_fails(path, target):
-        moved.extend([target.name] * (target.parent == copy))
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        return replace(path, target)
-
-    monkeypatch.setattr(Path, "replace", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        fetch_checkpoint(copy)
-    monkeypatch.setattr(Path, "replace", replace)
-    assert (copy / moved[0]).exists()
-    assert not (copy / INDEX).exists()
-    assert torch.equal(logits(copy), expected)
-    assert (copy / INDEX).exists()
+    with pytest.raises(UserError, match="model.norm.weight has the dtype torch.int64, expected F32, BF16, F16"):
+        open_checkpoint(copy)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -213,9 +133,10 @@ def test_fetching_keeps_each_dtype_and_a_loser_finds_it_there(copy, tmp_path, ca
              for name, tensor in load_file(copy / WEIGHTS).items()}
     save_file(state, copy / WEIGHTS)
     out, other = tmp_path / "out", write_checkpoint
+    cfg = HubConfig(str(copy), str(out))
     monkeypatch.setattr("model.hub.write_checkpoint", lambda *args: (
-        monkeypatch.setattr("model.hub.write_checkpoint", other), hub.main(str(copy), str(out)), other(*args)))
-    hub.main(str(copy), str(out))
+        monkeypatch.setattr("model.hub.write_checkpoint", other), hub.main(cfg), other(*args)))
+    hub.main(cfg)
     assert capsys.readouterr().out == f"{out}: 48,288 parameters\n{out} is there already\n"
     written = load_file(out / WEIGHTS)
     assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype
@@ -223,23 +144,7 @@ def test_fetching_keeps_each_dtype_and_a_loser_finds_it_there(copy, tmp_path, ca
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     (tmp_path / "something").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        hub.main(str(copy), str(tmp_path / "something"))
-
-
-class Bomb:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-def test_nothing_in_a_pickle_is_executed(copy, capsys):
-    (copy / WEIGHTS).unlink()
-    with open(copy / "pytorch_model.bin", "wb") as file:
-        pickle.dump({"weight": Bomb()}, file, protocol=2)
-    with pytest.raises(UserError) as error:
-        fetch_checkpoint(copy)
-    assert str(error.value) == f"{copy}/pytorch_model.bin is damaged or holds more than tensors: it calls print"
-    assert "executed" not in capsys.readouterr().out
-    assert not (copy / WEIGHTS).exists()
+        hub.main(HubConfig(str(copy), str(tmp_path / "something")))
 
 
 def test_inv_freq_and_a_tied_head_are_ignored(checkpoint, tmp_path):
@@ -354,61 +259,7 @@ def test_opening_a_checkpoint_does_not_import_the_compiler(checkpoint):
 def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):
     """The process has a file size limit, which is reached in the middle of the weights."""
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
-            "sys.argv = sys.argv[1:]; import runpy; runpy.run_module('model.hub', run_name='__main__')")
-    result = run_script("-c", code, "checkpoint", checkpoint, tmp_path / "out", check=False)
+            "import runpy; runpy.run_module('model.hub', run_name='__main__', alter_sys=True)")
+    result = run_script("-c", code, "--source", checkpoint, "--out", tmp_path / "out", check=False)
     assert f"cannot write {tmp_path / 'out'}" in error_line(result)
     assert not list(tmp_path.iterdir())
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's API that the download of a model uses."""
-
-    def __init__(self, root, *args):
-        self.root = root
-        super().__init__(*args)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        files = sorted(path.name for path in self.root.iterdir())
-        if path.startswith("/api/models/owner/name"):
-            body = json.dumps({"id": "owner/name", "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files],
-                               "tags": [], "downloads": 0, "likes": 0, "private": False}).encode()
-            if "/tree/" in path:
-                body = json.dumps([{"type": "file", "path": f, "size": (self.root / f).stat().st_size, "oid": f}
-                                   for f in files]).encode()
-        elif path.startswith("/owner/name/resolve/") and path.rsplit("/", 1)[1] in files:
-            body = (self.root / path.rsplit("/", 1)[1]).read_bytes()
-        else:
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{path.rsplit("/", 1)[1]}"')
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_hub_id_is_downloaded(checkpoint, tmp_path):
-    """The real download code, with a local server in place of the Hub."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, checkpoint))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                   "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    try:
-        run_script("-m", "model.hub", "owner/name", tmp_path / "out", **environment)
-        result = run_script("-m", "model.hub", "owner/other", tmp_path / "other", check=False, **environment)
-    finally:
-        server.shutdown()
-    assert torch.equal(logits(tmp_path / "out"), logits(checkpoint))
-    assert "owner/other is not a directory here and cannot be downloaded" in error_line(result)
-    assert not (tmp_path / "other").exists()

@@ -2,14 +2,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model.loss
 import model.transformer
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import additive_mask, attention
+from model.transformer import Transformer, additive_mask, attention
 from tests.conftest import SHAPE, random_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -98,6 +100,48 @@ def test_a_prefix_is_as_if_it_stood_in_every_row(shape, gradient_checkpointing):
     reference = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert (parameter.grad - reference[name].grad).abs().max() / reference[name].grad.abs().max() < 1e-4, name
+
+
+def test_a_micro_step_does_not_wait_for_the_device():
+    """On the meta device it is an error to ask for a value, which a GPU would have to finish computing."""
+    with torch.device("meta"):
+        on_device = Transformer(ModelConfig(**SHAPE))
+    input_ids, targets, *_ = padded_batch()
+    prefix = torch.zeros(5, dtype=torch.int64, device="meta")
+    for arguments in ((), (prefix,)):
+        loss = on_device(input_ids.to("meta"), targets, *arguments)
+        loss.backward()
+        assert loss.is_meta
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_device(input_ids.to("meta"), targets.to("meta"))
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, monkeypatch):
+    """Graphs are captured and run, without code for them, which would take minutes. A graph that is interrupted in the
+    attention, as on a GPU after a shared prefix, does not make each layer compile anew until PyTorch gives up."""
+    from torch import _dynamo
+    plain, compiled = (random_model(num_hidden_layers=10) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    compile_block, attend = nn.Module.compile, model.transformer.attention
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
+
+    def interrupted(query, key, value, attn_mask=None):
+        if query.shape[2] != key.shape[2]:
+            _dynamo.graph_break()
+        return attend(query, key, value, attn_mask)
+
+    monkeypatch.setattr(model.transformer, "attention", interrupted if is_interrupted else attend)
+    _dynamo.reset()
+    with _dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled.compile_blocks()
+        for rows, length, prefix_length in ((2, 8, 9), (3, 11, 9), (4, 20, 5), (2, 7, 3)):
+            ids, targets = torch.randint(3, 500, (2, rows, length), generator=generator)
+            prefix = torch.randint(3, 500, (prefix_length,), generator=generator)
+            loss = compiled(ids, targets, prefix)
+            loss.backward()
+            assert loss.item() == pytest.approx(plain(ids, targets, prefix).item(), rel=1e-5)
+    _dynamo.reset()
 
 
 @pytest.mark.parametrize("change", ["chunks", "gradient_checkpointing"])

@@ -52,6 +52,14 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, chec
     assert losses(out) == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("given", "expected"), [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({}, "None"),
+                                                 ({"SLURM_CPUS_PER_TASK": "3", "SRUN_CPUS_PER_TASK": "5"}, "5")])
+def test_each_task_gets_the_cores_of_the_job(cluster, tmp_path, given, expected):
+    code = "import os; print(os.environ.get('SRUN_CPUS_PER_TASK'))"
+    assert batch("configs/slurm/launch.sh", "-c", code, **given).returncode == 0
+    assert (tmp_path / "logs/job-7-rank1.log").read_text() == f"{expected}\n"
+
+
 def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_path):
     """The other process gives up after its timeout, also in DeepSpeed's collectives, and says so on one line. srun ends
     the rest."""

@@ -66,6 +66,19 @@ def test_what_exists_is_not_built_again(tmp_path):
         ("data_prep", "data/prepared/sample/empd.json"), ("train", f"{tmp_path}/m2-empd")]
 
 
+def test_the_evaluation_split_has_the_given_size():
+    prepared = [line for line in commands("experiment", EVAL_SIZE="0.01") if "data_prep.py task" in line]
+    assert len(prepared) == 3
+    assert all(line.endswith("--eval_dataset_size 0.01") for line in prepared)
+    assert "--eval_dataset_size" not in commands("data")[-1]
+
+
+def test_the_folder_of_the_models():
+    assert [where for script, where in scripts("train", RUNS="mine", MODEL="llm") if script == "train"] == [
+        "mine/llm/m1-simp"]
+    assert commands("pretrain", RUNS="mine", MODEL="llm")[-1].endswith("--out mine/llm")
+
+
 def test_a_task_may_come_again():
     assert [where for script, where in scripts("train", ORDER="simp empd simp", OUT="o") if script == "train"] == [
         "o/m1-simp", "o/m2-empd", "o/m3-simp"]
@@ -137,7 +150,7 @@ def test_a_checkpoint_instead_of_m0():
 def test_published_weights_come_from_the_hub(tmp_path):
     lines = commands("train", SIZE="7b", OUT=f"{tmp_path}/7b", NPROC="8")
     assert lines[0].endswith("data_prep.py hub --task simp --output_path data/raw")
-    assert lines[2].endswith(f"-m model.hub llm-stacking/StackLLM_7B_300BToken {tmp_path}/7b/m0")
+    assert lines[2].endswith(f"-m model.hub --source llm-stacking/StackLLM_7B_300BToken --out {tmp_path}/7b/m0")
     assert ("torchrun --standalone --nproc_per_node 8 train.py --config configs/train/finetune.toml --size 7b"
             in lines[3])
     assert "pretrain.py --size 7b" in commands("pretrain", SIZE="7b", HUB="")[-1]

@@ -1,0 +1,54 @@
+"""MuTual (Cui et al., arXiv 2004.04494) as a local benchmark, from the text files that its authors published.
+
+lm-eval 0.4.13 cannot load its dataset, which is a loading script, and scores its r@1 without the model's answers.
+"""
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from common.files import UserError, parsing, read_json, write_text
+
+LETTERS = ["A", "B", "C", "D"]
+
+# Replacements that undo the tokenization of the published texts, in order; those that lm-eval's task makes.
+DETOKENIZED = ((" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't"), ("`` ", '"'), ("''", '"'), (" :", ":"),
+               (" ;", ";"), (" !", "!"), (" ?", "?"), (" ,", ","), (" .", "."))
+
+
+def detokenize(text: str) -> str:
+    """A published text as it would be written."""
+    for old, new in DETOKENIZED:
+        text = text.replace(old, new)
+    return text
+
+
+def read_mutual(folder: str | Path) -> list[dict[str, Any]]:
+    """Items {id, article, options, label} of a split: a folder of <split>_<number>.txt, each with one JSON object.
+
+    Raises UserError if there are none, or if one is not an item with four options.
+    """
+    paths = sorted(Path(folder).glob("*_*.txt"), key=lambda path: (int((re.findall(r"\d+", path.stem) or [0])[-1]),
+                                                                   path.name))
+    if not paths:
+        raise UserError(f"{folder} holds no files such as dev_1.txt: expected a split of the published MuTual, such as "
+                        "MuTual/data/mutual/dev")
+    return [read_item(path) for path in paths]
+
+
+def read_item(path: Path) -> dict[str, Any]:
+    """The item in a published file."""
+    raw = read_json(path, dict)
+    with parsing(path, "an item of MuTual"):
+        options, label = [detokenize(option) for option in raw["options"]], LETTERS.index(raw["answers"])
+        if len(options) != len(LETTERS):
+            raise ValueError(f"it has {len(options)} options, expected {len(LETTERS)}")
+        return {"id": str(raw.get("id", path.stem)), "article": detokenize(raw["article"]), "options": options,
+                "label": label}
+
+
+def write_mutual(folder: str | Path, path: str | Path) -> int:
+    """Writes the items of a split as JSON lines; returns their number."""
+    items = read_mutual(folder)
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    return len(items)

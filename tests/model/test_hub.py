@@ -1,0 +1,87 @@
+"""Models from the Hub, through the real client library and a stand-in of the server."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.hub import load_model
+from tests.conftest import error_line, run_script
+from tests.hub import HubStandIn, published_files
+
+ID = "llm-stacking/StackLLM_410M_750BToken"
+IDS = torch.arange(3, 120)[None]
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path):
+    (tmp_path / "published").mkdir()
+    with HubStandIn() as hub:
+        hub.add("models", ID, published_files(checkpoint, tmp_path / "published"))
+        yield hub
+
+
+def fetch(hub, tmp_path, source=ID, *flags, **options):
+    return run_script("-m", "model.hub", "--source", source, "--out", tmp_path / "out", *flags, **options,
+                      **hub.environment(tmp_path / "cache"))
+
+
+def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path):
+    result = fetch(hub, tmp_path, ID, "--dtype", "fp32")
+    cache = tmp_path / "cache/hub/models--llm-stacking--StackLLM_410M_750BToken"
+    assert result.stdout.splitlines() == [f"{tmp_path}/out: 48,288 parameters",
+                                          f"the download is not needed any more: {cache} (0.0 GB)"]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "out")(IDS), load_model(checkpoint)(IDS))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert not list(cache.rglob("*.safetensors"))
+    names = [path.rsplit("/", 1)[1] for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+    assert names.count("pytorch_model.bin") == 1
+    assert "README.md" not in names
+    shutil.rmtree(cache)
+    assert fetch(hub, tmp_path).stdout == f"{tmp_path}/out is there already\n"
+
+
+def test_safetensors_are_preferred(hub, checkpoint, tmp_path):
+    weights = {"model.safetensors": (checkpoint / "model.safetensors").read_bytes()}
+    hub.add("models", ID, dict(hub.repos["models", ID]["main"]) | weights)
+    fetch(hub, tmp_path)
+    assert not any("pytorch_model.bin" in path for _, path in hub.requests if "/resolve/" in path)
+
+
+def test_weights_in_bf16(hub, checkpoint, tmp_path):
+    fetch(hub, tmp_path, ID, "--dtype", "bf16")
+    written, source = load_file(tmp_path / "out/model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(tensor, source[name].bfloat16()) for name, tensor in written.items())
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_copy_of_another_dtype_is_not_taken_for_the_one_asked_for(hub, tmp_path):
+    fetch(hub, tmp_path, ID, "--dtype", "fp32")
+    line = error_line(fetch(hub, tmp_path, ID, "--dtype", "bf16", check=False))
+    assert "is there already, with weights of another dtype than bf16" in line
+    assert "is there already" in fetch(hub, tmp_path, ID, "--dtype", "fp32").stdout
+
+
+def test_a_cut_connection(hub, checkpoint, tmp_path):
+    """The client library itself goes on with the missing part."""
+    hub.cut["pytorch_model.bin"] = 100_000
+    fetch(hub, tmp_path, ID, "--dtype", "fp32")
+    assert not hub.cut
+    assert sum(path.endswith("pytorch_model.bin") for method, path in hub.requests if method == "GET") == 2
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "out")(IDS), load_model(checkpoint)(IDS))
+
+
+def test_repositories_that_cannot_be_read(hub, tmp_path):
+    line = error_line(fetch(hub, tmp_path, "owner/other", check=False))
+    assert "owner/other is neither a directory here nor a repository on the Hub that this account may read" in line
+    assert "llm-stacking/LLM_3B_300BToken" in line
+    hub.gated.add(ID)
+    assert f"{ID} is gated: accept its terms on its page of the Hub" in error_line(fetch(hub, tmp_path, check=False))
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert "cannot be downloaded from the Hub" in error_line(fetch(hub, tmp_path, check=False))
+    assert not (tmp_path / "out").exists()
