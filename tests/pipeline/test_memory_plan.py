@@ -6,16 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model.loss
-import model.transformer
 from model.config import ModelConfig
-from model.transformer import Block, rotary_table
+from model.transformer import Block, attention, rotary_table
 from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan
 from pipeline.pretraining import size_config
 from tests.conftest import SHAPE
 
 
-def kept_for_backward(config, dtype, tokens=64):
+def kept_for_backward(config, dtype, attend, tokens=64):
     """Bytes per token that autograd keeps for one block, without the weights and the rotary table."""
     block = Block(config).to(dtype)
     x = torch.zeros(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -28,7 +26,7 @@ def kept_for_backward(config, dtype, tokens=64):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = block(x, tuple(table[:, None] for table in rotary))
+        y = block(x, tuple(table[:, None] for table in rotary), attend)
     assert y.requires_grad
     return sum(size for place, size in kept.items() if place not in ignored) / tokens
 
@@ -36,13 +34,13 @@ def kept_for_backward(config, dtype, tokens=64):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
-def test_activations_equal_those_that_autograd_keeps(device, dtype, heads, monkeypatch):
-    if device == "cuda":  # by the fused kernel, which bf16 attention on CPUs does not use
-        monkeypatch.setattr(model.transformer, "attention", partial(F.scaled_dot_product_attention, is_causal=True,
-                                                                    enable_gqa=True))
+def test_activations_equal_those_that_autograd_keeps(device, dtype, heads):
+    # on GPUs by the fused kernel, which bf16 attention on CPUs does not use
+    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     config = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
     plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, device, sample_tokens=64)
-    assert plan.block_activations() == kept_for_backward(config, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    assert plan.block_activations() == kept_for_backward(
+        config, torch.bfloat16 if dtype == "bf16" else torch.float32, fused if device == "cuda" else attention)
 
 
 def test_the_published_7b_by_hand():
