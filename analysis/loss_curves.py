@@ -23,6 +23,16 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     return list(zip(grid, np.mean(losses, axis=0).tolist()))
 
 
+def flops_to_loss(curve: Curve, loss: float) -> float | None:
+    """The FLOPs at which a curve first reaches a loss, interpolated linearly; None if it never does."""
+    if curve[0][1] <= loss:
+        return curve[0][0]
+    for (start, above), (stop, below) in zip(curve, curve[1:]):
+        if below <= loss < above:
+            return start + (stop - start) * (above - loss) / (above - below)
+    return None
+
+
 def draw_loss_curves(panel: Axes, curves: Mapping[str, Sequence[Curve]],
                      styles: Mapping[str, dict[str, Any]]) -> list[Artist]:
     """Draws a thick line for the mean of each model's runs, and a thin one for each run if there are several.

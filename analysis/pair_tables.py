@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from analysis.comparison import pair_name
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
+from analysis.loss_curves import flops_to_loss
 from analysis.measures import LEARNING
-from analysis.pairs import Difference, Study
+from analysis.pairs import LEVEL_ENDING, Difference, Study
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
@@ -145,7 +146,8 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
     table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
                             "detectable", f"pairs for {effect:g}"], rows)
     return [("Differences between the models", note + table), *stage_section(study, primary, rate),
-            *match_section(study), *start_section(study), level_section(study, primary), *flip_section(study, rate)]
+            *match_section(study), *pretraining_section(study), *start_section(study), level_section(study, primary),
+            *flip_section(study, rate)]
 
 
 def learning_text(found: Difference) -> str:
@@ -197,6 +199,30 @@ def start_section(study: Study) -> list[Section]:
     return [("Held-out loss before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "
              "first model is better.\n\n" + markdown_table(
                  ["models", "pairs", "first", "second", "difference", "p"], rows))] if rows else []
+
+
+def pretraining_section(study: Study) -> list[Section]:
+    """The pretraining of each m0 next to that of the reference in the same pair: final losses, and the speed-up."""
+    rows, reference = [], study.pair[1]
+    for model in study.models:
+        both = [curves for pair in study.pairs
+                if all(curves := [study.pretraining_curve(pair, name) for name in (model, reference)])]
+        if not both or model.endswith(LEVEL_ENDING):
+            continue
+        differences = [own[-1][1] - other[-1][1] for own, other in both]
+        reached = [(flops_to_loss(own, other[-1][1]), other[-1][0]) for own, other in both]
+        speed_ups = [total / flops - 1 for flops, total in reached if flops]
+        is_faster = len(speed_ups) == len(both) and model != reference
+        rows.append([model, len(both), f"{statistics.fmean(own[0][1] for own, _ in both):.3f}",
+                     f"{statistics.fmean(own[-1][1] for own, _ in both):.3f}",
+                     "–" if model == reference else
+                     f"{statistics.fmean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})",
+                     f"{min(speed_ups):+.0%} to {max(speed_ups):+.0%}" if is_faster else "–"])
+    note = ("Held-out loss in nats per token, as evaluated during pretraining: means over the pairs, and the "
+            f"differences to {reference} within the pairs (smallest to largest). Speed-up: C / C' − 1 of the FLOPs C "
+            f"of {reference} and the FLOPs C' at which a model reaches its final loss, those of a base included.\n\n")
+    header = ["model", "pairs", "first loss", "final loss", f"difference to {reference}", "speed-up"]
+    return [("Pretraining", note + markdown_table(header, rows))] if rows else []
 
 
 def level_section(study: Study, primary: str) -> Section:

@@ -23,10 +23,6 @@ from model.token_losses import Sample, sample_losses
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
-# Tokens of a forward pass, and columns of a batch's key-value cache, on CPUs and GPUs. They are lowered if memory runs
-# out.
-SCORE_TOKENS, DECODE_COLUMNS = (4096, 32_768), (32_768, 262_144)
-
 
 class ParallelModel:
     """A model whose requests are divided among all processes of `dist`; `reference` is for the KL divergence."""
@@ -34,7 +30,8 @@ class ParallelModel:
     def __init__(self, dist: Distributed, model: Transformer, tokenizer: Tokenizer,
                  reference: Transformer | None = None):
         self.dist, self.model, self.tokenizer, self.reference = dist, model, tokenizer, reference
-        self.on_gpu = dist.device.type != "cpu"
+        # tokens of a forward pass, and columns of a batch's key-value cache; both are lowered if memory runs out
+        self.score_tokens, self.decode_columns = (4096, 32_768) if dist.device.type == "cpu" else (32_768, 262_144)
         self.counts = {"computed": 0, "asked": 0}  # tokens computed, and tokens of all requests without sharing
 
     def log_likelihoods(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[float, bool]]:
@@ -98,12 +95,11 @@ class ParallelModel:
 
     def _score(self, pairs: list) -> tuple:
         with self._progress("scoring", len(pairs), "request") as bar:
-            return log_likelihoods(self.model, pairs, SCORE_TOKENS[self.on_gpu], bar.update)
+            return log_likelihoods(self.model, pairs, self.score_tokens, bar.update)
 
     def _losses(self, samples: list) -> list:
         with self._progress("losses", len(samples), "sample") as bar:
-            nll, kl = sample_losses(self.model, samples, self.reference, SCORE_TOKENS[self.on_gpu],
-                                    bar.update)
+            nll, kl = sample_losses(self.model, samples, self.reference, self.score_tokens, bar.update)
         return list(zip(nll.tolist(), (np.zeros(len(samples)) if kl is None else kl).tolist()))
 
     def _decode(self, share: tuple) -> list:
@@ -115,7 +111,7 @@ class ParallelModel:
 
         with self._progress("decoding", len(prompts), "prompt") as bar:
             return generate(self.model, prompts, config, self.tokenizer.eos_ids, stopped if stops else None,
-                            BatchOptions(samples, DECODE_COLUMNS[self.on_gpu], bar.update))
+                            BatchOptions(samples, self.decode_columns, bar.update))
 
     @torch.no_grad()
     def _load_sample(self, share: tuple) -> None:

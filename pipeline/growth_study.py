@@ -23,7 +23,7 @@ from typing import ClassVar
 from matplotlib.lines import Line2D
 
 from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styled
-from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, mean_curve
+from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, flops_to_loss, mean_curve
 from common.files import UserError, write_json, write_text
 from common.formatting import markdown_table
 from common.metrics_log import read_log
@@ -106,16 +106,6 @@ def read_curve(path: Path) -> Curve:
     if not (curve := curve_of_log(read_log(path))):
         raise UserError(f"{path} has no evaluations: remove {path.parent}, and the run is repeated")
     return curve
-
-
-def flops_to_loss(curve: Curve, loss: float) -> float | None:
-    """The FLOPs at which a curve first reaches a loss, interpolated linearly; None if it never does."""
-    if curve[0][1] <= loss:
-        return curve[0][0]
-    for (start, above), (stop, below) in zip(curve, curve[1:]):
-        if below <= loss < above:
-            return start + (stop - start) * (above - loss) / (above - below)
-    return None
 
 
 def summarize_runs(runs: Mapping[int, Mapping[str, Curve]]) -> list[dict]:

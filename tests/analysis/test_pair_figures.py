@@ -6,6 +6,7 @@ import pytest
 from analysis import pair_figures
 from analysis.measures import PRIMARY
 from analysis.pair_figures import draw_forest, plot_differences, plot_learning, plot_pairs, plot_pretraining
+from analysis.pair_tables import pair_sections
 from analysis.pairs import Study
 from analysis.results import read_runs
 from tests.analysis.studies import RATES, write_study
@@ -79,3 +80,7 @@ def test_pretraining_shows_each_pair_and_their_mean(tmp_path):
         "llm: 5.025 at the end, mean of 4", "stack: 4.827 at the end, mean of 3"]
     assert study.pretraining_curve(1, "stack")[0] == (2.5e12, pytest.approx(7.81))
     assert study.pretraining_curve(1, "middle") == []
+    table = dict(pair_sections(study, PRIMARY, RATES[1], 0.05))["Pretraining"]
+    assert "| llm | 4 | 8.025 | 5.025 | – | – |" in table
+    assert "| stack | 4 | 7.825 | 4.825 | -0.200 (-0.200 to -0.200) | +5% to +5% |" in table  # 10 / 9.5 TFLOP
+    assert "llm-level" not in table

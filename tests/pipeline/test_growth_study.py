@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 import pretrain
+from analysis.loss_curves import flops_to_loss
 from common.files import UserError
 from common.settings import load
 from pipeline import growth_study
 from pipeline.growth_study import (
     GrowthStudyConfig,
     conclusion,
-    flops_to_loss,
     read_curve,
     study_jobs,
     study_table,
