@@ -8,7 +8,7 @@ Writes report.md, report.html (one file, with the figures in it) and the figures
 """
 import common.interrupts
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +80,12 @@ def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None, 
                              () if cfg.constant else constant_benchmarks(stages))
 
 
-def describe(records: dict[str, Record], record: Record, study: Study | None, cfg: ReportConfig,
-             rate: str) -> tuple[list[str], list[Section], list[str]]:
+def describe(records: dict[str, Record], record: Record, study: Study | None, cfg: ReportConfig, rate: str,
+             noise: Collection[str]) -> tuple[list[str], list[Section], list[str]]:
     """The sentences and sections of a report, the answer first, and sentences on what is missing.
 
-    record: of the method that is shown. study: the pairs of models with this method.
+    record: of the method that is shown. study: the pairs of models with this method. noise: the metrics whose
+    forgetting is noise.
     """
     sentences, sections, missing = [], [], []
     if study is None:
@@ -94,7 +95,7 @@ def describe(records: dict[str, Record], record: Record, study: Study | None, cf
         sentences += answer(study, cfg.primary, cfg.effect)
         sections += pair_sections(study, cfg.primary, rate, cfg.effect)
         missing += study.all_left_out()
-    more_sentences, tables = result_tables(record)
+    more_sentences, tables = result_tables(record, noise)
     missing += [line for one in records.values() for line in one.missing]
     if len(records) > 1:
         method_sentences, method_sections, left_out = compare_methods(records, next(iter(records)))
@@ -119,8 +120,9 @@ def main(cfg: ReportConfig) -> None:
     study = Study(shown, *pair) if pair else None
     if study:
         study.check_measure(cfg.primary)
-    sentences, sections, missing = describe(records, record, study, cfg, rate)
-    for name, lines in (("Metrics whose forgetting is noise", noise_flags(stages)), ("What is missing", missing)):
+    noise = noise_flags(stages)
+    sentences, sections, missing = describe(records, record, study, cfg, rate, noise)
+    for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(shown, cfg.runs) if cfg.runs else []
     title = f"Forgetting of {' and '.join(record.chains)} over {len(record.stages)} stages" + \

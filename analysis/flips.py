@@ -77,25 +77,27 @@ def constant_benchmarks(stages: Sequence[Stage]) -> frozenset[str]:
                      if kind == BENCHMARKS and is_constant(name, measured))
 
 
-def noise_flags(stages: Sequence[Stage]) -> list[str]:
-    """A sentence for each metric that is the same for all models and stages, or at chance level everywhere or at the
-    start."""
-    found = []
+def noise_flags(stages: Sequence[Stage]) -> dict[str, str]:
+    """{metric: why its forgetting is noise}, a sentence for each metric that is the same for all models and stages, or
+    at chance level everywhere or at the start."""
+    found = {}
     for (kind, name), measured in by_metric(stages).items():
         numbers = [estimate.value for _, estimate in measured]
         chance = chance_of(name, [stage for stage, _ in measured]) if kind == BENCHMARKS else None
+        two_sided = is_two_sided(name, measured[0][0])
+        relation = "does not differ from chance" if two_sided else "is not above chance"
         unlearned = dict.fromkeys(stage.model if stage.pair is None else f"{stage.model} of pair {stage.pair}"
                                   for stage, estimate in measured
-                                  if chance and not stage.number and is_at_chance([estimate], chance))
+                                  if chance and not stage.number and is_at_chance([estimate], chance, two_sided))
         if is_constant(name, measured):
-            found.append(f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages"
-                         + "; it is not counted in its category unless --constant is true" * (kind == BENCHMARKS))
-        elif chance and is_at_chance([estimate for _, estimate in measured], chance):
-            found.append(f"{name}: its forgetting is noise, since no model and stage differs from chance "
-                         f"({chance:.4g}); the values are {min(numbers):.4g} to {max(numbers):.4g}")
+            found[name] = f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages" \
+                + "; it is not counted in its category unless --constant is true" * (kind == BENCHMARKS)
+        elif chance and is_at_chance([estimate for _, estimate in measured], chance, two_sided):
+            found[name] = f"{name}: its forgetting is noise, since it {relation} ({chance:.4g}) for any model and " \
+                f"stage; the values are {min(numbers):.4g} to {max(numbers):.4g}"
         elif unlearned:
-            found.append(f"{name}: it cannot show forgetting of {', '.join(unlearned)}, whose start does not differ "
-                         f"from chance ({chance:.4g})")
+            found[name] = f"{name}: it cannot show forgetting of {', '.join(unlearned)}, whose start {relation} " \
+                f"({chance:.4g})"
     return found
 
 
@@ -107,8 +109,16 @@ def chance_of(name: str, stages: Sequence[Stage]) -> float | None:
     return next((1 / options for beginning, options in OPTIONS.items() if name.startswith(beginning)), None)
 
 
-def is_at_chance(estimates: Sequence[Estimate], chance: float) -> bool:
-    """Whether no value differs from chance, at a level that is corrected for their number (Bonferroni)."""
+def is_two_sided(name: str, stage: Stage) -> bool:
+    """Whether values of a benchmark below chance mean something, as a share of stereotypes below one half does. An
+    accuracy below chance is that of a model that has not learned the benchmark."""
+    return stage.conditions.get((BENCHMARKS, name), {}).get("metric") == "pct_stereotype"
+
+
+def is_at_chance(estimates: Sequence[Estimate], chance: float, two_sided: bool) -> bool:
+    """Whether no value is above chance, or with `two_sided` differs from it, at a two-sided level that is corrected for
+    their number (Bonferroni)."""
     critical = statistics.NormalDist().inv_cdf(1 - LEVEL / 2 / len(estimates))
-    return all(abs(estimate.value - chance) <= critical * estimate.error for estimate in estimates
-               if not np.isnan(estimate.error)) and any(not np.isnan(estimate.error) for estimate in estimates)
+    known = [(estimate.value - chance, critical * estimate.error) for estimate in estimates
+             if not np.isnan(estimate.error)]
+    return bool(known) and all((abs(gap) if two_sided else gap) <= margin for gap, margin in known)

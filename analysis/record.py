@@ -131,8 +131,12 @@ class Record:
         return list(dict.fromkeys(benchmark.category for benchmark in self.benchmarks))
 
     def benchmarks_of(self, category: str, parts: bool = False) -> list[Benchmark]:
-        """The benchmarks that count in a category, or with `parts` those that are parts of others."""
+        """The benchmarks of a category that are no parts of others, or with `parts` those that are."""
         return [b for b in self.benchmarks if b.category == category and bool(b.part_of) == parts]
+
+    def counted_in(self, category: str) -> list[str]:
+        """The names of the benchmarks that count in a category."""
+        return [b.name for b in self.benchmarks_of(category) if b.name not in self._uncounted]
 
     def benchmark_value(self, model: str, number: int, name: str) -> Estimate | None:
         """A benchmark at a stage, over the seeds. None if a seed lacks it."""
@@ -161,8 +165,7 @@ class Record:
 
     def category_measure(self, category: str) -> Measure:
         """The measure of a category's FG."""
-        return self.fg_measure(*(benchmark.name for benchmark in self.benchmarks_of(category)
-                                 if benchmark.name not in self._uncounted))
+        return self.fg_measure(*self.counted_in(category))
 
     def task_measure(self, name: str) -> Measure:
         """One of TASK_MEASURES after the last stage, by name."""

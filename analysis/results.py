@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,8 @@ def read_results(source: str | Path) -> list[Stage]:
     """The stages of results that any lm-eval wrote.
 
     source: a folder with <model>/<stage>/**/results_*.json, or a TOML file with a list of [[result]], each with
-    `model`, `stage` and `file`, a file or a folder of them (relative to the TOML file). Stages that are not called m<k>
-    are numbered in the order in which the TOML file first names them.
+    `model`, `stage` and `file`: a file, a folder of files, or a pattern such as `*/*_m1_*`, relative to the TOML file.
+    Stages that are not called m<k> are numbered in the order in which the TOML file first names them.
     """
     source = Path(source)
     listed = source.suffix == ".toml"
@@ -222,10 +223,12 @@ def listed_files(path: Path) -> list[tuple[str, str, Path]]:
         if wrong := [key for key in ("model", "stage", "file") if not isinstance(entry.get(key), str)]:
             raise UserError(f"{path}: each [[result]] needs model, stage and file, each a text; {' and '.join(wrong)} "
                             f"is not given in {entry}")
-        file = path.parent / entry["file"]
-        if file.is_dir() and not results_files(file):
-            raise UserError(f"{path}: the folder {file} holds no results_*.json")
-        found += [(entry["model"], entry["stage"], one) for one in (results_files(file) if file.is_dir() else [file])]
+        pattern = path.parent / entry["file"]
+        for file in [pattern] if pattern.exists() else sorted(map(Path, glob(str(pattern)))) or [pattern]:
+            if file.is_dir() and not results_files(file):
+                raise UserError(f"{path}: the folder {file} holds no results_*.json")
+            found += [(entry["model"], entry["stage"], one)
+                      for one in (results_files(file) if file.is_dir() else [file])]
     return found
 
 

@@ -1,7 +1,7 @@
 """The sections of a report: tables of results, sentences that summarise them, and how to reproduce the runs."""
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ PART = " (part)"  # marks a difference of what two have in common, of which one 
 Section = tuple[str, str]  # (title, text in Markdown)
 
 
-def result_tables(record: Record) -> tuple[list[str], list[Section]]:
-    """The sentences that compare the record's pair of models, if it has one, and the sections with the tables."""
-    sentences, sections = forgetting_tables(record)
+def result_tables(record: Record, noise: Collection[str] = ()) -> tuple[list[str], list[Section]]:
+    """The sentences that compare the record's pair of models, if it has one, and the sections with the tables.
+
+    noise: the benchmarks whose forgetting is noise, by name.
+    """
+    sentences, sections = forgetting_tables(record, noise)
     if record.tasks and any(record.learned):
         rows = {name: record.compare(record.task_measure(name)) for name in TASK_MEASURES}
         if record.pair:
@@ -45,20 +48,28 @@ def result_tables(record: Record) -> tuple[list[str], list[Section]]:
     return sentences, sections
 
 
-def forgetting_tables(record: Record) -> tuple[list[str], list[Section]]:
+def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str], list[Section]]:
     """The sentences and sections on FG by category and by benchmark."""
     if not record.benchmarks:
         return [], []
     by_category = {category: record.compare(record.category_measure(category)) for category in record.categories}
     by_benchmark = [(b.label or b.name, record.compare(record.fg_measure(b.name))) for b in record.benchmarks]
     claims = {BIAS: "the share of stereotypes fell {less} in {grown} than in {reference}"}
-    sentences = [verdict(f"FG, {category}", record.pair, comparison, claims.get(category, FORGETS))
+    sentences = [verdict(f"FG, {category}", record.pair, comparison, claims.get(category, FORGETS),
+                         caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.pair else []
     note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
             "from the benchmarks' standard errors" + " and the seeds" * record.several_seeds + ".\n\n")
     return sentences, [
         ("Forgetting by category", note + model_table("category", record, by_category.items())),
         ("Forgetting by benchmark", model_table("benchmark", record, by_benchmark))]
+
+
+def noise_caveat(counted: Sequence[str], noise: Collection[str]) -> str:
+    """What to say of a category some of whose benchmarks cannot show forgetting; "" if all can."""
+    unable = [name for name in counted if name in noise]
+    return f"{len(unable)} of its {len(counted)} benchmarks cannot show forgetting " \
+        "(see Metrics whose forgetting is noise)" if unable else ""
 
 
 DETECTABLE = 2.8  # standard errors of a true difference that is found with 80% power at the level of 5%
@@ -89,10 +100,14 @@ def change_tables(record: Record) -> list[Section]:
 FORGETS = "{grown} forgets {less} than {reference}"
 
 
-def verdict(title: str, pair: Pair, comparison: Comparison, claim: str = FORGETS, sign: int = 1) -> str:
-    """A sentence on the difference of a pair. claim: what to say of a significant difference; "{less}" becomes "less"
-    if the difference has the opposite of `sign`, and "more" otherwise. sign: 1 if positive values are forgetting, -1 if
-    negative ones are."""
+def verdict(title: str, pair: Pair, comparison: Comparison, claim: str = FORGETS, sign: int = 1,
+            caveat: str = "") -> str:
+    """A sentence on the difference of a pair.
+
+    claim: what to say of a significant difference; "{less}" becomes "less" if the difference has the opposite of
+    `sign`, and "more" otherwise. sign: 1 if positive values are forgetting, -1 if negative ones are. caveat: why a
+    significant difference does not support the claim; "" if it does.
+    """
     grown, reference = pair
     gap = comparison.difference
     if gap is None:
@@ -104,6 +119,8 @@ def verdict(title: str, pair: Pair, comparison: Comparison, claim: str = FORGETS
     interval = f"{value} points, 95% interval [{low}, {high}]{of_part}"
     if not gap.excludes_zero:
         return f"{title}: {grown} and {reference} cannot be told apart from noise ({interval})."
+    if caveat:
+        return f"{title}: the difference is {interval}, but {caveat}."
     less = "less" if sign * gap.value < 0 else "more"
     return f"{title}: {claim.format(grown=grown, reference=reference, less=less)} ({interval})."
 

@@ -44,11 +44,12 @@ def benchmark_conditions(file: ResultsFile, name: str, metric: str) -> Condition
 
 
 def task_conditions(results: dict[str, Any], metric: str) -> Conditions:
-    """The conditions of a task's metric in a metrics-<task>.json: version, data, items, decoding, dtype and limit."""
+    """The conditions of a task's metric in a metrics-<task>.json: version, data, items, prompts, decoding, dtype and
+    limit."""
     run = results["run"]
     found = {"metric": metric} | {name: run[name] for name in TASK_SETTINGS if name in run}
     found |= {"version": run["sari"]} if metric == "sari" and "sari" in run else {}
-    found |= {"items": results["samples"]} if "samples" in results else {}
+    found |= {name: results[key] for name, key in (("items", "samples"), ("prompts", "prompts")) if key in results}
     return found | {f"decoding {name}": value for name, value in run.get("decoding", {}).items()}
 
 

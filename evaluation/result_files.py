@@ -4,7 +4,8 @@ import datetime
 import glob
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +51,18 @@ def task_files(folder: str | Path, task: str) -> tuple[Path, Path]:
     return Path(folder) / f"metrics-{task}.json", Path(folder) / f"predictions-{task}.jsonl"
 
 
-def write_task_results(folder: str | Path, task: str, items: Iterable[dict], metrics: dict[str, dict[str, float]],
+def write_task_results(folder: str | Path, task: str, items: Sequence[dict], metrics: dict[str, dict[str, float]],
                        run: dict[str, Any]) -> dict[str, Any]:
     """Writes the predictions and then the metrics of a task. Returns the content of the metrics file.
 
     Each of `items` becomes a line of the predictions; its "scores" are {metric: value}. `metrics` are {metric: {"mean",
-    "low", "high"}}. `run` holds the checkpoint, data and settings that the results depend on.
+    "low", "high"}}. `run` holds the checkpoint, data and settings that the results depend on. The metrics file also has
+    "prompts", the number of items by prompt.
     """
     metrics_file, predictions_file = task_files(folder, task)
     lines = [finite_json(item, predictions_file) for item in items]
-    results = {"task": task, "samples": len(lines), "metrics": metrics, "run": run}
+    prompts = Counter(str(item["src_info"].get("prompt_name", "")) for item in items)
+    results = {"task": task, "samples": len(lines), "prompts": prompts, "metrics": metrics, "run": run}
     text = finite_json(results, metrics_file, indent=1)
     write_text(predictions_file, "\n".join(lines) + "\n")
     write_text(metrics_file, text + "\n")

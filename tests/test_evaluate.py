@@ -109,6 +109,7 @@ def test_predictions_and_metrics(done, checkpoint, simp_file):
     metrics = read_json(out / "metrics-simp.json")
     texts = [line["prediction"] for line in lines]
     assert metrics["samples"] == 6
+    assert metrics["prompts"] == {"simplification_1": 6}
     assert metrics["metrics"]["bleu"]["mean"] == pytest.approx(
         sacrebleu.corpus_bleu(texts, [[item["output"] for item in items]]).score)
     sources = [item["src_info"]["normal_sentence"] for item in items]

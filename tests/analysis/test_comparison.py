@@ -141,12 +141,12 @@ def test_unlike_test_sets_are_listed_and_not_used(runs):
     """The decoding, the data and the other settings of a task's evaluation."""
     run = {"dtype": "bf16", "limit": None, "data_digest": "d1", "decoding": {"num_beams": 4, "seed": 42}}
     for stage in runs.glob("*/m*"):
-        change_json(stage / "eval/metrics-simp.json", run=run, samples=20)
-    change_json(runs / "llm/m2-empd/eval/metrics-simp.json", samples=10, run=run | {
+        change_json(stage / "eval/metrics-simp.json", run=run, samples=20, prompts={"a": 20})
+    change_json(runs / "llm/m2-empd/eval/metrics-simp.json", samples=10, prompts={"b": 10}, run=run | {
         "limit": 10, "data_digest": "d2", "decoding": {"num_beams": 1, "seed": 42}})
     record = record_of(runs)
     assert record.missing == ["llm: m2-empd: simp under other conditions, not used: data_digest d2 (m0: d1), decoding "
-                              "num_beams 1 (m0: 4), items 10 (m0: 20)"]
+                              "num_beams 1 (m0: 4), items 10 (m0: 20), prompts {'b': 10} (m0: {'a': 20})"]
     sentences, _ = report_of(record)
     assert sentences[-1].startswith("Backward transfer: not compared")
     assert record.task_value("llm", 2, "simp") is None

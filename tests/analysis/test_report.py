@@ -36,6 +36,19 @@ def test_models_are_compared_over_the_stages_that_both_have(runs, tmp_path):
     assert "| average performance | 40.00 [38.61, 41.39] | – | – |" in text  # after m2: simp 30, empd 50
 
 
+def test_no_forgetting_is_claimed_of_benchmarks_that_start_at_chance(tmp_path):
+    for model, ends in (("llm", (0.20, 0.50)), ("stack", (0.30, 0.60))):
+        for stage, values in (("m0", (0.25, 0.70)), ("m1-simp", ends)):
+            (tmp_path / model / stage).mkdir(parents=True)
+            (tmp_path / model / stage / "results_1.json").write_text(json.dumps({"results": {
+                name: {"acc,none": value, "acc_stderr,none": 0.01}
+                for name, value in zip(("mmlu_stem", "race"), values)}}))
+    text = make_report(tmp_path / "out", results=tmp_path)
+    assert "FG, DK: the difference is -40.0 points" in text
+    assert "but 1 of its 1 benchmarks cannot show forgetting (see Metrics whose forgetting is noise)." in text
+    assert "FG, RC: stack forgets less than llm (-14.3 points" in text
+
+
 def test_commands_are_listed_in_the_order_of_the_stages(runs, tmp_path):
     for name in ("llm-m1-simp-eval", "llm-m1-simp", "llm-m0-eval", "llm-m0", "llm-m9-left-over"):
         path = runs / f"experiment/{name}.json"

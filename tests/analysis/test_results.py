@@ -50,6 +50,12 @@ def test_stages_ordered_by_a_list(tmp_path):
     assert record.stages == ["original", "first", "second"]
     assert record.missing == ["stack: the stage first is missing"]
     assert record.benchmark_value("stack", 2, "piqa").value == 0.5
+    (tmp_path / "map.toml").write_text('[[result]]\nmodel = "llm"\nstage = "m0"\nfile = "[l]*/*nal"\n')
+    stage, = read_results(tmp_path / "map.toml")
+    assert stage.benchmarks["piqa"].value == 0.4
+    (tmp_path / "map.toml").write_text('[[result]]\nmodel = "llm"\nstage = "m0"\nfile = "[l]*/none"\n')
+    with pytest.raises(UserError, match=r"\[l\]\*/none"):
+        read_results(tmp_path / "map.toml")
     (tmp_path / "map.toml").write_text('[result]\nmodel = "llm"\n')
     with pytest.raises(UserError, match=r"expected a list of \[\[result\]\]"):
         read_results(tmp_path / "map.toml")

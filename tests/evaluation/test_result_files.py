@@ -69,9 +69,9 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path, value):
     interval = {"mean": 1.0, "low": 1.0, "high": 1.0}
     for write in (lambda: write_results(tmp_path, {"results": {"a": {"acc,none": value}}}, {"a": [{"acc": 1.0}]}),
                   lambda: write_results(tmp_path, {"results": {"a": {"acc,none": 1.0}}}, {"a": [{"resp": [[value]]}]}),
-                  lambda: write_task_results(tmp_path, "simp", [{"scores": {"sari": 1.0}}], {"sari": {"mean": float(
-                      value)}}, {}),
-                  lambda: write_task_results(tmp_path, "simp", [{"scores": {"sari": float(value)}}],
+                  lambda: write_task_results(tmp_path, "simp", [{"src_info": {}, "scores": {"sari": 1.0}}],
+                                             {"sari": {"mean": float(value)}}, {}),
+                  lambda: write_task_results(tmp_path, "simp", [{"src_info": {}, "scores": {"sari": float(value)}}],
                                              {"sari": interval}, {})):
         with pytest.raises(UserError, match="was not written: the results hold numbers that are not finite"):
             write()
