@@ -14,6 +14,7 @@ from pathlib import Path
 
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY
+from analysis.method_plane import method_study, plane_section, plot_planes, points_of, profit_section
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
@@ -104,6 +105,14 @@ def describe(records: dict[str, Record], record: Record, study: Study | None, cf
     return sentences + more_sentences, sections + tables + change_tables(record), missing
 
 
+def method_studies(stages: Sequence[Stage], records: dict[str, Record], measure: str) -> dict[str, Study]:
+    """{model: the study of its methods}, for the models whose methods were measured by losses."""
+    baseline, models = next(iter(records)), dict.fromkeys(stage.model for stage in stages)
+    studies = {model: method_study(stages, model, baseline) for model in models}
+    return {model: study for model, study in studies.items()
+            if study and measure in study.measures and points_of(study, measure)}
+
+
 def main(cfg: ReportConfig) -> None:
     """Reads the results, compares the models and the methods, and writes the report."""
     out = Path(cfg.out)
@@ -122,6 +131,11 @@ def main(cfg: ReportConfig) -> None:
         study.check_measure(cfg.primary)
     noise = noise_flags(stages)
     sentences, sections, missing = describe(records, record, study, cfg, rate, noise)
+    planes = method_studies(stages, records, cfg.primary)
+    for of_methods in planes.values():
+        more, section = plane_section(stages, of_methods, cfg.primary)
+        sentences, sections, missing = sentences + more, [*sections, section], missing + of_methods.all_left_out()
+    sections += profit_section(planes, pair, cfg.primary) if pair else []
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(shown, cfg.runs) if cfg.runs else []
@@ -131,6 +145,7 @@ def main(cfg: ReportConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
     of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything
     figures = (plot_pairs(study, out, cfg.primary) if study else {}) | of_record
+    figures |= plot_planes(planes, out, cfg.primary) if planes else {}
     summary = markdown_list(sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)

@@ -3,6 +3,7 @@
     python stack.py grow --init runs/tiny/stack/base --out runs/tiny/stack/grown-8 --factor 4
     python stack.py grow --init DIR --out DIR --operator solar --target_layers 48
     python stack.py grow --init DIR --out DIR --layers 0,1,2,0,1,2
+    python stack.py grow --init DIR --out DIR --operator expand --new_layers 8      the function is preserved
     python stack.py plan --params 7e9 --tokens 300e9
 
 A growth operator (model/growth.py) is a pure function from the depth of the base to a layer map: for each layer of the
@@ -14,6 +15,7 @@ scope: every layer keeps its shape.
 import common.interrupts
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -22,7 +24,16 @@ from common.provenance import GROWTH, git_commit, read_lineage, write_record
 from common.settings import Commands, run, setting
 from model.checkpoint import checkpoint_digest, open_checkpoint, write_checkpoint
 from model.config import MAX_LAYERS
-from model.growth import BLOCK_OPERATORS, OPERATORS, base_names, check_layer_map, grown_tensors
+from model.growth import (
+    BLOCK_OPERATORS,
+    OPERATORS,
+    ZERO_OPERATORS,
+    base_names,
+    check_layer_map,
+    grown_tensors,
+    new_layers,
+    write_moments,
+)
 from model.hub import fetch_checkpoint
 from pipeline.growth_timing import GrowthPlanConfig, print_growth_plan
 
@@ -37,6 +48,8 @@ class GrowConfig:
                                          "smaller growth", at_least=2, at_most=MAX_LAYERS)
     target_layers: int | None = setting(None, "number of layers of the grown model, instead of the factor",
                                         at_most=MAX_LAYERS)
+    new_layers: int | None = setting(None, "number of layers to add, instead of the factor", at_least=1,
+                                     at_most=MAX_LAYERS)
     block: tuple[int, ...] | None = setting(None, "first and last layer of the block that partial repeats")
     layers: tuple[int, ...] | None = setting(None, "the layer map itself, instead of an operator: 0,1,2,0,1,2")
     zero_init: bool = setting(False, "new layers add nothing at first: their output projections are 0, so that the "
@@ -44,11 +57,20 @@ class GrowConfig:
     noise: float = setting(0.0, "Gaussian noise on the new layers' matrices, as a share of the standard deviation of "
                                 "each", at_least=0, at_most=100)
     seed: int = setting(42, "seed of the noise", at_least=0)
+    moments: Literal["anew", "copied", "zero"] = setting(
+        "anew", "optimizer moments, of those that train.py --carry_moments has written: none, those of the copied "
+                "layers, or zero in the new layers")
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the output projections of the new layers are 0."""
+        return self.zero_init or self.operator in ZERO_OPERATORS
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         found = []
-        depths = [name for name in ("factor", "target_layers", "layers") if getattr(self, name) is not None]
+        depths = [name for name in ("factor", "target_layers", "new_layers", "layers")
+                  if getattr(self, name) is not None]
         if len(depths) > 1:
             found.append(f"{' and '.join(depths)} each give the depth: give one, and none for the other")
         if self.layers is not None and self.operator != "stack":
@@ -66,15 +88,17 @@ def layer_map_of(cfg: GrowConfig, depth: int) -> list[int]:
     if cfg.layers is not None:
         check_layer_map(cfg.layers, depth, cfg.zero_init)
         return list(cfg.layers)
-    target = cfg.target_layers if cfg.target_layers is not None else depth * (cfg.factor or 4)
+    factor = cfg.factor or 4
+    target = depth + cfg.new_layers if cfg.new_layers else \
+        depth * factor if cfg.target_layers is None else cfg.target_layers
     if target > MAX_LAYERS:
-        raise UserError(f"{cfg.factor:g} times {depth} layers are more than {MAX_LAYERS:,}: lower the factor")
+        raise UserError(f"{depth} layers would grow to {target:,.0f}, more than {MAX_LAYERS:,}: choose fewer")
     if target != int(target):
-        raise UserError(f"{cfg.factor:g} times {depth} layers are not a whole number of layers: set target_layers")
+        raise UserError(f"{factor:g} times {depth} layers are not a whole number of layers: set target_layers")
     if target <= depth:
         raise UserError(f"target_layers is {target}, expected more than the {depth} of the base")
     layer_map = OPERATORS[cfg.operator](depth, int(target), *(cfg.block or ()))
-    check_layer_map(layer_map, depth, cfg.zero_init)
+    check_layer_map(layer_map, depth, cfg.adds_nothing)
     return layer_map
 
 
@@ -82,17 +106,22 @@ def grow(cfg: GrowConfig) -> None:
     """Grows a checkpoint, tensor by tensor. `growth.json` in the new directory records the growth and the lineage."""
     checkpoint = open_checkpoint(fetch_checkpoint(cfg.init))
     source, base = checkpoint.directory, checkpoint.config
-    lineage, layer_map = read_lineage(source), layer_map_of(cfg, base.num_hidden_layers)
+    layer_map = layer_map_of(cfg, base.num_hidden_layers)
+    lineage = read_lineage(source) | {"new_layers": new_layers(layer_map)}
+    if cfg.moments == "anew":
+        lineage.pop("updates", None)
     config = replace(base, num_hidden_layers=len(layer_map))
     dtypes = {name: checkpoint.weights.dtype(copied) for name, copied in base_names(config, layer_map).items()}
     with new_directory(cfg.out) as folder:
-        tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.zero_init, cfg.noise, cfg.seed)
+        tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.adds_nothing, cfg.noise, cfg.seed)
         with tqdm(tensors, "growing", len(dtypes), leave=False, unit="tensor") as progress:
             write_checkpoint(folder, config, progress, source, dtypes)
+        if cfg.moments != "anew":
+            write_moments(folder, source, base, layer_map, cfg.moments == "zero")
         write_record(folder, {
-            "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.zero_init,
-            "noise": cfg.noise, "seed": cfg.seed, "base": str(cfg.init), "base_digest": checkpoint_digest(source),
-            "lineage": lineage, "commit": git_commit()}, GROWTH)
+            "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.adds_nothing,
+            "noise": cfg.noise, "seed": cfg.seed, "moments": cfg.moments, "base": str(cfg.init),
+            "base_digest": checkpoint_digest(source), "lineage": lineage, "commit": git_commit()}, GROWTH)
     print(f"{cfg.out}: {base.num_hidden_layers} layers grown to {config.num_hidden_layers}, "
           f"{base.num_parameters:,} parameters to {config.num_parameters:,}")
 

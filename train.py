@@ -40,7 +40,7 @@ from training.engine import (
 )
 from training.examples import decode_examples
 from training.methods import Method, make_method
-from training.resume import StateSaver, resume
+from training.resume import StateSaver, optimizer_updates, resume
 from training.run import Run, open_run
 from training.run_directory import claim, finish_run, last_checkpoint, open_log, print_result, start_run
 from training.train_config import TrainConfig
@@ -110,19 +110,19 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
             break
         began, last = time.perf_counter(), step + 1 == data.steps
         batch = data.batch(step)
-        lr = learning_rate(cfg, step, data.steps)
+        lr = learning_rate(cfg, cfg.schedule_start + step, cfg.schedule_steps or data.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         max_loss = state.max_loss(cfg.skip_loss_above)
-        method.before_step(step)
-        result = train_step(run, engine, batch.samples, max_loss)
+        divergences = method.before_step(step, batch.samples)
+        result = train_step(run, engine, batch.groups, max_loss)
         method.after_step(result.applied)
         if not (result.applied or result.skipped(max_loss)):
             abort(run, step, batch, result)
 
         seconds = time.perf_counter() - began
-        state.add_step(batch, result, seconds, run.model_config.flops(batch.num_tokens))
-        log.write(**state.log_entry(batch, result, lr, seconds))
+        state.add_step(batch, result, seconds, run.model_config.flops(batch.num_tokens, run.num_trained))
+        log.write(**state.log_entry(batch, result, lr, seconds), **divergences)
         if not result.applied:
             dist.print0(f"step {step + 1} skipped: loss {result.loss:.4f} > {max_loss:.4f}; samples {batch.indices}")
         if last:
@@ -138,7 +138,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         if not last:
             saver.check(state, data.steps)
     state.text_loss_after = evaluate_text(run, engine, data, state, log)
-    return state.result(data) | {"peak_memory_bytes": peak_memory(dist.device)}
+    return state.result(data) | {"updates": optimizer_updates(engine), "peak_memory_bytes": peak_memory(dist.device)}
 
 
 def abort(run: Run, step: int, batch: GlobalBatch, result: StepResult) -> NoReturn:
@@ -149,18 +149,18 @@ def abort(run: Run, step: int, batch: GlobalBatch, result: StepResult) -> NoRetu
         f"{REMEDY}"))
 
 
-def train_step(run: Run, engine: "DeepSpeedEngine", samples: Sequence[Sample],
+def train_step(run: Run, engine: "DeepSpeedEngine", groups: Sequence[Sequence[Sample]],
                max_loss: float = math.inf) -> StepResult:
-    """Takes one optimizer step on a global batch.
+    """Takes one optimizer step on a global batch, whose samples are in groups that share no micro-batch.
 
     Each micro-batch adds the gradient of its summed negative log-likelihood, divided by the number of targets of the
     global batch. DeepSpeed averages gradients over the ranks, which the factor `world_size` undoes. The weights do not
     change if the loss or the gradient norm is not finite, or if the loss exceeds `max_loss`.
     """
     cfg, dist = run.cfg, run.dist
-    num_targets = count_tokens(samples)[1]
-    microbatches = make_microbatches(samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens, dist.rank,
-                                     dist.world_size)
+    num_targets = sum(count_tokens(samples)[1] for samples in groups)
+    microbatches = [microbatch for samples in groups for microbatch in make_microbatches(
+        samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens, dist.rank, dist.world_size)]
     computed = float(sum(len(prefix) + input_ids.numel() for input_ids, _, prefix in microbatches))
     nll, scale, rejected = torch.zeros((), device=dist.device), dist.world_size / num_targets, False
     for index, microbatch in enumerate(microbatches):

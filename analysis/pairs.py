@@ -23,14 +23,17 @@ class Contrast:
     """Two models that are compared: values of `one` less those of `two`.
 
     equal_loss: the control at equal held-out loss. In each pair, whichever of the two was trained on until its held-out
-    loss was that of the other, <model>-level, stands for its model. Otherwise both models had the same FLOPs.
+    loss was that of the other, <model>-level, stands for its model. Otherwise both models had the same FLOPs. of: the
+    model whose methods are compared, if methods stand for models.
     """
     one: str
     two: str
     equal_loss: bool = False
+    of: str = ""
 
     def __str__(self) -> str:
-        return f"{self.one} − {self.two}, equal {'loss' if self.equal_loss else 'FLOPs'}"
+        what = f"{self.one} − {self.two}"
+        return f"{what} of {self.of}" if self.of else f"{what}, equal {'loss' if self.equal_loss else 'FLOPs'}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ class Study:
         left_out: sentences on what is not used, and why.
     """
 
-    def __init__(self, stages: Sequence[Stage], grown: str, reference: str):
-        """stages: of all pairs, models and rates, with one method. grown, reference: the models of a pair."""
+    def __init__(self, stages: Sequence[Stage], grown: str, reference: str, of: str = ""):
+        """stages: of all pairs, models and rates, with one method. grown, reference: the models of a pair. of: the
+        model whose methods stand for the models."""
         stages, self.left_out = drop_unlike_items(stages)
         self.rates = rates_of(stages)
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
@@ -89,10 +93,10 @@ class Study:
         self.choice_benchmarks = [benchmark.name for benchmark in find_benchmarks(stages)
                                   if any(benchmark.name in stage.choices for stage in stages)]
         self._starts = {(stage.pair or 0, stage.model): stage for stage in stages if not stage.number}
-        self.contrasts = [Contrast(grown, reference)]
+        self.contrasts = [Contrast(grown, reference, of=of)]
         if {level(grown), level(reference)} & set(self.models):
             self.contrasts.append(Contrast(grown, reference, equal_loss=True))
-        self.contrasts += [Contrast(model, reference) for model in self.models
+        self.contrasts += [Contrast(model, reference, of=of) for model in self.models
                            if model not in self.pair and not model.endswith(LEVEL_ENDING)]
 
     @property
@@ -215,7 +219,8 @@ class Study:
             if found and found.weights is None:
                 one, two = (f"{model} {low:.4f} to {high:.4f}" for model, (low, high) in zip(
                     self.models_of(contrast, pair) or (), found.ranges))
-                yield (f"{pair_name(pair)} is left out of {contrast} after {self.stages[number]}: the models reach no "
+                names = "methods" if contrast.of else "models"
+                yield (f"{pair_name(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach no "
                        f"common loss on the new task ({one}, {two} nats per token)")
 
     def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:

@@ -72,7 +72,7 @@ def measure_variant(rank, cfg, variant, queue):
             for block in model.model.layers:  # of the same name in both
                 block.compile()
         engine = build_engine(bench_run, model)
-        step = (lambda samples: train_step(bench_run, engine, samples).loss) if ours else \
+        step = (lambda samples: train_step(bench_run, engine, [samples]).loss) if ours else \
             partial(transformers_step, engine, max(1, cfg.max_tokens_per_microbatch // cfg.seq_length))
         generator, seconds, optimizer_seconds, losses = np.random.default_rng(0), [], [], []
         engine_step = engine.step

@@ -122,10 +122,10 @@ def profile_steps(cfg, config, batches):
             with record_function("engine.step"):
                 engine_step()
 
-        train_step(bench_run, engine, batches[0])
+        train_step(bench_run, engine, [batches[0]])
         engine.step = named_step
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-            seconds = sum(timed(train_step, bench_run, engine, samples)[0] for samples in batches[1:]) / num_steps
+            seconds = sum(timed(train_step, bench_run, engine, [samples])[0] for samples in batches[1:]) / num_steps
         for event in profiled.events():
             if event.name.startswith("aten::"):
                 spent[operator_group(event, config.vocab_size)] += event.self_cpu_time_total / 1e6 / num_steps

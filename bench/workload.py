@@ -137,7 +137,7 @@ def make_our_step(cfg, config, dist):
     """A function from a global batch to the loss of train.py's step on it."""
     run = make_run(cfg, dist, config)
     engine = build_engine(run, our_model(run))
-    return lambda samples: train_step(run, engine, samples).loss
+    return lambda samples: train_step(run, engine, [samples]).loss
 
 
 def make_transformers_step(cfg, config, batch_size, by_length, dist):

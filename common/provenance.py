@@ -15,9 +15,10 @@ RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth,
 OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens",
                "gradient_checkpointing", "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes",
                "held_out_text", "examples", "tensorboard", "wandb", "local_rank", "zero", "offload", "deepspeed",
-               "method"}
+               "replay_text", "method"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
-DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks"}
+DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks",
+           "replay_digest": "the replayed text", "start_digest": "the weights that the chain of tasks started from"}
 
 
 def git_commit() -> str | None:
@@ -44,9 +45,12 @@ def write_record(directory: str | Path, record: Mapping[str, Any], name: str = R
 # The entries of run.json and growth.json that are read again, and their types.
 RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
     "settings": dict, "result": dict, "lineage": dict, "parent_digest": (str, type(None)), "data_digest": str,
-    "rehearsed": list, "resumed": list, "layer_map": list}
-LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {"flops": (int, float), "text": dict, "tasks": list}
+    "rehearsed": list, "replay_digest": str, "start_digest": str, "resumed": list, "layer_map": list}
+LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {"flops": (int, float), "text": dict, "tasks": list, "start": dict,
+                                                          "new_layers": list, "inserted": int,
+                                                          "updates": int}
 TASK_KEYS = "task", "data", "data_digest"
+START_KEYS = "init", "digest"
 
 
 def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
@@ -58,7 +62,8 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
     lineage = record.get("lineage", {})
     problems = wrong_types(record, RECORD_TYPES) or wrong_types(lineage, LINEAGE_TYPES) or [
         "tasks" for task in lineage.get("tasks", [])
-        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)]
+        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)] or [
+        "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)]
     if problems:
         raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not valid")
     return record
@@ -78,7 +83,11 @@ def read_lineage(checkpoint: str | Path) -> dict[str, Any]:
         "flops": floating-point operations of training, including those of the checkpoints it was made from;
         "text": the text it was pretrained on and the position reached in its sample stream, {data_digest, seed,
         seq_length, max_train_samples, samples};
-        "tasks": the tasks it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}].
+        "tasks": the tasks it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}];
+        "start": the checkpoint that the first of these tasks started from, {init, digest};
+        "new_layers": the layers that the last growth added;
+        "inserted": the number of layers that the chain of tasks, or its last task, began by inserting;
+        "updates": the updates of the optimizer whose moments are next to the checkpoint.
     """
     return (read_record(checkpoint, GROWTH) or read_record(checkpoint)).get("lineage", {})
 

@@ -168,6 +168,11 @@ class Resolved:
             print(f"{name:<{width}}  {text:<24}  {self.origins.get(name, 'default')}")
 
 
+def json_values(cfg: Any) -> dict[str, Any]:
+    """The values of a settings object as JSON holds them: with lists in place of tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(cfg).items()}
+
+
 def check_values(cfg: Any) -> list[str]:
     """Checks the values of a settings object against the metadata of its fields; returns problems as sentences."""
     found = []

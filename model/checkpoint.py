@@ -270,13 +270,23 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Name
 
 def materialize_model(config: ModelConfig, tensors: NamedTensors) -> Transformer:
     """Returns a Transformer in evaluation mode whose parameters are the given (name, tensor), without copies."""
+    model = empty_model(config)
+    set_weights(model, tensors)
+    return model.eval()
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """Returns a Transformer on the meta device, which has no weights."""
     with torch.device("meta"):
-        model = Transformer(config)
+        return Transformer(config)
+
+
+def set_weights(model: Transformer, tensors: NamedTensors) -> None:
+    """Makes the given (name, tensor) the parameters of a model, without copies."""
     for name, tensor in tensors:
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
     model.tie_weights()
-    return model.eval()
 
 
 def write_checkpoint(directory: str | Path, config: ModelConfig, tensors: NamedTensors,

@@ -4,11 +4,13 @@ A layer map lists, for each layer of the grown model, the layer of the base that
 function operator(depth, target) that returns the layer map from `depth` to `target` layers, and raises UserError if it
 cannot make that many. To add one, write the function and list it in OPERATORS.
 """
-import hashlib
+import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,15 @@ import torch
 from common.files import UserError
 from model.checkpoint import CheckpointReader, materialize_model
 from model.config import ModelConfig
+from model.parameter_files import (
+    MOMENTS,
+    SIDE_FILES,
+    find_parameter_files,
+    open_side_files,
+    parameter_file_name,
+    write_parameter_file,
+)
+from model.posterior import named_generator
 from model.transformer import Transformer, parameter_shapes
 
 
@@ -62,11 +73,52 @@ def solar(depth: int, target: int) -> list[int]:
     return [*range(half), *range(depth - half, depth)]
 
 
+def midas(depth: int, target: int) -> list[int]:
+    """One stage of MIDAS (Saunshi et al., arXiv 2409.19044): of the blocks of target - depth layers, repeats the middle
+    one, or the first of the two in the middle. Blocks of two: 0 1 2 3 -> 0 1 0 1 2 3."""
+    size = block_size(depth, target, "midas")
+    start = (depth // size - 1) // 2 * size
+    return [*range(start + size), *range(start, depth)]
+
+
+def lidas(depth: int, target: int) -> list[int]:
+    """One stage of LIDAS (Kapl et al., arXiv 2512.08819): inserts a copy of the layers around the middle in the middle,
+    half a block of those before it and half a block of those after it. Blocks of two: 0 1 2 3 -> 0 1 1 2 2 3."""
+    size, middle = block_size(depth, target, "lidas"), depth // 2
+    start = middle - size // 2
+    return [*range(middle), *range(start, start + size), *range(middle, depth)]
+
+
+def block_size(depth: int, target: int, operator: str) -> int:
+    """Returns the layers that one stage of growth adds: a block, of which the base is a whole number."""
+    size = target - depth
+    if depth % size:
+        raise UserError(f"{operator} adds a block of which {depth} layers are a whole number, and cannot make "
+                        f"{target}: choose {depth} plus a divisor of {depth}")
+    return size
+
+
+def expand(depth: int, target: int) -> list[int]:
+    """Block expansion (LLaMA Pro: Wu et al., arXiv 2401.02415, section 3.2): inserts a copy of a layer behind it, in
+    evenly spaced places. The copies add nothing at first (`zero_init`), so that the function is preserved.
+    0 1 2 3 -> 0 1 1 2 3 3."""
+    if target > 2 * depth:
+        raise UserError(f"expand inserts at most one layer behind each of {depth} and cannot make {target}: choose at "
+                        f"most {2 * depth}")
+    added = target - depth
+    copied = {(place + 1) * depth // added - 1 for place in range(added)}
+    return [layer for layer in range(depth) for _ in range(1 + (layer in copied))]
+
+
 OPERATORS: dict[str, Callable[..., list[int]]] = {
-    operator.__name__: operator for operator in (stack, interleave, middle, partial, solar)}
+    operator.__name__: operator for operator in (stack, interleave, middle, partial, solar, midas, lidas, expand)}
 
 # The operators that also need a block of layers, `first` and `last`.
 BLOCK_OPERATORS = [name for name, operator in OPERATORS.items() if "first" in inspect.signature(operator).parameters]
+
+
+# The operators whose new layers add nothing at first.
+ZERO_OPERATORS = ["expand"]
 
 
 def check_layer_map(layer_map: Sequence[int], depth: int, zero_init: bool = False) -> None:
@@ -78,6 +130,12 @@ def check_layer_map(layer_map: Sequence[int], depth: int, zero_init: bool = Fals
     if zero_init and first != list(range(depth)):
         raise UserError("zero_init preserves the function only if the map contains every layer of the base, in order "
                         f"of first use; this map uses {first} of {list(range(depth))}")
+
+
+def new_layers(layer_map: Sequence[int]) -> list[int]:
+    """Returns the new layers of a grown model: the second and later copies of a layer. Of equal layers, the first one
+    counts as the old one, whatever place an operator inserts its copies at."""
+    return [index for index, source in enumerate(layer_map) if source in layer_map[:index]]
 
 
 def base_names(config: ModelConfig, layer_map: Sequence[int]) -> dict[str, str]:
@@ -97,20 +155,47 @@ def grown_tensors(weights: CheckpointReader | Mapping[str, torch.Tensor], config
     arXiv 2110.07143, for other operators). `noise` adds Gaussian noise to each matrix, with `noise` times its standard
     deviation; it is a function of (seed, name).
     """
-    first = {source: index for index, source in reversed(list(enumerate(layer_map)))}
-    new = set(range(len(layer_map))) - set(first.values())
+    new = new_layers(layer_map)
     for name, source in base_names(config, layer_map).items():
         tensor, match = weights[source], re.search(r"layers\.(\d+)", name)
         is_new = match is not None and int(match[1]) in new
         if is_new and noise and tensor.ndim == 2:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
             sigma = noise * float(tensor.float().std())
-            noisy = tensor.float() + sigma * torch.randn(tensor.shape, generator=generator).to(tensor.device)
+            normal = torch.randn(tensor.shape, generator=named_generator(seed, name)).to(tensor.device)
+            noisy = tensor.float() + sigma * normal
             tensor = noisy.to(tensor.dtype)
         if is_new and zero_init and ("o_proj" in name or "down_proj" in name):
             tensor = torch.zeros_like(tensor)
         yield name, tensor
+
+
+@dataclass(frozen=True)
+class WholeParameter:
+    """All elements of a parameter, as write_parameter_file takes them."""
+    name: str
+    count: int
+    start: int = 0
+
+
+def write_moments(folder: Path, source: Path, base: ModelConfig, layer_map: Sequence[int], zero: bool) -> None:
+    """Writes the optimizer moments of a grown model, given those next to its base: each parameter has those of the one
+    that it copies, or with `zero` the new layers have zero. Raises UserError if the base has none."""
+    moments = open_side_files(find_parameter_files(source, MOMENTS), MOMENTS, source, base)
+    if moments is None:
+        raise UserError(f"{source} has no optimizer moments: train it with --carry_moments, or leave out --moments")
+    config = replace(base, num_hidden_layers=len(layer_map))
+    names = base_names(config, layer_map)
+    new = [f"layers.{layer}." for layer in new_layers(layer_map)] if zero else []
+
+    def values(kind: str, parameter: WholeParameter) -> torch.Tensor:
+        found = torch.zeros(parameter.count)
+        if not any(place in parameter.name for place in new):
+            moments.read(kind, names[parameter.name], 0, found)
+        return found
+
+    write_parameter_file(folder / parameter_file_name(MOMENTS, 0, 1),
+                         [WholeParameter(name, math.prod(shape)) for name, shape in parameter_shapes(config).items()],
+                         {kind: functools.partial(values, kind) for kind in SIDE_FILES[MOMENTS]})
 
 
 def grow_model(model: Transformer, layer_map: Sequence[int], **options: Any) -> Transformer:

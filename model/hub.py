@@ -20,6 +20,7 @@ from common.files import ExistsError, UserError, first_line, new_directory
 from common.settings import known, read_config, run, setting
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
+from model.lora import ADAPTER_CONFIG
 from model.tokenizer import TOKENIZER_FILES
 from model.transformer import Transformer, parameter_shapes
 
@@ -38,6 +39,9 @@ def fetch_checkpoint(source: str | Path) -> Path:
             raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name)")
         return download(str(source))
     if not (directory / "config.json").exists():
+        if (directory / ADAPTER_CONFIG).exists():
+            raise UserError(f"{source} holds an adapter of PEFT and no checkpoint: give the directory of the merged "
+                            "weights, or merge it with PEFT's merge_and_unload")
         raise UserError(f"{source} is not a checkpoint: it holds no config.json")
     return directory
 

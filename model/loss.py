@@ -1,6 +1,8 @@
 """The output head and its loss.
 
 Dimensions:  N tokens with a target, n tokens of a chunk, C hidden size, V vocabulary.
+
+The loss is the negative log-likelihood of targets, or the divergence from the predictions of another model, a teacher.
 """
 from typing import Any
 
@@ -22,6 +24,9 @@ def chunk_rows(vocab_size: int, device: str) -> int:
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """Summed negative log-likelihood, in fp32, of targets [N] given hidden states [N, C] and a head weight [V, C].
 
+    With the head weight of a teacher, `targets` are its hidden states [N, C], and the result is the summed divergence
+    KL(teacher || model) of the next token.
+
     The loss is computed in chunks, so the logits of a long batch never exist at once. The forward pass also computes
     the gradients of each chunk, and the backward pass only scales them (as in Liger Kernel: Hsu et al.,
     arXiv 2410.10989, section 3.2). The weight's gradient is summed over the chunks in fp32: in bf16 its error grows
@@ -30,41 +35,54 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                needs_grad: bool) -> torch.Tensor:
+                teacher: torch.Tensor | None, needs_grad: bool) -> torch.Tensor:
+        needs_weight_grad = needs_grad and weight.requires_grad
         rows = chunk_rows(len(weight), hidden.device.type)
-        nll, hidden_grads = torch.zeros((), device=hidden.device), []
+        loss, hidden_grads = torch.zeros((), device=hidden.device), []
         weight_grad: torch.Tensor | None = None
-        for states, labels in zip(hidden.split(rows), targets[:, None].split(rows)):
+        for states, labels in zip(hidden.split(rows), targets.split(rows)):
             log_p = F.linear(states, weight).float().log_softmax(-1)  # n V
-            nll -= log_p.gather(1, labels).sum()
+            if teacher is None:
+                loss -= log_p.gather(1, labels[:, None]).sum()
+            else:
+                log_q = F.linear(labels, teacher).float().log_softmax(-1)  # n V
+                loss += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
             if needs_grad:
-                # gradient of the logits: softmax - one_hot(labels)
-                grad = log_p.exp_().scatter_add_(1, labels, torch.full_like(log_p[:, :1], -1.0)).to(states.dtype)
+                if teacher is None:  # gradient of the logits: softmax - one_hot(labels)
+                    grad = log_p.exp_().scatter_add_(1, labels[:, None], torch.full_like(log_p[:, :1], -1.0))
+                else:  # the difference of the two softmaxes
+                    grad = log_p.exp_() - log_q.exp_()
+                grad = grad.to(states.dtype)
                 hidden_grads.append(grad @ weight)
+                if not needs_weight_grad:
+                    continue
                 if weight_grad is None:
                     weight_grad = (grad.T @ states).to(weight.dtype if len(hidden) <= rows else torch.float32)
                 elif weight_grad.dtype == weight.dtype:
                     weight_grad.addmm_(grad.T, states)
                 else:
                     weight_grad += grad.T @ states
-        if weight_grad is not None:
-            ctx.gradients = torch.cat(hidden_grads), weight_grad.to(weight.dtype)
-        return nll
+        if needs_grad:
+            ctx.gradients = torch.cat(hidden_grads), None if weight_grad is None else weight_grad.to(weight.dtype)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.gradients
-        return hidden_grad.mul_(gradient), weight_grad.mul_(gradient), None, None
+        return hidden_grad.mul_(gradient), weight_grad if weight_grad is None else weight_grad.mul_(gradient), \
+            None, None, None
 
 
 class Head(nn.Linear):
-    """The output head. Returns logits of hidden states, or the summed loss if targets [N] are given.
+    """The output head. Returns logits of hidden states, or the summed loss if targets [N] are given. With a teacher's
+    head weight [V, C] they are its hidden states [N, C].
 
     The loss is one call of the module, however many chunks it has: ZeRO-3 gathers the weight once per call, and all
     processes must make the same calls.
     """
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None,
+                teacher: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return super().forward(hidden)
-        return FusedLinearCrossEntropy.apply(hidden, self.weight, targets, torch.is_grad_enabled())
+        return FusedLinearCrossEntropy.apply(hidden, self.weight, targets, teacher, torch.is_grad_enabled())

@@ -16,8 +16,9 @@ from model.checkpoint import open_safetensors, require_finite, write_safetensors
 from model.config import ModelConfig
 from model.transformer import parameter_shapes
 
-POSTERIOR, FISHER = "posterior", "fisher"
-SIDE_FILES = {POSTERIOR: ("mean", "precision"), FISHER: ("fisher",)}  # names of side files -> kinds of values in them
+POSTERIOR, FISHER, MOMENTS = "posterior", "fisher", "moments"
+SIDE_FILES = {POSTERIOR: ("mean", "precision"), FISHER: ("fisher",),  # names of side files -> kinds of values in them
+              MOMENTS: ("exp_avg", "exp_avg_sq")}  # AdamW's, by PyTorch's names
 
 
 def write_parameter_file(path: Path, fragments: Iterable[Any],

@@ -225,7 +225,9 @@ class Transformer(nn.Module):
     `forward(input_ids)` returns logits [B, T, V]. `forward(input_ids, targets)` returns the negative log-likelihood in
     nats, a fp32 scalar, summed over the targets [B, T] that are not IGNORE_INDEX. targets[b, t] is the token expected
     after input_ids[b, t]. The head runs only at those positions. On a GPU the targets should be in host memory, where
-    they are counted without waiting for the GPU. A prefix [P] precedes every row and is computed once.
+    they are counted without waiting for the GPU. A prefix [P] precedes every row and is computed once. With a teacher,
+    the `target_states` and the head weight of another model, the result is the summed divergence KL(teacher || model)
+    of the next token at the same positions.
     """
 
     def __init__(self, config: ModelConfig):
@@ -245,18 +247,27 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.compile()
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        if prefix is None or not len(prefix):
-            hidden = self.model(input_ids)  # B T C
-        else:
-            sequence = torch.cat((prefix, input_ids.flatten()))[None]  # 1 P+B·T
-            hidden = self.model(sequence, SharedPrefix(len(prefix), input_ids.shape, sequence.device))
-            hidden = hidden[0, len(prefix):].unflatten(0, input_ids.shape)  # B T C
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, prefix: Tensor | None = None,
+                teacher: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if targets is None:
-            return self.lm_head(hidden)  # B T V
+            return self.lm_head(self.hidden_states(input_ids, prefix))  # B T V
+        states, labels = self.target_states(input_ids, targets, prefix)
+        return self.lm_head(states, *(teacher or (labels,)))
+
+    def hidden_states(self, input_ids: Tensor, prefix: Tensor | None) -> Tensor:
+        """Returns the final hidden states [B, T, C] of the rows."""
+        if prefix is None or not len(prefix):
+            return self.model(input_ids)
+        sequence = torch.cat((prefix, input_ids.flatten()))[None]  # 1 P+B·T
+        hidden = self.model(sequence, SharedPrefix(len(prefix), input_ids.shape, sequence.device))
+        return hidden[0, len(prefix):].unflatten(0, input_ids.shape)  # B T C
+
+    def target_states(self, input_ids: Tensor, targets: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the hidden states [N, C] at the positions that predict a target, and these targets [N]."""
+        hidden = self.hidden_states(input_ids, prefix)
         index = (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]
         labels = to_device(targets.flatten()[index], hidden.device)
-        return self.lm_head(hidden.flatten(0, 1)[to_device(index, hidden.device)], labels)  # N C, N
+        return hidden.flatten(0, 1)[to_device(index, hidden.device)], labels
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -39,6 +39,14 @@ def chain_folder(folder: Path, method: str | None = None, rate: float | None = N
     return folder if seed is None else folder / f"seed-{seed}"
 
 
+def method_flags(method: str) -> list[str]:
+    """The flags for train.py of a method such as ewc:ewc_strength=10: a file in configs/method, and settings that
+    override it."""
+    name, *settings = method.split(":")
+    pairs = [setting.partition("=") for setting in settings]
+    return ["--method", name, *(word for key, _, value in pairs for word in (f"--{key}", value))]
+
+
 def finetune_command(launcher: Sequence[str], stage: FinetuneStage, data: str | Path, size: str | None,
                      flags: Sequence[object]) -> list[object]:
     """The command of a stage. `launcher` holds the words before train.py; data: the preprocessed task file."""

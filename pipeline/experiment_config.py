@@ -99,18 +99,15 @@ class ExperimentConfig:
 
 
 def method_flags(method: str) -> list[str]:
-    """The flags for train.py of a method such as ewc:ewc_strength=10: a file in configs/method, and settings that
-    override it. Raises UserError if they are not the names and values of settings."""
-    name, *parts = method.split(":")
-    flags = ["--method", name]
+    """The flags for train.py of a method with settings. Raises UserError if they are not the names and values of
+    settings."""
     if "/" in method:
         raise UserError("it names a folder, so that it may have no '/'; give paths in train_args")
-    for part in parts:
+    for part in method.split(":")[1:]:
         key, _, value = part.partition("=")
         if not value or key not in {field.name for field in dataclasses.fields(TrainConfig)} - STAGE_SETTINGS:
             raise UserError(f"{part!r} is not name=value of a setting that a method may have")
-        flags += [f"--{key}", value]
-    return flags
+    return chain.method_flags(method)
 
 
 def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = "") -> TrainConfig:
@@ -119,7 +116,8 @@ def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = 
     try:
         return load(TrainConfig, [
             "--config", str(CONFIGS / "train/finetune.toml"), *optional_flags(size=cfg.size), "--task", chain.ORDER[0],
-            "--init", "x", "--data", "x", "--out", "x", *further_flags(cfg.train_args, STAGE_SETTINGS),
+            "--init", "x", "--data", "x", "--out", "x", *optional_flags(replay_text=cfg.text),
+            *further_flags(cfg.train_args, STAGE_SETTINGS),
             *further_flags(stage_args, STAGE_SETTINGS), *(method_flags(method) if method else [])])
     except UserError as error:
         origins = [name for name, given in (("train_args", cfg.train_args), ("stage_args", stage_args),

@@ -7,6 +7,10 @@ The controls are the full depth trained from scratch, and the shallow base train
 only if the grown model beats both. If the base trained on is best, the budget is too small for the depth. This base is
 a separate run: the schedule of the base that is grown ends at the growth.
 
+MIDAS and LIDAS grow in stages: from one block of layers to the full depth, one block more at a time. Stage i of k has a
+share of the steps in proportion to i^α (PROP-α of arXiv 2409.19044), and one schedule of the learning rate spans all
+stages. What becomes of the optimizer's moments at growth is a choice (`moments`).
+
 All runs of a seed see the same stream of samples and are evaluated on the same held-out text. FLOPs are 6 N D, and a
 grown model's include its base's. Finished runs are not repeated; the table and the figure are made again from the
 runs' metrics.jsonl each time.
@@ -28,16 +32,26 @@ from common.files import UserError, write_json, write_text
 from common.formatting import markdown_table
 from common.metrics_log import read_log
 from common.provenance import data_digest
-from common.settings import run, setting
+from common.settings import read_config, run, setting
 from model.growth import OPERATORS
 from pipeline.jobs import Job, run_jobs
-from pipeline.pretraining import DEPTH_OPERATORS, base_job, growth_job, record_recipe, size_config, training_job
+from pipeline.pretraining import (
+    DEPTH_OPERATORS,
+    STAGED_OPERATORS,
+    base_job,
+    growth_job,
+    record_recipe,
+    size_config,
+    training_job,
+)
 
-MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "seeds"  # when runs are added to a study
+# What may change when runs are added to a study.
+MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "staged", "moments", "repeated", "seeds"
 TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
 LABELS = {TRAINED_ON: "base, trained on"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
-COLOURS = dict(zip(OPERATORS, PALETTE)) | {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
+COLOURS = dict(zip(DEPTH_OPERATORS, [color for color in PALETTE if color != "#000000"]))
+COLOURS |= {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,20 @@ class GrowthStudyConfig:
     factor: int = setting(4, "growth factor", at_least=2)
     base_tokens: int = setting(None, "tokens that the base is trained on", required=True, at_least=1,
                                at_most=10 ** 18)
+    staged: tuple[str, ...] = setting((), "also growth in stages, of " + ", ".join(STAGED_OPERATORS),
+                                      names=STAGED_OPERATORS)
+    stages: int = setting(4, "stages of such a growth", at_least=2)
+    alpha: float = setting(1.0, "the steps of stage i of such a growth are in proportion to i^alpha", at_least=0,
+                           at_most=10)
+    moments: tuple[str, ...] = setting(("anew",), "optimizer moments at such a growth: anew, copied from the copied "
+                                                  "layers, or zero in the new layers", names=("anew", "copied", "zero"))
+    repeated: tuple[str, ...] = setting(("stack",), "of the grown models, those that all seeds train")
     max_flops: float = setting(None, "FLOPs of each run, including its base's", required=True, at_least=1,
                                at_most=1e30)
     warmup_steps: int = setting(20, "steps of warm-up of each run", at_least=0)
     eval_steps: int = setting(20, "evaluate every N steps", at_least=1)
     max_eval_samples: int = setting(128, "held-out samples to evaluate on", at_least=1)
-    seeds: tuple[int, ...] = setting((42,), "seeds; for all but the first only stack and the controls are trained",
+    seeds: tuple[int, ...] = setting((42,), "seeds; those after the first train only `repeated` and the controls",
                                      required=True, at_least=0)
     launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
     dry_run: bool = setting(False, "print the commands and run none")
@@ -64,9 +86,13 @@ class GrowthStudyConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
-        return [f"{name} is {', '.join(map(str, values))}, expected each once"
-                for name, values in (("operators", self.operators), ("seeds", self.seeds))
-                if len(set(values)) < len(values)]
+        found = [f"{name} is {', '.join(map(str, values))}, expected each once"
+                 for name in ("operators", "seeds", "staged", "moments")
+                 if len(set(values := getattr(self, name))) < len(values)]
+        grown = [*self.operators, *staged_names(self)]
+        if unknown := [name for name in self.repeated if name not in grown and name != "stack"]:
+            found.append(f"repeated names {', '.join(unknown)}, expected some of {', '.join(grown)}")
+        return found
 
 
 def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
@@ -90,14 +116,56 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
                  "--max_eval_samples", cfg.max_eval_samples]
         whole = [*flags, "--max_tokens", "none", "--max_flops", cfg.max_flops]
         jobs.append(base_job(cfg, folder / "base", base_depth, cfg.base_tokens, flags))
-        for name in cfg.operators if seed == cfg.seeds[0] else {"stack"} & set(cfg.operators):
+        first = seed == cfg.seeds[0]
+        for name in cfg.operators:
+            if not (first or name in cfg.repeated):
+                continue
             grown = folder / f"grown-{name}"
             jobs.append(growth_job(folder / "base", grown, name, base_depth, depth))
             jobs.append(training_job(cfg, folder / name, cfg.max_flops - base_flops,
                                      ["--phase", "stack", "--init", grown, *whole]))
+        for name in staged_names(cfg):
+            if first or name in cfg.repeated:
+                jobs += staged_jobs(cfg, folder / name, flags)
         jobs.append(training_job(cfg, folder / "scratch", cfg.max_flops, ["--phase", "llm", *whole]))
         jobs.append(training_job(cfg, folder / TRAINED_ON, cfg.max_flops, [
             "--phase", "base", "--num_hidden_layers", base_depth, *whole]))
+    return jobs
+
+
+def staged_names(cfg: GrowthStudyConfig) -> list[str]:
+    """The names of the models that are grown in stages: operator and what becomes of the moments."""
+    return [f"{operator}-{policy}" for operator in cfg.staged for policy in cfg.moments]
+
+
+def staged_jobs(cfg: GrowthStudyConfig, folder: Path, flags: Sequence[object]) -> list[Job]:
+    """The jobs of a growth in stages: training and growth in turn, with the FLOPs of the other models in all."""
+    operator, policy = folder.name.split("-")
+    full = size_config(cfg.size).num_hidden_layers
+    block, rest = divmod(full, cfg.stages)
+    if rest:
+        raise UserError(f"{cfg.stages} stages of one block each do not reach {full} layers: choose a divisor of {full} "
+                        "as stages")
+    depths, recipe = [block * stage for stage in range(1, cfg.stages + 1)], read_config("size", cfg.size)["llm"]
+    step_flops = [size_config(cfg.size, depth).flops(recipe["global_batch_size"] * recipe["seq_length"])
+                  for depth in depths]
+    shares = [stage ** cfg.alpha for stage in range(1, cfg.stages + 1)]
+    total = cfg.max_flops / sum(share * flops for share, flops in zip(shares, step_flops))
+    ends = [0, *(round(total * sum(shares[:stage])) for stage in range(1, cfg.stages + 1))]
+    if short := [stage for stage in range(1, cfg.stages + 1) if ends[stage] == ends[stage - 1]]:
+        raise UserError(f"stage {short[0]} of {folder.name} would have no step: raise max_flops, or lower alpha or "
+                        "stages")
+    carry, jobs = ["--carry_moments"] if policy != "anew" else [], list[Job]()
+    for stage, depth in enumerate(depths, 1):
+        steps, init = ends[stage] - ends[stage - 1], ["--num_hidden_layers", depth]
+        if stage > 1:
+            grown = folder / f"grown-{depth}"
+            jobs.append(growth_job(jobs[-1].out, grown, operator, depth - block, depth, policy))
+            init = ["--init", grown]
+        length = ["--max_flops", "none", "--max_tokens", "none", "--max_steps", steps]
+        schedule = ["--schedule_start", ends[stage - 1], "--schedule_steps", ends[-1]]
+        jobs.append(training_job(cfg, folder / f"stage-{stage}", steps * step_flops[stage - 1],
+                                 ["--phase", "llm", *init, *flags, *carry, *length, *schedule]))
     return jobs
 
 
@@ -178,13 +246,20 @@ def conclusion(rows: Sequence[dict]) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
+def style_of(name: str) -> dict[str, str]:
+    """Colour and line of a model: those of its operator, and of what becomes of the moments."""
+    operator, _, policy = name.partition("-")
+    lines = {"base": "--", "copied": "--", "zero": ":"}
+    return {"color": COLOURS.get(name) or COLOURS[operator], "ls": lines.get(policy or name, "-")}
+
+
 @styled
 def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) -> None:
     """Plots loss over FLOPs of all runs to path.png and path.svg."""
     figure, (panel,) = make_panels(1, 7.2, 4.6)
     names = list(next(iter(runs.values())))
     curves = {LABELS.get(name, name): [of_seed[name] for of_seed in runs.values() if name in of_seed] for name in names}
-    styles = {LABELS.get(name, name): {"color": COLOURS[name], "ls": "--" if name == "base" else "-"} for name in names}
+    styles = {LABELS.get(name, name): style_of(name) for name in names}
     handles = draw_loss_curves(panel, curves, styles)
     goal = mean_curve(curves["scratch"])[-1][1]
     panel.axhline(goal, color=COLOURS["scratch"], lw=0.8, ls=":")
@@ -201,15 +276,17 @@ def main(cfg: GrowthStudyConfig) -> None:
     """Runs the missing jobs of the study, then writes the table and the figure."""
     jobs = study_jobs(cfg)
     if not cfg.dry_run:
-        fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE}
+        fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE
+                 and (cfg.staged or name not in ("stages", "alpha"))}
         record_recipe(Path(cfg.out) / "study.json", jobs, **fixed, data_digest=data_digest(cfg.data))
     run_jobs([job for job in jobs if not job.out.exists()], cfg.dry_run)
     if cfg.dry_run:
         return
     runs: dict[int, dict[str, Curve]] = {seed: {} for seed in cfg.seeds}
     for job in jobs:
-        if not job.out.name.startswith("grown-"):
-            runs[int(job.out.parent.name.removeprefix("seed-"))][job.out.name] = read_curve(job.out / "metrics.jsonl")
+        seed, name = job.out.relative_to(cfg.out).parts[:2]
+        if not job.out.name.startswith("grown-"):  # the stages of one growth make one curve
+            runs[int(seed.removeprefix("seed-"))].setdefault(name, []).extend(read_curve(job.out / "metrics.jsonl"))
     rows, config, out = summarize_runs(runs), size_config(cfg.size), Path(cfg.out) / "growth-study"
     depth = config.num_hidden_layers
     write_json(out.with_suffix(".json"), rows)

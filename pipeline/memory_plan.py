@@ -7,17 +7,23 @@ The rows are the most that train.py holds at the same time. bench/memory_use.py 
 """
 import common.interrupts
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from common.files import UserError, read_json
 from common.formatting import format_duration
-from common.settings import CONFIGS, read_config, run, setting
+from common.settings import CONFIGS, load, read_config, run, setting
 from model.config import ModelConfig
+from model.growth import new_layers
 from model.hub import fetch_checkpoint
+from model.lora import A, is_adapter
 from model.loss import chunk_rows
+from pipeline.jobs import optional_flags
 from pipeline.pretraining import size_config
+from training.run import expansion
+from training.selection import ALL, NEW_LAYERS, Shapes, describe_selection, selected_shapes
 from training.train_config import TrainConfig, default_zero_stage
 
 GIB = 1 << 30
@@ -72,6 +78,27 @@ class MemoryPlan:
     device: str = "cuda"
     method: str | None = None
     sample_tokens: int = 128
+    trained: Shapes | None = None  # the parameters that are trained, name -> shape; None: all
+
+    @property
+    def num_trained(self) -> int:
+        """Number of parameters that are trained."""
+        return self.config.num_parameters if self.trained is None else sum(map(math.prod, self.trained.values()))
+
+    @property
+    def num_frozen(self) -> int:
+        """Number of parameters that are not trained; those of adapters come on top."""
+        return self.config.num_parameters - (0 if self.has_adapters else self.num_trained)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained."""
+        return self.trained is not None and any(map(is_adapter, self.trained))
+
+    @property
+    def num_stored(self) -> int:
+        """Number of parameters, those of adapters included."""
+        return self.num_frozen + self.num_trained
 
     @property
     def weight_bytes(self) -> int:
@@ -85,18 +112,21 @@ class MemoryPlan:
         sampled."""
         if self.method == "vcl":
             return 12 if self.zero == 0 else 8
-        return {"wise_ft": 4, "l2_sp": 4, "ewc": 8}.get(self.method or "", 0)
+        return {"wise_ft": 4, "l2_sp": 4, "l2_sp_penalty": 4, "fapm": 4, "ewc": 8}.get(self.method or "", 0)
 
     def memory(self) -> dict[str, float]:
         """Bytes on a process's device by what holds them; on a CPU, bytes of the process."""
-        parameters, shards = self.config.num_parameters, self.processes if self.zero else 1
+        shards = self.processes if self.zero else 1
         state_bytes = (12 if self.zero else 8) + self.method_bytes  # ZeRO 0: the weights themselves are fp32
-        rows: dict[str, float] = {"weights": self.weight_bytes * parameters,
-                                  "fp32 weights and moments": state_bytes * parameters / shards}
+        rows: dict[str, float] = {"weights": self.weight_bytes * self.num_stored,
+                                  "fp32 weights and moments": state_bytes * self.num_trained / shards}
         if self.zero == 3:
-            # fp32 weights exist once: they are their own master weights
-            rows["weights"] = self.weight_bytes * parameters / shards if self.weight_bytes == 2 else 0
-            rows["gathered weights"] = self.weight_bytes * min(parameters, LIVE)
+            # fp32 weights that are trained exist once: they are their own master weights
+            stored = self.num_stored if self.weight_bytes == 2 else self.num_frozen
+            rows["weights"] = self.weight_bytes * stored / shards
+            rows["gathered weights"] = self.weight_bytes * min(self.num_stored, LIVE)
+        if self.method in ("self_replay", "input_kl"):
+            rows["the start of the chain"] = self.weight_bytes * self.config.num_parameters
         rows |= {"gradients": self.gradients(), "activations": self.activations(), "logits": self.logits(),
                  "buffers": self.buffers(), "the process itself": RUNTIME[self.device]}
         if self.offload and self.device == "cuda":  # on a CPU, host memory is the device's memory
@@ -114,18 +144,18 @@ class MemoryPlan:
 
     def gradients(self) -> float:
         """Accumulated gradients; with ZeRO-1 also those of a backward pass, with ZeRO-3 those of a sub-group's step."""
-        parameters, shards = self.config.num_parameters, self.processes
+        trained, shards = self.num_trained, self.processes
         if self.zero == 0:
-            return 4 * parameters
+            return 4 * trained
         if self.zero == 1:
-            return (4 + self.weight_bytes) * parameters
-        return 4 * parameters / shards + (4 * min(parameters / shards, LIVE) if self.zero == 3 else 0)
+            return (4 + self.weight_bytes) * trained
+        return 4 * trained / shards + (4 * min(trained / shards, LIVE) if self.zero == 3 else 0)
 
     def buffers(self) -> float:
         """Where ZeRO collects the gradients to reduce, in the dtype of the weights and as fp32."""
         if self.zero == 0:
             return 0
-        bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.config.num_parameters)
+        bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.num_trained)
         # one is filled while the other is reduced; on a CPU, memory that was never written does not count
         in_turn = 2 if self.overlaps and self.device == "cuda" else 1
         return bucket * (in_turn * self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
@@ -136,33 +166,47 @@ class MemoryPlan:
         path = CONFIGS / f"deepspeed/zero{self.zero}{'_offload' if self.offload else ''}.json"
         return bool(read_json(path)["zero_optimization"].get("overlap_comm"))
 
-    def block_activations(self) -> float:
+    def block_activations(self, trained: bool = True) -> float:
         """Bytes per token that one block keeps for the backward pass.
 
         Each norm keeps its input in fp32, the normalized input, its output and a root. The attention keeps query, key,
         value, output and the log-sum-exp; in bf16 on a CPU, where it is materialized, its probabilities. The
-        feed-forward keeps gate, up, the activation and the product.
+        feed-forward keeps gate, up, the activation and the product. What only the gradient of a weight needs is not
+        kept if the weight is frozen: the normalized input, the norm's output and the product. Adapters need the latter
+        two, and keep their own hidden values.
         """
         c, width = self.config, self.weight_bytes
-        norms = 2 * ((4 + 2 * width) * c.hidden_size + 4)
+        adapters = self.has_adapters and self.trained or {}
+        inputs = trained + (trained and not adapters)  # tensors of the hidden size that a norm keeps for weights
+        norms = 2 * ((4 + inputs * width) * c.hidden_size + 4)
+        adapted = width * sum(shape[0] for name, shape in adapters.items() if name.startswith("model.layers.0.")
+                              and name.endswith(A))
         attention = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
         materialized = self.device == "cpu" and width == 2
         attention += c.num_attention_heads * (width * self.sample_tokens if materialized else 4)
-        return norms + attention + width * 4 * c.intermediate_size
+        return norms + attention + width * (3 + trained) * c.intermediate_size + adapted
 
     def activations(self) -> float:
-        """With checkpointing the input of each block and what one block keeps; otherwise what all blocks keep."""
-        layers, block = self.config.num_hidden_layers, self.block_activations()
+        """With checkpointing the input of each block and what one block keeps; otherwise what all blocks keep. Blocks
+        below the first one that is trained keep nothing."""
+        layers = range(self.config.num_hidden_layers)
+        with_trained = [self.trained is None or any(name.startswith(f"model.layers.{layer}.") for name in self.trained)
+                        for layer in layers]
+        above = [layer for layer in layers if any(with_trained[:layer + 1])
+                 or self.trained and "model.embed_tokens.weight" in self.trained]
         if self.gradient_checkpointing:
-            inputs = layers * self.weight_bytes * self.config.hidden_size
-            return self.max_tokens_per_microbatch * (inputs + 2 * block)
-        return self.max_tokens_per_microbatch * (layers + 1) * block
+            inputs = len(above) * self.weight_bytes * self.config.hidden_size
+            return self.max_tokens_per_microbatch * (inputs + 2 * self.block_activations())
+        blocks = sum(self.block_activations(with_trained[layer]) for layer in above)
+        return self.max_tokens_per_microbatch * (blocks + self.block_activations())
 
     def logits(self) -> float:
         """One chunk of the loss in fp32: the logits, and their log-softmax, which the gradient overwrites. With several
         chunks in bf16 also the head's gradient, as the fp32 sum and as the product that is added to it."""
         V, rows = self.config.vocab_size, chunk_rows(self.config.vocab_size, self.device)
-        summed = self.weight_bytes == 2 and self.max_tokens_per_microbatch > rows
+        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        head_is_trained = self.trained is None or head in self.trained
+        summed = head_is_trained and self.weight_bytes == 2 and self.max_tokens_per_microbatch > rows
         return 8 * V * min(rows, self.max_tokens_per_microbatch) + 6 * summed * V * self.config.hidden_size
 
     def host(self) -> float:
@@ -171,32 +215,47 @@ class MemoryPlan:
         # Offloaded: weights, moments and gradients in fp32, the weights in their dtype, and with ZeRO-3 a second copy
         # of the gradients.
         extra = self.weight_bytes if self.zero == 2 else self.weight_bytes + 4
-        offloaded = (16 + extra + self.method_bytes) * self.config.num_parameters if self.offload else 0
+        offloaded = (16 + extra + self.method_bytes) * self.num_trained if self.offload else 0
+        if self.offload and self.zero == 3:
+            offloaded += self.weight_bytes * self.num_frozen
         return self.processes * (RUNTIME["cpu"] + largest) + offloaded
 
     def disk(self, checkpoints: int) -> float:
         """Bytes on disk: final weights, epoch checkpoints, and the saved state, of which two may exist at a time."""
         left = {"ewc": 4, "vcl": 8}.get(self.method or "", 0)  # for the next task: Fisher information, or posterior
-        return ((1 + checkpoints) * self.weight_bytes + left + 2 * 12) * self.config.num_parameters
+        return ((1 + checkpoints) * self.weight_bytes + left) * self.config.num_parameters + 2 * 12 * self.num_trained
 
     def flops(self, tokens: float) -> float:
         """FLOPs of training on `tokens` tokens, including the second forward pass of gradient checkpointing."""
-        return self.config.flops(tokens) * (4 / 3 if self.gradient_checkpointing else 1)
+        recomputed = self.gradient_checkpointing * 2 * self.config.num_parameters * tokens
+        return self.config.flops(tokens, self.num_trained) + recomputed
 
 
 def read_plan(cfg: MemoryPlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     """(the plan, its settings: those given in `cfg`, then those of the size's recipe, then train.py's defaults)."""
     recipe = read_config("size", cfg.size).get(cfg.recipe, {}) if cfg.size else {}
+    method = read_config("method", cfg.method) if cfg.method else {}
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
-    settings = asdict(TrainConfig()) | recipe | given
+    settings = asdict(TrainConfig()) | recipe | method | given
     config = ModelConfig.read(fetch_checkpoint(cfg.init) / "config.json") if cfg.init else size_config(cfg.size or "")
     zero = default_zero_stage(cfg.processes, cfg.dtype) if settings["zero"] is None else settings["zero"]
     if cfg.offload and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
+    config, trained = trained_parameters(config, cfg.method)
     plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, cfg.dtype, settings["max_tokens_per_microbatch"],
                       settings["gradient_checkpointing"], cfg.device, cfg.method,
-                      recipe.get("seq_length", cfg.sample_tokens))
+                      recipe.get("seq_length", cfg.sample_tokens), trained)
     return plan, settings
+
+
+def trained_parameters(config: ModelConfig, method: str | None) -> tuple[ModelConfig, Shapes | None]:
+    """(the configuration that a method trains, the parameters that it trains; None: all), at the first task."""
+    cfg = load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", "--replay_text", "x",
+                             *optional_flags(method=method)])
+    layer_map = expansion(cfg, config, {}) or tuple(range(config.num_hidden_layers))
+    config = replace(config, num_hidden_layers=len(layer_map))
+    return config, None if cfg.train == (ALL,) else \
+        selected_shapes(cfg.train, config, cfg.lora, {NEW_LAYERS: new_layers(layer_map)}, cfg.init)
 
 
 def alternatives(plan: MemoryPlan) -> Iterator[MemoryPlan]:
@@ -221,7 +280,10 @@ def main(cfg: MemoryPlanConfig) -> None:
           f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
           f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing "
           f"{on_or_off[plan.gradient_checkpointing]}, reduction of gradients "
-          f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled\n\nmemory of each process")
+          f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled")
+    if plan.trained is not None:
+        print(f"{plan.num_trained:,} parameters are trained: {describe_selection(plan.trained, plan.config)}")
+    print("\nmemory of each process")
     other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"
     for name, size in plan.memory().items():

@@ -16,6 +16,9 @@ from pipeline.ledger import read_own_json
 # The operators that need the two depths only.
 DEPTH_OPERATORS = [name for name in OPERATORS if name not in BLOCK_OPERATORS]
 
+# The operators that grow a model in many stages of one block each.
+STAGED_OPERATORS = "midas", "lidas"
+
 
 def size_config(size: str, depth: int | None = None) -> ModelConfig:
     """The model configuration of a size preset, with `depth` layers instead of its own if given."""
@@ -35,11 +38,11 @@ def base_job(cfg: Any, out: Path, depth: int, tokens: int, flags: Sequence[objec
         "--phase", "base", "--num_hidden_layers", depth, "--max_tokens", tokens, *flags])
 
 
-def growth_job(init: Path, out: Path, operator: str, depth: int, target: int) -> Job:
+def growth_job(init: Path, out: Path, operator: str, depth: int, target: int, moments: str = "anew") -> Job:
     """Growth from `depth` to `target` layers. Raises UserError if the operator cannot make that many."""
     OPERATORS[operator](depth, target)
     return Job(out, [sys.executable, ROOT / "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
-                     "--target_layers", target])
+                     "--target_layers", target, *([] if moments == "anew" else ["--moments", moments])])
 
 
 def held_out_loss(checkpoint: str | Path) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.files import UserError
-from common.settings import ROOT, known, unknown_name
+from common.settings import ROOT, known, read_config, unknown_name
 from pipeline import chain
 from pipeline.jobs import optional_flags, run_command, split_words
 
@@ -33,7 +33,7 @@ make experiment SIZE=tiny PAIRS=5       pairs of models through the tasks, every
 make experiment-plan RUNS=runs/tiny     how many pairs find a difference of EFFECT, from the pairs in RUNS
 make report RUNS=runs/tiny              tables and figures of a folder of evaluated runs, in report/
 make growth-study SIZE=small            loss over FLOPs, from scratch and grown: figure and table (SEEDS, STUDY)
-make plan SIZE=7b NPROC=8               whether a run fits and how long it takes (ZERO=3 GPU_MEMORY=80 TOKENS=1e9)
+make plan SIZE=7b NPROC=8               whether a run fits, how long it takes (ZERO METHOD GPU_MEMORY=80 TOKENS=1e9)
 make growth-plan SIZE=7b TOKENS=300e9   when to grow, and what it saves (PARAMS=7e9 instead of SIZE)
 make bench                              speed compared with other programs: bench/RESULTS.md (INIT, RAW, FILES)
 make test | lint | clean                run the tests; check style and types; remove the environment and prepared data
@@ -53,8 +53,8 @@ PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pre
 RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
 CONTROLS  flops, or flops,loss: with experiment, also train on the m0 that is behind until it is level
 SEEDS   seeds, with experiment and growth-study: 42,43,44
-METHOD  against forgetting: {methods};
-        with experiment one or more, with their settings: finetune,ewc:ewc_strength=10
+METHOD  against forgetting, with settings as in ewc:ewc_strength=10; with experiment one or more, as in finetune,ewc:
+        {methods}
 SUITE   benchmarks: {suites}, a .toml file, or none; FILES: folder of their local files
 TASKS   test sets of make evaluate (now {tasks})
 ARGS    more flags for the script of the target: ARGS="--learning_rate 1e-5". With train they go to all missing
@@ -102,7 +102,8 @@ class Variables:
                   (("data",), "TASK", [self.task], known("task")),
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
-                  (("train", "evaluate"), "METHOD", [self.method] if self.method else [], known("method"))]
+                  (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] * bool(self.method),
+                   known("method"))]
         found = [problem for targets, variable, values, accepted in checks if target in targets
                  for value in values for problem in unknown_name(variable, value, accepted)]
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
@@ -175,7 +176,10 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
     held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or own_text else "")
     for stage in missing or stages[-1:]:
-        method = ["--method", v.method, *(["--rehearsal", "0"] if stage is stages[0] else [])] if v.method else []
+        method = chain.method_flags(v.method) if v.method else []
+        method += ["--rehearsal", "0"] if v.method and stage is stages[0] else []
+        if v.method and "replay_share" in read_config("method", v.method.partition(":")[0]):
+            method += ["--replay_text", v.text]
         commands.append(chain.finetune_command(v.torchrun or [PYTHON], stage, v.data / f"{stage.task}.json", v.preset,
                                                [*held_out, *method, *args]))
     return data_commands(v, tasks) + commands
@@ -255,7 +259,8 @@ COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
     "report": lambda v: [script_command(v, "report.py", runs=v.runs)],
     "growth-study": study_commands,
     "plan": lambda v: [script_command(v, "-m", "pipeline.memory_plan", init=v.init, size="" if v.init else v.size,
-                                      processes=v.nproc, zero=v.get("ZERO"), gpu_memory=v.get("GPU_MEMORY"),
+                                      processes=v.nproc, zero=v.get("ZERO"), method=v.method,
+                                      gpu_memory=v.get("GPU_MEMORY"),
                                       tokens=v.get("TOKENS"))],
     "growth-plan": lambda v: [script_command(v, "stack.py", "plan", params=v.get("PARAMS"), size=v.get("SIZE"),
                                              tokens=v.get("TOKENS"))],

@@ -80,7 +80,8 @@ def test_grown_checkpoint(checkpoint, tmp_path, flags, layer_map):
     told = json.loads((out / "growth.json").read_text())
     assert told["layer_map"] == layer_map
     assert (told["base"], told["base_digest"]) == (str(base), checkpoint_digest(base))
-    assert told["lineage"] == {"flops": 12.5}
+    new = [layer for layer, source in enumerate(layer_map) if source in layer_map[:layer]]
+    assert told["lineage"] == {"flops": 12.5, "new_layers": new}
     assert len(told["commit"].removesuffix("-dirty")) == 40
     ours = load_model(out)
     theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
@@ -153,7 +154,7 @@ def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(check
     (["--noise", "-1"], "noise is -1.0, expected a number from 0 to 100"),
     (["--noise", "1e308"], "noise is 1e+308, expected a number from 0 to 100"),
     (["--factor", "1e308"], "factor is 1e+308, expected a number from 2 to 10000"),
-    (["--factor", "9999"], "9999 times 2 layers are more than 10,000"),
+    (["--factor", "9999"], "2 layers would grow to 19,998, more than 10,000: choose fewer"),
     (["--target_layers", str(10 ** 13)], "target_layers is 10000000000000, expected a number at most 10000"),
 ])
 def test_bad_input(checkpoint, tmp_path, refusal, flags, said):

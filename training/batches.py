@@ -33,12 +33,18 @@ class GlobalBatch:
     """The samples of one step, over all ranks."""
     indices: list[int]  # in the training data
     samples: list[Sample]
+    replay: list[Sample]  # windows of pretraining text
     ends_epoch: bool
+
+    @property
+    def groups(self) -> list[list[Sample]]:
+        """The samples in groups that share no micro-batch: those of one kind have a common prefix."""
+        return [self.samples, self.replay] if self.replay else [self.samples]
 
     @cached_property
     def num_tokens(self) -> int:
         """Tokens that the model reads."""
-        return count_tokens(self.samples)[0]
+        return count_tokens(self.samples + self.replay)[0]
 
 
 @lru_cache(maxsize=2)
@@ -50,6 +56,11 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 def sample_indices(seed: int, size: int, start: int, stop: int) -> list[int]:
     """Indices of the samples at positions start ≤ i < stop in the infinite stream of shuffled epochs."""
     return [int(epoch_order(seed, place // size, size)[place % size]) for place in range(start, stop)]
+
+
+def replay_indices(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
+    """Indices of the samples that a step replays: `share` times the batch size on average, which may be below one."""
+    return sample_indices(seed, size, int(step * share * batch_size), int((step + 1) * share * batch_size))
 
 
 def plan_microbatches(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[int]:

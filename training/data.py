@@ -2,14 +2,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.files import UserError
 from corpus.shards import ShardDataset, check_shards
 from corpus.tasks import SFTDataset, read_task
 from model.tokenizer import Tokenizer
-from training.batches import GlobalBatch, Sample, SampleDataset, sample_indices
+from training.batches import GlobalBatch, Sample, SampleDataset, replay_indices, sample_indices
 from training.rehearsal import earlier_tasks, rehearsed_items
 from training.run import Run, num_samples
+from training.train_config import TrainConfig
 
-HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 64, 256  # of the held-out text: enough for a loss, and evaluated in seconds
+WINDOW_TOKENS = 256  # of a window of pretraining text that is evaluated or replayed
+HELD_OUT_WINDOWS = 64  # enough for a loss, and evaluated in seconds
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,10 @@ class TrainData:
     eval: SampleDataset
     test: list[dict]
     held_out: Sequence[Sample]  # windows of the held-out pretraining text; empty without one
+    replay: SampleDataset | None  # windows of the pretraining text to train on again
+    replay_share: float
     seed: int
+    replay_seed: int
     batch_size: int
     first: int  # positions [first, last) in the stream of shuffled epochs
     last: int
@@ -37,7 +43,9 @@ class TrainData:
         """The global batch of a step; the last one may be smaller."""
         start, stop, size = self.position(step), self.position(step + 1), len(self.train)
         indices = sample_indices(self.seed, size, start, stop)
-        return GlobalBatch(indices, [self.train[index] for index in indices], stop // size > start // size)
+        replayed = [self.replay[index] for index in replay_indices(
+            self.replay_seed, len(self.replay), step, self.replay_share, self.batch_size)] if self.replay else []
+        return GlobalBatch(indices, [self.train[index] for index in indices], replayed, stop // size > start // size)
 
     def sample(self, count: int) -> list[Sample]:
         """Random training samples, at most `count`: the first ones of the stream."""
@@ -63,20 +71,49 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
         train = ShardDataset(cfg.data, "train", cfg.seq_length, cfg.max_train_samples)
         evaluation = ShardDataset(cfg.data, "val", cfg.seq_length, cfg.max_eval_samples)
     held_out = run.dist.on_all_ranks(lambda: load_held_out(run))
+    replay = run.dist.on_all_ranks(lambda: load_replay(run))
     earlier = f", {len(items):,} of them from earlier tasks" if items else ""
     run.dist.print0(f"model: {run.model_config.num_parameters:,} parameters, {run.model_config.num_hidden_layers} "
                     f"layers, {cfg.dtype} on {run.dist.world_size} × {run.dist.device.type}; {len(train):,} training "
                     f"samples{earlier}, {len(evaluation):,} evaluation samples")
-    last = run.first_sample + num_samples(cfg, run.model_config, len(train), run.lineage)
-    return TrainData(train, evaluation, test, held_out, cfg.seed, cfg.global_batch_size, run.first_sample, last)
+    last = run.first_sample + num_samples(cfg, run.model_config, len(train), run.lineage, run.trained)
+    data = TrainData(train, evaluation, test, held_out, replay, cfg.replay_share, cfg.seed, run.replay_seed,
+                     cfg.global_batch_size, run.first_sample, last)
+    run.dist.on_all_ranks(lambda: check_steps(cfg, data.steps))
+    return data
+
+
+def check_steps(cfg: TrainConfig, steps: int) -> None:
+    """Raises UserError if a run of this many steps exceeds its schedule, or replays nothing."""
+    if cfg.schedule_steps and cfg.schedule_start + steps > cfg.schedule_steps:
+        raise UserError(f"schedule_start {cfg.schedule_start} and the {steps} steps of this run are more than the "
+                        f"schedule_steps {cfg.schedule_steps}: raise it")
+    for name, is_used in (("replay_share", cfg.replay_share), ("self_replay_share", cfg.self_replay_kl)):
+        if is_used and not int(steps * getattr(cfg, name) * cfg.global_batch_size):
+            raise UserError(f"{name} is {getattr(cfg, name)}, so that {steps} steps of {cfg.global_batch_size} samples "
+                            "replay nothing: raise it")
 
 
 def load_held_out(run: Run) -> list[Sample]:
     """The first windows of the held-out part of `held_out_text`; empty without one. Raises UserError if this part is
     damaged."""
-    path, config = run.cfg.held_out_text, run.model_config
+    path = run.cfg.held_out_text
     if path is None:
         return []
     check_shards(path, split="val")
-    dataset = ShardDataset(path, "val", min(HELD_OUT_TOKENS, config.max_position_embeddings), HELD_OUT_WINDOWS)
+    dataset = ShardDataset(path, "val", window_tokens(run), HELD_OUT_WINDOWS)
     return [dataset[index] for index in range(len(dataset))]
+
+
+def load_replay(run: Run) -> SampleDataset | None:
+    """The windows of the training part of `replay_text`; None without replay. Raises UserError if this part is
+    damaged."""
+    if not run.cfg.replay_share:
+        return None
+    check_shards(str(run.cfg.replay_text), run.dist.local_rank, run.dist.local_world_size, split="train")
+    return ShardDataset(str(run.cfg.replay_text), "train", window_tokens(run))
+
+
+def window_tokens(run: Run) -> int:
+    """The length of a window of pretraining text."""
+    return min(WINDOW_TOKENS, run.model_config.max_position_embeddings)

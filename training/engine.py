@@ -4,6 +4,8 @@ import math
 import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,15 +13,17 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from common.distributed import Distributed
-from common.files import UserError, new_directory
+from common.files import UserError, explain_os_errors, new_directory
 from common.provenance import write_record
-from model.checkpoint import CheckpointReader, is_finite, materialize_model, write_checkpoint
-from model.config import ModelConfig
+from model.checkpoint import CheckpointReader, empty_model, is_finite, set_weights, write_checkpoint
+from model.growth import grown_tensors
+from model.lora import ADAPTER, AdaptedLinear, adapted_tensors, insert_adapters, is_adapter, write_adapter
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer, initial_weights
 from training.deepspeed_config import deepspeed_config, import_deepspeed
 from training.optimizers import make_optimizer
 from training.run_directory import last_checkpoint, prune_checkpoints
+from training.selection import describe_selection
 from training.zero_shards import local_fragments
 
 if TYPE_CHECKING:
@@ -55,14 +59,15 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
     Weights are read or initialized one tensor at a time. Under ZeRO-3 only rank 0 does so, and each rank keeps its
     slice of a tensor before the next one is read, so that no rank ever holds the whole model.
     """
-    config = run.model_config
-    weights = CheckpointReader(run.source).named_tensors(config) if run.cfg.init else \
-        initial_weights(config, run.cfg.seed)
+    model, weights = empty_model(run.model_config), run_weights(run)
+    if run.cfg.lora:
+        insert_adapters(model, run.cfg.lora)
+        weights = adapted_tensors(model, weights, run.cfg.seed)
     if run.cfg.zero == 3:
-        model = materialize_sharded(config, weights, run.dtype, run.dist, deepspeed_config(run.cfg))
+        shard_weights(model, weights, run.dtype, run.dist, deepspeed_config(run.cfg))
     else:
-        model = materialize_model(config, ((name, tensor.to(device=run.dist.device, dtype=run.dtype))
-                                           for name, tensor in weights))
+        set_weights(model, ((name, tensor.to(device=run.dist.device, dtype=run.dtype)) for name, tensor in weights))
+    freeze(model, run)
     model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
     if run.cfg.compile:
         if not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
@@ -71,16 +76,38 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
     return Tokenizer(run.source), model.train()
 
 
-def materialize_sharded(config: ModelConfig, weights: Iterator[tuple[str, torch.Tensor]],
-                        dtype: torch.dtype, dist: Distributed, ds_config: dict[str, Any]) -> Transformer:
-    """A Transformer whose parameters are sharded over the ranks for ZeRO-3, one module after another.
+def run_weights(run: "Run") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the weights that a run starts from, in model order, without adapters: those of the initial
+    checkpoint, expanded if the run begins with an expansion, or new ones."""
+    config = run.model_config
+    if not run.cfg.init:
+        return initial_weights(config, run.cfg.seed)
+    reader = CheckpointReader(run.source)
+    if not run.layer_map:
+        return reader.named_tensors(config)
+    reader.check(replace(config, num_hidden_layers=len(set(run.layer_map))))
+    return grown_tensors(reader, config, run.layer_map, zero_init=True)
+
+
+def freeze(model: Transformer, run: "Run") -> None:
+    """Freezes the parameters that a run does not train, and prints how many it trains."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in run.trained)
+    total = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
+    if run.num_trained < total:
+        run.dist.print0(f"training {run.num_trained:,} of {total:,} parameters ({run.num_trained / total:.1%}): "
+                        + describe_selection(run.trained, run.model_config))
+
+
+def shard_weights(model: Transformer, weights: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype,
+                  dist: Distributed, ds_config: dict[str, Any]) -> None:
+    """Fills a Transformer on the meta device and shards its parameters over the ranks for ZeRO-3, one module after
+    another.
 
     DeepSpeed broadcasts rank 0's tensor to the other ranks, which pass an empty one, and each rank keeps its slice.
     """
     deepspeed = import_deepspeed(dist.device)
-    with torch.device("meta"):
-        model = Transformer(config)
-    tied = {model.lm_head} if config.tie_word_embeddings else set()
+    tied = {model.lm_head} if model.config.tie_word_embeddings else set()
     for module in model.modules():
         if module in tied:
             continue
@@ -90,7 +117,6 @@ def materialize_sharded(config: ModelConfig, weights: Iterator[tuple[str, torch.
         if not list(module.children()):
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
     model.tie_weights()
-    return model
 
 
 def build_engine(run: "Run", model: Transformer) -> "DeepSpeedEngine":
@@ -100,9 +126,13 @@ def build_engine(run: "Run", model: Transformer) -> "DeepSpeedEngine":
     the loss by accumulation steps are not used: train.py sets the rate and weights each micro-batch itself.
     """
     deepspeed = import_deepspeed(run.dist.device)
-    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # ds_shape: before ZeRO-3 sharded it
-    groups = [{"params": [p for p, shape in shapes.items() if len(shape) == 2], "weight_decay": run.cfg.weight_decay},
-              {"params": [p for p, shape in shapes.items() if len(shape) != 2], "weight_decay": 0.0}]
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: before ZeRO-3 sharded it
+        (matrices if len(shape) == 2 else others).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay}
+              for parameters, decay in ((matrices, run.cfg.weight_decay), (others, 0.0)) if parameters]
     with contextlib.redirect_stdout(None):  # one of DeepSpeed's optimizers prints memory statistics
         engine = deepspeed.initialize(model=model, optimizer=make_optimizer(run.cfg, groups),
                                       config=deepspeed_config(run.cfg))[0]
@@ -146,18 +176,21 @@ def check_weights(run: "Run", engine: "DeepSpeedEngine") -> None:
 
 def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
                     record: dict[str, Any] | None = None) -> None:
-    """Writes the weights as a Hugging Face checkpoint, and `record` as its run.json if given.
+    """Writes the weights as a Hugging Face checkpoint, adapters merged, and `record` as its run.json if given.
 
     A directory that does not exist yet appears atomically. All ranks take part: under ZeRO-3 each tensor is gathered
     from all of them, one at a time.
     """
-    from deepspeed.runtime.zero import GatheredParameters
     check_weights(run, engine)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in engine.module.named_parameters():
-            with GatheredParameters([parameter], enabled=engine.zero_optimization_partition_weights()):
-                yield name, parameter.detach()
+            if is_adapter(name):
+                continue
+            module = engine.module.get_submodule(name.rpartition(".")[0])
+            adapted = isinstance(module, AdaptedLinear) and name.endswith("weight")
+            with gathered(engine, list(module.parameters()) if adapted else [parameter]):
+                yield name, module.merged().detach() if adapted else parameter.detach()
 
     if run.dist.rank == 0:
         with contextlib.nullcontext(directory) if directory.exists() else new_directory(directory) as folder:
@@ -167,6 +200,32 @@ def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
     else:
         for _ in tensors():
             pass
+
+
+def save_adapter(run: "Run", engine: "DeepSpeedEngine", directory: Path) -> None:
+    """Writes the adapters in the format of PEFT to `adapter/` in an existing directory. All ranks take part."""
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in run.trained:
+            parameter = engine.module.get_parameter(name)
+            with gathered(engine, [parameter]):
+                yield name, parameter.detach()
+
+    if run.dist.rank == 0:
+        with explain_os_errors(directory / ADAPTER):
+            (directory / ADAPTER).mkdir(exist_ok=True)
+        assert run.cfg.lora
+        write_adapter(directory / ADAPTER, run.cfg.lora, str(run.cfg.init), tensors(), run.trained, run.dtype)
+    else:
+        for _ in tensors():
+            pass
+
+
+def gathered(engine: "DeepSpeedEngine", parameters: list[torch.nn.Parameter],
+             modifier_rank: int | None = None) -> AbstractContextManager:
+    """A context in which this rank has the whole of some parameters, which ZeRO-3 shards. modifier_rank: the rank whose
+    changes are kept."""
+    from deepspeed.runtime.zero import GatheredParameters
+    return GatheredParameters(parameters, modifier_rank, enabled=engine.zero_optimization_partition_weights())
 
 
 def save_epoch_checkpoint(run: "Run", engine: "DeepSpeedEngine", state: "TrainState", data: "TrainData") -> None:

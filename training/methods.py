@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ import torch
 from tqdm import tqdm
 
 from common.files import UserError
+from model.lora import AdaptedLinear
 from model.parameter_files import (
     FISHER,
+    MOMENTS,
     POSTERIOR,
+    SIDE_FILES,
     ParameterFiles,
     find_parameter_files,
     open_side_files,
@@ -25,15 +29,19 @@ from model.parameter_files import (
     write_parameter_file,
 )
 from training.batches import Sample, count_tokens
-from training.engine import StepResult
+from training.distillation import Distillation
+from training.engine import StepResult, gathered, save_adapter
 from training.optimizers import AnchoredAdamW
+from training.pruning import undo_changes
 from training.train_config import TrainConfig
 from training.zero_shards import (
     Fragment,
     base_optimizer,
     changing_weights,
+    fill_optimizer_state,
     flat_tensors,
     local_fragments,
+    state_of,
     update_weights,
 )
 
@@ -42,7 +50,7 @@ if TYPE_CHECKING:
 
     from training.run import Run
 
-TrainStep = Callable[["Run", "DeepSpeedEngine", Sequence[Sample]], StepResult]
+TrainStep = Callable[["Run", "DeepSpeedEngine", Sequence[Sequence[Sample]]], StepResult]
 
 
 class Method:
@@ -50,9 +58,12 @@ class Method:
 
     def __init__(self, run: "Run", engine: "DeepSpeedEngine"):
         self.run, self.engine = run, engine
+        self.distillation = run.dist.on_all_ranks(lambda: Distillation(run)) \
+            if run.cfg.input_kl or run.cfg.self_replay_kl else None
 
-    def before_step(self, step: int) -> None:
-        """Called before the gradients of a step are computed."""
+    def before_step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
+        """Called before the gradients of the loss of a step, to which it may add others. Returns what to log."""
+        return self.distillation.add_gradients(self.engine, step, samples) if self.distillation else {}
 
     def after_step(self, applied: bool) -> None:
         """Called after the optimizer step; applied: whether it has updated the weights."""
@@ -71,7 +82,7 @@ class Method:
 
 
 class Anchored(Method):
-    """AdamW with the weights that the run started from as an anchor: L2-SP, WiSE-FT and EWC, by the settings.
+    """AdamW with the weights that the run started from as an anchor: L2-SP, WiSE-FT, FAPM and EWC, by the settings.
 
     EWC (Kirkpatrick et al., arXiv 1612.00796) uses one anchor and one Fisher information for all earlier tasks (Schwarz
     et al., arXiv 1805.06370). The run's own L2-SP and EWC terms are computed by the optimizer, AnchoredAdamW.
@@ -82,18 +93,22 @@ class Anchored(Method):
         optimizer, fragments = base_optimizer(engine), local_fragments(engine)
         self.anchors = {flat: flat.detach().clone() for flat in flat_tensors(fragments)}
         if isinstance(optimizer, AnchoredAdamW):
-            optimizer.anchors, optimizer.rate, optimizer.strength = \
-                self.anchors, run.cfg.l2_sp_rate, run.cfg.ewc_strength
+            optimizer.anchors, optimizer.rate = self.anchors, run.cfg.l2_sp_rate
+            optimizer.ewc_strength, optimizer.l2_strength = run.cfg.ewc_strength, run.cfg.l2_sp_strength
         if fisher:
             optimizer.fisher = {flat: torch.zeros_like(flat) for flat in self.anchors}
             read_fragments(run, fisher, fragments, {"fisher": optimizer.fisher})
 
     @torch.no_grad()
     def finish(self) -> None:
-        """WiSE-FT: interpolates trained and initial weights (Wortsman et al., arXiv 2109.01903, eq. 1)."""
+        """FAPM: undoes part of the change. WiSE-FT: interpolates trained and initial weights (Wortsman et al., arXiv
+        2109.01903, eq. 1)."""
+        if self.run.cfg.fapm_sparsity:
+            undo_changes(self.run, self.engine, self.anchors)
         if self.run.cfg.wise_ft_alpha < 1:
             for flat, anchor in self.anchors.items():
                 flat.lerp_(anchor, 1 - self.run.cfg.wise_ft_alpha)
+        if self.run.cfg.fapm_sparsity or self.run.cfg.wise_ft_alpha < 1:
             update_weights(self.engine)
 
     def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
@@ -113,12 +128,45 @@ class Anchored(Method):
             for sample in tqdm(samples, "Fisher information", leave=False, disable=hidden):
                 num_targets = count_tokens([sample])[1]  # the loss of a step is a mean over them
                 optimizer.square_weight = num_targets ** 2 / len(samples)
-                loss, grad_norm, _ = train_step(unclipped, self.engine, [sample])
+                loss, grad_norm, _ = train_step(unclipped, self.engine, [[sample]])
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     self.run.dist.fail(UserError(f"the Fisher information cannot be measured: loss {loss}, gradient "
                                                  f"norm {grad_norm} of a training sample"))
         write_side_file(self.run, self.engine, directory, FISHER,
                         {"fisher": lambda fragment: fragment.of(squares[fragment.flat])})
+
+
+class Continued(Method):
+    """Pretraining that continues with the moments of AdamW that the run before it, or growth, has left."""
+
+    def __init__(self, run: "Run", engine: "DeepSpeedEngine", moments: ParameterFiles | None):
+        super().__init__(run, engine)
+        if moments is None and run.cfg.init:
+            run.dist.print0(f"{run.cfg.init} has no optimizer moments: they start at zero")
+        if moments:
+            run.dist.on_all_ranks(lambda: fill_optimizer_state(engine, moments, SIDE_FILES[MOMENTS],
+                                                               run.lineage.get("updates", 0)))
+
+    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
+        """Writes the moments."""
+        state = base_optimizer(self.engine).state
+        write_side_file(self.run, self.engine, directory, MOMENTS,
+                        {kind: partial(state_of, state, kind) for kind in SIDE_FILES[MOMENTS]})
+
+
+class Adapted(Method):
+    """Fine-tuning of adapters. The checkpoint has them merged, and `adapter/` in it holds them in PEFT's format."""
+
+    def finish(self) -> None:
+        """Merges the adapters, so that the final losses are those of the checkpoint, whose weights may be rounded."""
+        for module in self.engine.module.modules():
+            if isinstance(module, AdaptedLinear):
+                with gathered(self.engine, list(module.parameters()), modifier_rank=0):
+                    module.merge()
+
+    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
+        """Writes the adapters."""
+        save_adapter(self.run, self.engine, directory)
 
 
 @contextlib.contextmanager
@@ -153,10 +201,11 @@ class Variational(Method):
             update_weights(engine)
         self.optimizer.begin(fragments, {flat: (mean, precisions[flat]) for flat, mean in means.items()})
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Samples the weights of a step."""
         with changing_weights(self.engine) as fragments:
             self.optimizer.perturb(fragments, (self.run.cfg.seed, step))
+        return super().before_step(step, samples)
 
     def after_step(self, applied: bool) -> None:
         """Restores the means if the optimizer has skipped the step."""
@@ -183,7 +232,11 @@ def make_method(run: "Run", engine: "DeepSpeedEngine") -> Method:
                                                       run.model_config))
     if cfg.optimizer == "ivon":
         return Variational(run, engine, files)
-    anchored = cfg.l2_sp_rate or cfg.ewc_strength or cfg.wise_ft_alpha < 1
+    if cfg.lora:
+        return Adapted(run, engine)
+    if cfg.carry_moments:
+        return Continued(run, engine, files)
+    anchored = cfg.l2_sp_rate or cfg.l2_sp_strength or cfg.ewc_strength or cfg.wise_ft_alpha < 1 or cfg.fapm_sparsity
     return Anchored(run, engine, files) if anchored else Method(run, engine)
 
 
@@ -191,7 +244,7 @@ def side_file(cfg: TrainConfig) -> str:
     """Name of the side files that a run reads from the initial checkpoint if they exist; "" if it reads none."""
     if cfg.optimizer == "ivon":
         return "" if cfg.prior == "weights" else POSTERIOR
-    return FISHER if cfg.ewc_strength else ""
+    return FISHER if cfg.ewc_strength else MOMENTS if cfg.carry_moments else ""
 
 
 def find_side_files(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> list[Path]:

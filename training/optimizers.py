@@ -10,14 +10,14 @@ from training.train_config import TrainConfig
 class AnchoredAdamW(torch.optim.AdamW):
     """AdamW that is pulled towards anchors, the weights that the run started from.
 
-    EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss. L2-SP then moves the weights
-    towards the anchors, w ← w + rate · (w₀ − w). With `squares` a step accumulates squared gradients and leaves the
-    weights unchanged; this measures Fisher information. All mappings are by flat tensor (training/zero_shards.py) and
-    are set by the method (training/methods.py).
+    EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss, and L2-SP strength · (w − w₀).
+    Decoupled L2-SP then moves the weights towards the anchors, w ← w + rate · (w₀ − w). With `squares` a step
+    accumulates squared gradients and leaves the weights unchanged; this measures Fisher information. All mappings are
+    by flat tensor (training/zero_shards.py) and are set by the method (training/methods.py).
     """
     anchors: dict[torch.Tensor, torch.Tensor] = {}
     fisher: dict[torch.Tensor, torch.Tensor] = {}
-    rate, strength = 0.0, 0.0
+    rate, ewc_strength, l2_strength = 0.0, 0.0, 0.0
     squares: dict[torch.Tensor, torch.Tensor] | None = None
     square_weight = 1.0
 
@@ -31,7 +31,9 @@ class AnchoredAdamW(torch.optim.AdamW):
                 self.squares[flat].addcmul_(flat.grad, flat.grad, value=self.square_weight)
             return
         for flat in flats if self.fisher else ():
-            flat.grad.addcmul_(self.fisher[flat], flat - self.anchors[flat], value=self.strength)
+            flat.grad.addcmul_(self.fisher[flat], flat - self.anchors[flat], value=self.ewc_strength)
+        for flat in flats if self.l2_strength else ():
+            flat.grad.add_(flat - self.anchors[flat], alpha=self.l2_strength)
         super().step()
         for flat in flats if self.rate else ():
             flat.lerp_(self.anchors[flat], self.rate)
@@ -42,5 +44,5 @@ def make_optimizer(cfg: TrainConfig, groups: list[dict[str, Any]]) -> torch.opti
     if cfg.optimizer == "ivon":
         return IVON(groups, cfg.learning_rate, cfg.ess, cfg.hess_init, (cfg.adam_beta1, cfg.ivon_beta2),
                     cfg.clip_radius, cfg.sample_params)
-    kind = AnchoredAdamW if cfg.l2_sp_rate or cfg.ewc_strength else torch.optim.AdamW
+    kind = AnchoredAdamW if cfg.l2_sp_rate or cfg.l2_sp_strength or cfg.ewc_strength else torch.optim.AdamW
     return kind(groups, cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_epsilon, fused=True)

@@ -11,8 +11,8 @@ samples is a function of (seed, step).
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,13 @@ from training.engine import check_weights
 from training.run import Run
 from training.run_directory import continue_run, find_state, fingerprint, read_state, write_state
 from training.train_state import TrainState
-from training.zero_shards import Fragment, base_optimizer, local_fragments, update_weights
+from training.zero_shards import (
+    base_optimizer,
+    fill_optimizer_state,
+    local_fragments,
+    state_of,
+    update_weights,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -95,14 +101,10 @@ def write_fragments(engine: "DeepSpeedEngine", folder: Path, rank: int) -> tuple
     fragments = local_fragments(engine) if engine.zero_optimization() or rank == 0 else []  # without ZeRO all are equal
     names = {kind: None for fragment in fragments for kind, value in state.get(fragment.flat, {}).items()
              if value.shape == fragment.flat.shape}
-    kinds = {MASTER: lambda fragment: fragment.of(fragment.flat)} | {kind: state_reader(state, kind) for kind in names}
+    kinds: dict[str, Any] = {MASTER: lambda fragment: fragment.of(fragment.flat)}
+    kinds |= {kind: partial(state_of, state, kind) for kind in names}
     write_parameter_file(path, fragments, kinds)
     return path.name, digest([path])
-
-
-def state_reader(state: Mapping[torch.Tensor, Any], kind: str) -> Callable[[Fragment], torch.Tensor]:
-    """A function from a fragment to its elements of one kind of optimizer state."""
-    return lambda fragment: fragment.of(state[fragment.flat][kind])
 
 
 def optimizer_updates(engine: "DeepSpeedEngine") -> int:
@@ -152,15 +154,6 @@ def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> None:
 @torch.no_grad()
 def restore(engine: "DeepSpeedEngine", files: ParameterFiles, updates: int) -> None:
     """Fills this rank's master weights and optimizer state from files."""
-    optimizer = base_optimizer(engine)
     for fragment in local_fragments(engine):
-        if updates and fragment.flat not in optimizer.state:
-            optimizer.state[fragment.flat] = {"step": torch.tensor(0.0, device=fragment.flat.device),
-                                              **{kind: torch.zeros_like(fragment.flat)
-                                                 for kind in sorted(files.kinds - {MASTER})}}
-        state = optimizer.state.get(fragment.flat, {})
-        if "step" in state:
-            state["step"].fill_(updates)
         files.read(MASTER, fragment.name, fragment.start, fragment.of(fragment.flat))
-        for kind in files.kinds - {MASTER}:
-            files.read(kind, fragment.name, fragment.start, fragment.of(state[kind]))
+    fill_optimizer_state(engine, files, files.kinds - {MASTER}, updates)

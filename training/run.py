@@ -1,6 +1,8 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
 import dataclasses
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,21 @@ from common.files import UserError
 from common.formatting import format_names
 from common.metrics_log import check_services
 from common.provenance import data_digest, describe, read_lineage, read_record
-from common.settings import model_shape
+from common.settings import json_values, model_shape
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
 from model.config import ModelConfig
+from model.growth import expand, new_layers
 from model.hub import fetch_checkpoint
 from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer
 from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
+from training.distillation import start_digest
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run_directory import drop_state, is_finished, partial_directory
+from training.selection import Shapes, selected_shapes
 from training.train_config import TrainConfig
 
 
@@ -40,6 +45,8 @@ class Run:
         lineage: training history of the initial checkpoint (see common.provenance.read_lineage).
         record: the content of run.json so far.
         first_sample: position in the sample stream where the run starts.
+        trained: the parameters that are trained, name -> shape; the others are frozen.
+        layer_map: the block expansion that the run begins with, as in model/growth.py; empty without one.
     """
     cfg: TrainConfig
     dist: Distributed
@@ -50,6 +57,8 @@ class Run:
     lineage: dict[str, Any]
     record: dict[str, Any]
     first_sample: int = 0
+    trained: Shapes = field(default_factory=dict)
+    layer_map: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,15 +70,31 @@ class Run:
         """The directory that the run writes to until it is finished."""
         return partial_directory(self.cfg.out)
 
+    @property
+    def num_trained(self) -> int:
+        """Number of parameters that are trained."""
+        return sum(map(math.prod, self.trained.values()))
+
+    @property
+    def replay_seed(self) -> int:
+        """Seed of the order in which text is replayed, which is another one for each task of a chain."""
+        return self.cfg.seed + len(self.lineage.get("tasks", []))
+
     def lineage_after(self, result: dict[str, Any]) -> dict[str, Any]:
         """The lineage of the finished checkpoint."""
+        own: dict[str, Any]
         if self.cfg.task:
             task = {"task": self.cfg.task, "data": str(self.cfg.data), "data_digest": self.data_digest,
                     "max_train_samples": self.cfg.max_train_samples}
-            own: dict[str, Any] = {"tasks": [*self.lineage.get("tasks", []), task]}
+            own = {"tasks": [*self.lineage.get("tasks", []), task]}
+            if not self.lineage.get("tasks"):
+                own["start"] = {"init": str(self.cfg.init), "digest": self.record["parent_digest"]}
         else:
             own = {"text": text_key(self.cfg, self.data_digest) | {"samples": result["last_sample"]}}
-        return self.lineage | {"flops": result["flops"]} | own
+            if self.cfg.carry_moments and "updates" in result:  # checkpoints of epochs have no moments next to them
+                own["updates"] = result["updates"]
+        kept = {name: value for name, value in self.lineage.items() if name != "updates"}
+        return kept | {"flops": result["flops"]} | own
 
 
 def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
@@ -84,11 +109,13 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         return None
     choices, earlier, fields = checked
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    for path in filter(None, (cfg.data, cfg.held_out_text, *(task["data"] for task in earlier))):
+    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *(task["data"] for task in earlier))):
         check_same_on_all_ranks(path, dist)
     if not cfg.task:
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
     config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
+    if fields["layer_map"]:
+        config = dataclasses.replace(config, num_hidden_layers=len(fields["layer_map"]))
     return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
 
 
@@ -105,10 +132,11 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     digest = data_digest(cfg.data)
     choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
     resolved = dataclasses.replace(cfg, **choices)
-    settings, defaults = dataclasses.asdict(resolved), dataclasses.asdict(TrainConfig())
+    settings, defaults = json_values(resolved), json_values(TrainConfig())
     if Path(cfg.out).exists() and cfg.init and not Path(cfg.init).is_dir():  # finished, and its parent was removed
         recorded = read_record(cfg.out)
-        record = describe(settings, recorded.get("parent_digest"), digest, rehearsed=recorded.get("rehearsed"))
+        record = describe(settings, recorded.get("parent_digest"), digest, **{
+            name: recorded[name] for name in ("rehearsed", "replay_digest", "start_digest") if name in recorded})
         is_finished(cfg.out, record, defaults)
         return None
     if cfg.task:
@@ -117,11 +145,18 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     source = find_source(cfg)
     config = check_source(cfg, source)
     lineage = read_lineage(source) if cfg.init else {}
-    check_length(cfg, config, digest, lineage)
+    if layer_map := expansion(cfg, config, lineage):
+        config = dataclasses.replace(config, num_hidden_layers=len(layer_map))
+        lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
+    trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
+    check_length(cfg, config, digest, lineage, trained)
     facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
     earlier = earlier_tasks(cfg, digest, lineage)
     if cfg.rehearsal:
         facts["rehearsed"] = [task["data_digest"] for task in earlier]
+    if cfg.replay_share:
+        facts["replay_digest"] = text_digest("replay_text", str(cfg.replay_text), cfg, source)
+    facts |= start_digest(cfg, lineage)
     parent = checkpoint_digest(source, side_file(cfg)) if cfg.init else None
     record = describe(settings, parent, digest, **facts)
     if is_finished(cfg.out, record, defaults):
@@ -130,7 +165,20 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     check_earlier_tasks(earlier)
     open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
     return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
-                              "first_sample": first_sample(cfg, digest, lineage)}
+                              "first_sample": first_sample(cfg, digest, lineage), "trained": trained,
+                              "layer_map": layer_map}
+
+
+def expansion(cfg: TrainConfig, config: ModelConfig, lineage: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layer map of the block expansion that a run begins with: before its first task, or with `per_task` before
+    every task. Empty without one. Raises UserError if the chain of tasks did not begin with this expansion."""
+    depth, inserted = config.num_hidden_layers, lineage.get("inserted", 0)
+    if cfg.new_layers and (cfg.per_task or not lineage.get("tasks")):
+        return tuple(expand(depth, depth + cfg.new_layers))
+    if cfg.new_layers and cfg.new_layers != inserted:
+        raise UserError(f"new_layers is {cfg.new_layers}, but the chain of tasks of {cfg.init} began with {inserted} "
+                        "new layers: give the same number at all tasks, or --per_task to insert layers now")
+    return ()
 
 
 def report_dropped(path: str) -> None:
@@ -158,21 +206,30 @@ def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:
 
 
 def held_out_digest(cfg: TrainConfig, source: Path) -> dict[str, str]:
-    """The entry of run.json that identifies the held-out text. Raises UserError if its tokenizer is not the model's."""
+    """The entry of run.json that identifies the held-out text, if there is one."""
     if cfg.held_out_text is None:
         return {}
-    digest = data_digest(cfg.held_out_text)
-    if not same_tokenizer(source, Path(cfg.held_out_text)):
-        raise UserError(f"held_out_text {cfg.held_out_text} was made with a tokenizer other than that of {cfg.init}: "
-                        f"leave it out, or make it with data_prep.py text --tokenizer {cfg.init}")
-    return {"held_out_digest": digest}
+    return {"held_out_digest": text_digest("held_out_text", cfg.held_out_text, cfg, source)}
 
 
-def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any]) -> None:
+def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
+    """The digest of a directory of token shards that a setting names. Raises UserError if it is none, or if its
+    tokenizer is not the model's."""
+    if Path(path).is_file():
+        raise UserError(f"{name} {path} is a file, expected a directory of token shards: make it with data_prep.py "
+                        "text")
+    digest = data_digest(path)
+    if not same_tokenizer(source, Path(path)):
+        raise UserError(f"{name} {path} was made with a tokenizer other than that of {cfg.init}: leave it out, or make "
+                        f"it with data_prep.py text --tokenizer {cfg.init}")
+    return digest
+
+
+def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any], trained: Shapes) -> None:
     """Checks that the run has at least one step, and reports where in its text it starts."""
-    if cfg.max_flops and not num_samples(cfg, config, 0, lineage):
-        raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs "
-                        f"{config.flops(cfg.global_batch_size * cfg.seq_length):.4g} and --init has already used "
+    if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):
+        step = config.flops(cfg.global_batch_size * cfg.seq_length, sum(map(math.prod, trained.values())))
+        raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
                         f"{lineage.get('flops', 0):.4g}: raise it")
     if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
         print(f"{cfg.init} was trained on another text, or on this text with another seed or seq_length: starting "
@@ -222,13 +279,14 @@ def first_sample(cfg: TrainConfig, digest: str, lineage: dict[str, Any]) -> int:
     return text["samples"]
 
 
-def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, lineage: dict[str, Any]) -> int:
+def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, lineage: dict[str, Any], trained: Shapes) -> int:
     """How many samples a run takes from the stream, given the size of the training split."""
     if cfg.max_steps:
         return cfg.max_steps * cfg.global_batch_size
     if cfg.max_tokens:
         return cfg.max_tokens // cfg.seq_length
     if cfg.max_flops:  # whole batches
-        steps = (cfg.max_flops - lineage.get("flops", 0)) // config.flops(cfg.global_batch_size * cfg.seq_length)
+        step_flops = config.flops(cfg.global_batch_size * cfg.seq_length, sum(map(math.prod, trained.values())))
+        steps = (cfg.max_flops - lineage.get("flops", 0)) // step_flops
         return max(0, int(steps)) * cfg.global_batch_size
     return max(1, round(cfg.num_train_epochs * size))

@@ -4,6 +4,8 @@ from typing import Literal
 
 from common.distributed import resolve_dtype
 from common.settings import setting
+from model.config import MAX_LAYERS
+from model.lora import TARGETS, LoRA
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class TrainConfig:
     warmup_steps: int = setting(0, "steps of linear warm-up", at_least=0)
     min_lr_ratio: float = setting(0.0, "final learning rate, as a share of the peak", at_least=0, at_most=1)
     decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", at_least=0, at_most=1)
+    schedule_start: int = setting(0, "steps of the schedule before this run, which continues it", at_least=0)
+    schedule_steps: int | None = setting(None, "steps of the whole schedule; none: those of this run", at_least=1)
+    carry_moments: bool = setting(False, "pretraining: start from the optimizer moments of --init, if it has them, and "
+                                         "write those of the result next to it")
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices; norms and biases have none", at_least=0)
     adam_beta1: float = setting(0.9, "decay rate of the first moment", at_least=0, below=1)
     adam_beta2: float = setting(0.999, "decay rate of the second moment", at_least=0, below=1)
@@ -54,15 +60,36 @@ class TrainConfig:
     max_grad_norm: float = setting(0.3, "gradient clipping norm; 0: no clipping", at_least=0)
     skip_loss_above: float | None = setting(None, "skip a batch whose loss exceeds this multiple of the mean over the "
                                                   "last 50 steps", above=0)
+    # which weights are trained
+    train: tuple[str, ...] = setting(("all",), "what is trained, the rest is frozen: all; new_layers, those that the "
+                                               "last growth added; lora; or patterns of names such as model.layers.3.*",
+                                     required=True)
+    new_layers: int = setting(0, "block expansion: layers to insert before the first task, which add nothing at first",
+                              at_least=0, at_most=MAX_LAYERS)
+    per_task: bool = setting(False, "block expansion: insert layers before every task")
+    lora_rank: int = setting(16, "LoRA: rank of the adapters", at_least=1, at_most=1 << 20)
+    lora_alpha: float = setting(32.0, "LoRA: scale of the adapters, times their rank", above=0)
+    lora_targets: tuple[str, ...] = setting(TARGETS, "LoRA: linear layers that get an adapter", required=True,
+                                            names=TARGETS)
     # methods against forgetting
     method: str | None = setting(None, "file in configs/method whose settings override the size's recipe",
                                  names="method", overlay=True)
     rehearsal: float = setting(0.0, "share of each earlier task's samples that is trained on again", at_least=0,
                                at_most=1)
-    l2_sp_rate: float = setting(0.0, "L2-SP: share of the way back to the initial weights after each step", at_least=0,
-                                at_most=1)
+    replay_text: str | None = setting(None, "directory of token shards, of which windows are added to the batches")
+    replay_share: float = setting(0.0, "windows of replay_text, as a share of the batch", at_least=0, at_most=100)
+    self_replay_kl: float = setting(0.0, "weight of KL(m0 || model) on texts that m0, the start of the chain of tasks, "
+                                         "generated from <bos>", at_least=0)
+    self_replay_share: float = setting(0.25, "such texts in a step, as a share of the batch", above=0, at_most=100)
+    self_replay_texts: int = setting(256, "such texts that are generated before the first task", at_least=1)
+    input_kl: float = setting(0.0, "weight of KL(m0 || model) on the samples of the new task", at_least=0)
+    l2_sp_strength: float = setting(0.0, "L2-SP: strength of the penalty, ½ |w − w₀|²", at_least=0)
+    l2_sp_rate: float = setting(0.0, "decoupled L2-SP: share of the way back to the initial weights after each step",
+                                at_least=0, at_most=1)
     wise_ft_alpha: float = setting(1.0, "WiSE-FT: share of the trained weights in the result; the rest are the initial "
                                         "weights", at_least=0, at_most=1)
+    fapm_sparsity: float = setting(0.0, "FAPM: share of each matrix whose change is undone after training", at_least=0,
+                                   below=1)
     ewc_strength: float = setting(0.0, "EWC: weight of the penalty; the run also measures its own task's Fisher "
                                        "information", at_least=0)
     fisher_samples: int = setting(128, "training samples used to measure the Fisher information", at_least=1)
@@ -98,6 +125,11 @@ class TrainConfig:
     tensorboard: bool = setting(False, "also log to TensorBoard (needs the package tensorboard)")
     wandb: str | None = setting(None, "Weights & Biases project to also log to (needs the package wandb)")
 
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters to train, or None."""
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets) if "lora" in self.train else None
+
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         found = []
@@ -112,6 +144,10 @@ class TrainConfig:
             found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
         if self.task is not None and set(lengths) - {"max_steps"}:
             found.append(f"{lengths[-1]} is for pretraining; for fine-tuning give num_train_epochs or max_steps")
+        if self.carry_moments and (self.task is not None or self.optimizer != "adamw" or self.train != ("all",)):
+            found.append("carry_moments is for pretraining all weights with adamw")
+        if self.schedule_start and self.schedule_steps is None:
+            found.append("schedule_start needs the length of the whole schedule: give schedule_steps")
         if self.task is not None and self.stop_at_eval_loss is not None:
             found.append("stop_at_eval_loss is for pretraining")
         if self.task is None and self.held_out_text is not None:
@@ -133,12 +169,34 @@ class TrainConfig:
     def method_problems(self) -> list[str]:
         """Contradictions between the settings of methods against forgetting."""
         found = []
-        anchored = [name for name, off in (("l2_sp_rate", 0), ("wise_ft_alpha", 1), ("ewc_strength", 0))
+        anchored = [name for name, off in (("l2_sp_rate", 0), ("l2_sp_strength", 0), ("wise_ft_alpha", 1),
+                                           ("fapm_sparsity", 0), ("ewc_strength", 0))
                     if getattr(self, name) != off]
         ivon = self.optimizer == "ivon"
-        used = anchored + ["rehearsal"] * (self.rehearsal > 0) + ["optimizer ivon"] * ivon
+        used = anchored + [name for name in ("rehearsal", "replay_share", "self_replay_kl", "input_kl")
+                           if getattr(self, name)] + ["optimizer ivon"] * ivon
         if used and self.task is None:
             found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
+        if self.lora and self.task is None:
+            found.append("train lora is for fine-tuning: give --task")
+        if self.lora and self.new_layers:
+            found.append("train lora adapts the layers of --init: set new_layers to 0")
+        if len(self.train) > 1 and {"all", "lora"} & set(self.train):
+            found.append(f"train is {', '.join(self.train)}: give all or lora alone, or what else is to be trained")
+        of_all = ["ewc_strength"] * bool(self.ewc_strength) + ["optimizer ivon"] * ivon
+        if of_all and self.new_layers:
+            found.append(f"{' and '.join(of_all)} is about the weights of --init: set new_layers to 0")
+        if of_all and self.train != ("all",):
+            found.append(f"{' and '.join(of_all)} knows the importance of all weights, but train is "
+                         f"{', '.join(self.train)}: set it to all")
+        if self.lora and anchored:
+            found.append(f"{' and '.join(anchored)} would pull the adapters to their random start: train all instead")
+        if self.new_layers and self.task is None:
+            found.append("new_layers is for fine-tuning: stack.py grow --operator expand inserts layers otherwise")
+        if self.per_task and not self.new_layers:
+            found.append("per_task is about the layers that new_layers inserts: give their number")
+        if self.replay_share and self.replay_text is None:
+            found.append("replay_share needs a text: give --replay_text, a directory of token shards")
         if ivon and anchored:
             found.append(f"{' and '.join(anchored)} pull towards the weights of --init, as IVON's prior does: use one")
         if ivon and self.weight_decay:

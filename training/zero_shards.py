@@ -5,11 +5,13 @@ slice of the result; ZeRO-3 gives each rank a slice of every parameter. The opti
 rank's slices. To find the state of one parameter, its position in the flat tensor has to be known: a Fragment.
 """
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from model.parameter_files import ParameterFiles
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -47,9 +49,9 @@ class Fragment:
 
 
 def local_fragments(engine: "DeepSpeedEngine") -> list[Fragment]:
-    """The fragments of this rank, in the order of the model."""
-    return [fragment for name, parameter in engine.module.named_parameters()
-            if (fragment := find_fragment(engine, name, parameter)).count]
+    """The fragments of this rank of the parameters that are trained, in the order of the model."""
+    return [fragment for name, parameter in engine.module.named_parameters() if parameter.requires_grad
+            and (fragment := find_fragment(engine, name, parameter)).count]
 
 
 def flat_tensors(fragments: Iterable[Fragment]) -> list[torch.Tensor]:
@@ -78,6 +80,26 @@ def find_fragment(engine: "DeepSpeedEngine", name: str, parameter: Any) -> Fragm
 def base_optimizer(engine: "DeepSpeedEngine") -> Any:
     """The PyTorch optimizer inside the engine, whose state is keyed by flat tensors."""
     return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+
+
+def state_of(state: Mapping[torch.Tensor, Any], kind: str, fragment: Fragment) -> torch.Tensor:
+    """The elements of a fragment of one kind of optimizer state."""
+    return fragment.of(state[fragment.flat][kind])
+
+
+@torch.no_grad()
+def fill_optimizer_state(engine: "DeepSpeedEngine", files: ParameterFiles, kinds: Iterable[str], updates: int) -> None:
+    """Fills this rank's optimizer state, of an optimizer that has made a number of updates, from files."""
+    optimizer, kinds = base_optimizer(engine), sorted(kinds)
+    for fragment in local_fragments(engine):
+        if updates and fragment.flat not in optimizer.state:
+            optimizer.state[fragment.flat] = {"step": torch.tensor(0.0, device=fragment.flat.device),
+                                              **{kind: torch.zeros_like(fragment.flat) for kind in kinds}}
+        state = optimizer.state.get(fragment.flat, {})
+        if "step" in state:
+            state["step"].fill_(updates)
+        for kind in kinds:
+            files.read(kind, fragment.name, fragment.start, fragment.of(state[kind]))
 
 
 @contextlib.contextmanager

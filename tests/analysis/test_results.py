@@ -102,7 +102,7 @@ def test_methods_are_compared_item_by_item(method_runs):
     for method, shift in (("finetune", 0.0), ("ewc", 1.0)):
         values = scores + shift + np.arange(50) % 2 / 10
         write_task_results(method_runs / "llm" / method / "m2-empd/eval", "simp",
-                           [{"scores": {"sari": value}} for value in values],
+                           [{"src_info": {}, "scores": {"sari": value}} for value in values],
                            {"sari": {"mean": float(values.mean()), "low": 20.0, "high": 40.0}}, {})
     stages = read_runs(method_runs)
     one, two = (next(stage.tasks["simp"] for stage in stages if (stage.method, stage.number) == (method, 2))

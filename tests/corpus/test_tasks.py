@@ -189,7 +189,7 @@ def test_the_published_split_of_simp():
     train, evaluation = split_indices(100_002, 0.01)
     assert (len(train), len(evaluation)) == (99_001, 1_001)
     assert 3 * -(-len(train) // 48) == 6_189
-    assert TrainData([], [], [], [], 42, 48, 0, 3 * len(train)).steps == 6_188
+    assert TrainData([], [], [], [], None, 0.0, 42, 42, 48, 0, 3 * len(train)).steps == 6_188
 
 
 # ------------------------------------------------------------------------------------------------------- Hub datasets

@@ -4,11 +4,14 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import pretrain
 from analysis.loss_curves import flops_to_loss
 from common.files import UserError
 from common.settings import load
+from model.growth import OPERATORS
 from pipeline import growth_study
 from pipeline.growth_study import (
     GrowthStudyConfig,
@@ -21,7 +24,7 @@ from pipeline.growth_study import (
 from pipeline.jobs import Job
 from pipeline.pretraining import record_recipe
 from pretrain import PretrainConfig, pretraining_jobs
-from tests.conftest import run_script
+from tests.conftest import error_line, losses, run_script
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +207,102 @@ def test_each_seed_has_the_controls():
         expected = flags_of(base) | {"max_tokens": "none", "max_flops": "100000000000.0", "out": str(trained_on.out)}
         assert flags_of(trained_on) == expected
         assert trained_on.flops == 1e11
+
+
+def test_growth_in_stages_by_hand():
+    """Four stages of PROP-1: the shares of the steps are 1, 2, 3 and 4 tenths, and the FLOPs are those of scratch."""
+    cfg = GrowthStudyConfig(size="tiny", data="d", out="o", operators=("stack",), base_tokens=8192, max_flops=1e12,
+                            staged=("midas", "lidas"), moments=("anew", "copied"), repeated=("lidas-copied",),
+                            seeds=(1, 2))
+    jobs = {str(job.out.relative_to("o")): job for job in study_jobs(cfg)}
+    names = [name for name in jobs if name.startswith("seed-1/lidas-copied/")]
+    assert [name.rpartition("/")[2] for name in names] == [
+        "stage-1", "grown-4", "stage-2", "grown-6", "stage-3", "grown-8", "stage-4"]
+    trained = [jobs[name] for name in names if "stage" in name]
+    flags = [flags_of(job) for job in trained]
+    steps = [int(found["max_steps"]) for found in flags]
+    total = sum(steps)
+    assert [round(count / total, 2) for count in steps] == [0.1, 0.2, 0.3, 0.4]
+    assert [int(found["schedule_start"]) for found in flags] == [0, steps[0], sum(steps[:2]), sum(steps[:3])]
+    assert {found["schedule_steps"] for found in flags} == {str(total)}
+    assert sum(job.flops for job in trained) == pytest.approx(1e12, rel=0.02)
+    assert "--carry_moments" in trained[0].argv
+    grown = flags_of(jobs["seed-1/lidas-copied/grown-6"])
+    assert (grown["init"], grown["operator"], grown["target_layers"], grown["moments"]) == (
+        "o/seed-1/lidas-copied/stage-2", "lidas", "6", "copied")
+    anew = jobs["seed-1/midas-anew/stage-2"]
+    assert "--carry_moments" not in anew.argv
+    assert flags_of(anew)["init"] == "o/seed-1/midas-anew/grown-4"
+    assert {name.split("/")[1] for name in jobs if name.startswith("seed-2/")} == {
+        "base", "lidas-copied", "scratch", "base-trained-on"}
+    with pytest.raises(UserError, match="3 stages of one block each do not reach 8 layers: choose a divisor of 8"):
+        study_jobs(replace(cfg, stages=3))
+    assert replace(cfg, repeated=("lidas-zero",)).problems() == [
+        "repeated names lidas-zero, expected some of stack, midas-anew, midas-copied, lidas-anew, lidas-copied"]
+
+
+def test_every_model_of_the_figure_has_its_style():
+    names = [*growth_study.DEPTH_OPERATORS, "scratch", "base", "base-trained-on",
+             *(f"{operator}-{policy}" for operator in ("midas", "lidas") for policy in ("copied", "zero"))]
+    styles = [tuple(growth_study.style_of(name).values()) for name in names]
+    assert len(set(styles)) == len(styles)
+
+
+def test_a_stage_without_a_step():
+    cfg = GrowthStudyConfig(size="tiny", data="d", out="o", operators=("stack",), base_tokens=8192, max_flops=1e12,
+                            staged=("midas",), alpha=10.0)
+    with pytest.raises(UserError, match="stage 1 of midas-anew would have no step: raise max_flops, or lower alpha"):
+        study_jobs(cfg)
+
+
+def test_staged_operators():
+    assert [OPERATORS["midas"](depth, depth + 2) for depth in (2, 4, 6)] == [
+        [0, 1, 0, 1], [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 2, 3, 4, 5]]
+    assert [OPERATORS["lidas"](depth, depth + 2) for depth in (2, 4, 6)] == [
+        [0, 0, 1, 1], [0, 1, 1, 2, 2, 3], [0, 1, 2, 2, 3, 3, 4, 5]]
+    with pytest.raises(UserError, match="midas adds a block of which 6 layers are a whole number, and cannot make 10"):
+        OPERATORS["midas"](6, 10)
+
+
+def test_moments_are_carried_over_growth(text, tmp_path):
+    """A run that continues with the moments equals one that was not cut; growth copies the moments of a layer, or gives
+    new layers none."""
+    def run(out, *flags):
+        run_script("train.py", "--config", "configs/train/pretrain.toml", "--size", "tiny", "--phase", "llm", "--data",
+                   text, "--out", tmp_path / out, "--dtype", "fp32", "--max_flops", "none", "--max_eval_samples", "4",
+                   "--schedule_steps", "6", "--warmup_steps", "1", *flags)
+        return losses(tmp_path / out)
+
+    whole = run("whole", "--num_hidden_layers", "2", "--max_steps", "6")
+    first = run("first", "--num_hidden_layers", "2", "--max_steps", "3", "--carry_moments")
+    second = run("second", "--init", tmp_path / "first", "--max_steps", "3", "--carry_moments", "--schedule_start", "3",
+                 "--zero", "1")
+    assert [first[step, "loss"] for step in (1, 2, 3)] + [second[step, "loss"] for step in (1, 2, 3)] == pytest.approx(
+        [whole[step, "loss"] for step in range(1, 7)], rel=1e-5)
+    epochs = run("epochs", "--num_hidden_layers", "2", "--max_steps", "9", "--max_train_samples", "24",
+                 "--schedule_steps", "9", "--carry_moments")  # over the end of an epoch
+    assert len(epochs) > 9
+    anew = run("anew", "--init", tmp_path / "first", "--max_steps", "3", "--schedule_start", "3")
+    assert anew[3, "loss"] != pytest.approx(whole[6, "loss"], rel=1e-5)
+    moments = {}
+    for policy in ("copied", "zero"):
+        run_script("stack.py", "grow", "--init", tmp_path / "first", "--out", tmp_path / policy, "--operator", "lidas",
+                   "--target_layers", "4", "--moments", policy)
+        moments[policy] = load_file(tmp_path / policy / "moments-00001-of-00001.safetensors")
+        run(f"after-{policy}", "--init", tmp_path / policy, "--max_steps", "1", "--carry_moments", "--schedule_start",
+            "3")
+        assert json.loads((tmp_path / f"after-{policy}/run.json").read_text())["lineage"]["updates"] == 4
+    before = load_file(tmp_path / "first/moments-00001-of-00001.safetensors")
+    for layer, source in enumerate([0, 0, 1, 1]):
+        for kind in ("exp_avg", "exp_avg_sq"):
+            name = f"{kind}/model.layers.{{}}.mlp.up_proj.weight@0".format
+            assert torch.equal(moments["copied"][name(layer)], before[name(source)])
+            assert torch.equal(moments["zero"][name(layer)], before[name(source)] * (layer % 2 == 0))
+    run_script("stack.py", "grow", "--init", tmp_path / "first", "--out", tmp_path / "grown", "--factor", "2")
+    assert "updates" not in json.loads((tmp_path / "grown/growth.json").read_text())["lineage"]
+    line = error_line(run_script("stack.py", "grow", "--init", tmp_path / "anew", "--out", tmp_path / "x", "--factor",
+                                 "2", "--moments", "copied", check=False))
+    assert "has no optimizer moments: train it with --carry_moments, or leave out --moments" in line
 
 
 def test_a_scratch_that_learns_nothing_gives_no_speed_up():

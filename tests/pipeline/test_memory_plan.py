@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.transformer import Block, attention, rotary_table
-from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan
+from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
+from model.transformer import Block, Transformer, attention, rotary_table
+from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan, trained_parameters
 from pipeline.pretraining import size_config
 from tests.conftest import SHAPE
 
 
-def kept_for_backward(config, dtype, attend, tokens=64):
+def kept_for_backward(config, dtype, attend, tokens=64, block=None):
     """Bytes per token that autograd keeps for one block, without the weights and the rotary table."""
-    block = Block(config).to(dtype)
+    block = block or Block(config).to(dtype)
     x = torch.zeros(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     rotary = rotary_table(config, torch.arange(tokens)[None], dtype)
     ignored = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), *rotary)}
@@ -41,6 +42,49 @@ def test_activations_equal_those_that_autograd_keeps(device, dtype, heads):
     plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, device, sample_tokens=64)
     assert plan.block_activations() == kept_for_backward(
         config, torch.bfloat16 if dtype == "bf16" else torch.float32, fused if device == "cuda" else attention)
+
+
+@pytest.mark.parametrize("adapters", [None, LoRA(4, 8.0), LoRA(3, 8.0, ("q_proj", "down_proj"))])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_activations_of_blocks_that_are_frozen_or_adapted(dtype, adapters):
+    """A frozen block keeps less, and one whose linear layers have adapters something else."""
+    config, kind = ModelConfig(**SHAPE), torch.bfloat16 if dtype == "bf16" else torch.float32
+    trained = adapter_shapes(config, adapters) if adapters else {"model.norm.weight": (32,)}
+    plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, "cuda", sample_tokens=64, trained=trained)
+    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    model = Transformer(config)
+    if adapters:
+        insert_adapters(model, adapters)
+        model = model.to_empty(device="cpu")
+    block = model.model.layers[0].to(kind)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    kept = kept_for_backward(config, kind, fused, block=block)
+    if adapters and len(adapters.targets) < 7:
+        assert plan.block_activations(bool(adapters)) >= kept  # it takes all layers of a block to have adapters
+    else:
+        assert plan.block_activations(bool(adapters)) == kept
+
+
+def test_a_method_trains_a_part_of_the_7b():
+    config, trained = trained_parameters(size_config("7b"), "lora")
+    plan = MemoryPlan(config, 8, 3, False, "bf16", 16_384, True, method="lora", trained=trained)
+    matrices = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 11008), (4096, 11008), (11008, 4096))
+    assert plan.num_trained == 32 * 16 * sum(map(sum, matrices))
+    assert plan.memory()["fp32 weights and moments"] == 12 * plan.num_trained / 8
+    assert plan.memory()["weights"] == 2 * (5_933_109_248 + plan.num_trained) / 8
+    assert plan.memory()["gradients"] == 8 * plan.num_trained / 8
+    grown, trained = trained_parameters(size_config("7b"), "expansion")
+    assert grown.num_hidden_layers == 34
+    expanded = MemoryPlan(grown, 8, 3, False, "bf16", 16_384, False, method="expansion", trained=trained)
+    assert expanded.num_trained == 2 * (5_933_109_248 - 2 * 32_000 * 4096 - 4096) / 32
+    below = dataclasses.replace(expanded, trained={name: shape for name, shape in trained.items() if ".33." in name})
+    assert below.activations() == 16_384 * 2 * below.block_activations()  # the last block, and one more
+    full, frozen = expanded.block_activations(), expanded.block_activations(trained=False)
+    assert expanded.activations() == 16_384 * (3 * full + 16 * frozen)  # of the layers 16 to 33
+    assert trained_parameters(size_config("7b"), "ewc") == (size_config("7b"), None)
+    replayed = MemoryPlan(size_config("7b"), 8, 3, False, "bf16", 16_384, True, method="self_replay")
+    assert replayed.memory()["the start of the chain"] == 2 * 5_933_109_248
 
 
 def test_the_published_7b_by_hand():

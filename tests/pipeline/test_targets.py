@@ -159,6 +159,11 @@ def test_published_weights_come_from_the_hub(tmp_path):
 
 
 def test_the_stages_of_a_method_have_a_folder(tmp_path):
+    own, = commands("train", METHOD="expansion:per_task=true:new_layers=4", OUT=f"{tmp_path}", INIT="x")[-1:]
+    assert "--method expansion --per_task true --new_layers 4 --rehearsal 0" in own
+    assert f"--out {tmp_path}/expansion-per_task=true-new_layers=4/m1-simp" in own
+    replay, = commands("train", METHOD="replay", OUT=f"{tmp_path}", INIT="x", TEXT="shards")[-1:]
+    assert "--replay_text shards" in replay
     first, second = commands("train", TASK="empd", METHOD="rehearsal", OUT=f"{tmp_path}")[-2:]
     # the first stage has no earlier task
     assert f"--out {tmp_path}/rehearsal/m1-simp " in first
@@ -189,7 +194,7 @@ def test_tests_and_style():
     ("pretrain", {"SIZE": "huge"}, "unknown SIZE 'huge', expected one of 3b, 410m, 7b, small, study, tiny"),
     ("data", {"SOURCE": "web"}, "unknown SOURCE 'web', expected one of sample, raw, hub"),
     ("evaluate", {"TASKS": "simp smp"}, "unknown TASKS 'smp'"),
-    ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, finetune"),
+    ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, expansion, fapm"),
     ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
     ("plan", {"NPROC": "x"}, "NPROC is 'x', expected a whole number of at least 1"),
     ("train", {"ARGS": "'x"}, 'ARGS: "\'x" is not a command line: No closing quotation'),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from common.files import digest
 from tests.conftest import error_line, run_script
-from training.data import HELD_OUT_TOKENS, HELD_OUT_WINDOWS
+from training.data import HELD_OUT_WINDOWS, WINDOW_TOKENS
 from training.run_directory import loss_lines
 
 FLAGS = ["--max_steps", "6", "--eval_steps", "4", "--save_minutes", "0"]
@@ -54,9 +54,9 @@ def loss_lines_of(printed):
 
 def test_the_losses_equal_those_of_transformers(finished, checkpoint, shards):
     ids = torch.from_numpy(np.load(shards / "val-00000.npy").astype(np.int64))
-    assert len(ids) > HELD_OUT_WINDOWS * HELD_OUT_TOKENS
-    rows = torch.stack([ids[start:start + HELD_OUT_TOKENS + 1]
-                        for start in range(0, HELD_OUT_WINDOWS * HELD_OUT_TOKENS, HELD_OUT_TOKENS)])
+    assert len(ids) > HELD_OUT_WINDOWS * WINDOW_TOKENS
+    rows = torch.stack([ids[start:start + WINDOW_TOKENS + 1]
+                        for start in range(0, HELD_OUT_WINDOWS * WINDOW_TOKENS, WINDOW_TOKENS)])
     expected = []
     for path in (checkpoint, finished[0]):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

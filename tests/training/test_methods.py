@@ -3,6 +3,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -232,17 +233,35 @@ def test_wise_ft_averages_after_training(run, checkpoint, tmp_path):
     assert actual == expected
 
 
+@pytest.mark.parametrize(("zero", "processes"), [("0", 1), ("2", 2), ("3", 2)])
+def test_fapm_undoes_the_changes_with_the_smallest_scores(run, checkpoint, tmp_path, zero, processes):
+    trained = run(tmp_path / "trained")
+    pruned = run(tmp_path / "pruned", "--fapm_sparsity", "0.8", "--zero", zero, launcher=processes)
+    initial, last, result = (load_file(path / "model.safetensors") for path in (checkpoint, trained, pruned))
+    for name, start in initial.items():
+        change = (last[name] - start).abs()
+        score = change - start.abs().mean() * change / start.abs()
+        count = int(np.ceil(0.8 * start.numel())) if start.ndim == 2 else 0
+        limit = score.flatten().sort().values[count - 1] if count else -torch.inf
+        expected = torch.where(score <= limit, start, last[name])
+        differs = ~torch.isclose(result[name], expected, rtol=1e-4, atol=1e-5)
+        assert differs.sum() <= 2e-3 * start.numel(), name  # scores that are equal but for rounding
+        assert (result[name] == start).sum() >= count
+
+
 def test_anchored_adamw_equals_adamw_on_the_penalized_loss():
-    """AdamW on the loss plus the EWC penalty, then L2-SP's interpolation towards the initial weights."""
+    """AdamW on the loss plus the penalties of EWC and L2-SP, then decoupled L2-SP's move to the initial weights."""
     start, fisher = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, 4.0])
     w, v = torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0])), torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0]))
     anchored, plain = AnchoredAdamW([w], 0.1), torch.optim.AdamW([v], 0.1)
-    anchored.anchors, anchored.fisher, anchored.strength, anchored.rate = {w: start}, {w: fisher}, 3.0, 0.2
+    anchored.anchors, anchored.fisher, anchored.rate = {w: start}, {w: fisher}, 0.2
+    anchored.ewc_strength, anchored.l2_strength = 3.0, 0.7
     for _ in range(3):
         w.grad = torch.cos(w.detach())
         anchored.step()
         plain.zero_grad()
-        (torch.sin(v).sum() + 3.0 / 2 * (fisher * (v - start) ** 2).sum()).backward()
+        penalty = 3.0 / 2 * (fisher * (v - start) ** 2).sum() + 0.7 / 2 * ((v - start) ** 2).sum()
+        (torch.sin(v).sum() + penalty).backward()
         plain.step()
         with torch.no_grad():
             v.lerp_(start, 0.2)
@@ -315,7 +334,7 @@ def test_rehearsal_in_a_run(run, train, chain, tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--tau", "0"], "tau is 0.0, expected a number above 0 and at most 1"),
     (["--tau", "1.5"], "tau is 1.5"), (["--tau", "nan"], "tau is nan"),
-    (["--method", "ewk"], "unknown method 'ewk', expected one of ewc, finetune, l2_sp"),
+    (["--method", "ewk"], "unknown method 'ewk', expected one of ewc, expansion, fapm"),
     (["--rehearsal", "1.1"], "rehearsal is 1.1, expected a number from 0 to 1"),
     (["--optimizer", "ivon", "--weight_decay", "0.1"], "weight_decay is 0.1, but IVON's prior takes its place"),
     (["--method", "vcl", "--ewc_strength", "1"], "ewc_strength pull towards the weights of --init, as IVON's prior"),
@@ -337,7 +356,7 @@ def test_a_method_overrides_the_recipe_of_the_size_and_flags_override_the_method
     record = describe(dataclasses.asdict(cfg), "parent", "data")  # settings identify a run, the method's name does not
     assert identity(record) == identity(describe(dataclasses.asdict(cfg) | {"method": None}, "parent", "data"))
     for path in (ROOT / "configs/method").glob("*.toml"):
-        assert settings.load(TrainConfig, [*words[:-1], path.stem]).method == path.stem
+        assert settings.load(TrainConfig, [*words[:-1], path.stem, "--replay_text", "x"]).method == path.stem
 
 
 def open_required(cfg, source, config, lineage):

@@ -1,0 +1,217 @@
+"""Methods against forgetting on one plane: what is learned against what is forgotten, over learning rates.
+
+A method is better than another if it forgets less at an equal loss on the new task. For one model a Study compares its
+methods as it compares the models of a pair: the methods stand for the models. With several pairs of models the interval
+of a difference is over the pairs, with a single one over the items, which tells how well this one model is known.
+"""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
+from analysis.inference import LEVEL, PairedDifference, holm, t_quantile, within
+from analysis.measures import LEARNING, ItemValues
+from analysis.pair_tables import p_text, signed, with_interval
+from analysis.pairs import Contrast, Difference, Study
+from analysis.record import Pair
+from analysis.record_figures import use_few_ticks
+from analysis.results import Stage
+from analysis.tables import Section
+from common.formatting import markdown_table
+
+MARKERS = "osD^vPX*<>hd"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a learning rate: the loss on the new task and the forgetting, means over the pairs."""
+    method: str
+    rate: str
+    learned: float
+    forgotten: float
+
+
+def method_of(stage: Stage) -> str:
+    """The name of the method of a stage."""
+    return stage.method or "none"
+
+
+def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | None:
+    """The study of the methods of a model, in which methods stand for models. None without two methods."""
+    own = [stage for stage in stages if stage.model == model]
+    methods = list(dict.fromkeys(method_of(stage) for stage in own if stage.number))
+    if baseline not in methods or len(methods) < 2:
+        return None
+    methods.sort(key=lambda method: method != baseline)
+    starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
+    trained = [replace(stage, model=method_of(stage), method=None) for stage in own if stage.number]
+    return Study(starts + trained, methods[1], baseline, of=model)
+
+
+def points_of(study: Study, measure: str) -> list[Point]:
+    """The methods at all learning rates, after the last stage, of the pairs that have them."""
+    found = []
+    for method in study.models:
+        curves = [study.curve(measure, pair, method, study.last) for pair in study.pairs]
+        for rate in study.rates:
+            of_pairs = [(x[rates.index(rate)], y[rates.index(rate)].value) for x, y, rates in curves if rate in rates]
+            if of_pairs:
+                found.append(Point(method, rate, *np.mean(of_pairs, axis=0).tolist()))
+    return found
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points than which no other learns at least as much and forgets less, or forgets as much and learns more, in
+    the order of what they learn, the most first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.learned, point.forgotten)):
+        place = point.learned, point.forgotten
+        if not front or point.forgotten < front[-1].forgotten or place == (front[-1].learned, front[-1].forgotten):
+            front.append(point)
+    return front
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much more a method forgets than the baseline at equal loss on the new task: the mean over `units`, pairs of
+    models or items, and its standard error (NaN for a single unit)."""
+    mean: float
+    error: float
+    units: int
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of the t test; NaN without a spread."""
+        return 1 - within(abs(self.mean) / self.error, self.units - 1) if self.error > 0 else math.nan
+
+    def __str__(self) -> str:
+        half = t_quantile(self.units - 1) * self.error if self.units > 1 else math.nan
+        interval = "" if math.isnan(half) else f" [{signed(self.mean - half)}, {signed(self.mean + half)}]"
+        return signed(self.mean) + interval
+
+
+def gap_of(study: Study, method: str, measure: str) -> Gap | None:
+    """The gap of a method to the baseline of its study: over several pairs, or over the items of a single one. None if
+    they reach no common loss."""
+    found = difference_of(study, method, measure)
+    if found is None:
+        return None
+    if len(study.pairs) == 1:
+        return over_items(next(iter(found.of_pairs.values())))
+    return Gap(found.estimate.mean, found.estimate.sd / math.sqrt(found.estimate.n), found.estimate.n)
+
+
+def difference_of(study: Study, method: str, measure: str) -> Difference | None:
+    """The difference of a method to the baseline of its study after the last stage, in each pair that has it."""
+    return study.difference(Contrast(method, study.pair[1], of=study.contrasts[0].of), measure, study.last,
+                            None if study.matches_learning else study.rates[0])
+
+
+def over_items(found: ItemValues) -> Gap:
+    """The mean of items. They count by their weights, such as their tokens."""
+    number, residual = len(found.values), found.values - found.value * found.weights
+    error = math.sqrt(float((residual ** 2).sum()) / (number - 1) / number) if number > 1 else math.nan
+    return Gap(found.value, error, number)
+
+
+def minutes_of(stages: Sequence[Stage], model: str, method: str) -> float:
+    """The mean minutes of training of a chain of a method; NaN if they are not known of all stages."""
+    own = [stage.run.get("result", {}) for stage in stages
+           if stage.model == model and stage.number and method_of(stage) == method]
+    chains = {(stage.pair, stage.rate, stage.seed) for stage in stages
+              if stage.model == model and stage.number and method_of(stage) == method}
+    seconds = [result.get("seconds", math.nan) + result.get("seconds_after", 0.0) for result in own]
+    return math.fsum(seconds) / len(chains) / 60
+
+
+def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[list[str], Section]:
+    """The sentences and the section on the methods of a model. Verdicts are corrected for their number."""
+    baseline, model, unit = study.pair[1], study.contrasts[0].of, study.measures[measure].unit
+    points = points_of(study, measure)
+    front, methods = pareto_front(points), list(dict.fromkeys(point.method for point in points))
+    gaps = {method: gap_of(study, method, measure) for method in methods if method != baseline}
+    known = {method: gap for method, gap in gaps.items() if gap}
+    corrected = dict(zip(known, holm([gap.p for gap in known.values()])))
+    verdicts: dict[str, list[str]] = {"less with": [], "more with": []}
+    for method, gap in known.items():
+        if corrected[method] < LEVEL:
+            verdicts["less with" if gap.mean < 0 else "more with"].append(method)
+    rows = []
+    for method in methods:
+        own, minutes = [point for point in points if point.method == method], minutes_of(stages, model, method)
+        rows.append([method, f"{min(p.learned for p in own):.4f} to {max(p.learned for p in own):.4f}",
+                     "–" if method == baseline else gaps[method] or "no common new-task loss",
+                     p_text(corrected[method]) if method in corrected else "–",
+                     ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
+                     "–" if math.isnan(minutes) else f"{minutes:.1f}"])
+    where = "equal new-task loss" if study.matches_learning else "the same learning rate, which does not match learning"
+    found = "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
+    sentences = [f"{model}, {measure} at {where}, compared with {baseline}: "
+                 f"{found or 'no method can be told apart from it'}.",
+                 f"On the Pareto front of what {model} learned and forgot: "
+                 + ", ".join(dict.fromkeys(point.method for point in front)) + "."]
+    of_what = "over the pairs" if len(study.pairs) > 1 else \
+        "over the items, which tells how well this one model is known"
+    note = (f"After {study.stages[-1]}: {measure} in {unit}, less that of {baseline} at {where}, with the 95% interval "
+            f"{of_what}; each method over the losses that both reach, taken as measured. p is corrected for the number "
+            "of methods (Holm). On the Pareto front: the learning rates at which no other method and rate learned more "
+            "and forgot less, by the measured values. Minutes of training are those of a chain.\n\n")
+    head = ["method", "new-task loss", f"{measure}, difference to {baseline}", "p", "on the front", "minutes"]
+    return sentences, (f"Learned and forgotten: {model}", note + markdown_table(head, rows))
+
+
+def profit_section(studies: dict[str, Study], pair: Pair, measure: str) -> list[Section]:
+    """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
+    if not all(model in studies and len(studies[model].pairs) > 1 for model in pair):
+        return []
+    baseline, rows = studies[pair[0]].pair[1], []
+    for method in studies[pair[0]].models:
+        one, two = (difference_of(studies[model], method, measure)
+                    if method != baseline and method in studies[model].models else None for model in pair)
+        common = sorted(one.of_pairs.keys() & two.of_pairs.keys()) if one and two else []
+        if one and two and common:
+            difference = PairedDifference(tuple(round(one.of_pairs[number].value - two.of_pairs[number].value, 12)
+                                                for number in common))
+            rows.append([method, with_interval(one.estimate), with_interval(two.estimate), with_interval(difference),
+                         f"{difference.smallest_detectable:.3g}" if difference.n > 1 else "–", difference.n])
+    note = (f"The {measure} with a method less that with {baseline}, for each model, and the difference of both in the "
+            "pairs that have both, with 95% intervals over the pairs. Detectable: the smallest true difference found "
+            "with 80% power.\n\n")
+    head = ["method", *pair, " − ".join(pair), "detectable", "pairs"]
+    return [("Do both models profit equally", note + markdown_table(head, rows))] if rows else []
+
+
+@styled
+def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[str, str]:
+    """Plots forgetting over the loss on the new task: a panel for each model, a curve for each method, and the Pareto
+    front. Returns {file name without suffix: caption}."""
+    methods = list(dict.fromkeys(method for study in studies.values() for method in study.models))
+    styles: dict[str, dict[str, Any]] = {method: {
+        "color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)], "ms": 4.5,
+                       "ls": ("-", "--", ":")[place // len(PALETTE) % 3]} for place, method in enumerate(methods)}
+    figure, panels = make_panels(len(studies), 6.0 if len(studies) == 1 else 4.8, 3.6 + text_height(*studies))
+    for panel, (model, study) in zip(panels, studies.items()):
+        points = points_of(study, measure)
+        front = pareto_front(points)
+        panel.step([point.learned for point in front], [point.forgotten for point in front], where="post",
+                   color="#BBBBBB", lw=5, zorder=0, solid_capstyle="round")
+        for method in study.models:
+            own = [(point.learned, point.forgotten) for point in points if point.method == method]
+            if own:
+                panel.plot(*zip(*own), lw=1.2, **styles[method])
+        panel.set_title(fold(model, 4.0))
+        panel.invert_xaxis()
+        panel.grid()
+        use_few_ticks(panel.xaxis, panel.yaxis)
+    figure.supxlabel(f"{LEARNING} after the last stage (nats/token), to the right more was learned")
+    figure.supylabel(fold(f"{measure} ({next(iter(studies.values())).measures[measure].unit})", 2.6))
+    add_legend(figure, [*(Line2D([], [], label=method, **styles[method]) for method in methods),
+                        Line2D([], [], color="#BBBBBB", lw=5, label="Pareto front")])
+    save_figure(figure, folder / "methods")
+    return {"methods": f"{measure} over {LEARNING}: a curve for each method, a point for each learning rate, and the "
+                       "Pareto front."}

@@ -1,0 +1,171 @@
+"""Methods on the plane of what is learned and what is forgotten, on folders with known effects."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import report
+from analysis.inference import t_quantile
+from analysis.measures import ItemValues
+from analysis.method_plane import (
+    Point,
+    gap_of,
+    method_study,
+    over_items,
+    pareto_front,
+    plane_section,
+    plot_planes,
+    points_of,
+    profit_section,
+)
+from analysis.results import read_runs
+from evaluation.result_files import total_losses
+from report import ReportConfig
+from tests.analysis.studies import SLOPE, write_study
+
+RISE = "rise of held-out loss"
+EFFECTS = {"lora": {"llm": -0.3, "stack": -0.1}, "replay": {"llm": 0.0, "stack": 0.0}}  # nats per token
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study of two models with three methods. Each forgets as much as finetune, plus its effect, at equal learning;
+    lora learns 0.1 nats less at each rate."""
+    study = write_study(tmp_path / "study")
+    for model in study.glob("pair-*/*"):
+        chains = list(model.glob("rate-*"))
+        for method in ("finetune", *EFFECTS):
+            for chain in chains:
+                place = model / method / chain.name
+                shutil.copytree(chain, place)
+                for stage in place.iterdir():
+                    effect = EFFECTS.get(method, {}).get(model.name, 0.0) + deviation(model.parent.name, method)
+                    change(stage, method, effect, 0.1 * (method == "lora"))
+        for chain in chains:
+            shutil.rmtree(chain)
+    return study
+
+
+def deviation(pair, method):
+    """How much the effect of a method in a pair deviates."""
+    return 0.0 if method == "finetune" else np.random.default_rng(list(f"{pair} {method}".encode())).normal(0, 0.01)
+
+
+def change(stage, method, effect, less):
+    """Makes a stage one of a method: `less` is learned, and forgetting changes as it does along the curve, and by the
+    effect."""
+    record = json.loads((stage / "run.json").read_text())
+    record["settings"]["method"] = method
+    (stage / "run.json").write_text(json.dumps(record))
+    number, task = int(stage.name[1]), stage.name.partition("-")[2]
+    for name, added in (("text", effect - number * SLOPE * less), (task, less)):
+        path, = stage.glob(f"eval/losses-*{name}.json")
+        content = json.loads(path.read_text())
+        content["items"]["nll"] = [nll + added * tokens for nll, tokens in
+                                   zip(content["items"]["nll"], content["items"]["tokens"])]
+        path.write_text(json.dumps(content | total_losses(content["items"])))
+
+
+def studies_of(folder):
+    stages = read_runs(folder)
+    return stages, {model: method_study(stages, model, "finetune") for model in ("llm", "stack")}
+
+
+def test_methods_are_compared_at_equal_learning(folder):
+    stages, studies = studies_of(folder)
+    assert studies["llm"].models == ["finetune", "lora", "replay"]
+    for model, study in studies.items():
+        for method, effects in EFFECTS.items():
+            gap = gap_of(study, method, RISE)
+            assert (gap.mean, gap.units) == (pytest.approx(effects[model], abs=0.02), 4)
+    sentences, (title, text) = plane_section(stages, studies["llm"], RISE)
+    assert title == "Learned and forgotten: llm"
+    row, = (line for line in text.splitlines() if line.startswith("| lora |"))
+    assert row.startswith("| lora | 2.5000 to 2.9000 | -0.3")
+    assert "| < 0.001 | 3e-3, 1e-3, 3e-4 |" in row
+    assert sentences[1].startswith("On the Pareto front of what llm learned and forgot: ")
+    assert method_study(stages, "llm", "none") is None
+
+
+def test_do_both_models_profit_equally(folder):
+    _, studies = studies_of(folder)
+    (title, text), = profit_section(studies, ("stack", "llm"), RISE)
+    assert title == "Do both models profit equally"
+    row, = (line for line in text.splitlines() if line.startswith("| lora |"))
+    values = [float(cell.split()[0]) for cell in row.strip("| ").split(" | ")[1:4]]
+    assert values == pytest.approx([-0.1, -0.3, 0.2], abs=0.02)
+    assert row.endswith("| 4 |")
+    assert profit_section({"stack": studies["stack"]}, ("stack", "llm"), RISE) == []
+
+
+def test_a_single_model_has_intervals_over_its_items(folder, tmp_path):
+    shutil.copytree(folder / "pair-1", tmp_path / "one")
+    study = method_study(read_runs(tmp_path / "one"), "llm", "finetune")
+    gap = gap_of(study, "lora", RISE)
+    assert gap.mean == pytest.approx(-0.3, abs=0.03)
+    assert gap.units == 24
+    assert gap.error < 0.01
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        tokens = rng.integers(5, 40, 30)
+        values = tokens * rng.normal(0.2, 0.5, 30)
+        gap = over_items(ItemValues(values / tokens.mean(), tokens / tokens.mean()))
+        covered += abs(gap.mean - 0.2) <= t_quantile(29) * gap.error
+    assert 0.92 < covered / 400 < 0.98
+    gap = over_items(ItemValues(np.array([1.0, 3.0, 5.0]), np.ones(3)))
+    assert (gap.mean, gap.error) == (3.0, pytest.approx(2 / np.sqrt(3)))
+    assert str(gap).startswith("+3 [")
+    assert gap.p == pytest.approx(0.1217, abs=1e-3)  # t = 2.598 with two degrees of freedom
+
+
+def test_methods_without_a_common_loss(folder):
+    for stage in folder.glob("pair-*/llm/lora/rate-*/m*"):
+        change(stage, "lora", 0.0, 1.0)
+    stages, studies = studies_of(folder)
+    assert gap_of(studies["llm"], "lora", RISE) is None
+    _, (_, text) = plane_section(stages, studies["llm"], RISE)
+    assert "| no common new-task loss |" in text
+    assert any("is left out of lora − finetune of llm after m2-empd: the methods reach no common loss" in line
+               for line in studies["llm"].all_left_out())
+
+
+def test_pairs_without_a_common_loss_in_both_models(folder):
+    """lora is matched in other pairs of stack than of llm."""
+    for model, pairs in (("stack", (1, 2)), ("llm", (3, 4))):
+        for pair in pairs:
+            for stage in folder.glob(f"pair-{pair}/{model}/lora/rate-*/m*"):
+                change(stage, "lora", 0.0, 1.0)
+    _, studies = studies_of(folder)
+    (_, text), = profit_section(studies, ("stack", "llm"), RISE)
+    assert "| lora |" not in text
+    assert "| replay |" in text
+
+
+def test_the_pareto_front_by_hand():
+    points = [Point(name, "", x, y) for name, x, y in (
+        ("a", 1.0, 0.9), ("b", 2.0, 0.5), ("c", 2.5, 0.6), ("d", 3.0, 0.1), ("e", 3.0, 0.2), ("f", 1.0, 1.0),
+        ("g", 4.0, 0.1),
+        ("h", 2.0, 0.5))]
+    assert [point.method for point in pareto_front(points)] == ["a", "b", "h", "d"]
+
+
+def test_the_report_of_methods(folder, tmp_path):
+    report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "llm, rise of held-out loss at equal new-task loss, compared with finetune: less with lora." in text
+    assert "## Do both models profit equally" in text
+    assert "![rise of held-out loss over new-task loss: a curve for each method" in text
+    assert (tmp_path / "report/methods.png").stat().st_size > 10_000
+
+
+def test_curves_of_the_figure(folder, tmp_path):
+    _, studies = studies_of(folder)
+    points = points_of(studies["llm"], RISE)
+    assert [(point.method, point.rate) for point in points[:4]] == [
+        ("finetune", "3e-4"), ("finetune", "1e-3"), ("finetune", "3e-3"), ("lora", "3e-4")]
+    assert [point.learned for point in points[:3]] == pytest.approx([2.8, 2.6, 2.4])
+    assert [point.forgotten for point in points[:3]] == pytest.approx([2 * SLOPE * (3.2 - x) for x in (2.8, 2.6, 2.4)])
+    assert list(plot_planes(studies, tmp_path, RISE)) == ["methods"]
+    assert (tmp_path / "methods.svg").exists()
