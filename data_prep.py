@@ -14,8 +14,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from common.configs import known, model_shape, read_config
 from common.files import ExistsError, new_directory
-from common.settings import Commands, known, model_shape, read_config, run, setting
+from common.scripts import Commands, run
+from common.settings import setting
 from corpus.documents import read_documents
 from corpus.mutual import write_mutual
 from corpus.raw_tasks import read_hub_task, read_raw_task, write_raw_task

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from common import settings
+from common import scripts
+from common.configs import CONFIGS, read_config
 from common.distributed import Distributed, resolve_dtype
 from common.files import UserError, check_writable, digest, parsing, read_json
-from common.settings import CONFIGS, read_config
 from corpus.tasks import read_task
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.losses import LossSet, evaluate_losses, existing_losses, open_loss_sets
@@ -174,4 +174,4 @@ def open_test_sets(cfg: EvaluateConfig, max_length: int) -> list[TaskTestSet]:
 
 
 if __name__ == "__main__":
-    settings.run((EvaluateConfig, main), __doc__)
+    scripts.run((EvaluateConfig, main), __doc__)

@@ -18,10 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+from common.configs import ROOT
 from common.files import UserError, check_writable, write_json
 from common.formatting import format_duration
 from common.metrics_log import check_services
-from common.settings import ROOT, run
+from common.scripts import run
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.costs import Pace, machine_speed

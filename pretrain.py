@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from common.configs import CONFIGS, known, read_config
 from common.files import UserError
 from common.provenance import data_digest
-from common.settings import CONFIGS, known, load, read_config, run, setting
+from common.scripts import run
+from common.settings import load, setting
 from pipeline.chain import MODELS
 from pipeline.jobs import Job, further_flags, run_jobs, split_words
 from pipeline.pretraining import (

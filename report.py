@@ -25,7 +25,8 @@ from analysis.record_figures import plot_record
 from analysis.results import Stage, read_results, read_runs
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from common.files import UserError, new_directory
 from common.provenance import GROWTH, git_commit, read_lineage, write_record
-from common.settings import Commands, run, setting
+from common.scripts import Commands, run
+from common.settings import setting
 from model.checkpoint import checkpoint_digest, open_checkpoint, write_checkpoint
 from model.config import MAX_LAYERS
 from model.growth import (

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from common import settings
+from common import scripts
 from common.distributed import Distributed, StopRequest, to_device
 from common.files import UserError
 from common.formatting import format_loss
@@ -212,4 +212,4 @@ def evaluate_text(run: Run, engine: "DeepSpeedEngine", data: TrainData, state: T
 
 
 if __name__ == "__main__":
-    settings.run((TrainConfig, main), __doc__)
+    scripts.run((TrainConfig, main), __doc__)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
+from common.configs import known, read_config, read_toml
 from common.files import UserError, is_number, parsing
 from common.metrics_log import read_log
 from common.provenance import RUN, read_record, wrong_types
-from common.settings import known, read_config, read_toml
 from evaluation.conditions import Conditions, benchmark_conditions, task_conditions, unlike
 from evaluation.result_files import (
     ResultsFile,

@@ -9,9 +9,9 @@ from analysis.comparison import key_name, key_of
 from analysis.record import Comparison, Pair, Record
 from analysis.results import Stage, task_metric
 from analysis.statistics import TASK_MEASURES, Estimate
+from common.configs import ROOT
 from common.files import UserError, read_json
 from common.formatting import markdown_table
-from common.settings import ROOT
 from evaluation.suites import version_note
 
 BIAS = "Bias"  # the category in which neither direction is better, and whose parts are plotted as a heat map

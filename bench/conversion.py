@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import peak_rss, timed
 from bench.workload import random_checkpoint
-from common.settings import ROOT, run, setting
+from common.configs import ROOT
+from common.scripts import run
+from common.settings import setting
 from model.checkpoint import CheckpointReader
 from model.config import ModelConfig
 from tests.hub import incremental_save
@@ -26,8 +28,8 @@ SHAPE = ModelConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632,
                     num_attention_heads=16)  # 1.0B parameters
 
 # python -m model.hub, and then the status of its process
-CONVERT = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import hub; from common import settings; "
-           "settings.dispatch((hub.HubConfig, hub.main), ''); print(open('/proc/self/status').read())")
+CONVERT = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import hub; from common import scripts; "
+           "scripts.dispatch((hub.HubConfig, hub.main), ''); print(open('/proc/self/status').read())")
 
 
 @dataclass(frozen=True)

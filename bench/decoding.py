@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import timed
 from bench.workload import split_batches
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from corpus.tasks import encode_prompts, read_task
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import load_model

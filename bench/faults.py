@@ -37,8 +37,10 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import timed
 from bench.workload import random_checkpoint, torchrun_command
+from common.configs import ROOT
 from common.files import digest, read_json, read_json_lines
-from common.settings import ROOT, run, setting
+from common.scripts import run
+from common.settings import setting
 from model.checkpoint import checkpoint_digest
 from model.config import ModelConfig
 

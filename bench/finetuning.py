@@ -17,7 +17,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import compare, profile_steps
 from bench.workload import make_our_step, make_transformers_step, small_checkpoint, split_batches, torch_dtype
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from corpus.tasks import SFTDataset, read_task
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer

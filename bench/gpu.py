@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import matrix_rate, timed
 from bench.workload import make_run, our_model, random_samples, transformers_model, transformers_step
 from common.distributed import Distributed
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from pipeline.memory_plan import GIB, RUNTIME, MemoryPlan
 from pipeline.pretraining import size_config
 from train import train_step

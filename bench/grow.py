@@ -20,13 +20,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import peak_rss, timed
 from bench.workload import random_checkpoint
+from common.configs import ROOT
 from common.files import UserError
-from common.settings import ROOT, run, setting
+from common.scripts import run
+from common.settings import setting
 from pipeline.pretraining import size_config
 
 # stack.py as from the command line, and then the status of its process
 GROW = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; import stack; from common import "
-        "settings; settings.dispatch(stack.COMMANDS, ''); print(open('/proc/self/status').read())")
+        "scripts; scripts.dispatch(stack.COMMANDS, ''); print(open('/proc/self/status').read())")
 
 
 @dataclass(frozen=True)

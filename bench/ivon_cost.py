@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import FRUGAL_MALLOC, SimpBenchConfig, run_train, small_checkpoint
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from model.config import ModelConfig
 
 

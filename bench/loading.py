@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import peak_rss
 from bench.workload import make_run, random_checkpoint
 from common.distributed import Distributed
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from model.config import ModelConfig
 from training.deepspeed_config import import_deepspeed
 from training.engine import build_model

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import FRUGAL_MALLOC, SimpBenchConfig, run_train, small_checkpoint
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from corpus.tasks import SFTDataset, read_task
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer

@@ -29,7 +29,8 @@ from bench.workload import (
     split_batches,
     torch_dtype,
 )
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from model.transformer import rotary_table
 from pipeline.pretraining import size_config
 from training.batches import collate

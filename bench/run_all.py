@@ -20,8 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import SimpBenchConfig, small_checkpoint
+from common.configs import ROOT
 from common.files import UserError
-from common.settings import ROOT, run, setting
+from common.scripts import run
+from common.settings import setting
 
 PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
 RESULTS = str(ROOT / "bench/RESULTS.md")

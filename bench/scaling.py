@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import timed
 from bench.workload import FRUGAL_MALLOC, make_our_step, random_samples
 from common.distributed import Distributed, free_port
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from pipeline.pretraining import size_config
 from training.deepspeed_config import import_deepspeed
 from training.engine import peak_memory

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import timed
 from common.distributed import Distributed
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from evaluation.harness import HarnessModel
 from evaluation.lm_eval_tasks import local_task, read_suite
 from evaluation.parallel import ParallelModel

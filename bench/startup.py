@@ -18,8 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import timed
 from bench.workload import random_checkpoint
+from common.configs import ROOT
 from common.files import UserError
-from common.settings import ROOT, run, setting
+from common.scripts import run
+from common.settings import setting
 from pipeline.pretraining import size_config
 
 HEAVY = ("torch", "deepspeed", "lm_eval", "datasets", "transformers", "matplotlib", "numpy", "tokenizers",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from common.configs import ROOT
 from common.distributed import StopRequest, resolve_dtype
 from common.files import UserError, new_directory, read_json, read_json_lines
-from common.settings import ROOT, setting
+from common.settings import setting
 from model.checkpoint import materialize_model, write_checkpoint
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX

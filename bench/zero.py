@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import SimpBenchConfig, run_train, small_checkpoint
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 from pipeline.jobs import split_words
 
 

@@ -1,32 +1,22 @@
 """Settings of the scripts: a frozen dataclass, overridden by TOML files, overridden by flags.
 
-Every script declares its settings as a dataclass whose fields are made by `setting`, and calls `run`. Unknown names,
-wrong types, values out of range and contradictions are reported together, in one line, before anything runs.
+Every script declares its settings as a dataclass whose fields are made by `setting`; `load` makes an instance of it.
+Unknown names, wrong types, values out of range and contradictions are reported together, in one line.
 `--show_settings` prints every resolved value and where it comes from.
 """
-from common.interrupts import end_if_interrupted
-
 import argparse
 import dataclasses
 import difflib
 import math
 import os
 import re
-import signal
 import sys
-import tomllib
-import traceback
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
-from common.files import UserError, first_line, read_text
-
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
-
-Commands = tuple[type, Callable[[Any], Any]] | dict[str, tuple[type, Callable[[Any], Any]]]
+from common.configs import known, read_config, read_toml, unknown_name
+from common.files import UserError
 
 
 def setting(default: Any, help: str, *, required: bool = False, names: str | Collection[str] | None = None,
@@ -44,42 +34,6 @@ def setting(default: Any, help: str, *, required: bool = False, names: str | Col
     assert bounds.keys() <= {"at_least", "above", "at_most", "below"}, bounds
     return dataclasses.field(default=default, metadata={"help": help, "required": required, "bounds": bounds,
                                                         "names": names, "overlay": overlay})
-
-
-def known(kind: str) -> list[str]:
-    """Names of the TOML files in configs/<kind>: known("task") -> ["empd", …]."""
-    return sorted(path.stem for path in (CONFIGS / kind).glob("*.toml"))
-
-
-def unknown_name(kind: str, name: str, names: Iterable[str] | None = None) -> list[str]:
-    """A list with the sentence that rejects an unknown name; empty if the name is known."""
-    accepted = known(kind) if names is None else names
-    return [] if name in accepted else [f"unknown {kind} {name!r}, expected one of {', '.join(accepted)}"]
-
-
-def read_toml(path: str | Path) -> dict:
-    """The tables of a TOML file. Raises UserError if it does not exist or is not TOML."""
-    text = read_text(path)
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise UserError(f"{path} is not TOML that can be read: it is nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
-        raise UserError(f"{path} is not TOML: {first_line(error)}") from None
-
-
-def read_config(kind: str, name: str) -> dict:
-    """The tables of configs/<kind>/<name>.toml."""
-    if problem := unknown_name(kind, name):
-        raise UserError(problem[0])
-    return read_toml(CONFIGS / kind / f"{name}.toml")
-
-
-def model_shape(size: str, depth: int | None = None) -> dict:
-    """The fields of ModelConfig that a size preset gives, with `depth` layers instead of its own if given."""
-    if (shape := read_config("size", size).get("model")) is None:
-        raise UserError(f"configs/size/{size}.toml gives no model shape: this size starts from published weights")
-    return shape | ({} if depth is None else {"num_hidden_layers": depth})
 
 
 # The types a field may have: what TOML and flags may give for them, and how messages and `--help` call them.
@@ -266,8 +220,8 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     for name, field in found.fields.items():
         preset = {**found.values, **by_flags.values}.get(name)
         if field.metadata["overlay"] and preset in known(field.metadata["names"]):
-            file = f"configs/{field.metadata['names']}/{preset}.toml"
-            found.update(read_toml(ROOT / file), file)
+            kind = field.metadata["names"]
+            found.update(read_config(kind, preset), f"configs/{kind}/{preset}.toml")
     found.values |= by_flags.values
     found.origins |= dict.fromkeys(by_flags.values, "flag")
     problems = found.problems + by_flags.problems
@@ -281,75 +235,3 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
             found.show(cfg)
         sys.exit(0)
     return cfg
-
-
-def run(commands: Commands, description: str | None) -> NoReturn:
-    """Runs a script as `dispatch` does, and ends the process.
-
-    A script has written all its output when it returns. The interpreter is not shut down normally: library
-    threads still at work then (gloo's, holding the tensors of the last collective; pyarrow's, apache/arrow issue
-    45214) sometimes abort it, and a finished run would count as failed.
-    """
-    status: Any = 0
-    try:
-        dispatch(commands, description or "")
-    except SystemExit as exit:
-        status = exit.code or 0
-    except BrokenPipeError:  # the reader of the output has closed it, such as `head`
-        os._exit(128 + signal.SIGPIPE)
-    except Exception as error:  # a bug
-        end_if_interrupted(error)  # or Ctrl-C, wrapped by a library
-        traceback.print_exc()
-        print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def dispatch(commands: Commands, description: str) -> None:
-    """Parses the settings, calls the script's function, and turns a UserError into one line and status 2.
-
-    Args:
-        commands: a pair (settings dataclass, function), or a mapping from sub-commands to such pairs.
-        description: the script's docstring, shown by `--help`.
-
-    An OSError that nothing has translated, such as that of an unreadable file, counts as a UserError. With DEBUG=1 in
-    the environment errors keep their traceback.
-    """
-    argv, prog = sys.argv[1:], Path(sys.argv[0]).name
-    cfg = None
-    try:
-        if isinstance(commands, dict):
-            if not argv or argv[0] not in commands:
-                asked = argv and argv[0] in ("-h", "--help")
-                print(f"{description}\ncommands: {', '.join(commands)}; `{prog} COMMAND --help` lists the settings",
-                      file=sys.stdout if asked else sys.stderr)
-                sys.exit(0 if asked else 2)
-            prog, (cls, function), argv = f"{prog} {argv[0]}", commands[argv[0]], argv[1:]
-        else:
-            cls, function = commands
-        cfg = load(cls, argv, description, prog)
-        function(cfg)
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError, MemoryError) as error:
-        if os.environ.get("DEBUG") == "1":
-            raise
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not rank.isdecimal():
-            print(f"error: {describe_error(error)}", file=sys.stderr)
-        elif cfg is not None:  # invalid flags fail on every rank; later errors may occur on one rank only
-            print(f"error on rank {rank}: {describe_error(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def describe_error(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{str(error.filename):.200}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return "the memory of this machine is not enough"
-    return " ".join(str(error).split("\n"))

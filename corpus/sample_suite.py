@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.configs import ROOT, read_config
 from common.files import new_directory, read_json_lines, write_text
-from common.settings import ROOT, read_config
 from corpus.documents import is_held_out, read_documents
 from corpus.raw_tasks import read_raw_split
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.configs import CONFIGS, ROOT, known, read_toml
 from common.files import UserError
-from common.settings import CONFIGS, ROOT, known, read_toml
 
 
 @dataclass(frozen=True)

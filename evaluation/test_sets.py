@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.configs import read_config
 from common.files import UserError, parsing, read_json, read_json_lines
 from common.provenance import git_commit
-from common.settings import Resolved, read_config
+from common.settings import Resolved
 from corpus.raw_tasks import restore_brackets
 from corpus.tasks import encode_prompts
 from evaluation.metrics import bertscore, bleu, bootstrap_interval, rouge, sanity_metrics, sari, sari_hf

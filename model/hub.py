@@ -15,9 +15,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from common.configs import known, read_config
 from common.distributed import resolve_dtype
 from common.files import ExistsError, UserError, first_line, new_directory
-from common.settings import known, read_config, run, setting
+from common.scripts import run
+from common.settings import setting
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
 from model.lora import ADAPTER_CONFIG

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.settings import CONFIGS, ROOT, read_config
+from common.configs import CONFIGS, ROOT, read_config
 from pipeline.jobs import optional_flags
 
 ORDER = "simp", "empd", "inqqg", "exp", "hgen"

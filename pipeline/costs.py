@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from common.configs import ROOT, read_config
 from common.files import UserError, read_text
-from common.settings import ROOT, read_config
 from corpus.tasks import read_task
 from model.config import ModelConfig
 from pipeline.jobs import Job

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis.measures import PRIMARY
+from common.configs import CONFIGS, known
 from common.files import UserError
-from common.settings import CONFIGS, known, load, setting
+from common.settings import load, setting
 from evaluation.evaluate_config import EvaluateConfig
 from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags

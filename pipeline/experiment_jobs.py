@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.configs import CONFIGS, read_config
 from common.files import UserError
-from common.settings import CONFIGS, read_config
 from evaluation.suites import open_suite
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint, published_config

@@ -14,7 +14,8 @@ from analysis.pairs import Difference, Study
 from analysis.results import read_runs
 from common.files import UserError
 from common.provenance import RUN, read_record
-from common.settings import run, setting
+from common.scripts import run
+from common.settings import setting
 
 FEW = 6  # pairs, below which a standard deviation is rough
 ITEM_SHARE = 0.1  # of the variance between pairs that the items may add: more of them save few pairs

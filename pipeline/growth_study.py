@@ -28,11 +28,13 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styled
 from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, flops_to_loss, mean_curve
+from common.configs import read_config
 from common.files import UserError, write_json, write_text
 from common.formatting import markdown_table
 from common.metrics_log import read_log
 from common.provenance import data_digest
-from common.settings import read_config, run, setting
+from common.scripts import run
+from common.settings import setting
 from model.growth import OPERATORS
 from pipeline.jobs import Job, run_jobs
 from pipeline.pretraining import (

@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.configs import ROOT
 from common.files import UserError, read_text, write_text
 from common.formatting import format_duration
-from common.settings import ROOT
 
 
 @dataclass(frozen=True)

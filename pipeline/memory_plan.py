@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from common.configs import CONFIGS, read_config
 from common.files import UserError, read_json
 from common.formatting import format_duration
-from common.settings import CONFIGS, load, read_config, run, setting
+from common.scripts import run
+from common.settings import load, setting
 from model.config import ModelConfig
 from model.growth import new_layers
 from model.hub import fetch_checkpoint

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.configs import CONFIGS, ROOT, model_shape, read_config, read_toml
 from common.files import UserError, is_number, write_json
 from common.provenance import RUN, changed, read_record
-from common.settings import CONFIGS, ROOT, model_shape, read_config, read_toml
 from model.config import ModelConfig
 from model.growth import BLOCK_OPERATORS, OPERATORS
 from pipeline.jobs import Job, split_words

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from common.configs import ROOT, known, read_config, unknown_name
 from common.files import UserError
-from common.settings import ROOT, known, read_config, unknown_name
 from pipeline import chain
 from pipeline.jobs import optional_flags, run_command, split_words
 

@@ -16,7 +16,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 import pytest
 import torch
 
-from common import settings
+from common import scripts
 from common.distributed import Distributed, free_port
 from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
@@ -135,7 +135,7 @@ def train(request, checkpoint, simp_file):
         script = ["tests/interrupted.py", *interrupted, "train.py"] if interrupted else ["train.py"]
         if patch:
             script = ["-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import train\n{patch}\n"
-                            "train.settings.run((train.TrainConfig, train.main), '')"]
+                            "train.scripts.run((train.TrainConfig, train.main), '')"]
             launcher = launcher if isinstance(launcher, int) else [*launcher, "--no_python", sys.executable]
         return run_script(*script, "--init", init, "--data", data, "--out", out, *TRAIN_FLAGS, *request.module.FLAGS,
                           *flags, launcher=launcher, check=check and not interrupted, **environment)
@@ -148,7 +148,7 @@ def refusal(monkeypatch, capsys):
     def call(commands, *words):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
         with mock.patch.dict(os.environ), pytest.raises(SystemExit) as exit:
-            settings.dispatch(commands, "")
+            scripts.dispatch(commands, "")
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert exit.value.code == 2
         assert len(lines) == 1, lines

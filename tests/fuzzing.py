@@ -101,7 +101,7 @@ def serve():
         torch.set_num_threads(1)  # a fork would wait for threads that it does not have
         for name in LIBRARIES:
             importlib.import_module(name)
-        from common.settings import run
+        from common.scripts import run
         from training.deepspeed_config import import_deepspeed
         import_deepspeed(torch.device("cpu"))
         entries = make_entries()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from common import settings
+from common import scripts
 
 interrupted_step, signal_name, rank = sys.argv[1:4]
 sys.argv = sys.argv[4:]
@@ -24,4 +24,4 @@ def interrupted_train_step(*args):
 
 
 train.train_step = interrupted_train_step
-settings.run((train.TrainConfig, train.main), train.__doc__)
+scripts.run((train.TrainConfig, train.main), train.__doc__)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import data_prep
-from common.settings import read_config
+from common.configs import read_config
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import corpus.sample_suite, data_prep
-from common import settings
+from common import scripts
 
 folder = Path(sys.argv.pop(1))
 
@@ -62,7 +62,7 @@ Path.rename, Path.replace = map(waits_for_the_other, (Path.rename, Path.replace)
 samples = [{{"document": "d", "summary": "s"}}]
 data_prep.read_hub_task = lambda *_: {{"train": samples, "test": samples}}
 corpus.sample_suite.read_documents = lambda _: [f"A prose text of number {{n}} with eight words. " * 20 for n in "123"]
-settings.dispatch(data_prep.COMMANDS, "")
+scripts.dispatch(data_prep.COMMANDS, "")
 """
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from common import settings
+from common import scripts
 from tests.conftest import ROOT
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,7 +90,7 @@ def script_of(words):
 
 def run_python(words, monkeypatch, checked):
     """Runs a script or module in this process, or with `checked` lets it print its settings."""
-    monkeypatch.setattr(settings, "run", settings.dispatch)  # which does not end the process
+    monkeypatch.setattr(scripts, "run", scripts.dispatch)  # which does not end the process
     is_module = words[0] == "-m"
     name, *flags = words[is_module:]
     monkeypatch.setattr(sys, "argv", [name, *flags, *(["--show_settings"] if checked else [])])

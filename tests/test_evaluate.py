@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 from analysis.results import Stage, add_results
+from common.configs import known, read_config
 from common.files import UserError, digest, read_json, read_json_lines
-from common.settings import known, read_config
 from corpus.tasks import encode_prompts
 from evaluate import main, prepare_evaluation
 from evaluation import benchmarks

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from common.configs import CONFIGS
 from common.distributed import resolve_dtype
 from common.files import JSON_NAMES, UserError, is_number, read_json
-from common.settings import CONFIGS
 from training.train_config import TrainConfig, default_zero_stage
 
 

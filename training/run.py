@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from common.configs import model_shape
 from common.distributed import Distributed, StopRequest, resolve_dtype
 from common.files import UserError
 from common.formatting import format_names
 from common.metrics_log import check_services
 from common.provenance import data_digest, describe, read_lineage, read_record
-from common.settings import json_values, model_shape
+from common.settings import json_values
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint

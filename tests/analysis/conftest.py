@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from common.settings import read_config
+from common.configs import read_config
 
 SUITE = [("terms", "DK", "acc", None, None), ("continuation", "Rs", "acc", None, None),
          ("passages", "Rs", "acc", "passages", None), ("pairs", "Bias", "pct_stereotype", None, None),

@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from common import settings
+from common import configs
+from common.configs import CONFIGS, known, read_config, read_toml
 from common.files import UserError
-from common.settings import CONFIGS, dispatch, known, load, read_config, read_toml, setting
+from common.scripts import dispatch
+from common.settings import load, setting
 from corpus.raw_tasks import constraint
 from data_prep import HubDataConfig, TaskDataConfig, TextDataConfig
 from model.config import ModelConfig
@@ -111,8 +113,7 @@ def test_a_size_table_may_name_a_file_whose_settings_override_it(tmp_path, monke
     for folder, text in (("size", "[finetune]\nmethod = 'm'\nrate = 1\n"), ("method", "rate = 5\n")):
         (tmp_path / "configs" / folder).mkdir(parents=True)
         (tmp_path / "configs" / folder / "m.toml").write_text(text)
-    monkeypatch.setattr(settings, "ROOT", tmp_path)
-    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path / "configs")
     assert load(Sized, ["--size", "m"]) == Sized("m", "m", 5.0)
     assert load(Sized, ["--size", "m", "--rate", "2"]) == Sized("m", "m", 2.0)
     with pytest.raises(UserError, match="unknown flag '--bogus'; unknown size 'x', expected one of m"):

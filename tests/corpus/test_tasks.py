@@ -4,8 +4,8 @@ import json
 import datasets
 import pytest
 
+from common.configs import read_config
 from common.files import UserError
-from common.settings import read_config
 from corpus import raw_tasks
 from corpus.raw_tasks import (
     build_raw_files,

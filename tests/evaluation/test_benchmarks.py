@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Fast
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.configs import known
 from common.files import UserError
-from common.settings import known
 from evaluation import benchmarks
 from evaluation.benchmarks import (
     SuiteRun,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from common.settings import read_config
+from common.configs import read_config
 from evaluation.result_files import results_files
 from tests.conftest import run_script
 from tests.hub import HubStandIn

@@ -20,7 +20,7 @@ def failing(model, *rest, real=parallel.{function}):
     return real(model, *rest)
 
 parallel.{function} = failing
-evaluate.settings.run((evaluate.EvaluateConfig, evaluate.main), "")
+evaluate.scripts.run((evaluate.EvaluateConfig, evaluate.main), "")
 """
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from common.configs import known
 from common.files import UserError
-from common.settings import known
 from pipeline import targets
 from pipeline.jobs import run_command
 from pipeline.targets import COMMANDS, Variables, target_commands

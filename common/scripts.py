@@ -1,0 +1,87 @@
+"""Running a script: its settings are parsed, errors become one line and an exit status, and the process ends."""
+from common.interrupts import end_if_interrupted
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.files import UserError
+from common.settings import load
+
+Commands = tuple[type, Callable[[Any], Any]] | dict[str, tuple[type, Callable[[Any], Any]]]
+
+
+def run(commands: Commands, description: str | None) -> NoReturn:
+    """Runs a script as `dispatch` does, and ends the process.
+
+    A script has written all its output when it returns. The interpreter is not shut down normally: library
+    threads still at work then (gloo's, holding the tensors of the last collective; pyarrow's, apache/arrow issue
+    45214) sometimes abort it, and a finished run would count as failed.
+    """
+    status: Any = 0
+    try:
+        dispatch(commands, description or "")
+    except SystemExit as exit:
+        status = exit.code or 0
+    except BrokenPipeError:  # the reader of the output has closed it, such as `head`
+        os._exit(128 + signal.SIGPIPE)
+    except Exception as error:  # a bug
+        end_if_interrupted(error)  # or Ctrl-C, wrapped by a library
+        traceback.print_exc()
+        print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def dispatch(commands: Commands, description: str) -> None:
+    """Parses the settings, calls the script's function, and turns a UserError into one line and status 2.
+
+    Args:
+        commands: a pair (settings dataclass, function), or a mapping from sub-commands to such pairs.
+        description: the script's docstring, shown by `--help`.
+
+    An OSError that nothing has translated, such as that of an unreadable file, counts as a UserError. With DEBUG=1 in
+    the environment errors keep their traceback.
+    """
+    argv, prog = sys.argv[1:], Path(sys.argv[0]).name
+    cfg = None
+    try:
+        if isinstance(commands, dict):
+            if not argv or argv[0] not in commands:
+                asked = argv and argv[0] in ("-h", "--help")
+                print(f"{description}\ncommands: {', '.join(commands)}; `{prog} COMMAND --help` lists the settings",
+                      file=sys.stdout if asked else sys.stderr)
+                sys.exit(0 if asked else 2)
+            prog, (cls, function), argv = f"{prog} {argv[0]}", commands[argv[0]], argv[1:]
+        else:
+            cls, function = commands
+        cfg = load(cls, argv, description, prog)
+        function(cfg)
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError, MemoryError) as error:
+        if os.environ.get("DEBUG") == "1":
+            raise
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not rank.isdecimal():
+            print(f"error: {describe_error(error)}", file=sys.stderr)
+        elif cfg is not None:  # invalid flags fail on every rank; later errors may occur on one rank only
+            print(f"error on rank {rank}: {describe_error(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def describe_error(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename):.200}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is not enough"
+    return " ".join(str(error).split("\n"))
