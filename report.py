@@ -126,7 +126,7 @@ def main(cfg: ReportConfig) -> None:
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]
-    shown = [stage for stage in stages if not stage.number or (stage.method or "none") == method]
+    shown = [stage for stage in stages if not stage.number or stage.method_name == method]
     study = Study(shown, *pair) if pair else None
     if study:
         study.check_measure(cfg.primary)

@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
-from analysis.inference import LEVEL, PairedDifference, holm, t_quantile, within
+from analysis.inference import LEVEL, PairedDifference, holm
 from analysis.measures import LEARNING, ItemValues
-from analysis.pair_tables import p_text, signed, with_interval
+from analysis.pair_tables import p_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
 from analysis.record import Pair
 from analysis.record_figures import use_few_ticks
@@ -36,20 +36,15 @@ class Point:
     forgotten: float
 
 
-def method_of(stage: Stage) -> str:
-    """The name of the method of a stage."""
-    return stage.method or "none"
-
-
 def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | None:
     """The study of the methods of a model, in which methods stand for models. None without two methods."""
     own = [stage for stage in stages if stage.model == model]
-    methods = list(dict.fromkeys(method_of(stage) for stage in own if stage.number))
+    methods = list(dict.fromkeys(stage.method_name for stage in own if stage.number))
     if baseline not in methods or len(methods) < 2:
         return None
     methods.sort(key=lambda method: method != baseline)
     starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
-    trained = [replace(stage, model=method_of(stage), method=None) for stage in own if stage.number]
+    trained = [replace(stage, model=stage.method_name, method=None) for stage in own if stage.number]
     return Study(starts + trained, methods[1], baseline, of=model)
 
 
@@ -76,34 +71,13 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How much more a method forgets than the baseline at equal loss on the new task: the mean over `units`, pairs of
-    models or items, and its standard error (NaN for a single unit)."""
-    mean: float
-    error: float
-    units: int
-
-    @property
-    def p(self) -> float:
-        """The two-sided p-value of the t test; NaN without a spread."""
-        return 1 - within(abs(self.mean) / self.error, self.units - 1) if self.error > 0 else math.nan
-
-    def __str__(self) -> str:
-        half = t_quantile(self.units - 1) * self.error if self.units > 1 else math.nan
-        interval = "" if math.isnan(half) else f" [{signed(self.mean - half)}, {signed(self.mean + half)}]"
-        return signed(self.mean) + interval
-
-
-def gap_of(study: Study, method: str, measure: str) -> Gap | None:
-    """The gap of a method to the baseline of its study: over several pairs, or over the items of a single one. None if
-    they reach no common loss."""
+def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
+    """How much more a method forgets than the baseline at equal loss on the new task: over several pairs, or over the
+    items of a single one. None if they reach no common loss."""
     found = difference_of(study, method, measure)
     if found is None:
         return None
-    if len(study.pairs) == 1:
-        return over_items(next(iter(found.of_pairs.values())))
-    return Gap(found.estimate.mean, found.estimate.sd / math.sqrt(found.estimate.n), found.estimate.n)
+    return found.estimate if len(study.pairs) > 1 else over_items(next(iter(found.of_pairs.values())))
 
 
 def difference_of(study: Study, method: str, measure: str) -> Difference | None:
@@ -112,21 +86,18 @@ def difference_of(study: Study, method: str, measure: str) -> Difference | None:
                             None if study.matches_learning else study.rates[0])
 
 
-def over_items(found: ItemValues) -> Gap:
-    """The mean of items. They count by their weights, such as their tokens."""
-    number, residual = len(found.values), found.values - found.value * found.weights
-    error = math.sqrt(float((residual ** 2).sum()) / (number - 1) / number) if number > 1 else math.nan
-    return Gap(found.value, error, number)
+def over_items(found: ItemValues) -> PairedDifference:
+    """The items of a single pair as the units of a difference. The mean is that of the measure, a ratio of sums, and
+    the deviations are those of a ratio: an item counts by its weight, such as its tokens."""
+    return PairedDifference(tuple((found.value + found.values - found.value * found.weights).tolist()))
 
 
 def minutes_of(stages: Sequence[Stage], model: str, method: str) -> float:
     """The mean minutes of training of a chain of a method; NaN if they are not known of all stages."""
-    own = [stage.run.get("result", {}) for stage in stages
-           if stage.model == model and stage.number and method_of(stage) == method]
-    chains = {(stage.pair, stage.rate, stage.seed) for stage in stages
-              if stage.model == model and stage.number and method_of(stage) == method}
-    seconds = [result.get("seconds", math.nan) + result.get("seconds_after", 0.0) for result in own]
-    return math.fsum(seconds) / len(chains) / 60
+    own = [stage for stage in stages if stage.number and (stage.model, stage.method_name) == (model, method)]
+    results = [stage.run.get("result", {}) for stage in own]
+    seconds = [result.get("seconds", math.nan) + result.get("seconds_after", 0.0) for result in results]
+    return math.fsum(seconds) / len({(stage.pair, stage.rate, stage.seed) for stage in own}) / 60
 
 
 def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[list[str], Section]:
@@ -145,7 +116,8 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
     for method in methods:
         own, minutes = [point for point in points if point.method == method], minutes_of(stages, model, method)
         rows.append([method, f"{min(p.learned for p in own):.4f} to {max(p.learned for p in own):.4f}",
-                     "–" if method == baseline else gaps[method] or "no common new-task loss",
+                     with_interval(known[method]) if method in known else
+                     "–" if method == baseline else "no common new-task loss",
                      p_text(corrected[method]) if method in corrected else "–",
                      ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
                      "–" if math.isnan(minutes) else f"{minutes:.1f}"])

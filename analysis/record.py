@@ -249,10 +249,10 @@ def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseli
                       pair: Pair | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
     """{method: Record}, the baseline first. All methods start from the same m0. Stages without a method have the
     method "none"."""
-    methods = {stage.method or "none" for stage in stages if stage.number} or {"none"}
+    methods = {stage.method_name for stage in stages if stage.number} or {"none"}
     starts = [stage for stage in stages if not stage.number]
     last = max(stage.number for stage in stages)
-    return {method: Record(starts + [stage for stage in stages if stage.number and (stage.method or "none") == method],
+    return {method: Record(starts + [stage for stage in stages if stage.number and stage.method_name == method],
                            categories, pair, last, method if len(methods) > 1 else "", uncounted)
             for method in sorted(methods, key=lambda name: (name != baseline, name))}
 

@@ -109,6 +109,11 @@ class Stage:
     run: dict[str, Any] = field(default_factory=dict)  # content of run.json
     log: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
 
+    @property
+    def method_name(self) -> str:
+        """The name of the method, "none" without one."""
+        return self.method or "none"
+
 
 def read_runs(folder: str | Path) -> list[Stage]:
     """The stages in a folder of runs, in the directories

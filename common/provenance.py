@@ -46,9 +46,9 @@ def write_record(directory: str | Path, record: Mapping[str, Any], name: str = R
 RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
     "settings": dict, "result": dict, "lineage": dict, "parent_digest": (str, type(None)), "data_digest": str,
     "rehearsed": list, "replay_digest": str, "start_digest": str, "resumed": list, "layer_map": list}
-LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {"flops": (int, float), "text": dict, "tasks": list, "start": dict,
-                                                          "new_layers": list, "inserted": int,
-                                                          "updates": int}
+LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "flops": (int, float), "text": dict, "tasks": list, "start": dict, "new_layers": list, "inserted": int,
+    "updates": int}
 TASK_KEYS = "task", "data", "data_digest"
 START_KEYS = "init", "digest"
 

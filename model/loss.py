@@ -21,7 +21,7 @@ def chunk_rows(vocab_size: int, device: str) -> int:
     return 256 if device == "cpu" else max(1, (1 << 25) // vocab_size)
 
 
-class FusedLinearCrossEntropy(torch.autograd.Function):
+class FusedLinearLoss(torch.autograd.Function):
     """Summed negative log-likelihood, in fp32, of targets [N] given hidden states [N, C] and a head weight [V, C].
 
     With the head weight of a teacher, `targets` are its hidden states [N, C], and the result is the summed divergence
@@ -85,4 +85,4 @@ class Head(nn.Linear):
                 teacher: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return super().forward(hidden)
-        return FusedLinearCrossEntropy.apply(hidden, self.weight, targets, teacher, torch.is_grad_enabled())
+        return FusedLinearLoss.apply(hidden, self.weight, targets, teacher, torch.is_grad_enabled())

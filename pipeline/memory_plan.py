@@ -7,7 +7,6 @@ The rows are the most that train.py holds at the same time. bench/memory_use.py 
 """
 import common.interrupts
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from model.loss import chunk_rows
 from pipeline.jobs import optional_flags
 from pipeline.pretraining import size_config
 from training.run import expansion
-from training.selection import ALL, NEW_LAYERS, Shapes, describe_selection, selected_shapes
+from training.selection import ALL, NEW_LAYERS, Shapes, count_elements, describe_selection, selected_shapes
 from training.train_config import TrainConfig, default_zero_stage
 
 GIB = 1 << 30
@@ -85,7 +84,7 @@ class MemoryPlan:
     @property
     def num_trained(self) -> int:
         """Number of parameters that are trained."""
-        return self.config.num_parameters if self.trained is None else sum(map(math.prod, self.trained.values()))
+        return self.config.num_parameters if self.trained is None else count_elements(self.trained)
 
     @property
     def num_frozen(self) -> int:

@@ -31,7 +31,6 @@ from model.parameter_files import (
 from training.batches import Sample, count_tokens
 from training.distillation import Distillation
 from training.engine import StepResult, gathered, save_adapter
-from training.optimizers import AnchoredAdamW
 from training.pruning import undo_changes
 from training.train_config import TrainConfig
 from training.zero_shards import (
@@ -92,9 +91,8 @@ class Anchored(Method):
         super().__init__(run, engine)
         optimizer, fragments = base_optimizer(engine), local_fragments(engine)
         self.anchors = {flat: flat.detach().clone() for flat in flat_tensors(fragments)}
-        if isinstance(optimizer, AnchoredAdamW):
-            optimizer.anchors, optimizer.rate = self.anchors, run.cfg.l2_sp_rate
-            optimizer.ewc_strength, optimizer.l2_strength = run.cfg.ewc_strength, run.cfg.l2_sp_strength
+        optimizer.anchors, optimizer.rate = self.anchors, run.cfg.l2_sp_rate
+        optimizer.ewc_strength, optimizer.l2_strength = run.cfg.ewc_strength, run.cfg.l2_sp_strength
         if fisher:
             optimizer.fisher = {flat: torch.zeros_like(flat) for flat in self.anchors}
             read_fragments(run, fisher, fragments, {"fisher": optimizer.fisher})
@@ -141,15 +139,16 @@ class Continued(Method):
 
     def __init__(self, run: "Run", engine: "DeepSpeedEngine", moments: ParameterFiles | None):
         super().__init__(run, engine)
-        if moments is None and run.cfg.init:
+        updates = run.lineage.get("updates", 0)
+        if moments and updates:
+            run.dist.on_all_ranks(lambda: fill_optimizer_state(engine, moments, SIDE_FILES[MOMENTS], updates))
+        elif run.cfg.init:
             run.dist.print0(f"{run.cfg.init} has no optimizer moments: they start at zero")
-        if moments:
-            run.dist.on_all_ranks(lambda: fill_optimizer_state(engine, moments, SIDE_FILES[MOMENTS],
-                                                               run.lineage.get("updates", 0)))
 
     def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
-        """Writes the moments."""
-        state = base_optimizer(self.engine).state
+        """Writes the moments, unless no step was taken."""
+        if not (state := base_optimizer(self.engine).state):
+            return
         write_side_file(self.run, self.engine, directory, MOMENTS,
                         {kind: partial(state_of, state, kind) for kind in SIDE_FILES[MOMENTS]})
 
@@ -236,8 +235,7 @@ def make_method(run: "Run", engine: "DeepSpeedEngine") -> Method:
         return Adapted(run, engine)
     if cfg.carry_moments:
         return Continued(run, engine, files)
-    anchored = cfg.l2_sp_rate or cfg.l2_sp_strength or cfg.ewc_strength or cfg.wise_ft_alpha < 1 or cfg.fapm_sparsity
-    return Anchored(run, engine, files) if anchored else Method(run, engine)
+    return Anchored(run, engine, files) if cfg.anchored else Method(run, engine)
 
 
 def side_file(cfg: TrainConfig) -> str:

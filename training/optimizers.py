@@ -44,5 +44,5 @@ def make_optimizer(cfg: TrainConfig, groups: list[dict[str, Any]]) -> torch.opti
     if cfg.optimizer == "ivon":
         return IVON(groups, cfg.learning_rate, cfg.ess, cfg.hess_init, (cfg.adam_beta1, cfg.ivon_beta2),
                     cfg.clip_radius, cfg.sample_params)
-    kind = AnchoredAdamW if cfg.l2_sp_rate or cfg.l2_sp_strength or cfg.ewc_strength else torch.optim.AdamW
+    kind = AnchoredAdamW if cfg.anchored else torch.optim.AdamW
     return kind(groups, cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_epsilon, fused=True)

@@ -1,6 +1,5 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from training.distillation import start_digest
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run_directory import drop_state, is_finished, partial_directory
-from training.selection import Shapes, selected_shapes
+from training.selection import Shapes, count_elements, selected_shapes
 from training.train_config import TrainConfig
 
 
@@ -74,7 +73,7 @@ class Run:
     @property
     def num_trained(self) -> int:
         """Number of parameters that are trained."""
-        return sum(map(math.prod, self.trained.values()))
+        return count_elements(self.trained)
 
     @property
     def replay_seed(self) -> int:
@@ -229,7 +228,7 @@ def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
 def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any], trained: Shapes) -> None:
     """Checks that the run has at least one step, and reports where in its text it starts."""
     if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):
-        step = config.flops(cfg.global_batch_size * cfg.seq_length, sum(map(math.prod, trained.values())))
+        step = config.flops(cfg.global_batch_size * cfg.seq_length, count_elements(trained))
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
                         f"{lineage.get('flops', 0):.4g}: raise it")
     if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
@@ -287,7 +286,7 @@ def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, lineage: dict[
     if cfg.max_tokens:
         return cfg.max_tokens // cfg.seq_length
     if cfg.max_flops:  # whole batches
-        step_flops = config.flops(cfg.global_batch_size * cfg.seq_length, sum(map(math.prod, trained.values())))
+        step_flops = config.flops(cfg.global_batch_size * cfg.seq_length, count_elements(trained))
         steps = (cfg.max_flops - lineage.get("flops", 0)) // step_flops
         return max(0, int(steps)) * cfg.global_batch_size
     return max(1, round(cfg.num_train_epochs * size))

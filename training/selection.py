@@ -1,4 +1,5 @@
 """Which parameters a run trains. The others are frozen: they have no gradient, master copy or optimizer state."""
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -45,6 +46,11 @@ def selected_shapes(train: Sequence[str], config: ModelConfig, lora: LoRA | None
     if ALL not in train and len(chosen) == len(shapes):
         raise UserError(f"train: {', '.join(train)} matches all parameters: give {ALL}")
     return chosen
+
+
+def count_elements(shapes: Shapes) -> int:
+    """The number of elements of some parameters."""
+    return sum(map(math.prod, shapes.values()))
 
 
 def describe_selection(chosen: Shapes, config: ModelConfig) -> str:

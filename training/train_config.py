@@ -130,6 +130,12 @@ class TrainConfig:
         """The adapters to train, or None."""
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets) if "lora" in self.train else None
 
+    @property
+    def anchored(self) -> list[str]:
+        """The settings in use that refer to the weights of --init."""
+        return [name for name, off in (("l2_sp_rate", 0), ("l2_sp_strength", 0), ("wise_ft_alpha", 1),
+                                       ("fapm_sparsity", 0), ("ewc_strength", 0)) if getattr(self, name) != off]
+
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         found = []
@@ -168,11 +174,7 @@ class TrainConfig:
 
     def method_problems(self) -> list[str]:
         """Contradictions between the settings of methods against forgetting."""
-        found = []
-        anchored = [name for name, off in (("l2_sp_rate", 0), ("l2_sp_strength", 0), ("wise_ft_alpha", 1),
-                                           ("fapm_sparsity", 0), ("ewc_strength", 0))
-                    if getattr(self, name) != off]
-        ivon = self.optimizer == "ivon"
+        found, anchored, ivon = [], self.anchored, self.optimizer == "ivon"
         used = anchored + [name for name in ("rehearsal", "replay_share", "self_replay_kl", "input_kl")
                            if getattr(self, name)] + ["optimizer ivon"] * ivon
         if used and self.task is None:

@@ -78,7 +78,7 @@ def test_methods_are_compared_at_equal_learning(folder):
     for model, study in studies.items():
         for method, effects in EFFECTS.items():
             gap = gap_of(study, method, RISE)
-            assert (gap.mean, gap.units) == (pytest.approx(effects[model], abs=0.02), 4)
+            assert (gap.mean, gap.n) == (pytest.approx(effects[model], abs=0.02), 4)
     sentences, (title, text) = plane_section(stages, studies["llm"], RISE)
     assert title == "Learned and forgotten: llm"
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
@@ -104,19 +104,18 @@ def test_a_single_model_has_intervals_over_its_items(folder, tmp_path):
     study = method_study(read_runs(tmp_path / "one"), "llm", "finetune")
     gap = gap_of(study, "lora", RISE)
     assert gap.mean == pytest.approx(-0.3, abs=0.03)
-    assert gap.units == 24
-    assert gap.error < 0.01
+    assert gap.n == 24
+    assert gap.half_width < 0.02
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
         tokens = rng.integers(5, 40, 30)
         values = tokens * rng.normal(0.2, 0.5, 30)
         gap = over_items(ItemValues(values / tokens.mean(), tokens / tokens.mean()))
-        covered += abs(gap.mean - 0.2) <= t_quantile(29) * gap.error
+        covered += abs(gap.mean - 0.2) <= gap.half_width
     assert 0.92 < covered / 400 < 0.98
     gap = over_items(ItemValues(np.array([1.0, 3.0, 5.0]), np.ones(3)))
-    assert (gap.mean, gap.error) == (3.0, pytest.approx(2 / np.sqrt(3)))
-    assert str(gap).startswith("+3 [")
+    assert (gap.mean, gap.half_width) == (3.0, pytest.approx(t_quantile(2) * 2 / np.sqrt(3)))
     assert gap.p == pytest.approx(0.1217, abs=1e-3)  # t = 2.598 with two degrees of freedom
 
 

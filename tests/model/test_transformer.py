@@ -177,7 +177,7 @@ def test_the_heads_gradient_is_as_exact_in_many_chunks_as_in_one(dtype, monkeypa
     for rows in (N, 16):
         monkeypatch.setattr(model.loss, "chunk_rows", lambda *_, rows=rows: rows)
         weight.grad = None
-        model.loss.FusedLinearCrossEntropy.apply(hidden, weight, targets, None, True).backward()
+        model.loss.FusedLinearLoss.apply(hidden, weight, targets, None, True).backward()
         assert weight.grad.dtype == dtype
         errors.append(float((weight.grad.double() - reference.grad).norm() / reference.grad.norm()))
     assert errors[0] < {torch.bfloat16: 3e-3, torch.float32: 1e-6}[dtype]

@@ -13,7 +13,7 @@ from common.provenance import read_lineage
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
 from model.hub import load_model
-from model.loss import FusedLinearCrossEntropy
+from model.loss import FusedLinearLoss
 from model.tokenizer import Tokenizer
 from tests.conftest import error_line, losses, read_metrics, run_script
 from training.batches import count_tokens, replay_indices, sample_indices
@@ -53,7 +53,7 @@ def test_the_loss_of_a_teacher_equals_the_divergence(rows):
     for fused in (True, False):
         states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         log_q = (teacher_hidden @ teacher.T).log_softmax(-1)
-        loss = FusedLinearCrossEntropy.apply(states, head, teacher_hidden, teacher, True) if fused else F.kl_div(
+        loss = FusedLinearLoss.apply(states, head, teacher_hidden, teacher, True) if fused else F.kl_div(
             (states @ head.T).log_softmax(-1), log_q, reduction="sum", log_target=True)
         (0.3 * loss).backward()
         gradients.append((loss.detach(), states.grad, head.grad))

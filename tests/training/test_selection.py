@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.growth import expand, grow_model
 from model.hub import load_model
 from model.lora import LoRA, adapted_tensors, adapter_shapes, insert_adapters
-from model.loss import FusedLinearCrossEntropy
+from model.loss import FusedLinearLoss
 from model.tokenizer import Tokenizer
 from model.transformer import parameter_shapes
 from tests.conftest import SHAPE, error_line, losses, random_model, read_metrics
@@ -125,12 +125,12 @@ def test_a_resumed_run_continues(train, checkpoint, tmp_path, flags):
 def test_the_head_has_no_gradient_if_it_is_frozen():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
     targets = torch.tensor([0, 3, 8, 1, 1, 5])
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, targets, None, True)
+    loss = FusedLinearLoss.apply(hidden, weight, targets, None, True)
     loss.backward()
     expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), hidden)
     torch.testing.assert_close(hidden.grad, expected[0])
     frozen, trained = hidden.detach(), weight.clone().requires_grad_()
-    FusedLinearCrossEntropy.apply(frozen, trained, targets, None, True).backward()
+    FusedLinearLoss.apply(frozen, trained, targets, None, True).backward()
     expected = torch.autograd.grad(F.cross_entropy(frozen @ trained.T, targets, reduction="sum"), trained)
     torch.testing.assert_close(trained.grad, expected[0])
 
