@@ -21,6 +21,8 @@ from common import scripts
 from common.configs import CONFIGS, read_config
 from common.distributed import Distributed, resolve_dtype
 from common.files import UserError, check_writable, digest, parsing, read_json
+from common.provenance import TemplateName, last_template, read_lineage
+from corpus.prompts import open_template
 from corpus.tasks import read_task
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.losses import LossSet, evaluate_losses, existing_losses, open_loss_sets
@@ -116,7 +118,10 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
                         "leave out --posterior_samples")
     if cfg.bertscore_model and cfg.tasks and cfg.decode:
         bertscore(["a text"], [["a text"]], cfg.bertscore_model, cfg.bertscore_layer)
-    test_sets, suite = open_test_sets(cfg, config.max_position_embeddings), None
+    template = cfg.template or last_template(read_lineage(source)) or "alpaca"
+    if cfg.tasks or cfg.template:
+        open_template(template, checkpoint.tokenizer).check_length(cfg.max_source_length)
+    test_sets, suite = open_test_sets(cfg, template, config.max_position_embeddings), None
     loss_sets = open_loss_sets(cfg, checkpoint, test_sets)
     test_sets = test_sets if cfg.decode else []
     tokenizer_files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
@@ -132,7 +137,8 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
         from evaluation.benchmarks import prepare_suite
         from evaluation.lm_eval_tasks import read_suite
         sampled = {"posterior_samples": cfg.posterior_samples, "seed": cfg.seed, "posterior_digest": digest(posterior)}
-        suite = prepare_suite(read_suite(cfg.suite, cfg.suite_files), out, run | (sampled if posterior else {}), [
+        given = (sampled if posterior else {}) | ({"template": "chat"} if cfg.template == "chat" else {})
+        suite = prepare_suite(read_suite(cfg.suite, cfg.suite_files), out, run | given, [
             (source, ("weights", cfg.seed, number)) for number in range(cfg.posterior_samples)])
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 
@@ -148,7 +154,7 @@ def check_weights(out: Path, checkpoint_digest: str) -> None:
                 raise UserError(f"{path} has results of other weights")
 
 
-def open_test_sets(cfg: EvaluateConfig, max_length: int) -> list[TaskTestSet]:
+def open_test_sets(cfg: EvaluateConfig, template: TemplateName, max_length: int) -> list[TaskTestSet]:
     """The test sets of all tasks. Raises UserError if one is empty or may exceed the model's context, `max_length`."""
     test_sets, problems = [], []
     for task in cfg.tasks:
@@ -167,7 +173,7 @@ def open_test_sets(cfg: EvaluateConfig, max_length: int) -> list[TaskTestSet]:
                 problems.append(f"max_source_length {cfg.max_source_length} + {name} {length} of {task} is more than "
                                 f"the model's max_position_embeddings {max_length}: lower max_source_length")
         test_sets.append(TaskTestSet(task, items, digest([path]), decoding, cfg.max_source_length, source, sari,
-                                     cfg.bertscore_model, cfg.bertscore_layer))
+                                     cfg.bertscore_model, cfg.bertscore_layer, template))
     if problems:
         raise UserError("; ".join(problems))
     return test_sets

@@ -14,7 +14,7 @@ scope: every layer keeps its shape.
 """
 import common.interrupts
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from tqdm import tqdm
@@ -111,7 +111,7 @@ def grow(cfg: GrowConfig) -> None:
     lineage = read_lineage(source) | {"new_layers": new_layers(layer_map)}
     if cfg.moments == "anew":
         lineage.pop("updates", None)
-    config = replace(base, num_hidden_layers=len(layer_map))
+    config = base.with_layers(layer_map)
     dtypes = {name: checkpoint.weights.dtype(copied) for name, copied in base_names(config, layer_map).items()}
     with new_directory(cfg.out) as folder:
         tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.adds_nothing, cfg.noise, cfg.seed)

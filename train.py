@@ -84,7 +84,7 @@ def main(cfg: TrainConfig) -> None:
 
         result = train(run, engine, method, data, state, log)
         examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
-                                   cfg.max_target_length)
+                                   cfg.max_target_length, cfg.template)
         save_checkpoint(run, engine, run.directory)
         samples, began = data.sample(cfg.fisher_samples), time.perf_counter()
         method.write_side_files(run.directory, samples, train_step)

@@ -158,7 +158,8 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
 def losses_of(found: dict[str, Any]) -> ItemLosses:
     """The losses in the content of a losses file."""
     items, run = found["items"], found["run"]
-    conditions = {name: run[name] for name in LOSS_SETTINGS if name in run} | {"items": found["samples"]}
+    conditions = {name: run[name] for name in LOSS_SETTINGS if name in run}
+    conditions |= {"items": found["samples"], "template": run.get("template") or "alpaca"}
     return ItemLosses(np.array(items["nll"], float), np.array(items["tokens"], float),
                       None if items["kl"] is None else np.array(items["kl"], float), conditions,
                       (text_of(run.get("checkpoint_digest")), text_of(run.get("reference_digest"))))

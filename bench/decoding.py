@@ -21,7 +21,8 @@ from bench.timing import timed
 from bench.workload import split_batches
 from common.scripts import run
 from common.settings import setting
-from corpus.tasks import encode_prompts, read_task
+from corpus.prompts import open_template
+from corpus.tasks import read_task
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import load_model
 from model.tokenizer import Tokenizer
@@ -83,7 +84,8 @@ def output_difference(model, prompt, outputs, decoding, eos):
 def main(cfg):
     """Prints the rates of each mode, their ratios, and every difference."""
     dtype, tokenizer = getattr(torch, cfg.dtype), Tokenizer(cfg.checkpoint)
-    prompts = encode_prompts(tokenizer, [item["input"] for item in read_task(cfg.data)[0]["test"][:cfg.samples]], 1024)
+    items = read_task(cfg.data)[0]["test"][:cfg.samples]
+    prompts = open_template("alpaca", tokenizer).encode_prompts([item["input"] for item in items], 1024)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(cfg.checkpoint, dtype, device)
     baseline = AutoModelForCausalLM.from_pretrained(cfg.checkpoint, dtype=dtype).to(device)

@@ -61,7 +61,7 @@ def measure_point(rank, cfg, point, port, queue):
     """Takes the steps of a point; rank 0 puts (seconds of each step, bytes) on the queue."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(point.processes), "LOCAL_RANK": str(rank),
                    "LOCAL_WORLD_SIZE": str(point.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    config = dataclasses.replace(size_config(cfg.size), num_hidden_layers=point.layers)
+    config = size_config(cfg.size, point.layers)
     train_cfg = TrainConfig(zero=cfg.zero, dtype=cfg.dtype, max_tokens_per_microbatch=1 << 30,
                             microbatch_overhead_tokens=1 << 30)
     with Distributed() as dist:

@@ -63,11 +63,12 @@ def read_text(path: str | Path) -> str:
 def parse_json(text: str, where: str | Path) -> Any:
     """The value of a JSON text. Raises UserError, which begins with `where`, for a syntax error.
 
-    Stricter than the json module: NaN, infinities, integers of more than 64 bits and floats beyond the range are
-    refused, and so are texts with half of a surrogate pair, which cannot be encoded.
+    Stricter than the json module: NaN, infinities and numbers beyond the range of floats are refused, and so are texts
+    with half of a surrogate pair, which cannot be encoded. Integers of more than 64 bits become floats: transformers
+    writes 10^30 as the length of a tokenizer without a limit.
     """
     try:
-        value = json.loads(text, parse_int=small_int, parse_float=finite_float,
+        value = json.loads(text, parse_int=integer_or_float, parse_float=finite_float,
                            parse_constant=finite_float)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # json accepts any surrogate
             json.dumps(value, ensure_ascii=False).encode()
@@ -81,15 +82,14 @@ def parse_json(text: str, where: str | Path) -> Any:
         character = error.object[error.start]
         raise UserError(f"{where} holds the text {character!r}, half of a surrogate pair, which stands for no "
                         "character") from None
-    except ValueError as error:  # not finite, or an integer of more than 64 bits
+    except ValueError as error:  # not finite
         raise UserError(f"{where} is not JSON: {first_line(error)}") from None
 
 
-def small_int(text: str) -> int:
-    """The integer that a JSON literal stands for. Raises ValueError if it does not fit in 64 bits."""
-    if len(text) > 20 or abs(value := int(text)) >= 1 << 63:
-        raise ValueError(f"{text[:20]}… is not a number of at most 64 bits")
-    return value
+def integer_or_float(text: str) -> int | float:
+    """The integer that a JSON literal stands for; a float if it does not fit in 64 bits. Raises ValueError if it is
+    beyond the range of floats."""
+    return finite_float(text) if len(text) > 20 or abs(int(text)) >= 1 << 63 else int(text)
 
 
 def finite_float(text: str) -> float:

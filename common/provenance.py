@@ -4,10 +4,11 @@ import sys
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from common.files import UserError, digest, read_json, write_json
 
+TemplateName = Literal["alpaca", "chat"]  # of the prompts of tasks, see corpus/prompts.py
 RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth, in their directories
 
 # Settings that change how a run is carried out or reported but not its weights, or that a digest stands for (init and
@@ -62,7 +63,8 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
     lineage = record.get("lineage", {})
     problems = wrong_types(record, RECORD_TYPES) or wrong_types(lineage, LINEAGE_TYPES) or [
         "tasks" for task in lineage.get("tasks", [])
-        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)] or [
+        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)
+        or task.get("template", "alpaca") not in get_args(TemplateName)] or [
         "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)]
     if problems:
         raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not valid")
@@ -83,13 +85,19 @@ def read_lineage(checkpoint: str | Path) -> dict[str, Any]:
         "flops": floating-point operations of training, including those of the checkpoints it was made from;
         "text": the text it was pretrained on and the position reached in its sample stream, {data_digest, seed,
         seq_length, max_train_samples, samples};
-        "tasks": the tasks it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples}];
+        "tasks": the tasks it was fine-tuned on, in order, [{task, data, data_digest, max_train_samples, template}];
         "start": the checkpoint that the first of these tasks started from, {init, digest};
         "new_layers": the layers that the last growth added;
         "inserted": the number of layers that the chain of tasks, or its last task, began by inserting;
         "updates": the updates of the optimizer whose moments are next to the checkpoint.
     """
     return (read_record(checkpoint, GROWTH) or read_record(checkpoint)).get("lineage", {})
+
+
+def last_template(lineage: Mapping[str, Any]) -> TemplateName | None:
+    """The name of the prompts of the last task in a lineage; None without a task."""
+    tasks = lineage.get("tasks", [])
+    return tasks[-1].get("template", "alpaca") if tasks else None
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:

@@ -1,4 +1,4 @@
-"""Preprocessed task files (writer and reader), the prompt, and a task as samples for supervised fine-tuning."""
+"""Preprocessed task files (writer and reader), and a task as samples for supervised fine-tuning."""
 import json
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,9 @@ from typing import Any
 import numpy as np
 
 from common.files import UserError, read_json, write_text
+from common.provenance import TemplateName
+from corpus.prompts import open_template
 from model.tokenizer import Tokenizer
-
-# The Alpaca prompt (Taori et al., 2023). A source that already ends with the marker is used as the whole prompt.
-RESPONSE = "### Response:"
-
-PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-          "Write a response that appropriately completes the request.\n\n{source}\n\n" + RESPONSE)
 
 SPLITS = ("train", "eval", "test")
 BEGINNING = b'{\n "train": ['  # of a file that write_task has written
@@ -24,29 +20,19 @@ class SFTDataset(list):
 
     A sample is (token ids, index of the first target). The ids are <bos> + prompt, then target + <eos>. Source and
     target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens. The loss covers
-    the target, and the prompt as well if `train_on_source`.
+    the target, and the prompt as well if `train_on_source`. A chat template has its own tokens instead of <bos> and
+    <eos>, see corpus/prompts.py.
     """
 
     def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,
-                 train_on_source: bool = False):
-        sources = encode_prompts(tokenizer, [item["input"] for item in items], max_source_length)
-        targets = tokenizer.encode_batch([item["output"] for item in items])
+                 train_on_source: bool = False, template: TemplateName = "alpaca"):
+        opened = open_template(template, tokenizer)
+        texts = [item["input"] for item in items]
+        sources = opened.encode_prompts(texts, max_source_length)
+        targets = opened.encode_replies(texts, [item["output"] for item in items])
         super().__init__(
-            (np.array(source + target[:max_target_length - 1] + [tokenizer.eos_id], dtype=np.int64),
+            (np.array(source + target[:max_target_length - 1] + [opened.end_id], dtype=np.int64),
              1 if train_on_source else len(source)) for source, target in zip(sources, targets))
-
-
-def encode_prompts(tokenizer: Tokenizer, sources: list[str], max_length: int) -> list[list[int]]:
-    """Token ids of <bos> + prompt for each source text, at most `max_length` of them.
-
-    A long prompt loses the end of its source but keeps the response marker; without the marker the model would
-    continue the source.
-    """
-    prompts = [source if source.rstrip().endswith(RESPONSE) else PROMPT.format(source=source) for source in sources]
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    marker = tokenizer.encode("\n\n" + RESPONSE)
-    encoded = [bos + ids for ids in tokenizer.encode_batch(prompts)]
-    return [ids if len(ids) <= max_length else ids[:max_length - len(marker)] + marker for ids in encoded]
 
 
 def split_indices(count: int, eval_size: float) -> tuple[list[int], list[int]]:

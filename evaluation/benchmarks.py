@@ -96,7 +96,8 @@ def evaluate_suite(prepared: SuiteRun, model: ParallelModel, out: Path) -> dict[
     Returns the results of all: lm-eval's, with "run", "tokens" and "missing" added. Older results that the new ones
     supersede are removed. What is missing is recorded in `out`.
     """
-    results, answers = run_suite(prepared.loaded, model, prepared.run["limit"], prepared.posterior_samples)
+    results, answers = run_suite(prepared.loaded, model, prepared.run["limit"], prepared.posterior_samples,
+                                 prepared.run.get("template") == "chat")
     if results["results"]:
         results |= {"run": prepared.run | {"commit": git_commit()}, "tokens": model.counts}
         superseded = [file.path for file in own_results(out) if supersedes(results, file)]
@@ -121,20 +122,23 @@ def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def supersedes(results: dict[str, Any], old: ResultsFile) -> bool:
-    """Whether results hold every benchmark of an older file, with at least as many items and posterior samples."""
+    """Whether results hold every benchmark of an older file, with at least as many items and posterior samples, and
+    with the same prompts."""
     def items(content: dict[str, Any]) -> dict[str, int]:
         return {name: sizes["effective"] for name, sizes in content["n-samples"].items()}
 
     with earlier_results(), parsing(old.path, "a results file of evaluate.py"):
         new_items = items(results)
-        return old.results.keys() <= results["results"].keys() and \
+        return results["run"].get("template") == old.run.get("template") and \
+            old.results.keys() <= results["results"].keys() and \
             all(new_items.get(name, 0) >= count for name, count in items(old.content).items()) and \
             results["run"].get("posterior_samples", 0) >= old.run.get("posterior_samples", 0)
 
 
 def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
-              posterior_samples: Sequence[PosteriorSample] = ()) -> tuple[dict[str, Any], Answers]:
-    """Runs all benchmarks of a suite, `limit` items of each task, in one call of lm-eval's `simple_evaluate`.
+              posterior_samples: Sequence[PosteriorSample] = (), chat: bool = False) -> tuple[dict[str, Any], Answers]:
+    """Runs all benchmarks of a suite, `limit` items of each task, in one call of lm-eval's `simple_evaluate`, with
+    `chat` in the chat template of the tokenizer.
 
     Returns lm-eval's results with calibration and bits per byte added, and the answers with the loss of the right
     options added (see `add_option_losses`). For each posterior sample the multiple-choice benchmarks run again;
@@ -143,14 +147,14 @@ def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
     """
     if not loaded:
         return {"results": {}}, {}
-    results = simple_evaluate(model, [root for root, _ in loaded.values()], limit)
+    results = simple_evaluate(model, [root for root, _ in loaded.values()], limit, chat)
     answers = results.pop("samples")
     multiple_choice = [root for root, tasks in loaded.values()
                        if all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)]
     sampled = []
     for directory, key in posterior_samples if multiple_choice else ():
         model.load_posterior_sample(directory, key)
-        sampled.append(simple_evaluate(model, multiple_choice, limit)["samples"])
+        sampled.append(simple_evaluate(model, multiple_choice, limit, chat)["samples"])
     for benchmark, (_, tasks) in loaded.items():
         add_option_losses(tasks, answers)
         for name, members in ({task.task_name: [task] for task in tasks} | {benchmark: tasks}).items():
@@ -158,12 +162,12 @@ def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
     return results, answers
 
 
-def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None) -> dict[str, Any]:
+def simple_evaluate(model: ParallelModel, tasks: list, limit: int | None, chat: bool) -> dict[str, Any]:
     """lm-eval's function of that name. Raises UserError for what it cannot compute, such as an infinite perplexity."""
     try:
         with quiet():
             # `tasks` are loaded. The default manager would read the files of all lm-eval tasks, which takes seconds.
-            return lm_eval.simple_evaluate(HarnessModel(model), tasks=tasks, limit=limit,
+            return lm_eval.simple_evaluate(HarnessModel(model), tasks=tasks, limit=limit, apply_chat_template=chat,
                                            task_manager=TaskManager(include_defaults=False))
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"lm-eval cannot compute the results: {type(error).__name__}: {first_line(error)}") from error

@@ -39,15 +39,18 @@ def benchmark_conditions(file: ResultsFile, name: str, metric: str) -> Condition
         found["few-shot seed"] = config.get("fewshot_seed")
     known = {key: value for key, value in found.items() if value is not None}
     known |= {key: content[key] for key in ("chat_template_sha", "system_instruction_sha") if key in content}
+    if file.run or "chat_template_sha" in content:
+        known["template"] = "chat" if file.run.get("template") or content.get("chat_template_sha") else "none"
     limits = [source["limit"] for source in (file.run, config) if "limit" in source]
     return known | ({"limit": limits[0]} if limits else {})
 
 
 def task_conditions(results: dict[str, Any], metric: str) -> Conditions:
-    """The conditions of a task's metric in a metrics-<task>.json: version, data, items, prompts, decoding, dtype and
-    limit."""
+    """The conditions of a task's metric in a metrics-<task>.json: version, data, items, prompts and their template,
+    decoding, dtype and limit."""
     run = results["run"]
     found = {"metric": metric} | {name: run[name] for name in TASK_SETTINGS if name in run}
+    found["template"] = run.get("template") or "alpaca"
     found |= {"version": run["sari"]} if metric == "sari" and "sari" in run else {}
     found |= {name: results[key] for name, key in (("items", "samples"), ("prompts", "prompts")) if key in results}
     return found | {f"decoding {name}": value for name, value in run.get("decoding", {}).items()}

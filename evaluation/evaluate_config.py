@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from common.provenance import TemplateName
 from common.settings import setting
 
 
@@ -28,6 +29,9 @@ class EvaluateConfig:
                                             "shards, the model's context for a text file", at_least=1)
     max_source_length: int = setting(1024, "maximum number of tokens of a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum number of tokens of a reference, including <eos>", at_least=2)
+    template: TemplateName | None = setting(None, "prompts: alpaca, or chat, the tokenizer's chat template, which "
+                                                  "benchmarks use as well; none: plain benchmarks, and for tasks the "
+                                                  "template of the checkpoint's fine-tuning, or alpaca")
     seed: int = setting(42, "seed for decoding by sampling, and for posterior samples", at_least=0)
     posterior_samples: int = setting(0, "number of weight samples from the checkpoint's posterior; adds benchmark "
                                      "results with the options' probabilities averaged over them", at_least=0,

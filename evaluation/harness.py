@@ -1,4 +1,5 @@
 """The model as a language model of lm-eval."""
+import functools
 import json
 from array import array
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from common.files import UserError
 from evaluation.parallel import ParallelModel
 from evaluation.test_sets import make_generation_config
+from model.chat_template import ChatTemplate
 from model.generation import GenerationConfig
 
 MAX_NEW_TOKENS = 256  # the default of lm-eval's Hugging Face backend
@@ -40,6 +42,28 @@ class HarnessModel(TemplateLM):
     def prefix_token_id(self) -> int:
         """The token that precedes a text without a context: bos, or the end-of-text token if there is no bos."""
         return self.eot_token_id if self.text_tokenizer.bos_id is None else self.text_tokenizer.bos_id
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate:
+        """The chat template of the tokenizer."""
+        return ChatTemplate(self.text_tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the tokenizer in lm-eval's cache of requests."""
+        return str(self.text_tokenizer.directory)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of messages, with the beginning of a reply, or up to the end of the last message. If the template
+        rejects a system message, such as the description of a task, it is left out."""
+        try:
+            return self.chat.render(chat_history, True) if add_generation_prompt else \
+                self.chat.render_open(chat_history)
+        except UserError:
+            if not (without := [message for message in chat_history if message["role"] != "system"]) or \
+                    len(without) == len(chat_history):
+                raise
+            return self.apply_chat_template(without, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of one text."""

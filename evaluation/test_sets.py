@@ -6,10 +6,10 @@ from typing import Any
 
 from common.configs import read_config
 from common.files import UserError, parsing, read_json, read_json_lines
-from common.provenance import git_commit
+from common.provenance import TemplateName, git_commit
 from common.settings import Resolved
+from corpus.prompts import open_template
 from corpus.raw_tasks import restore_brackets
-from corpus.tasks import encode_prompts
 from evaluation.metrics import bertscore, bleu, bootstrap_interval, rouge, sanity_metrics, sari, sari_hf
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results, is_same_run, task_files, write_task_results
@@ -29,6 +29,7 @@ class TaskTestSet:
     sari: str | None  # the definition of SARI, or None for a task that is not judged by it
     bertscore_model: str | None
     bertscore_layer: int | None
+    template: TemplateName = "alpaca"
 
 
 def make_generation_config(options: dict[str, Any], where: str) -> GenerationConfig:
@@ -51,7 +52,13 @@ def task_decoding(task: str, seed: int) -> GenerationConfig:
 def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
     """What the results of a test set depend on: `run`, extended by its settings."""
     facts = dataclasses.asdict(dataclasses.replace(test_set, items=[]))
-    return run | {name: value for name, value in facts.items() if name not in ("task", "items")}
+    return run | {name: value for name, value in facts.items() if name not in ("task", "items")} | {
+        "template": recorded_template(test_set.template)}
+
+
+def recorded_template(template: TemplateName) -> TemplateName | None:
+    """How results record their template: None for the default, as in results from before there were others."""
+    return None if template == "alpaca" else template
 
 
 def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -83,7 +90,8 @@ def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, ru
         print(f"{task_files(out, test_set.task)[0]} already exists, with the same model, data and settings", flush=True)
         return existing
     items = test_set.items
-    prompts = encode_prompts(model.tokenizer, [item["input"] for item in items], test_set.max_source_length)
+    prompts = open_template(test_set.template, model.tokenizer).encode_prompts([item["input"] for item in items],
+                                                                               test_set.max_source_length)
     predictions = [model.tokenizer.decode(ids).strip() for ids in model.generate(prompts, test_set.decoding)]
     references = [item.get("references") or [item["output"]] for item in items]
     sources = [restore_brackets(item["src_info"].get(test_set.source) or item["input"]) for item in items]

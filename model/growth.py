@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,15 @@ def grown_tensors(weights: CheckpointReader | Mapping[str, torch.Tensor], config
     """Yields (name, tensor) of the grown model in model order, from the base's weights and the grown configuration.
 
     Layer i is a bitwise copy of layer `layer_map[i]`. Two options change the new layers only, the second and later
-    copies of a layer. `zero_init` sets the projections that write into the residual stream to 0: a new layer then adds
-    nothing, and the grown model computes the function of the base (as in Gong et al., arXiv 1904.01038, and bert2BERT,
-    arXiv 2110.07143, for other operators). `noise` adds Gaussian noise to each matrix, with `noise` times its standard
-    deviation; it is a function of (seed, name).
+    copies of a layer. `zero_init` sets the projections that write into the residual stream to 0, or the gains of the
+    norms after them: a new layer then adds nothing, and the grown model computes the function of the base (as in Gong
+    et al., arXiv 1904.01038, and bert2BERT, arXiv 2110.07143, for other operators). `noise` adds Gaussian noise to each
+    matrix, with `noise` times its standard deviation; it is a function of (seed, name).
     """
     new = new_layers(layer_map)
+    # A norm of zeros has a gradient of 1/√eps, so that its gain is zero instead of the projection before it.
+    outputs = ("post_attention_layernorm", "post_feedforward_layernorm") if config.family.norm_after else \
+        ("o_proj", "down_proj")
     for name, source in base_names(config, layer_map).items():
         tensor, match = weights[source], re.search(r"layers\.(\d+)", name)
         is_new = match is not None and int(match[1]) in new
@@ -164,7 +167,7 @@ def grown_tensors(weights: CheckpointReader | Mapping[str, torch.Tensor], config
             normal = torch.randn(tensor.shape, generator=named_generator(seed, name)).to(tensor.device)
             noisy = tensor.float() + sigma * normal
             tensor = noisy.to(tensor.dtype)
-        if is_new and zero_init and ("o_proj" in name or "down_proj" in name):
+        if is_new and zero_init and any(output in name for output in outputs):
             tensor = torch.zeros_like(tensor)
         yield name, tensor
 
@@ -183,7 +186,7 @@ def write_moments(folder: Path, source: Path, base: ModelConfig, layer_map: Sequ
     moments = open_side_files(find_parameter_files(source, MOMENTS), MOMENTS, source, base)
     if moments is None:
         raise UserError(f"{source} has no optimizer moments: train it with --carry_moments, or leave out --moments")
-    config = replace(base, num_hidden_layers=len(layer_map))
+    config = base.with_layers(layer_map)
     names = base_names(config, layer_map)
     new = [f"layers.{layer}." for layer in new_layers(layer_map)] if zero else []
 
@@ -201,7 +204,7 @@ def write_moments(folder: Path, source: Path, base: ModelConfig, layer_map: Sequ
 def grow_model(model: Transformer, layer_map: Sequence[int], **options: Any) -> Transformer:
     """Returns a grown copy of a model in memory, as stack.py does on disk. For `options` see `grown_tensors`."""
     check_layer_map(layer_map, model.config.num_hidden_layers, options.get("zero_init", False))
-    config = replace(model.config, num_hidden_layers=len(layer_map))
+    config = model.config.with_layers(layer_map)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = grown_tensors(weights, config, layer_map, **options)
     return materialize_model(config, ((name, tensor.clone()) for name, tensor in tensors))

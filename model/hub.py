@@ -53,7 +53,8 @@ def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
     with explain_hub_errors(repo_id):
-        directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
+        # Mistral's repositories also hold the weights in a layout of their own, consolidated.safetensors.
+        directory = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns="consolidated*"))
         if not list(directory.glob("*.safetensors")):
             patterns += ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
             directory = Path(snapshot_download(repo_id, allow_patterns=patterns))

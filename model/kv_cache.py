@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.prefix_packing import Segment, packed_passes, sort_sequences
-from model.transformer import Attend, Transformer, additive_mask, attention
+from model.transformer import Attend, Transformer, additive_mask, attention, within_window
 
 
 class KVCache:
@@ -29,7 +29,9 @@ class KVCache:
         The last T of the S columns are those of the tokens themselves. Call this before each call of the decoder.
         """
         self.positions, self.length = positions, mask.shape[2]
-        self.attn_mask = additive_mask(mask, self.model.config.group_size, self.keys[0].dtype)
+        config, dtype = self.model.config, self.keys[0].dtype
+        self.masks = {window: additive_mask(within_window(mask, window), config.group_size, dtype)
+                      for window in config.windows}
 
     def of_layer(self, index: int) -> Attend:
         """Returns the attention of a layer."""
@@ -39,7 +41,7 @@ class KVCache:
         """Stores key and value [B, K, T, D] in the last columns and returns the attention of query [B, H, T, D]."""
         keys, values = (tensors[layer][:len(query), :, :self.length] for tensors in (self.keys, self.values))
         keys[:, :, -query.shape[2]:], values[:, :, -query.shape[2]:] = key, value
-        return attention(query, keys, values, self.attn_mask)
+        return attention(query, keys, values, self.masks[self.model.config.window(layer)])
 
     def prefill(self, prompts: Sequence[list[int]], max_tokens: int = 4096) -> Tensor:
         """Fills the cache with prompts and returns the hidden state of the last token of each, [B, C]."""

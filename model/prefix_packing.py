@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model.oom import halve_batch
-from model.transformer import Attend, Transformer, additive_mask, attention
+from model.transformer import Attend, Transformer, additive_mask, attention, within_window
 
 
 def group_tokens(device: str) -> int:
@@ -45,14 +45,13 @@ class Segment:
         return slice(self.offset - origin, self.offset - origin + stop - self.start)
 
 
-def group_mask(segments: list[Segment], model: Transformer) -> torch.Tensor | None:
-    """Returns the attention mask of consecutive segments under one path, with keys of the path and the segments.
+def group_masks(segments: list[Segment], model: Transformer) -> dict[int | None, torch.Tensor | None]:
+    """Returns the attention masks of consecutive segments under one path, with keys of the path and the segments, by
+    the window of the layer (see ModelConfig).
 
-    Returns None for a single segment without a path, which needs only causal attention.
+    The mask of a single segment without a path is None if causal attention is all that it needs.
     """
-    first, last = segments[0], segments[-1]
-    if len(segments) == 1 and not first.start:
-        return None
+    first, last, config = segments[0], segments[-1], model.config
     size = last.rows(last.stop, first.offset).stop
     mask = torch.zeros((size, first.start + size), dtype=torch.bool)
     mask[:, :first.start] = True
@@ -62,7 +61,8 @@ def group_mask(segments: list[Segment], model: Transformer) -> torch.Tensor | No
             if part.start >= first.start:
                 own[segment.rows(segment.stop, first.offset), part.rows(stop, first.offset)] = True
     mask = mask.tril_(first.start)[None].to(model.lm_head.weight.device)
-    return additive_mask(mask, model.config.group_size, model.lm_head.weight.dtype)
+    return {window: additive_mask(within_window(mask, window), config.group_size, model.lm_head.weight.dtype)
+            if len(segments) > 1 or first.start or window and size > window else None for window in config.windows}
 
 
 class PackedPass:
@@ -71,6 +71,7 @@ class PackedPass:
     def __init__(self, segments: list[Segment], kept: set[Segment], model: Transformer):
         positions = torch.cat([torch.arange(segment.start, segment.stop) for segment in segments])
         device = model.lm_head.weight.device
+        self.config = model.config
         self.positions, most = positions[None].to(device), group_tokens(device.type)  # 1 N
         self.segments, self.kept = set(segments), [segment for segment in segments if segment in kept]
         groups: list[list[Segment]] = []
@@ -81,7 +82,7 @@ class PackedPass:
             else:
                 groups.append([segment])
         self.groups = [(group[0].path, slice(group[0].offset, group[-1].rows(group[-1].stop).stop),
-                        group_mask(group, model)) for group in groups]  # path, rows of the pass, mask
+                        group_masks(group, model)) for group in groups]  # path, rows of the pass, masks
 
     def of_layer(self, index: int) -> Attend:
         """Returns the attention of a layer."""
@@ -89,13 +90,13 @@ class PackedPass:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Returns the attention of query [1, H, N, D]. Keeps the keys and values that later passes attend to."""
-        y = torch.empty_like(query)
-        for path, rows, mask in self.groups:
+        y, window = torch.empty_like(query), self.config.window(layer)
+        for path, rows, masks in self.groups:
             keys_values = [(key[:, :, part.rows(stop)], value[:, :, part.rows(stop)]) if part in self.segments else
                            (part.keys[layer][:, :, :stop - part.start], part.values[layer][:, :, :stop - part.start])
                            for part, stop in path] + [(key[:, :, rows], value[:, :, rows])]
             keys, values = (torch.cat(tensors, 2) for tensors in zip(*keys_values))
-            y[:, :, rows] = attention(query[:, :, rows], keys, values, mask)
+            y[:, :, rows] = attention(query[:, :, rows], keys, values, masks[window])
         for segment in self.kept:
             segment.keys.append(key[:, :, segment.rows(segment.stop)].clone())
             segment.values.append(value[:, :, segment.rows(segment.stop)].clone())

@@ -21,8 +21,10 @@ class Tokenizer:
     """Encodes text to token ids and decodes them, with the tokenizer of a checkpoint directory.
 
     `bos_id`, `eos_id`, `pad_id` and `unk_id` are None if the directory names no such token. `eos_ids` are all ids that
-    end a text, and `eos_id` is the first of them. Ids in `generation_config.json` and `config.json` precede tokens in
-    `tokenizer_config.json`, because decoding stops at them. Raises UserError if there is no tokenizer file or it cannot
+    end a text: those in `generation_config.json` and `config.json` precede the token in `tokenizer_config.json`,
+    because decoding stops at them. `eos_id` is the tokenizer's own token if it is one of them, otherwise the first.
+    `bos_id` is the tokenizer's own token, too. If `tokenizer_config.json` says null, as with Qwen, it is None, or what
+    the post-processor of tokenizer.json puts before a text. Raises UserError if there is no tokenizer file or it cannot
     be read.
     """
 
@@ -45,6 +47,10 @@ class Tokenizer:
         ids = {name: self._special_ids(name) for name in ("bos", "eos", "pad", "unk")}
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (values[0] if values else None for values in ids.values())
         self.eos_ids = set(ids["eos"])
+        if (own := self._own_id("eos")) in self.eos_ids:
+            self.eos_id = own
+        if "bos_token" in self._read("tokenizer_config.json"):
+            self.bos_id = self._first_id() if (own := self._own_id("bos")) is None else own
         self._special = {index for values in ids.values() for index in values}
 
     @property
@@ -52,8 +58,7 @@ class Tokenizer:
         """Whether transformers prepends bos to the ids of a text: by the post-processor of tokenizer.json, or for a
         tokenizer.model by `add_bos_token` in tokenizer_config.json, which defaults to true."""
         if self.fast:
-            with library_errors(f"{self.directory}: the tokenizer fails"):
-                return self.bos_id is not None and self.fast.encode("").ids[:1] == [self.bos_id]
+            return self.bos_id is not None and self._first_id() == self.bos_id
         return self.bos_id is not None and self._entry("tokenizer_config.json", "add_bos_token", bool) is not False
 
     @property
@@ -61,7 +66,7 @@ class Tokenizer:
         """The largest id of the tokenizer, special ids included, plus one. The vocabulary of a model may be larger, but
         not smaller."""
         largest = max(self.fast.get_vocab().values(), default=-1) if self.fast else self.spm.vocab_size() - 1
-        return max(largest, *self._special) + 1
+        return max({largest, *self._special}) + 1
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without bos and eos."""
@@ -113,14 +118,31 @@ class Tokenizer:
                 if problems := special_id_problems(f"{name}_token_id", index):
                     raise UserError(f"{self.directory / file}: {problems[0]}")
                 return index if isinstance(index, list) else [index]
+        for file, token in self._own_tokens(name):
+            if (index := self._token_id(token)) is None:
+                raise UserError(f"{self.directory / file}: {name}_token {token!r:.80} is not in the vocabulary")
+            return [index]
+        index = getattr(self.spm, f"{name}_id")() if self.spm else -1
+        return [index] if index >= 0 else []
+
+    def _own_tokens(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yields the files of the tokenizer that name a special token, and the token."""
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if (token := self._entry(file, f"{name}_token", str, dict)) is not None:
                 token = token.get("content") if isinstance(token, dict) else token
-                if not isinstance(token, str) or (index := self._token_id(token)) is None:
+                if not isinstance(token, str):
                     raise UserError(f"{self.directory / file}: {name}_token {token!r:.80} is not in the vocabulary")
-                return [index]
-        index = getattr(self.spm, f"{name}_id")() if self.spm else -1
-        return [index] if index >= 0 else []
+                yield file, token
+
+    def _own_id(self, name: str) -> int | None:
+        """Returns the id of a special token that the tokenizer's files name; None for one that is not in the
+        vocabulary."""
+        return next((self._token_id(token) for _, token in self._own_tokens(name)), None)
+
+    def _first_id(self) -> int | None:
+        """Returns the id that the post-processor of tokenizer.json puts before every text, or None."""
+        with library_errors(f"{self.directory}: the tokenizer fails"):
+            return next(iter(self.fast.encode("").ids), None) if self.fast else None
 
     def _token_id(self, token: str) -> int | None:
         """Returns the id of a token, or None for an unknown token, for which sentencepiece itself returns unk."""

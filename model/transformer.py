@@ -1,4 +1,4 @@
-"""A decoder-only transformer in the Llama layout, with Hugging Face's parameter names.
+"""A decoder-only transformer in the layout of Llama and related families, with Hugging Face's parameter names.
 
 Dimensions:  B batch, T query tokens, S key tokens, C hidden size, H query heads, K key-value heads, D head size,
              V vocabulary, N tokens with a target, P tokens of a shared prefix.
@@ -8,7 +8,7 @@ scaled_dot_product_attention can therefore use its causal flash kernel (on GPUs 
 """
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -38,19 +38,26 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Returns the angles per position of the rotary embedding, [D/2] in fp32 (Su et al., arXiv 2104.09864, eq. 15).
 
-    `rope_scaling` "linear" divides all frequencies by the factor. "llama3" divides low frequencies, keeps high ones,
-    and interpolates between them by the number of rotations within the original context.
+    `rope_scaling` "linear" divides all frequencies by the factor. "llama3" and "yarn" divide low frequencies, keep high
+    ones, and interpolate between them by the number of rotations within the original context: "llama3" in this number,
+    "yarn" in the index of the frequency (Peng et al., arXiv 2309.00071, section 3.2).
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    D, scaling = config.head_dim, config.rope_scaling
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
     frequencies = 1.0 / config.rope_theta ** exponents
-    scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    rotations = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((rotations - low) / (high - low)).clamp(0, 1)
+    most = scaling["original_max_position_embeddings"] / (2 * math.pi)  # rotations of the highest frequency, which is 1
+    if scaling["rope_type"] == "yarn":
+        fast, slow = (D / 2 * math.log(most / scaling.get(name, default), config.rope_theta)  # indices of frequencies
+                      for name, default in (("beta_fast", 32), ("beta_slow", 1)))
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), D - 1)
+        keep = 1 - ((D / 2 * exponents - low) / max(high - low, 0.001)).clamp(0, 1)
+    else:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((most * frequencies - low) / (high - low)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
@@ -58,7 +65,7 @@ def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> 
     """Returns cos and sin of positions [..., T], each [..., T, D]: the D/2 angles twice, for half-split rotation."""
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * config.rotary_scale).to(dtype), (angles.sin() * config.rotary_scale).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,7 +105,21 @@ def additive_mask(mask: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     return bias.repeat(1, group_size, 1)[:, None]
 
 
+def within_window(mask: Tensor, window: int | None) -> Tensor:
+    """Returns the mask [B, T, S] with the last `window` tokens that each query attends to (sliding window attention:
+    Jiang et al., Mistral 7B, arXiv 2310.06825). The tokens a query attends to are in the order of their positions."""
+    return mask if window is None else mask & (mask.cumsum(-1) > mask.sum(-1, keepdim=True) - window)
+
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value -> attention, as `attention` without a mask
+
+
+def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dict[int | None, Attend]:
+    """Returns causal attention of the last T of S tokens by the window of a layer, for the dtype of a weight."""
+    def within(window: int) -> Attend:
+        mask = within_window(torch.ones(1, T, S, dtype=torch.bool, device=weight.device).tril_(S - T), window)
+        return partial(attention, attn_mask=additive_mask(mask, config.group_size, weight.dtype))
+    return {window: within(window) if window and window < S else attention for window in config.windows}
 
 
 class AttentionContext(Protocol):
@@ -114,21 +135,24 @@ class SharedPrefix:
     The prefix is computed once. Each row attends causally to the prefix and to itself.
     """
 
-    def __init__(self, prefix_length: int, rows: torch.Size, device: torch.device):
-        self.P, self.rows = prefix_length, rows  # rows: (B, T)
-        own = torch.arange(self.P, self.P + rows[1], device=device).repeat(rows[0])
-        self.positions = torch.cat((torch.arange(self.P, device=device), own))[None]  # 1 P+B·T
+    def __init__(self, config: ModelConfig, prefix_length: int, rows: torch.Size, weight: Tensor):
+        self.config, self.P, self.rows = config, prefix_length, rows  # rows: (B, T)
+        own = torch.arange(self.P, self.P + rows[1], device=weight.device).repeat(rows[0])
+        self.positions = torch.cat((torch.arange(self.P, device=weight.device), own))[None]  # 1 P+B·T
+        self.of_prefix = causal_attention(config, self.P, self.P, weight)
+        self.of_rows = causal_attention(config, rows[1], self.P + rows[1], weight)
 
     def of_layer(self, index: int) -> Attend:
-        """Returns the attention of a layer, which is that of any other."""
-        return self.attend
+        """Returns the attention of a layer."""
+        window = self.config.window(index)
+        return partial(self.attend, self.of_prefix[window], self.of_rows[window])
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, of_prefix: Attend, of_rows: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the attention of query [1, H, P + B·T, D] over key and value [1, K, P + B·T, D]."""
         prefix, rows = zip(*map(self.split, (query, key, value)))
         keys_values = (torch.cat((x.expand(len(y), -1, -1, -1), y), 2) for x, y in zip(prefix[1:], rows[1:]))
-        y = attention(rows[0], *keys_values)  # B H T D, over keys and values B K P+T D
-        return torch.cat((attention(*prefix), y.transpose(0, 1).flatten(1, 2)[None]), 2)
+        y = of_rows(rows[0], *keys_values)  # B H T D, over keys and values B K P+T D
+        return torch.cat((of_prefix(*prefix), y.transpose(0, 1).flatten(1, 2)[None]), 2)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits x [1, H, P + B·T, D] into the prefix [1, H, P, D] and the rows [B, H, T, D]."""
@@ -137,22 +161,32 @@ class SharedPrefix:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with K key-value heads for H query heads (GQA: Ainslie et al., arXiv 2305.13245)."""
+    """Causal self-attention with K key-value heads for H query heads (GQA: Ainslie et al., arXiv 2305.13245). Qwen3
+    normalizes each head of query and key, OLMo 2 all heads together."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_dim = D
-        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.head_dim, self.qk_norm = D, config.family.qk_norm
+        qkv_bias = config.attention_bias or config.family.qkv_bias
+        self.q_proj = nn.Linear(C, H * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+        if self.qk_norm:
+            sizes = (D, D) if self.qk_norm == "head" else (H * D, K * D)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) for size in sizes)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = attention) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend = attention) -> Tensor:
         B, T, _ = x.shape
-        query, key, value = (projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # B H|K T D
-                             for projection in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # B T H·D|K·D
+        if self.qk_norm == "projection":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (query, key, value))  # B H|K T D
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         y = attend(query, key, value)  # B H T D
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # B T C
 
@@ -172,16 +206,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each applied to a norm of the residual stream and added to it."""
+    """One layer: attention and feed-forward, each applied to a norm of the residual stream and added to it. With
+    `norm_after` (OLMo 2: arXiv 2501.00656, section 3.2), their outputs are normalized instead."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_after = config.family.norm_after
+        if not self.norm_after:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        if self.norm_after:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = attention) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend = attention) -> Tensor:
+        if self.norm_after:
+            x = x + self.post_attention_layernorm(self.self_attn(x, rotary, attend))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -210,12 +252,14 @@ class Decoder(nn.Module):
         positions = context.positions if context else torch.arange(input_ids.shape[1], device=x.device)[None]
         cos, sin = rotary_table(self.config, positions, x.dtype)
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
+        causal = {} if context else causal_attention(self.config, len(positions[0]), len(positions[0]), x)
         for index, layer in enumerate(self.layers):
-            attend = context.of_layer(index) if context else attention
+            attend = context.of_layer(index) if context else causal[self.config.window(index)]
+            given = x, (rotary if self.config.rotates(index) else None), attend
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rotary, attend)
+                x = layer(*given)
         return self.norm(x)
 
 
@@ -242,11 +286,6 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def compile_blocks(self) -> None:
-        """Compiles the blocks with torch.compile, once for all blocks, and again when sizes of micro-batches change."""
-        for block in self.model.layers:
-            block.compile()
-
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, prefix: Tensor | None = None,
                 teacher: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if targets is None:
@@ -259,7 +298,7 @@ class Transformer(nn.Module):
         if prefix is None or not len(prefix):
             return self.model(input_ids)
         sequence = torch.cat((prefix, input_ids.flatten()))[None]  # 1 P+B·T
-        hidden = self.model(sequence, SharedPrefix(len(prefix), input_ids.shape, sequence.device))
+        hidden = self.model(sequence, SharedPrefix(self.config, len(prefix), input_ids.shape, self.lm_head.weight))
         return hidden[0, len(prefix):].unflatten(0, input_ids.shape)  # B T C
 
     def target_states(self, input_ids: Tensor, targets: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -283,7 +322,7 @@ def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of every parameter in model order, without a tied head. Allocates no memory."""
     with torch.device("meta"):  # all layers have the shapes of one
-        one_layer = Transformer(replace(config, num_hidden_layers=1))
+        one_layer = Transformer(config.with_layers([0]))
     embedding, *rest = ((name, tuple(parameter.shape)) for name, parameter in one_layer.named_parameters())
     layers = [(f"model.layers.{index}.{name.removeprefix('model.layers.0.')}", shape)
               for index in range(config.num_hidden_layers) for name, shape in rest if name.startswith("model.layers.")]

@@ -87,7 +87,7 @@ class ExperimentConfig:
                 check()
             except UserError as error:
                 found.append(str(error))
-        return found
+        return found or template_problems(self)
 
     def init(self, model: str) -> str | None:
         """The checkpoint that was given as the m0 of a model."""
@@ -124,6 +124,19 @@ def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = 
         origins = [name for name, given in (("train_args", cfg.train_args), ("stage_args", stage_args),
                                             (f"the method {method!r}", method)) if given]
         raise UserError(f"{' and '.join(origins) or 'train.py'}: {error}") from None
+
+
+def template_problems(cfg: ExperimentConfig) -> list[str]:
+    """What is wrong with the prompts: m0 and the stages have the same ones, and for a chat template m0 must have it."""
+    trained = {train_settings(cfg, method, stage_args).template
+               for method in cfg.methods or [None] for stage_args in cfg.stage_args or [""]}
+    evaluated = evaluate_settings(cfg).template or "alpaca"
+    if trained != {evaluated}:
+        return [f"the stages are trained with the template {' and '.join(sorted(trained))}, and all checkpoints are "
+                f"evaluated with {evaluated}: give train_args and evaluate_args the same --template"]
+    if evaluated == "chat" and not all(cfg.init(model) for model in cfg.models):
+        return ["--template chat needs m0s with a chat template: give --init_llm and --init_stack"]
+    return []
 
 
 def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:

@@ -1,6 +1,6 @@
 """When to grow: the growth timing guideline of Du et al., Stacking Your Transformers, arXiv 2405.15319."""
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common.files import UserError
 from common.settings import setting
@@ -56,7 +56,7 @@ def grown_and_base(cfg: GrowthPlanConfig) -> tuple[float, float, int]:
     if depth % cfg.factor:
         raise UserError(f"{depth} layers are not a multiple of the factor {cfg.factor}: choose another of the two")
     if grown:
-        return params, replace(grown, num_hidden_layers=depth // cfg.factor).num_parameters, depth
+        return params, grown.with_layers(range(depth // cfg.factor)).num_parameters, depth
     return params, params / cfg.factor, depth
 
 

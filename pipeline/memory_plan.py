@@ -170,11 +170,12 @@ class MemoryPlan:
     def block_activations(self, trained: bool = True) -> float:
         """Bytes per token that one block keeps for the backward pass.
 
-        Each norm keeps its input in fp32, the normalized input, its output and a root. The attention keeps query, key,
-        value, output and the log-sum-exp; in bf16 on a CPU, where it is materialized, its probabilities. The
-        feed-forward keeps gate, up, the activation and the product. What only the gradient of a weight needs is not
-        kept if the weight is frozen: the normalized input, the norm's output and the product. Adapters need the latter
-        two, and keep their own hidden values.
+        Each norm keeps its input in fp32, the normalized input and a root. Its output is kept by the projections after
+        it; where the norm follows attention or MLP, these keep their own input of the same size. The attention keeps
+        query, key, value, output and the log-sum-exp; in bf16 on a CPU, where it is materialized, its probabilities.
+        The feed-forward keeps gate, up, the activation and the product. What only the gradient of a weight needs is
+        not kept if the weight is frozen: the normalized input, the norm's output and the product. Adapters need the
+        latter two, and keep their own hidden values.
         """
         c, width = self.config, self.weight_bytes
         adapters = self.has_adapters and self.trained or {}
@@ -183,6 +184,10 @@ class MemoryPlan:
         adapted = width * sum(shape[0] for name, shape in adapters.items() if name.startswith("model.layers.0.")
                               and name.endswith(A))
         attention = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        if c.family.qk_norm:
+            heads = c.num_attention_heads + c.num_key_value_heads
+            norms += (4 + trained * (not adapters) * width) * heads * c.head_dim
+            norms += 4 * (heads if c.family.qk_norm == "head" else 2)
         materialized = self.device == "cpu" and width == 2
         attention += c.num_attention_heads * (width * self.sample_tokens if materialized else 4)
         return norms + attention + width * (3 + trained) * c.intermediate_size + adapted
@@ -254,7 +259,7 @@ def trained_parameters(config: ModelConfig, method: str | None) -> tuple[ModelCo
     cfg = load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", "--replay_text", "x",
                              *optional_flags(method=method)])
     layer_map = expansion(cfg, config, {}) or tuple(range(config.num_hidden_layers))
-    config = replace(config, num_hidden_layers=len(layer_map))
+    config = config.with_layers(layer_map)
     return config, None if cfg.train == (ALL,) else \
         selected_shapes(cfg.train, config, cfg.lora, {NEW_LAYERS: new_layers(layer_map)}, cfg.init)
 

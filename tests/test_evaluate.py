@@ -16,7 +16,7 @@ import evaluate
 from analysis.results import Stage, add_results
 from common.configs import known, read_config
 from common.files import UserError, digest, read_json, read_json_lines
-from corpus.tasks import encode_prompts
+from corpus.prompts import open_template
 from evaluate import main, prepare_evaluation
 from evaluation import benchmarks
 from evaluation.evaluate_config import EvaluateConfig
@@ -103,7 +103,7 @@ def test_predictions_and_metrics(done, checkpoint, simp_file):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for line in lines[:2]:
-        ids = torch.tensor(encode_prompts(Tokenizer(checkpoint), [line["input"]], 1024))
+        ids = torch.tensor(open_template("alpaca", Tokenizer(checkpoint)).encode_prompts([line["input"]], 1024))
         new = model.generate(ids, num_beams=3, length_penalty=0.8, max_new_tokens=184, do_sample=False, pad_token_id=0)
         assert line["prediction"] == tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True).strip()
     metrics = read_json(out / "metrics-simp.json")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from common.files import WRITING, UserError, digest, parse_json
 from corpus.documents import is_held_out
-from model.checkpoint import write_weights
+from model.checkpoint import write_checkpoint, write_weights
 from model.parameter_files import parameter_file_name, write_parameter_file
 from model.tokenizer import TOKENIZER_FILES
 from tests import damage
@@ -62,7 +62,7 @@ TEXT = "--source docs.jsonl --tokenizer checkpoint --output_path out/text"
 EVALUATE = ("--checkpoint checkpoint --data tasks --tasks simp --suite suite/suite.toml --limit 2 --dtype fp32 "
             "--out out/eval")
 MEASURE = "--checkpoint checkpoint --text text --text_length 16 --reference checkpoint --dtype fp32 --out out/eval"
-STEP = ("--max_steps 1 --global_batch_size 4 --dtype fp32 --max_source_length 64 --max_target_length 16 "
+STEP = ("--max_steps 1 --global_batch_size 4 --dtype fp32 --max_source_length 128 --max_target_length 16 "
         "--out out/m1-simp")
 TRAIN = f"--task simp --init checkpoint --data tasks/simp.json {STEP}"
 CONFIGURED = f"{TRAIN} --config config.toml --deepspeed deepspeed.json"
@@ -129,6 +129,11 @@ COMMANDS = [
     ("stack", moved(GROW, "spm"), "", {
         "spm/tokenizer.model": 1, "spm/added_tokens.json": 1, "spm/tokenizer_config.json": 1}),
     ("stack", moved(GROW, "runs/llm/m1-simp"), "", {"runs/llm/m1-simp/run.json": 0.5}),
+    ("stack", moved(GROW, "smollm3"), "", {"smollm3/config.json": 1}),
+    ("check training", moved(TRAIN, "smollm3") + " --template chat", "tasks", {
+        "smollm3/chat_template.jinja": 1, "smollm3/tokenizer_config.json": 0.5}),
+    ("train", moved(TRAIN, "smollm3") + " --template chat", "tasks", {
+        "smollm3/config.json": 0.2, "smollm3/chat_template.jinja": 0.1}),
     ("plan", "--init checkpoint", "", {"checkpoint/config.json": 0.5}),
     ("task", TASK, "", {"raw/wiki_auto/simplification_1.train.json": 2, "raw/wiki_auto/simplification_1.test.json": 1}),
     ("hub", HUB, "", {"hub/data/train.parquet": 0.1}),
@@ -212,6 +217,14 @@ class Folder:
         self.write("checkpoint/special_tokens_map.json", {"eos_token": {"content": "</s>", "lstrip": False},
                                                           "bos_token": "<s>"})
         self.write("checkpoint/growth.json", {"operator": "stack", "layer_map": [0, 1], "lineage": {"flops": 1e9}})
+        family = random_model(
+            model_type="smollm3", sliding_window=9, layer_types=["sliding_attention", "full_attention"],
+            rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024})
+        (self.path / "smollm3").mkdir()
+        write_checkpoint(self.path / "smollm3", family.config, family.named_parameters(), checkpoint)
+        self.write("smollm3/chat_template.jinja",
+                   "{% for message in messages %}{{ message.role + ': ' + message.content + eos_token }}{% endfor %}"
+                   "{% if add_generation_prompt %}assistant: {% endif %}")
         for name in ("sharded", "bin", "bins", "spm", "posterior"):
             shutil.copytree(self.path / "checkpoint", self.path / name)
         for name in ("sharded", "bin", "bins"):

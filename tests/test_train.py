@@ -12,8 +12,9 @@ from sentencepiece import SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.distributed import free_port
+from corpus.prompts import PROMPT
 from corpus.shards import ShardDataset
-from corpus.tasks import PROMPT, SFTDataset, read_task
+from corpus.tasks import SFTDataset, read_task
 from model.tokenizer import Tokenizer
 from tests.conftest import SHAPE, TORCHRUN, TRAIN_FLAGS, error_line, losses, read_metrics, run_script, sample_texts
 from train import learning_rate, main

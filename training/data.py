@@ -64,8 +64,9 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
         splits, _ = read_task(cfg.data)
         items = rehearsed_items(cfg, earlier_tasks(cfg, run.data_digest, run.lineage))
         lengths = cfg.max_source_length, cfg.max_target_length
-        train = SFTDataset(splits["train"][:cfg.max_train_samples] + items, tokenizer, *lengths, cfg.train_on_source)
-        evaluation = SFTDataset(splits["eval"][:cfg.max_eval_samples], tokenizer, *lengths)
+        train = SFTDataset(splits["train"][:cfg.max_train_samples] + items, tokenizer, *lengths, cfg.train_on_source,
+                           cfg.template)
+        evaluation = SFTDataset(splits["eval"][:cfg.max_eval_samples], tokenizer, *lengths, template=cfg.template)
         test = splits["test"]
     else:
         train = ShardDataset(cfg.data, "train", cfg.seq_length, cfg.max_train_samples)

@@ -88,15 +88,16 @@ class Distillation:
 
 
 def generate_texts(model: Any, source: Path, numbers: Sequence[int], seed: int) -> list[list[int]]:
-    """Token ids of texts sampled from a model's distribution, from <bos> alone. A text depends on its number and the
-    seed."""
+    """Token ids of texts sampled from a model's distribution, from <bos> alone, or from the end-of-text token if there
+    is no <bos>. A text depends on its number and the seed."""
     tokenizer = Tokenizer(source)
-    assert tokenizer.bos_id is not None  # see start_digest
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    assert start is not None  # checkpoints to fine-tune have an end-of-text token
     config = GenerationConfig(max_new_tokens=TEXT_TOKENS, do_sample=True, seed=seed)
-    texts = generate(model, [[tokenizer.bos_id]] * len(numbers), config, tokenizer.eos_ids,
+    texts = generate(model, [[start]] * len(numbers), config, tokenizer.eos_ids,
                      options=BatchOptions(numbers))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return [[tokenizer.bos_id, *ids, *(end if len(ids) < TEXT_TOKENS else [])] for ids in texts]
+    return [[start, *ids, *(end if len(ids) < TEXT_TOKENS else [])] for ids in texts]
 
 
 def find_texts(directories: Sequence[Path], key: Mapping[str, Any]) -> list[list[int]] | None:
@@ -125,8 +126,6 @@ def start_digest(cfg: TrainConfig, lineage: Mapping[str, Any]) -> dict[str, str]
         raise UserError(f"{cfg.init} does not say which checkpoint its chain of tasks started from: train the chain "
                         "again")
     source = start_of(cfg, lineage)
-    if cfg.self_replay_kl and Tokenizer(source).bos_id is None:
-        raise UserError(f"self_replay_kl: {source} has no <bos> to generate texts from: use replay_text instead")
     digest = checkpoint_digest(source)
     if lineage.get("tasks") and digest != lineage["start"]["digest"]:
         raise UserError(f"{lineage['start']['init']}, which the chain of tasks started from, has changed: restore it")

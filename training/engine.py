@@ -5,7 +5,6 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,8 +71,18 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
     if run.cfg.compile:
         if not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
             raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
-        model.compile_blocks()
+        compile_blocks(model)
     return Tokenizer(run.source), model.train()
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compiles the blocks with torch.compile: once for all blocks of a kind, and again when sizes of micro-batches
+    change."""
+    config, limits = model.config, torch._dynamo.config
+    kinds = {(config.window(layer), config.rotates(layer)) for layer in range(config.num_hidden_layers)}
+    limits.recompile_limit *= len(kinds)  # of the code of a block, which all kinds share
+    for block in model.model.layers:
+        block.compile()
 
 
 def run_weights(run: "Run") -> Iterator[tuple[str, torch.Tensor]]:
@@ -85,7 +94,7 @@ def run_weights(run: "Run") -> Iterator[tuple[str, torch.Tensor]]:
     reader = CheckpointReader(run.source)
     if not run.layer_map:
         return reader.named_tensors(config)
-    reader.check(replace(config, num_hidden_layers=len(set(run.layer_map))))
+    reader.check(config.with_layers(range(len(set(run.layer_map)))))
     return grown_tensors(reader, config, run.layer_map, zero_init=True)
 
 

@@ -12,8 +12,9 @@ from common.distributed import Distributed, StopRequest, resolve_dtype
 from common.files import UserError
 from common.formatting import format_names
 from common.metrics_log import check_services
-from common.provenance import data_digest, describe, read_lineage, read_record
+from common.provenance import data_digest, describe, last_template, read_lineage, read_record
 from common.settings import json_values
+from corpus.prompts import open_template
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
@@ -85,7 +86,7 @@ class Run:
         own: dict[str, Any]
         if self.cfg.task:
             task = {"task": self.cfg.task, "data": str(self.cfg.data), "data_digest": self.data_digest,
-                    "max_train_samples": self.cfg.max_train_samples}
+                    "max_train_samples": self.cfg.max_train_samples, "template": self.cfg.template}
             own = {"tasks": [*self.lineage.get("tasks", []), task]}
             if not self.lineage.get("tasks"):
                 own["start"] = {"init": str(self.cfg.init), "digest": self.record["parent_digest"]}
@@ -115,7 +116,7 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
     config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
     if fields["layer_map"]:
-        config = dataclasses.replace(config, num_hidden_layers=len(fields["layer_map"]))
+        config = config.with_layers(fields["layer_map"])
     return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
 
 
@@ -145,8 +146,9 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     source = find_source(cfg)
     config = check_source(cfg, source)
     lineage = read_lineage(source) if cfg.init else {}
+    check_template(cfg, source, lineage)
     if layer_map := expansion(cfg, config, lineage):
-        config = dataclasses.replace(config, num_hidden_layers=len(layer_map))
+        config = config.with_layers(layer_map)
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
     check_length(cfg, config, digest, lineage, trained)
@@ -167,6 +169,16 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
                               "first_sample": first_sample(cfg, digest, lineage), "trained": trained,
                               "layer_map": layer_map}
+
+
+def check_template(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> None:
+    """Raises UserError if the earlier tasks of a chain had other prompts, or if the template cannot be used."""
+    if not cfg.task:
+        return
+    if (earlier := last_template(lineage)) not in (None, cfg.template):
+        raise UserError(f"template is {cfg.template}, but the last task of {cfg.init} was trained with {earlier}: give "
+                        f"--template {earlier}")
+    open_template(cfg.template, Tokenizer(source)).check_length(cfg.max_source_length)
 
 
 def expansion(cfg: TrainConfig, config: ModelConfig, lineage: Mapping[str, Any]) -> tuple[int, ...]:

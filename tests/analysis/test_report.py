@@ -203,7 +203,7 @@ RESULTS, METRICS, RUN = "llm/m1-simp/eval/results_1.json", "llm/m1-simp/eval/met
     (write(METRICS, '{"metrics": {}}'), f"{METRICS} is damaged"),
     (change(METRICS, '"metrics"', '"run": {"decoding": "greedy"}, "metrics"'), f"{METRICS} is damaged"),
     (write("llm/m1-simp/eval/predictions-simp.jsonl", f'{{"scores": {{"sari": 1{"0" * 400}}}}}\n' * 2),
-     "is not a number of at most 64 bits"),
+     "00000 is not a finite number"),
     (write("llm/m1-simp/eval/predictions-simp.jsonl", '{"scores": 5}'), "predictions-simp.jsonl is damaged"),
     (change("llm/m1-simp/metrics.jsonl", '"tokens": 100}', '"tok'), "metrics.jsonl, line 2 is not JSON"),
     (change("llm/m1-simp/metrics.jsonl", '"loss": 4.8', '"loss": "low"'), "metrics.jsonl: entry 2: expected"),

@@ -174,13 +174,14 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ('{"a": NaN}', "x is not JSON: NaN is not a finite number"), ("[-Infinity]", "-Infinity is not a finite number"),
     ("1e999", "1e999 is not a finite number"), ("[" * 100_000, "nested too deeply"),
-    ("9" * 5000, "x is not JSON: 99999999999999999999… is not a number of at most 64 bits"),
+    ("9" * 5000, f"x is not JSON: {'9' * 40} is not a finite number"),
     (r'["\ud800"]', "half of a surrogate pair"),
     (r'{"\udc00": 1}', "half of a surrogate pair"), ("", "x is not JSON: Expecting value")])
 def test_json_that_is_refused(text, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_json(text, "x")
     assert parse_json(r'["\ud83d\ude00", 1e308, -9223372036854775807]', "x") == ["😀", 1e308, 1 - 2 ** 63]
+    assert repr(parse_json("1000000000000000019884624838656", "x")) == "1e+30"  # in tokenizer_config.json
 
 
 def test_errors_of_a_format_name_the_file():

@@ -7,6 +7,7 @@ import pytest
 from common.configs import read_config
 from common.files import UserError
 from corpus import raw_tasks
+from corpus.prompts import PROMPT, RESPONSE, open_template
 from corpus.raw_tasks import (
     build_raw_files,
     constraint,
@@ -18,7 +19,7 @@ from corpus.raw_tasks import (
     restore_brackets,
     split_of_file,
 )
-from corpus.tasks import PROMPT, RESPONSE, SFTDataset, encode_prompts, read_task, split_indices, write_task
+from corpus.tasks import SFTDataset, read_task, split_indices, write_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from training.data import TrainData
@@ -305,6 +306,6 @@ def test_sft_samples(tokenizer_dir):
 
 def test_long_prompts_keep_the_response_marker(tokenizer_dir):
     tokenizer = Tokenizer(tokenizer_dir)
-    short, long = encode_prompts(tokenizer, ["a", "b " * 500], 120)
+    short, long = open_template("alpaca", tokenizer).encode_prompts(["a", "b " * 500], 120)
     assert len(short) < 120 == len(long)
     assert tokenizer.decode(long).endswith(RESPONSE)

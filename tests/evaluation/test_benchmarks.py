@@ -222,6 +222,35 @@ def test_results_equal_the_backend(models, suite_file):
     assert "ece,none" not in found["results"]["pairs"]
 
 
+def test_chat_templates_equal_the_backend(suite_file, tokenizer_dir, tmp_path, dist):
+    model = random_model(max_position_embeddings=CONTEXT)
+    write_checkpoint(tmp_path, model.config, model.named_parameters(), tokenizer_dir)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no') }}"
+        "{% endif %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
+    suite = read_suite(str(suite_file))
+    theirs = HFLM(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), batch_size=5,
+                  tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    ours = ParallelModel(dist, load_model(tmp_path), Tokenizer(tmp_path))
+    found, answers, _ = run(suite, ours, chat=True)
+    plain, *_ = run(suite, ours)
+    with quiet():
+        expected = lm_eval.simple_evaluate(theirs, tasks=[local_task(b) for b in suite], task_manager=task_manager(),
+                                           apply_chat_template=True)
+    assert "user: " in str(answers["questions"][0]["arguments"])
+    described = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "Who?"}]
+    for one in (True, False):  # without the system message, which this template rejects
+        assert HarnessModel(ours).apply_chat_template(described, one) == theirs.apply_chat_template(described, one)
+    with pytest.raises(UserError, match="the chat template fails: no"):
+        HarnessModel(ours).apply_chat_template(described[:1])
+    assert found["results"]["questions"]["nll,none"] != plain["results"]["questions"]["nll,none"]
+    for name, samples in expected["samples"].items():
+        for own, other in zip(answers[name], samples, strict=True):
+            assert [score for score, _ in own["filtered_resps"]] == \
+                pytest.approx([score for score, _ in other["filtered_resps"]], abs=1e-3)
+
+
 class AnsweredTask(SimpleNamespace):
     """A task of lm-eval as far as its answers need it."""
     OUTPUT_TYPE, multiple_input, config = "multiple_choice", 0, SimpleNamespace(process_results=None)
@@ -342,12 +371,13 @@ def test_group_and_missing_dataset(model, monkeypatch, tmp_path):
 
 
 def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model):
-    def evaluate(posterior_samples=0, **sizes):
+    def evaluate(posterior_samples=0, template=None, **sizes):
         results = {"results": {name: {"acc,none": 0.5} for name in sizes},
                    "n-samples": {name: {"original": 9, "effective": size} for name, size in sizes.items()}}
         answers = {name: [{"doc_id": n, "acc": 0.5} for n in range(size)] for name, size in sizes.items()}
         monkeypatch.setattr(benchmarks, "run_suite", lambda *_: (results, answers))
         run = {"limit": None} | ({"posterior_samples": posterior_samples} if posterior_samples else {})
+        run |= {"template": template} if template else {}
         evaluate_suite(SuiteRun([], run, (), [], {}, {}), model, tmp_path)
         return [{name: len(file.samples[name]) for name in file.results} for file in own_results(tmp_path)]
 
@@ -356,6 +386,8 @@ def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model)
     assert evaluate(a=3) == [{"a": 9, "b": 9}, {"a": 3}]
     assert evaluate(a=9) == [{"a": 9, "b": 9}, {"a": 9}]
     assert evaluate(a=9, b=8, c=9) == [{"a": 9, "b": 9}, {"a": 9, "b": 8, "c": 9}]
+    assert evaluate(0, "chat", a=9, b=9, c=9) == [{"a": 9, "b": 9}, {"a": 9, "b": 8, "c": 9}, {"a": 9, "b": 9, "c": 9}]
+    own_results(tmp_path)[-1].path.unlink()
     (tmp_path / "results_mine.json").write_text('{"results": {"a": {"acc": 1.0}}}')  # written by another program
     assert evaluate(2, a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}]
     assert evaluate(a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}] * 2  # without posterior samples

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.files import UserError, digest, read_json
 from common.provenance import data_digest
 from corpus.documents import is_held_out
+from corpus.prompts import PROMPT
 from corpus.shards import write_shards
-from corpus.tasks import PROMPT
 from evaluate import prepare_evaluation
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.losses import open_text

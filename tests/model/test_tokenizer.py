@@ -69,6 +69,31 @@ def test_sentencepiece_equals_transformers(spm_dir, texts):
     assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, None, 800)
 
 
+def test_bos_of_the_post_processor(tokenizer_dir, tmp_path):
+    """It precedes texts in transformers even if no file calls it bos."""
+    fast = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a")[0] == 1
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).adds_bos) == (1, True)
+
+
+def test_tokens_outside_the_vocabulary(tokenizer_dir, tmp_path):
+    """They do no harm where ids are given."""
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"bos_token": "", "eos_token": "<|gone|>"}))
+    with pytest.raises(UserError, match="bos_token '' is not in the vocabulary"):
+        Tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (None, 2)
+    path.write_text("{}")
+    (tmp_path / "config.json").unlink()
+    assert (Tokenizer(tmp_path).eos_ids, Tokenizer(tmp_path).vocab_size) == (set(), 512)
+
+
 def test_special_ids_come_from_the_directorys_own_files(spm_dir, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((spm_dir / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<s>"}, "pad_token": "<unk>"}))
@@ -185,3 +210,41 @@ def test_bad_directories(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(tmp_path)
+
+
+GPT4_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+              r"\s+(?!\S)|\s+")
+PRE_TOKENIZERS = {  # of tokenizer.json; Mistral's is that of Llama 2, whose tokenizer.model is tested above
+    "Llama 3, SmolLM3 and OLMo 2": (GPT4_WORDS.replace("DIGITS", r"\p{N}{1,3}"), None),
+    "Qwen": (GPT4_WORDS.replace("DIGITS", r"\p{N}"), tokenizers.normalizers.NFC()),
+    "SmolLM2": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_pre_tokenizers_of_families(name, texts, tmp_path):
+    """Qwen has no bos, although config.json names one, and two end tokens; transformers has its own class for it."""
+    pattern, normalizer = PRE_TOKENIZERS[name]
+    pre, fast = tokenizers.pre_tokenizers, tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = pre.Sequence(
+        [pre.Split(tokenizers.Regex(pattern), "isolated"), pre.ByteLevel(False, use_regex=False)] if pattern else
+        [pre.Digits(True), pre.ByteLevel(False)])
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    if normalizer:
+        fast.normalizer = normalizer
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = [*texts, "it's 12345 o'CLOCK, we'LL see", "e\u0301 decomposed", "<|im_start|>user\nx<|im_end|>\n"]
+    fast.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "Qwen2Tokenizer" if name == "Qwen" else "PreTrainedTokenizerFast", "bos_token": None,
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": int(1e30)}))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 2}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [0, 2]}))
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    expected = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    assert ours.encode_batch(texts) == expected
+    assert [ours.decode(ids) for ids in expected] == [theirs.decode(ids, skip_special_tokens=True) for ids in expected]
+    assert (ours.bos_id, ours.eos_id, ours.eos_ids, ours.adds_bos) == (None, 2, {0, 2}, False)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (None, 2)

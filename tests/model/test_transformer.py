@@ -13,6 +13,7 @@ from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
 from model.transformer import Transformer, additive_mask, attention
 from tests.conftest import SHAPE, random_model
+from training.engine import compile_blocks
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -116,12 +117,13 @@ def test_a_micro_step_does_not_wait_for_the_device():
         on_device(input_ids.to("meta"), targets.to("meta"))
 
 
-@pytest.mark.parametrize("is_interrupted", [False, True])
-def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, monkeypatch):
+@pytest.mark.parametrize(("is_interrupted", "shape"), [(False, {}), (True, {}), (False, {
+    "model_type": "smollm3", "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 5})])
+def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, shape, monkeypatch):
     """Graphs are captured and run, without code for them, which would take minutes. A graph that is interrupted in the
     attention, as on a GPU after a shared prefix, does not make each layer compile anew until PyTorch gives up."""
     from torch import _dynamo
-    plain, compiled = (random_model(num_hidden_layers=10) for _ in range(2))
+    plain, compiled = (random_model(num_hidden_layers=10, **shape) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     compile_block, attend = nn.Module.compile, model.transformer.attention
     monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
@@ -133,13 +135,15 @@ def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, monkeypatch):
 
     monkeypatch.setattr(model.transformer, "attention", interrupted if is_interrupted else attend)
     _dynamo.reset()
-    with _dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        compiled.compile_blocks()
+    with _dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        compile_blocks(compiled)
         for rows, length, prefix_length in ((2, 8, 9), (3, 11, 9), (4, 20, 5), (2, 7, 3)):
             ids, targets = torch.randint(3, 500, (2, rows, length), generator=generator)
             prefix = torch.randint(3, 500, (prefix_length,), generator=generator)
             loss = compiled(ids, targets, prefix)
             loss.backward()
+            with torch.no_grad():
+                assert compiled(ids, targets).item() == pytest.approx(plain(ids, targets).item(), rel=1e-5)
             assert loss.item() == pytest.approx(plain(ids, targets, prefix).item(), rel=1e-5)
     _dynamo.reset()
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
+from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
 from model.transformer import Block, Transformer, attention, rotary_table
 from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan, trained_parameters
@@ -42,6 +43,17 @@ def test_activations_equal_those_that_autograd_keeps(device, dtype, heads):
     plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, device, sample_tokens=64)
     assert plan.block_activations() == kept_for_backward(
         config, torch.bfloat16 if dtype == "bf16" else torch.float32, fused if device == "cuda" else attention)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_activations_of_every_family(model_type, dtype):
+    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    config, kind = ModelConfig(**SHAPE, model_type=model_type), torch.bfloat16 if dtype == "bf16" else torch.float32
+    plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, "cuda", sample_tokens=64)
+    for trained in (True, False):
+        block = Block(config).to(kind).requires_grad_(trained)
+        assert plan.block_activations(trained) == kept_for_backward(config, kind, fused, block=block)
 
 
 @pytest.mark.parametrize("adapters", [None, LoRA(4, 8.0), LoRA(3, 8.0, ("q_proj", "down_proj"))])

@@ -1,0 +1,94 @@
+"""The prompts of fine-tuning: the text around a source, and the token that ends a reply."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.files import UserError
+from common.provenance import TemplateName
+from model.chat_template import ChatTemplate
+from model.tokenizer import Tokenizer
+
+# The Alpaca prompt (Taori et al., 2023). A source that already ends with the marker is used as the whole prompt.
+RESPONSE = "### Response:"
+
+PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+          "Write a response that appropriately completes the request.\n\n{source}\n\n" + RESPONSE)
+
+SOURCE, REPLY = "SOURCE_TEXT", "REPLY_TEXT"  # stand for a source and its reply in a rendered chat
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How a source becomes a prompt, and a target a reply."""
+    tokenizer: Tokenizer
+    render: Callable[[str], str]  # returns the prompt of a source
+    bos: Sequence[int]  # token ids that precede the prompt
+    ending: str  # the text of the prompt after the source
+    beginning: str | None  # the text of the reply before the target; None: a reply does not depend on its prompt
+    end_id: int | None  # the token that ends the reply
+
+    def check_length(self, max_length: int) -> None:
+        """Raises UserError if prompts of `max_length` tokens have no room for a source."""
+        if (size := len(self.bos) + len(self.tokenizer.encode(self.render("x")))) > max_length:
+            raise UserError(f"max_source_length is {max_length}, but the template alone has {size} tokens: raise it")
+
+    def encode_prompts(self, sources: Sequence[str], max_length: int) -> list[list[int]]:
+        """Returns the token ids of the prompt of each source, at most `max_length` of them.
+
+        A long prompt loses the end of its source but keeps what follows it; without the marker of the response, the
+        model would continue the source. Raises UserError if there is no room for a source.
+        """
+        self.check_length(max_length)
+        ending = self.tokenizer.encode(self.ending)
+        texts = [self.render(source) for source in sources]
+        encoded = [[*self.bos, *ids] for ids in self.tokenizer.encode_batch(texts)]
+        return [ids if len(ids) <= max_length else ids[:max_length - len(ending)] + ending for ids in encoded]
+
+    def encode_replies(self, sources: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each target as the reply to its source, without the token that ends it.
+
+        In a chat they are those that follow the prompt in the conversation. The two differ from separate texts where a
+        tokenizer marks the beginning of a text.
+        """
+        if self.beginning is None:
+            return self.tokenizer.encode_batch(targets)
+        prompts = [self.render(source) for source in sources]
+        replies = [self.beginning + target for target in targets]
+        together = self.tokenizer.encode_batch([prompt + reply for prompt, reply in zip(prompts, replies)])
+        return [ids[len(prompt):] if ids[:len(prompt)] == prompt else alone for prompt, ids, alone in zip(
+            self.tokenizer.encode_batch(prompts), together, self.tokenizer.encode_batch(replies))]
+
+
+def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
+    """Returns the Alpaca prompt, or that of the tokenizer's chat template, with the source as the user's message.
+
+    Raises UserError if there is no chat template, or if it does not end its replies with an end-of-text token.
+    """
+    if name == "alpaca":
+        return PromptTemplate(tokenizer, alpaca_prompt, [] if tokenizer.bos_id is None else [tokenizer.bos_id],
+                              "\n\n" + RESPONSE, None, tokenizer.eos_id)
+    if not tokenizer.fast:
+        raise UserError(f"{tokenizer.directory}: a chat template needs tokenizer.json; with tokenizer.model alone, "
+                        "special tokens in a text are plain text")
+    chat = ChatTemplate(tokenizer)
+
+    def render(source: str) -> str:
+        return chat.render([{"role": "user", "content": source}], add_generation_prompt=True)
+
+    prompt = render(SOURCE)
+    answered = chat.render([{"role": "user", "content": SOURCE}, {"role": "assistant", "content": REPLY}])
+    beginning, reply, end = answered.removeprefix(prompt).partition(REPLY)
+    if SOURCE not in prompt or not answered.startswith(prompt) or not reply:
+        raise UserError(f"{tokenizer.directory}: with the chat template a reply does not continue the prompt "
+                        f"{prompt[-60:]!r}: use --template alpaca")
+    end_ids = [index for index in tokenizer.encode(end) if index in tokenizer.eos_ids]
+    if end.strip() and not end_ids:
+        raise UserError(f"{tokenizer.directory}: the chat template ends a reply with {end[:60]!r} (ids "
+                        f"{tokenizer.encode(end)[:9]}), which holds no end-of-text token: add it to eos_token_id in "
+                        "generation_config.json")
+    return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning,
+                          end_ids[0] if end_ids else tokenizer.eos_id)
+
+
+def alpaca_prompt(source: str) -> str:
+    """Returns the Alpaca prompt of a source."""
+    return source if source.rstrip().endswith(RESPONSE) else PROMPT.format(source=source)
