@@ -23,8 +23,9 @@ class PromptTemplate:
     render: Callable[[str], str]  # returns the prompt of a source
     bos: Sequence[int]  # token ids that precede the prompt
     ending: str  # the text of the prompt after the source
-    beginning: str | None  # the text of the reply before the target; None: a reply does not depend on its prompt
+    beginning: str  # the text of the reply before the target
     end_id: int | None  # the token that ends the reply
+    follows_prompt: bool  # whether a reply is tokenized together with its prompt
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError if prompts of `max_length` tokens have no room for a source."""
@@ -37,25 +38,31 @@ class PromptTemplate:
         A long prompt loses the end of its source but keeps what follows it; without the marker of the response, the
         model would continue the source. Raises UserError if there is no room for a source.
         """
-        self.check_length(max_length)
-        ending = self.tokenizer.encode(self.ending)
-        texts = [self.render(source) for source in sources]
-        encoded = [[*self.bos, *ids] for ids in self.tokenizer.encode_batch(texts)]
-        return [ids if len(ids) <= max_length else ids[:max_length - len(ending)] + ending for ids in encoded]
+        return self.truncate(self.tokenizer.encode_batch(list(map(self.render, sources))), max_length)
 
-    def encode_replies(self, sources: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each target as the reply to its source, without the token that ends it.
+    def encode_samples(self, sources: Sequence[str], targets: Sequence[str],
+                       max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Returns the token ids of the prompts, as `encode_prompts`, and of the replies, without the token that ends
+        them.
 
-        In a chat they are those that follow the prompt in the conversation. The two differ from separate texts where a
-        tokenizer marks the beginning of a text.
+        In a chat the ids of a reply are those that follow the prompt in the conversation. They differ from those of
+        the target alone where a tokenizer marks the beginning of a text.
         """
-        if self.beginning is None:
-            return self.tokenizer.encode_batch(targets)
-        prompts = [self.render(source) for source in sources]
-        replies = [self.beginning + target for target in targets]
-        together = self.tokenizer.encode_batch([prompt + reply for prompt, reply in zip(prompts, replies)])
-        return [ids[len(prompt):] if ids[:len(prompt)] == prompt else alone for prompt, ids, alone in zip(
-            self.tokenizer.encode_batch(prompts), together, self.tokenizer.encode_batch(replies))]
+        texts = list(map(self.render, sources))
+        prompts = self.tokenizer.encode_batch(texts)
+        replies = self.tokenizer.encode_batch([self.beginning + target for target in targets])
+        if self.follows_prompt:
+            together = self.tokenizer.encode_batch([text + self.beginning + target
+                                                    for text, target in zip(texts, targets)])
+            replies = [ids[len(prompt):] if ids[:len(prompt)] == prompt else alone
+                       for prompt, ids, alone in zip(prompts, together, replies)]
+        return self.truncate(prompts, max_length), replies
+
+    def truncate(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
+        """Returns prompts with bos, cut to `max_length` tokens."""
+        self.check_length(max_length)
+        ending, prompts = self.tokenizer.encode(self.ending), [[*self.bos, *ids] for ids in prompts]
+        return [ids if len(ids) <= max_length else ids[:max_length - len(ending)] + ending for ids in prompts]
 
 
 def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
@@ -65,7 +72,7 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
     """
     if name == "alpaca":
         return PromptTemplate(tokenizer, alpaca_prompt, [] if tokenizer.bos_id is None else [tokenizer.bos_id],
-                              "\n\n" + RESPONSE, None, tokenizer.eos_id)
+                              "\n\n" + RESPONSE, "", tokenizer.eos_id, follows_prompt=False)
     if not tokenizer.fast:
         raise UserError(f"{tokenizer.directory}: a chat template needs tokenizer.json; with tokenizer.model alone, "
                         "special tokens in a text are plain text")
@@ -86,7 +93,7 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
                         f"{tokenizer.encode(end)[:9]}), which holds no end-of-text token: add it to eos_token_id in "
                         "generation_config.json")
     return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning,
-                          end_ids[0] if end_ids else tokenizer.eos_id)
+                          end_ids[0] if end_ids else tokenizer.eos_id, follows_prompt=True)
 
 
 def alpaca_prompt(source: str) -> str:

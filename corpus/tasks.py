@@ -27,9 +27,8 @@ class SFTDataset(list):
     def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,
                  train_on_source: bool = False, template: TemplateName = "alpaca"):
         opened = open_template(template, tokenizer)
-        texts = [item["input"] for item in items]
-        sources = opened.encode_prompts(texts, max_source_length)
-        targets = opened.encode_replies(texts, [item["output"] for item in items])
+        sources, targets = opened.encode_samples([item["input"] for item in items], [item["output"] for item in items],
+                                                 max_source_length)
         super().__init__(
             (np.array(source + target[:max_target_length - 1] + [opened.end_id], dtype=np.int64),
              1 if train_on_source else len(source)) for source, target in zip(sources, targets))

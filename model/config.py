@@ -115,7 +115,7 @@ class ModelConfig:
         if self.no_rope_layers is None:
             object.__setattr__(self, "no_rope_layers",
                                no_rope_pattern(self.num_hidden_layers, self.family.no_rope_interval))
-        problems += layer_kinds_problems(vars(self), self.num_hidden_layers)
+        problems += layer_kinds_problems(vars(self))
         problems += [f"{name} is {getattr(self, name)!r:.80}, which models of the type {self.model_type} do not have"
                      for name, absent in FAMILY_FIELDS.items()
                      if name not in self.family.options and getattr(self, name) != absent]
@@ -200,7 +200,7 @@ class ModelConfig:
 
     def write(self, directory: str | Path, dtype: str) -> None:
         """Writes `config.json` into a directory, for weights of `dtype` ("float32" or "bfloat16")."""
-        # Special ids that there are not are null: transformers has defaults for those that are missing.
+        # A special id that is not given is written as null, because transformers has defaults for absent ones.
         values = {name: value for name, value in asdict(self).items() if name in SPECIAL_IDS or value is not None and
                   (name not in FAMILY_FIELDS or name in self.family.options)}
         head = {"architectures": [self.family.architecture], "torch_dtype": dtype}
@@ -212,8 +212,8 @@ def config_values(raw: dict) -> dict:
     """Returns the fields of ModelConfig that the content of a `config.json` gives."""
     family = find_family(raw)
     raw = {**family.defaults, **raw}
-    if "layer_types" not in family.options and raw.get("layer_types") == [FULL] * raw.get("num_hidden_layers", 0):
-        del raw["layer_types"]
+    if "layer_types" not in family.options and all(kind == FULL for kind in raw.get("layer_types") or ()):
+        raw["layer_types"] = None
     names = [field.name for field in fields(ModelConfig) if
              field.name not in FAMILY_FIELDS or field.name in family.options]
     values = {name: raw[name] for name in names if raw.get(name) is not None} | rope_values(raw)
@@ -254,8 +254,8 @@ def rope_values(raw: dict) -> dict:
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"rope_scaling is {scaling!r:.80}, expected an object")
-    scaling = {name: value for name, value in scaling.items() if value is not None
-               and NEUTRAL_OPTIONS.get(name, value is None) != value}
+    scaling = {name: value for name, value in scaling.items()
+               if value is not None and (name, value) not in NEUTRAL_OPTIONS.items()}
     if scaling.get("rope_type", scaling.get("type")) == "yarn" and "max_position_embeddings" in raw:
         scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
     theta = {"rope_theta": scaling.pop("rope_theta")} if "rope_theta" in scaling else {}

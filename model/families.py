@@ -23,10 +23,10 @@ class Family:
     architecture: str
     options: frozenset[str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    qkv_bias: bool = False  # biases of query, key and value without one of the output
+    qkv_bias: bool = False  # query, key and value have biases, the output has none
     qk_norm: Literal["head", "projection"] | None = None  # norm of query and key: each head, or all heads together
     norm_after: bool = False  # norms of the outputs of attention and MLP, not of their inputs
-    no_rope_interval: int | None = None  # every layer of this interval has no rotary embedding
+    no_rope_interval: int | None = None  # n: every n-th layer has no rotary embedding
 
 
 FAMILIES = {
@@ -84,8 +84,8 @@ def find_family(raw: Mapping[str, Any]) -> Family:
 
 
 def no_rope_pattern(depth: int, interval: int | None) -> list[int] | None:
-    """Returns `no_rope_layers`: 0 for every layer of an interval, which has no rotary embedding, otherwise 1. None
-    without an interval."""
+    """Returns `no_rope_layers`: 0 for every `interval`-th layer, which has no rotary embedding, and 1 for the others.
+    None without an interval."""
     return [int((index + 1) % interval != 0) for index in range(depth)] if interval else None
 
 
@@ -121,8 +121,11 @@ def whole_number(raw: Mapping[str, Any], name: str, default: int, least: int = 1
     return value
 
 
-def layer_kinds_problems(values: Mapping[str, Any], depth: int) -> list[str]:
+def layer_kinds_problems(values: Mapping[str, Any]) -> list[str]:
     """Returns the problems of `layer_types` and `no_rope_layers`, as sentences."""
+    depth = values["num_hidden_layers"]
+    if isinstance(values["layer_types"], list) and SLIDING in values["layer_types"] and not values["sliding_window"]:
+        return [f"layer_types names {SLIDING}, but sliding_window is not given"]
     return [f"{name} is {value!r:.80}, expected a list of {expected} for each of the {depth} layers"
             for name, known, expected in (("layer_types", (FULL, SLIDING), f"{FULL!r} or {SLIDING!r}"),
                                           ("no_rope_layers", (0, 1), "0 or 1"))

@@ -49,10 +49,13 @@ def group_masks(segments: list[Segment], model: Transformer) -> dict[int | None,
     """Returns the attention masks of consecutive segments under one path, with keys of the path and the segments, by
     the window of the layer (see ModelConfig).
 
-    The mask of a single segment without a path is None if causal attention is all that it needs.
+    They are None for a single segment without a path that is not longer than any window: it needs only causal
+    attention.
     """
     first, last, config = segments[0], segments[-1], model.config
     size = last.rows(last.stop, first.offset).stop
+    if len(segments) == 1 and not first.start and all(size <= (window or size) for window in config.windows):
+        return dict.fromkeys(config.windows)
     mask = torch.zeros((size, first.start + size), dtype=torch.bool)
     mask[:, :first.start] = True
     own = mask[:, first.start:]
@@ -62,7 +65,7 @@ def group_masks(segments: list[Segment], model: Transformer) -> dict[int | None,
                 own[segment.rows(segment.stop, first.offset), part.rows(stop, first.offset)] = True
     mask = mask.tril_(first.start)[None].to(model.lm_head.weight.device)
     return {window: additive_mask(within_window(mask, window), config.group_size, model.lm_head.weight.dtype)
-            if len(segments) > 1 or first.start or window and size > window else None for window in config.windows}
+            for window in config.windows}
 
 
 class PackedPass:

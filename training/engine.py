@@ -80,7 +80,8 @@ def compile_blocks(model: Transformer) -> None:
     change."""
     config, limits = model.config, torch._dynamo.config
     kinds = {(config.window(layer), config.rotates(layer)) for layer in range(config.num_hidden_layers)}
-    limits.recompile_limit *= len(kinds)  # of the code of a block, which all kinds share
+    # All kinds share the code of a block. PyTorch compiles a piece of code 8 times at most.
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(kinds))
     for block in model.model.layers:
         block.compile()
 

@@ -13,9 +13,8 @@ from model.generation import GenerationConfig, generate
 from model.growth import OPERATORS, grow_model
 from model.hub import load_model
 from model.loglikelihood import log_likelihoods
-from model.loss import IGNORE_INDEX
 from tests.conftest import SHAPE, random_model
-from tests.model.test_transformer import padded_batch
+from tests.model.test_transformer import assert_equal_gradients, loss_after_prefix, padded_batch
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 VARIANTS = {
@@ -79,18 +78,13 @@ def test_loss_and_gradients(twins, prefix_length):
     ours, theirs = twins
     ours.model.gradient_checkpointing = bool(prefix_length)
     input_ids, targets, ids, labels, mask = padded_batch()
-    prefix, before = random_ids(prefix_length, seed=4), torch.full((3, prefix_length), IGNORE_INDEX)
+    prefix = random_ids(prefix_length, seed=4)
     loss = ours(input_ids, targets, prefix)
     loss.backward()
-    expected = theirs(torch.cat((prefix.expand(3, -1), ids), 1), labels=torch.cat((before, labels), 1),
-                      attention_mask=torch.cat((torch.ones_like(before), mask), 1), num_items_in_batch=1).loss
+    expected = loss_after_prefix(theirs, prefix, ids, labels, mask)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    reference = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        scale = reference[name].grad.abs().max()  # 0 for biases of keys that are not rotated: all scores change alike
-        assert scale > 0, name
-        assert (parameter.grad - reference[name].grad).abs().max() < 1e-4 * scale + 2e-6, name
+    assert_equal_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -271,6 +265,8 @@ def test_zero_initialization_preserves_the_function_to_the_bit(shape, operator, 
     ({"model_type": "smollm3", "no_rope_layers": "1"}, "no_rope_layers is '1'"),
     ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
     ({"model_type": "llama", "rope_scaling": YARN | {"truncate": False}}, "yarn does not have truncate"),
+    ({"model_type": "llama", "num_hidden_layers": 10 ** 12}, "num_hidden_layers is 1000000000000, expected"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling factor is 0, expec"),
     ({"model_type": "llama", "rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta is 1.0, expected more than 1"),
 ])
 def test_what_is_not_implemented_is_rejected_by_name(tmp_path, raw, named):
@@ -284,6 +280,7 @@ def test_what_is_not_implemented_is_rejected_by_name(tmp_path, raw, named):
 @pytest.mark.parametrize(("shape", "named"), [
     ({"model_type": "gpt2"}, "model_type is 'gpt2', expected one of llama"),
     ({"sliding_window": 6}, "sliding_window is 6, which models of the type llama do not have"),
+    ({"model_type": "qwen3", "layer_types": [FULL, SLIDING]}, "layer_types names sliding_attention, but"),
     ({"model_type": "qwen2", "attention_bias": True}, "attention_bias is True, which models of the type qwen2 do not"),
 ])
 def test_a_shape_names_only_what_its_family_has(shape, named):

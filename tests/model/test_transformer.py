@@ -74,11 +74,24 @@ def test_loss_and_gradients_equal_transformers(shape):
     expected = theirs(ids, attention_mask=mask, labels=labels).loss
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_equal_gradients(ours, theirs)
+
+
+def loss_after_prefix(theirs, prefix, ids, labels, mask):
+    """The summed loss of transformers' model with a prefix in every row."""
+    before = torch.full((len(ids), len(prefix)), IGNORE_INDEX)
+    return theirs(torch.cat((prefix.expand(len(ids), -1), ids), 1), labels=torch.cat((before, labels), 1),
+                  attention_mask=torch.cat((torch.ones_like(before), mask), 1), num_items_in_batch=1).loss
+
+
+def assert_equal_gradients(ours, theirs):
+    """Compares every gradient with that of the same name, relative to its largest value."""
     reference = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         scale = reference[name].grad.abs().max()
         assert scale > 0, name
-        assert (parameter.grad - reference[name].grad).abs().max() / scale < 1e-4, name
+        # Biases of keys that are not rotated have a gradient of zero: all scores change alike.
+        assert (parameter.grad - reference[name].grad).abs().max() < 1e-4 * scale + 2e-6, name
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -93,14 +106,10 @@ def test_a_prefix_is_as_if_it_stood_in_every_row(shape, gradient_checkpointing):
     loss = ours(input_ids, targets, prefix)
     loss.backward()
     assert places == [9 + input_ids.numel()]
-    before = torch.full((3, 9), IGNORE_INDEX)
-    expected = theirs(torch.cat((prefix.expand(3, -1), ids), 1), labels=torch.cat((before, labels), 1),
-                      attention_mask=torch.cat((torch.ones_like(before), mask), 1), num_items_in_batch=1).loss
+    expected = loss_after_prefix(theirs, prefix, ids, labels, mask)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    reference = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad - reference[name].grad).abs().max() / reference[name].grad.abs().max() < 1e-4, name
+    assert_equal_gradients(ours, theirs)
 
 
 def test_a_micro_step_does_not_wait_for_the_device():
@@ -121,7 +130,7 @@ def test_a_micro_step_does_not_wait_for_the_device():
     "model_type": "smollm3", "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 5})])
 def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, shape, monkeypatch):
     """Graphs are captured and run, without code for them, which would take minutes. A graph that is interrupted in the
-    attention, as on a GPU after a shared prefix, does not make each layer compile anew until PyTorch gives up."""
+    attention, as on a GPU after a shared prefix, does not make each layer compile again until PyTorch gives up."""
     from torch import _dynamo
     plain, compiled = (random_model(num_hidden_layers=10, **shape) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
