@@ -110,7 +110,7 @@ def main(cfg):
             continue
         speed, optimizer, product, memory, losses = queue.get()
         first = first or (speed, losses)
-        flops, recompute = config.flops(speed), plan.flops(1) / config.flops(1)
+        flops, recompute = config.flops(speed), 1 + plan.gradient_checkpointing / 3
         difference = max(abs(a / b - 1) for a, b in zip(losses, first[1]))
         print(f"{variant:<22} {speed:>9,.0f} {speed / first[0]:>6.2f} {flops / 1e12:>8.2f} {product / 1e12:>9.2f} "
               f"{flops / product:>7.1%} ({recompute * flops / product:.1%}) {optimizer:>9.1%} {memory / GIB:>7.2f} GiB "

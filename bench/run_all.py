@@ -29,7 +29,8 @@ PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
 RESULTS = str(ROOT / "bench/RESULTS.md")
 TRIED = "\n## Tried"
 TITLES = {"finetuning": "Fine-tuning", "pretraining_speed": "Pretraining", "decoding": "Decoding",
-          "scoring": "Benchmarks", "scaling": "Growth of cost", "startup": "Start-up"}
+          "scoring": "Benchmarks", "scaling": "Growth of cost", "startup": "Start-up",
+          "step_time": "Steps on many GPUs, modelled"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def benchmark_flags(cfg, checkpoint):
     weights, files = ["--checkpoint", checkpoint], ["--files", cfg.files] if cfg.files else []
     return {"finetuning": ["--data", cfg.data, *weights], "pretraining_speed": [], "scaling": [],
             "decoding": ["--data", cfg.data, *weights], "scoring": [*weights, *files],
-            "startup": ["--folder", cfg.folder]}
+            "startup": ["--folder", cfg.folder], "step_time": []}
 
 
 def describe_machine():

@@ -3,10 +3,12 @@
     python -m pipeline.memory_plan --size 7b --processes 8 --zero 3 --gpu_memory 80
     python -m pipeline.memory_plan --init DIR --processes 1 --zero 2 --offload
 
-The rows are the most that train.py holds at the same time. bench/memory_use.py compares them with measured runs.
+The rows are the most that train.py holds at the same time. bench/memory_use.py compares them with measured runs. The
+time is that of pipeline/step_time.py.
 """
 import common.interrupts
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from model.lora import A, is_adapter
 from model.loss import chunk_rows
 from pipeline.jobs import optional_flags
 from pipeline.pretraining import size_config
+from pipeline.step_time import GPUS, Step
 from training.run import expansion
 from training.selection import ALL, NEW_LAYERS, Shapes, count_elements, describe_selection, selected_shapes
 from training.train_config import TrainConfig, default_zero_stage
@@ -50,10 +53,12 @@ class MemoryPlanConfig:
     tokens: float | None = setting(None, "tokens to train on in all; none: the recipe's, if it gives them", at_least=1,
                                    at_most=1e18)
     sample_tokens: int = setting(128, "tokens of a fine-tuning sample, roughly", at_least=1, at_most=1 << 30)
-    gpu_memory: float = setting(80.0, "memory of a GPU, in GiB", above=0, at_most=1e6)
-    gpu_tflops: float = setting(989.0, "TFLOP/s of a GPU in matrix products (H100 SXM in bf16, dense: 989; A100: 312)",
-                                at_least=1e-3, at_most=1e9)
-    utilisation: float = setting(0.4, "share of these TFLOP/s that training reaches", at_least=1e-3, at_most=1)
+    gpu: Literal["a100", "h100", "h200"] = setting("h100", "GPU, eight to a node")
+    gpu_memory: float | None = setting(None, "memory of a GPU, in GiB; none: that of --gpu", above=0, at_most=1e6)
+    network: float | None = setting(None, "GB/s that a node receives from the others; none: 400, with A100s 200",
+                                    at_least=1e-3, at_most=1e6)
+    utilisation: float | None = setting(None, "share of the GPU's rate in matrix products that computation reaches; "
+                                        "none: the range of published runs", at_least=1e-3, at_most=1)
     device: Literal["cuda", "cpu"] = setting("cuda", "device of the run")
 
     def problems(self) -> list[str]:
@@ -231,10 +236,13 @@ class MemoryPlan:
         left = {"ewc": 4, "vcl": 8}.get(self.method or "", 0)  # for the next task: Fisher information, or posterior
         return ((1 + checkpoints) * self.weight_bytes + left) * self.config.num_parameters + 2 * 12 * self.num_trained
 
-    def flops(self, tokens: float) -> float:
-        """FLOPs of training on `tokens` tokens, including the second forward pass of gradient checkpointing."""
-        recomputed = self.gradient_checkpointing * 2 * self.config.num_parameters * tokens
-        return self.config.flops(tokens, self.num_trained) + recomputed
+    def step(self, tokens: int) -> Step:
+        """A step of `tokens` tokens, in as few micro-steps as their most tokens allow."""
+        per_process = math.ceil(tokens / self.processes)
+        micro_steps = math.ceil(per_process / self.max_tokens_per_microbatch)
+        return Step(self.config, self.processes, self.zero, math.ceil(per_process / micro_steps), micro_steps,
+                    self.sample_tokens, self.num_trained, self.gradient_checkpointing, self.weight_bytes,
+                    self.weight_bytes)
 
 
 def read_plan(cfg: MemoryPlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
@@ -275,12 +283,42 @@ def alternatives(plan: MemoryPlan) -> Iterator[MemoryPlan]:
 
 def print_row(name: str, value: str, unit: str, note: str = "") -> None:
     """Prints a line of the table."""
-    print(f"  {name:<28} {value:>12} {unit:<4}{note}")
+    print(f"  {name:<29} {value:>18} {unit:<4}{note}".rstrip())
+
+
+def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: MemoryPlanConfig) -> None:
+    """Prints the time of a step by its parts, the speed, and the time of the run, for a range of `utilisation`."""
+    gpu = GPUS[cfg.gpu]
+    if cfg.network:
+        gpu = replace(gpu, network=cfg.network * 1e9)
+    slow, fast = (cfg.utilisation, cfg.utilisation) if cfg.utilisation else gpu.utilisation
+    step = plan.step(settings["global_batch_size"] * plan.sample_tokens)
+    tokens = step.processes * step.micro_steps * step.tokens
+
+    def print_values(name: str, unit: str, digits: int, *values: float) -> None:
+        """Prints the values that differ."""
+        print_row(name, " to ".join(dict.fromkeys(f"{value:,.{digits}f}" for value in values)), unit)
+
+    print(f"time of a step of {tokens:,} tokens, with {slow:.0%} to {fast:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s"
+          f"{', without the transfers of offloading' if plan.offload else ''}")
+    print_values(f"computation, {step.micro_steps} × {step.tokens:,} tokens", "s", 2,
+                 *(step.micro_steps * step.computation(gpu, share) for share in (fast, slow)))
+    communication = step.micro_steps * step.micro_communication(gpu) + step.final_communication(gpu)
+    print_values("communication, in part hidden", "s", 2, communication)
+    print_values("step", "s", 2, step.seconds(gpu, fast), step.seconds(gpu, slow))
+    speeds = [step.tokens_per_second(gpu, share) for share in (slow, fast)]
+    print_values("speed", "tokens/s", 0, *speeds)
+    print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
+    samples = (settings["max_train_samples"] or 0) * settings["num_train_epochs"]
+    if total := cfg.tokens or settings["max_tokens"] or samples * cfg.sample_tokens:
+        times = dict.fromkeys(format_duration(total / speed) for speed in reversed(speeds))
+        print_row(f"{int(total):,} tokens", " to ".join(times), "")
 
 
 def main(cfg: MemoryPlanConfig) -> None:
     """Prints the memory, disk and time of the run, and whether it fits."""
     plan, settings = read_plan(cfg)
+    gpu_memory = cfg.gpu_memory or GPUS[cfg.gpu].memory
     on_or_off = {True: "on", False: "off"}
     print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
           f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
@@ -294,19 +332,13 @@ def main(cfg: MemoryPlanConfig) -> None:
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"
     for name, size in plan.memory().items():
         print_row(name, f"{size / GIB:.2f}", "GiB", note if name == "activations" else "")
-    print_row("peak", f"{plan.total() / GIB:.2f}", "GiB", f"of {cfg.gpu_memory:.0f}")
+    print_row("peak", f"{plan.total() / GIB:.2f}", "GiB", f"of {gpu_memory:.0f}")
     print("elsewhere")
     print_row("host memory, all processes", f"{plan.host() / GIB:.2f}", "GiB")
     print_row("disk", f"{plan.disk(settings['save_total_limit']) / GIB:.2f}", "GiB")
-    batch = settings["global_batch_size"] * plan.sample_tokens
-    tokens_per_second = cfg.processes * cfg.gpu_tflops * 1e12 * cfg.utilisation / plan.flops(1)
-    print(f"time, at {cfg.utilisation:.0%} of {cfg.processes} × {cfg.gpu_tflops:,.0f} TFLOP/s")
-    print_row("speed", f"{tokens_per_second:,.0f}", "tokens/s")
-    print_row(f"a step of {batch:,} tokens", f"{batch / tokens_per_second:.2f}", "s")
-    samples = (settings["max_train_samples"] or 0) * settings["num_train_epochs"]
-    if tokens := cfg.tokens or settings["max_tokens"] or samples * cfg.sample_tokens:
-        print_row(f"{int(tokens):,} tokens", format_duration(tokens / tokens_per_second), "")
-    available = cfg.gpu_memory * GIB
+    if cfg.device == "cuda":
+        print_time(plan, settings, cfg)
+    available = gpu_memory * GIB
     if plan.total() <= available:
         return print(f"it fits, with {(available - plan.total()) / GIB:.1f} GiB to spare")
     for fitting in alternatives(plan):

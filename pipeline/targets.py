@@ -33,7 +33,7 @@ make experiment SIZE=tiny PAIRS=5       pairs of models through the tasks, every
 make experiment-plan RUNS=runs/tiny     how many pairs find a difference of EFFECT, from the pairs in RUNS
 make report RUNS=runs/tiny              tables and figures of a folder of evaluated runs, in report/
 make growth-study SIZE=small            loss over FLOPs, from scratch and grown: figure and table (SEEDS, STUDY)
-make plan SIZE=7b NPROC=8               whether a run fits, how long it takes (ZERO METHOD GPU_MEMORY=80 TOKENS=1e9)
+make plan SIZE=7b NPROC=8               whether a run fits, how long it takes (ZERO METHOD TOKENS GPU_MODEL GPU_MEMORY)
 make growth-plan SIZE=7b TOKENS=300e9   when to grow, and what it saves (PARAMS=7e9 instead of SIZE)
 make bench                              speed compared with other programs: bench/RESULTS.md (INIT, RAW, FILES)
 make test | lint | clean                run the tests; check style and types; remove the environment and prepared data
@@ -260,7 +260,7 @@ COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
     "growth-study": study_commands,
     "plan": lambda v: [script_command(v, "-m", "pipeline.memory_plan", init=v.init, size="" if v.init else v.size,
                                       processes=v.nproc, zero=v.get("ZERO"), method=v.method,
-                                      gpu_memory=v.get("GPU_MEMORY"),
+                                      gpu=v.get("GPU_MODEL"), gpu_memory=v.get("GPU_MEMORY"),
                                       tokens=v.get("TOKENS"))],
     "growth-plan": lambda v: [script_command(v, "stack.py", "plan", params=v.get("PARAMS"), size=v.get("SIZE"),
                                              tokens=v.get("TOKENS"))],

@@ -99,8 +99,8 @@ def test_pretraining_and_the_study_call_their_scripts(tmp_path):
 
 
 def test_a_plan_of_a_size_and_of_a_checkpoint():
-    text, = commands("plan", SIZE="7b", NPROC="8", ZERO="3", GPU_MEMORY="80")
-    assert "pipeline.memory_plan --size 7b --processes 8 --zero 3 --gpu_memory 80" in text
+    text, = commands("plan", SIZE="7b", NPROC="8", ZERO="3", GPU_MODEL="a100", GPU_MEMORY="40")
+    assert "pipeline.memory_plan --size 7b --processes 8 --zero 3 --gpu a100 --gpu_memory 40" in text
     assert "pipeline.memory_plan --init some/dir --processes 1" in commands("plan", INIT="some/dir")[0]
 
 
