@@ -7,6 +7,9 @@ Both decode the same prompts, the first test items of a task, in alternation. tr
 batches as large as its token budget allows. Each difference between outputs is measured by a forward pass of
 transformers over the texts: for greedy decoding the difference between the logits of the first two different tokens,
 for beam search the difference between the scores of the texts.
+
+The bound is the time that reading the weights and the used columns of the cache takes, once in each step, at the rate
+at which this machine reads memory. The pass over the prompts and the computation come on top of it.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -17,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.timing import timed
+from bench.timing import read_rate, timed
 from bench.workload import split_batches
 from common.scripts import run
 from common.settings import setting
@@ -25,6 +28,7 @@ from corpus.prompts import open_template
 from corpus.tasks import read_task
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import load_model
+from model.kv_cache import KVCache
 from model.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,6 +65,21 @@ def transformers_generate(model, decoding, eos, batch_size, prompts):
     return outputs
 
 
+class Traffic:
+    """Counts the bytes that decoding has to read: in each step the weights and the used columns of the cache."""
+
+    def __init__(self, model):
+        read = [*model.model.layers.parameters(), *model.lm_head.parameters()]
+        self.bytes, self.weights = 0, sum(weight.numel() * weight.element_size() for weight in read)
+        model.model.register_forward_hook(self.count)
+
+    def count(self, decoder, inputs, output):
+        """A hook of the decoder: counts a step, which is a pass over the cache."""
+        if len(inputs) > 1 and isinstance(inputs[1], KVCache):
+            columns = inputs[1].keys[0][:len(inputs[0]), :, :inputs[1].length]
+            self.bytes += self.weights + 2 * len(inputs[1].keys) * columns.numel() * columns.element_size()
+
+
 @torch.no_grad()
 def output_difference(model, prompt, outputs, decoding, eos):
     """The difference between two outputs: between the first two different logits, or for beam search the scores."""
@@ -89,8 +108,9 @@ def main(cfg):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(cfg.checkpoint, dtype, device)
     baseline = AutoModelForCausalLM.from_pretrained(cfg.checkpoint, dtype=dtype).to(device)
+    traffic, rate = Traffic(model), read_rate()
     print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {cfg.dtype} on "
-          f"{device}, {torch.get_num_threads()} threads")
+          f"{device}, {torch.get_num_threads()} threads; memory is read at {rate / 1e9:.1f} GB/s")
     for name, mode in MODES.items():
         decoding = replace(mode, max_new_tokens=cfg.max_new_tokens)
         columns = max(map(len, prompts)) + decoding.num_beams * cfg.max_new_tokens
@@ -102,19 +122,22 @@ def main(cfg):
             "transformers, all at once": partial(transformers_generate, baseline, decoding, eos, len(prompts)),
             same: partial(generate, model, config=decoding, eos_ids=tokenizer.eos_ids, options=options),
             full: partial(generate, model, config=decoding, eos_ids=tokenizer.eos_ids)}
-        seconds, outputs = dict.fromkeys(variants, 0.0), {}
+        seconds, outputs, bounds = dict.fromkeys(variants, 0.0), {}, {}
         for decode in variants.values():
             decode(prompts[:1])
         for _ in range(cfg.repeats):
             for variant, decode in variants.items():
+                traffic.bytes = 0
                 took, outputs[variant] = timed(decode, prompts)
                 seconds[variant] += took / cfg.repeats
+                bounds[variant] = traffic.bytes / rate
         print(name)
         for variant in variants:
             tokens = sum(map(len, outputs[variant]))
             ratio = tokens / seconds[variant] / (sum(map(len, outputs[first])) / seconds[first])
             print(f"  {variant}: {tokens} new tokens in {seconds[variant]:.1f} s, {tokens / seconds[variant]:.1f} "
-                  f"tokens/s, ratio {ratio:.2f}", flush=True)
+                  f"tokens/s, ratio {ratio:.2f}"
+                  + (f", {bounds[variant] / seconds[variant]:.0%} of the bound" if bounds[variant] else ""), flush=True)
         different = [i for i in range(len(prompts)) if outputs[first][i] != outputs[same][i]]
         print(f"  equal to transformers: {len(prompts) - len(different)} of {len(prompts)}; equal in both of our "
               f"batchings: {sum(a == b for a, b in zip(outputs[same], outputs[full]))}")

@@ -3,7 +3,7 @@
     python bench/finetuning.py --checkpoint DIR --data data/prepared/raw/simp.json
     python bench/finetuning.py --data data/prepared/sample/simp.json --folder DIR       random weights of the size small
 
-All variants take the same steps in alternation, on the same samples, with the same optimizer and DeepSpeed
+All variants take the same steps one after another, twice, on the same samples, with the same optimizer and DeepSpeed
 configuration. transformers' LlamaForCausalLM gets batches of `batch_size` samples, in the given order or with the
 samples of a global batch sorted by length, padded to the longest. It computes the logits of all tokens. Its loss is the
 mean over the target tokens of the global batch, as ours is. On a CPU a profile of our steps follows.

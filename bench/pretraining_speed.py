@@ -3,10 +3,10 @@
     python bench/pretraining_speed.py                                     the size small, on random tokens
     python bench/pretraining_speed.py --size tiny --dtype fp32
 
-All variants take the same steps in alternation, from the same weights, on the same packed sequences: this project and
-transformers' LlamaForCausalLM under the same DeepSpeed configuration, and plain PyTorch as in nanoGPT, eager and
-compiled. The plain loop has the same architecture with a fused projection of query, key and value, PyTorch's RMS norm
-and fused AdamW, under autocast if the dtype is bf16. On a CPU a profile of our steps follows.
+All variants take the same steps one after another, twice, from the same weights, on the same packed sequences: this
+project and transformers' LlamaForCausalLM under the same DeepSpeed configuration, and plain PyTorch as in nanoGPT,
+eager and compiled. The plain loop has the same architecture with a fused projection of query, key and value, PyTorch's
+RMS norm and fused AdamW, under autocast if the dtype is bf16. On a CPU a profile of our steps follows.
 """
 import sys
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ RESULTS = str(ROOT / "bench/RESULTS.md")
 TRIED = "\n## Tried"
 TITLES = {"finetuning": "Fine-tuning", "pretraining_speed": "Pretraining", "decoding": "Decoding",
           "scoring": "Benchmarks", "scaling": "Growth of cost", "startup": "Start-up",
-          "step_time": "Steps on many GPUs, modelled"}
+          "published_steps": "Steps on many GPUs, modelled"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def benchmark_flags(cfg, checkpoint):
     weights, files = ["--checkpoint", checkpoint], ["--files", cfg.files] if cfg.files else []
     return {"finetuning": ["--data", cfg.data, *weights], "pretraining_speed": [], "scaling": [],
             "decoding": ["--data", cfg.data, *weights], "scoring": [*weights, *files],
-            "startup": ["--folder", cfg.folder], "step_time": []}
+            "startup": ["--folder", cfg.folder], "published_steps": []}
 
 
 def describe_machine():

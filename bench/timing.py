@@ -39,6 +39,13 @@ def matrix_rate(device, dtype, repeats=20):
     return 2 * size ** 3 / statistics.median(timed(torch.matmul, a, a)[0] for _ in range(repeats))
 
 
+def read_rate(size=1 << 30, repeats=5):
+    """Bytes per second at which all threads read memory: the best sum over a tensor far larger than the caches."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    values = torch.ones(size // 4, device=device)
+    return size / min(timed(values.sum)[0] for _ in range(repeats))
+
+
 def serve(connection, make):
     """A process of `compare`: takes steps on the global batches it receives, and answers (seconds, loss)."""
     with Distributed() as dist, contextlib.suppress(EOFError):
@@ -47,41 +54,48 @@ def serve(connection, make):
             connection.send(timed(step, connection.recv()))
 
 
-def compare(variants, batches, warm_up, dtype, config):
-    """Takes the same steps with several variants, each in its own process, in alternation, and prints their rates.
+def take_steps(name, make, batches):
+    """Takes the steps of a variant in a process of its own, which then ends; returns its (seconds, loss) of each."""
+    context = torch.multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process, answers = context.Process(target=serve, args=(other_end, make)), []
+    process.start()
+    other_end.close()  # so that recv raises EOFError when the process ends
+    for samples in tqdm(batches, name, leave=False):
+        try:
+            connection.send(samples)
+            answers.append(connection.recv())
+        except (EOFError, BrokenPipeError):
+            raise UserError(f"{name} failed at step {len(answers)}; its error is above") from None
+    connection.close()
+    process.join()
+    return answers
+
+
+def compare(variants, batches, warm_up, dtype, config, rounds=2):
+    """Takes the same steps with several variants, one after another, and prints their rates.
 
     Args:
         variants: name -> function from the process's `dist` to a function from a global batch to its loss. Ratios and
             loss differences are relative to the first.
         batches: global batches; the first `warm_up` are not measured.
+        rounds: how often each variant takes the steps. No other process exists meanwhile: on a CPU it would take
+            caches, and on a GPU memory.
 
     The column `of a matrix product` is 6·N FLOPs per token, over the rate of a large square matrix product in the same
-    dtype, which is measured between the steps.
+    dtype, which is measured between the variants.
     """
-    context, connections, processes = torch.multiprocessing.get_context("spawn"), {}, []
-    for name, make in variants.items():
-        connections[name], other_end = context.Pipe()
-        processes.append(context.Process(target=serve, args=(other_end, make)))
-        processes[-1].start()
-        other_end.close()  # so that recv raises EOFError when the process ends
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speeds, losses, products = {name: [] for name in variants}, {name: [] for name in variants}, []
-    for number, samples in enumerate(tqdm(batches, "steps", leave=False)):
-        for name, connection in connections.items():
-            try:
-                connection.send(samples)
-                seconds, loss = connection.recv()
-            except (EOFError, BrokenPipeError):
-                raise UserError(f"{name} failed at step {number}; its error is above") from None
-            losses[name].append(loss)
-            if number >= warm_up:
-                speeds[name].append(count_tokens(samples)[0] / seconds)
-        products.append(matrix_rate(device, dtype, repeats=5))
-    for connection, process in zip(connections.values(), processes):
-        connection.close()
-        process.join()
-    product, first = statistics.median(products[warm_up:]), next(iter(variants))
-    print(f"a matrix product: {product / 1e9:,.0f} GFLOP/s; medians of {len(batches) - warm_up} steps, losses of all")
+    speeds, losses, products = {name: [] for name in variants}, {}, []
+    for _ in range(rounds):
+        for name, make in variants.items():
+            products.append(matrix_rate(device, dtype))
+            answers = take_steps(name, make, batches)
+            losses[name] = [loss for _, loss in answers]
+            speeds[name] += [count_tokens(samples)[0] / seconds
+                             for samples, (seconds, _) in zip(batches[warm_up:], answers[warm_up:])]
+    product, first = statistics.median(products), next(iter(variants))
+    print(f"a matrix product: {product / 1e9:,.0f} GFLOP/s; medians of {rounds} × {len(batches) - warm_up} steps")
     print(f"{'':<30} {'tokens/s':>9} {'ratio':>6} {'of a matrix product':>20} {'loss difference: max':>20} {'mean':>8}")
     for name, values in speeds.items():
         speed = statistics.median(values)

@@ -16,7 +16,7 @@ from model.checkpoint import materialize_model, write_checkpoint
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX
 from model.tokenizer import train_tokenizer
-from model.transformer import initial_weights
+from model.transformer import initial_weights, parameter_shapes
 from pipeline.pretraining import size_config
 from train import train_step
 from training.batches import count_tokens
@@ -80,9 +80,10 @@ def torch_dtype(cfg):
 
 
 def make_run(cfg, dist, model_config):
-    """A Run without data or a record, with `dtype` and `zero` of the TrainConfig resolved."""
+    """A Run of all parameters without data or a record, with `dtype` and `zero` of the TrainConfig resolved."""
     choices = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
-    return Run(dataclasses.replace(cfg, **choices), dist, StopRequest(), Path(cfg.init or ""), model_config, "", {}, {})
+    return Run(dataclasses.replace(cfg, **choices), dist, StopRequest(), Path(cfg.init or ""), model_config, "", {}, {},
+               trained=parameter_shapes(model_config))
 
 
 def our_model(run):

@@ -1,7 +1,7 @@
 """The time of a training step on many GPUs, from rates of the hardware.
 
 Computation, communication and the optimizer are counted in FLOPs and bytes, and divided by what a GPU and its node
-offer. Three numbers are fitted to published throughput by bench/step_time.py, which prints the error: the share of a
+offer. Three numbers are fitted to published throughput by bench/published_steps.py, which prints the error: the share of a
 GPU's matrix rate that computation reaches (`utilisation`), the share of a link's rate that collectives reach, and how
 much of the communication hides behind computation.
 """
@@ -28,7 +28,7 @@ class Gpu:
     utilisation: tuple[float, float]  # lowest and highest share of `flops` that computation reaches in published runs
 
 
-HOPPER, AMPERE = (0.39, 0.54), (0.42, 0.70)  # fitted by bench/step_time.py
+HOPPER, AMPERE = (0.39, 0.54), (0.42, 0.70)  # fitted by bench/published_steps.py
 GPUS = {"a100": Gpu(312e12, 2.0e12, 300e9, 200e9, 80, AMPERE), "h100": Gpu(989e12, 3.35e12, 450e9, 400e9, 80, HOPPER),
         "h200": Gpu(989e12, 4.8e12, 450e9, 400e9, 141, HOPPER)}
 

@@ -4,7 +4,7 @@ from statistics import mean
 
 import pytest
 
-from bench.step_time import RUNS, SHAPES, fitted_utilisations
+from bench.published_steps import RUNS, SHAPES, fitted_utilisations
 from pipeline.memory_plan import MemoryPlan
 from pipeline.pretraining import size_config
 from pipeline.step_time import COLLECTIVES, EXPOSED, GPUS, Gpu, Step

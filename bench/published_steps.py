@@ -1,7 +1,7 @@
 """The model of a step's time (pipeline/step_time.py): its error on published runs, and what it says of three sizes.
 
-    python bench/step_time.py
-    python bench/step_time.py --fit true
+    python bench/published_steps.py
+    python bench/published_steps.py --fit true
 
 The runs are those of llm-foundry's training benchmarks (MosaicML, FSDP with full sharding:
 https://github.com/mosaicml/llm-foundry/tree/061f2c7/scripts/train/benchmarking), of torchtitan (FSDP2:
