@@ -1,9 +1,9 @@
 """The time of a training step on many GPUs, from rates of the hardware.
 
 Computation, communication and the optimizer are counted in FLOPs and bytes, and divided by what a GPU and its node
-offer. Three numbers are fitted to published throughput by bench/published_steps.py, which prints the error: the share of a
-GPU's matrix rate that computation reaches (`utilisation`), the share of a link's rate that collectives reach, and how
-much of the communication hides behind computation.
+offer. Three numbers are fitted to published throughput by bench/published_steps.py, which prints the error: the share
+of a GPU's matrix rate that computation reaches (`utilisation`), the share of a link's rate that collectives reach, and
+how much of the communication hides behind computation.
 """
 from dataclasses import dataclass
 
