@@ -241,8 +241,7 @@ class MemoryPlan:
         per_process = math.ceil(tokens / self.processes)
         micro_steps = math.ceil(per_process / self.max_tokens_per_microbatch)
         return Step(self.config, self.processes, self.zero, math.ceil(per_process / micro_steps), micro_steps,
-                    self.sample_tokens, self.num_trained, self.gradient_checkpointing, self.weight_bytes,
-                    self.weight_bytes)
+                    self.sample_tokens, self.num_trained, self.gradient_checkpointing, self.weight_bytes)
 
 
 def read_plan(cfg: MemoryPlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:

@@ -45,7 +45,7 @@ class Step:
     trained: int                   # parameters that are trained
     recomputed: float = 0          # share of the forward pass that is computed twice: 1 with gradient checkpointing
     weight_bytes: int = 2
-    gradient_bytes: int = 2        # in which gradients are reduced
+    gradient_bytes: int = 4        # in which gradients are reduced; train.py reduces them in fp32
 
     def flops(self) -> float:
         """FLOPs of a micro-step: the model's, causal attention's, and the second forward pass of checkpointing.

@@ -16,7 +16,9 @@ import time
 import traceback
 from pathlib import Path
 
-LIBRARIES = ("deepspeed", "numpy", "safetensors.torch", "tokenizers", "torch", "tqdm")
+LIBRARIES = ("deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage3",
+             "deepspeed.runtime.zero.stage_1_and_2", "lm_eval.evaluator", "matplotlib.figure", "numpy", "sacrebleu",
+             "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm")
 TIMEOUT, GRACE = 300, 10  # seconds for a run, and for the other ranks after one has failed
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common.distributed import free_port
+from common.distributed import free_port, resolve_dtype
 from corpus.prompts import PROMPT
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
@@ -175,8 +175,9 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
 
 
+@pytest.mark.skipif(resolve_dtype("auto") == "fp32", reason="this CPU compiles no kernels for bf16")
 def test_the_cache_of_compiled_kernels_is_bounded():
-    """600 kernels take about 380 MiB on CPUs that multiply bf16; other CPUs compile none."""
+    """600 kernels take about 380 MiB."""
     code = ("import torch; from common.distributed import Distributed\n"
             "from training.deepspeed_config import import_deepspeed\n"
             "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2 ** 20\n"

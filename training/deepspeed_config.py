@@ -18,6 +18,11 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     """Imports deepspeed, silences it, and prepares the process for training on a device."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
+    # When ZeRO starts, DeepSpeed imports an optimizer that is not used here, three functions of which it compiles. That
+    # alone would import PyTorch's compiler, which takes two seconds.
+    compile_function, torch.compile = torch.compile, lambda function: function
+    import deepspeed.runtime.zero.muon.original_muon
+    torch.compile = compile_function
     deepspeed.utils.logger.setLevel("ERROR")
     if device.type == "cpu":
         # DeepSpeed would compile a C++ library for reductions in shared memory; gloo needs no compiler.

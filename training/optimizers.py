@@ -7,7 +7,15 @@ from training.ivon import IVON
 from training.train_config import TrainConfig
 
 
-class AnchoredAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW without the decorators that exclude its methods from compilation: their first call imports the
+    compiler, which takes more than a second."""
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)  # type: ignore[attr-defined]
+
+
+class AnchoredAdamW(AdamW):
     """AdamW that is pulled towards anchors, the weights that the run started from.
 
     EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss, and L2-SP strength · (w − w₀).
@@ -44,5 +52,5 @@ def make_optimizer(cfg: TrainConfig, groups: list[dict[str, Any]]) -> torch.opti
     if cfg.optimizer == "ivon":
         return IVON(groups, cfg.learning_rate, cfg.ess, cfg.hess_init, (cfg.adam_beta1, cfg.ivon_beta2),
                     cfg.clip_radius, cfg.sample_params)
-    kind = AnchoredAdamW if cfg.anchored else torch.optim.AdamW
+    kind = AnchoredAdamW if cfg.anchored else AdamW
     return kind(groups, cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_epsilon, fused=True)

@@ -25,7 +25,7 @@ def test_flops():
     assert step().computation(GPU, 0.5) == step().flops() / 5e14
 
 
-@pytest.mark.parametrize(("zero", "each", "once"), [(0, 0, 4), (1, 0, 4), (2, 2, 2), (3, 6, 0)])
+@pytest.mark.parametrize(("zero", "each", "once"), [(0, 0, 8), (1, 0, 6), (2, 4, 2), (3, 8, 0)])
 def test_communication_of_the_stages(zero, each, once):
     """Bytes per parameter in each micro-step and once, in a node and over two nodes."""
     in_node = N * 7 / 8 / GPU.nvlink / COLLECTIVES
@@ -39,7 +39,7 @@ def test_communication_of_the_stages(zero, each, once):
 
 def test_only_gradients_of_what_is_trained_are_reduced():
     lora = step(trained=N // 1000)
-    assert lora.micro_communication(GPU) == pytest.approx(step().micro_communication(GPU) * (4 + 0.002) / 6)
+    assert lora.micro_communication(GPU) == pytest.approx(step().micro_communication(GPU) * (4 + 0.004) / 8)
     assert step(zero=2, trained=0).micro_communication(GPU) == step(zero=2, trained=0).final_communication(GPU) == 0
 
 
