@@ -65,10 +65,10 @@ def run_script(*words, check=True, launcher=1, **environment):
     launcher: number of ranks, in forks of a process that has imported the libraries; or the words before <words>, such
     as TORCHRUN or [sys.executable], for new processes.
     """
-    environment = os.environ | WITHOUT_TRANSFORMERS | environment
-    words = list(map(str, words))
-    if isinstance(launcher, int) and environment["PYTHONPATH"] != WITHOUT_TRANSFORMERS["PYTHONPATH"]:
+    words, read_early = list(map(str, words)), ("HF_", "PYTHONPATH")  # when Python starts, or a library is imported
+    if isinstance(launcher, int) and any(name.startswith(read_early) for name in environment):
         launcher = [sys.executable]
+    environment = os.environ | WITHOUT_TRANSFORMERS | environment
     if isinstance(launcher, int):
         result = run_ranks(words, launcher, environment)
     else:

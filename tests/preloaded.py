@@ -1,11 +1,12 @@
-"""Runs Python scripts in forks of one process that has imported the large libraries.
+"""Runs Python scripts in forks of one process that has imported the libraries and this project's modules.
 
-Importing torch and deepspeed takes longer than most runs that the tests make. `python tests/preloaded.py` reads
-requests from standard input, one JSON array a line with an object for each rank: `words` (the command line after
-`python`), `environment`, `stdout` and `stderr` (paths). It runs the ranks in forks at the same time and prints their
-exit statuses as a JSON array. Each run imports the modules of this project itself.
+Importing takes longer than most runs that the tests make. `python tests/preloaded.py` reads requests from standard
+input, one JSON array a line with an object for each rank: `words` (the command line after `python`), `environment`,
+`stdout` and `stderr` (paths). It runs the ranks in forks at the same time and prints their exit statuses as a JSON
+array. What a library reads from the environment when it is imported is the same for all forks.
 """
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 LIBRARIES = ("deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage3",
              "deepspeed.runtime.zero.stage_1_and_2", "lm_eval.evaluator", "matplotlib.figure", "numpy", "sacrebleu",
              "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm")
+MODULES = [f"{path.parent.name}.{path.stem}" for folder in ("analysis", "corpus", "evaluation", "training")
+           for path in sorted(Path(folder).glob("[a-z]*.py"))]  # and what they import
 TIMEOUT, GRACE = 300, 10  # seconds for a run, and for the other ranks after one has failed
 
 
@@ -77,8 +80,10 @@ def run_ranks(requests):
 
 
 if __name__ == "__main__":
+    sys.path[0] = os.getcwd()
     with contextlib.redirect_stdout(sys.stderr):  # deepspeed logs to standard output
-        for library in LIBRARIES:
-            importlib.import_module(library)
+        for module in (*LIBRARIES, *MODULES):
+            importlib.import_module(module)
+    gc.freeze()  # a collection in a fork would write to, and so copy, the memory of all objects
     for line in sys.stdin:
         print(json.dumps(run_ranks(json.loads(line))), flush=True)

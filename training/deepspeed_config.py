@@ -20,7 +20,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     import deepspeed
     # When ZeRO starts, DeepSpeed imports an optimizer that is not used here, three functions of which it compiles. That
     # alone would import PyTorch's compiler, which takes two seconds.
-    compile_function, torch.compile = torch.compile, lambda function: function
+    compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     import deepspeed.runtime.zero.muon.original_muon
     torch.compile = compile_function
     deepspeed.utils.logger.setLevel("ERROR")

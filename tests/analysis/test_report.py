@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import sys
 from unittest import mock
 
 import pytest
@@ -261,4 +262,5 @@ def test_names_with_bars_do_not_break_the_tables(runs, tmp_path):
 
 def test_the_report_does_not_import_lm_eval():
     """It takes seconds."""
-    assert run_script("-c", "import report, sys; print('lm_eval' in sys.modules)").stdout == "False\n"
+    assert run_script("-c", "import report, sys; print('lm_eval' in sys.modules)",
+                      launcher=[sys.executable]).stdout == "False\n"
