@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from common.files import UserError
 from common.provenance import TemplateName
-from model.chat_template import ChatTemplate
 from model.tokenizer import Tokenizer
 
 # The Alpaca prompt (Taori et al., 2023). A source that already ends with the marker is used as the whole prompt.
@@ -76,6 +75,7 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
     if not tokenizer.fast:
         raise UserError(f"{tokenizer.directory}: a chat template needs tokenizer.json; with tokenizer.model alone, "
                         "special tokens in a text are plain text")
+    from model.chat_template import ChatTemplate  # importing jinja2 takes a tenth of a second
     chat = ChatTemplate(tokenizer)
 
     def render(source: str) -> str:

@@ -18,8 +18,8 @@ import traceback
 from pathlib import Path
 
 LIBRARIES = ("deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage3",
-             "deepspeed.runtime.zero.stage_1_and_2", "lm_eval.evaluator", "matplotlib.figure", "numpy", "sacrebleu",
-             "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm")
+             "deepspeed.runtime.zero.stage_1_and_2", "lm_eval.evaluator", "matplotlib.figure", "numpy",
+             "rouge_score.rouge_scorer", "sacrebleu", "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm")
 MODULES = [f"{path.parent.name}.{path.stem}" for folder in ("analysis", "corpus", "evaluation", "training")
            for path in sorted(Path(folder).glob("[a-z]*.py"))]  # and what they import
 TIMEOUT, GRACE = 300, 10  # seconds for a run, and for the other ranks after one has failed
