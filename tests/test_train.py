@@ -175,6 +175,29 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
 
 
+def test_training_does_not_import_the_compiler():
+    """It takes seconds. A step is that of PyTorch's AdamW, bit for bit."""
+    code = """if True:
+        import sys, torch
+        from training.deepspeed_config import import_deepspeed
+        from training.optimizers import AdamW
+        compile_function = torch.compile
+        import_deepspeed(torch.device("cpu"))
+        assert torch.compile is compile_function
+        import deepspeed.runtime.zero.muon.original_muon  # as DeepSpeed does when ZeRO starts
+        weights = [torch.nn.Parameter(torch.arange(6.0)) for _ in range(2)]
+        for kind, weight in zip((AdamW, torch.optim.AdamW), weights):
+            optimizer = kind([weight], lr=0.1, weight_decay=0.1, fused=True)
+            for _ in range(3):
+                (weight ** 3).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            print(kind.__module__, "torch._dynamo" in sys.modules)
+        assert torch.equal(*weights)"""
+    lines = run_script("-c", code, launcher=[sys.executable]).stdout.splitlines()
+    assert lines == ["training.optimizers False", "torch.optim.adamw True"]
+
+
 @pytest.mark.skipif(resolve_dtype("auto") == "fp32", reason="this CPU compiles no kernels for bf16")
 def test_the_cache_of_compiled_kernels_is_bounded():
     """600 kernels take about 380 MiB."""
