@@ -23,7 +23,8 @@ from corpus.tasks import SFTDataset, read_task
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from pipeline.jobs import optional_flags
-from pipeline.memory_plan import GIB, MemoryPlan, trained_parameters
+from pipeline.memory_plan import GIB, MemoryPlan
+from pipeline.plan import trained_parameters
 from training.batches import count_tokens
 from training.train_config import TrainConfig
 

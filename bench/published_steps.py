@@ -1,7 +1,7 @@
 """The model of a step's time (pipeline/step_time.py): its error on published runs, and what it says of three sizes.
 
     python bench/published_steps.py
-    python bench/published_steps.py --fit true
+    python bench/published_steps.py --fit
 
 The runs are those of llm-foundry's training benchmarks (MosaicML, FSDP with full sharding:
 https://github.com/mosaicml/llm-foundry/tree/061f2c7/scripts/train/benchmarking), of torchtitan (FSDP2:
@@ -23,7 +23,7 @@ from common.settings import setting
 from model.config import ModelConfig
 from pipeline import step_time
 from pipeline.memory_plan import GIB, MemoryPlan, alternatives
-from pipeline.step_time import GPUS, Step
+from pipeline.step_time import GPUS, Step, plan_step
 
 # An A800 is an A100 whose NVLink is slower. torchtitan's H100s have HBM2e, and run at 500 W.
 CARDS = GPUS | {"a800": replace(GPUS["a100"], nvlink=200e9), "a100 40gb": replace(GPUS["a100"], memory_rate=1.56e12),
@@ -115,7 +115,7 @@ RUNS = [
 
 
 @dataclass(frozen=True)
-class StepTimeConfig:
+class PublishedStepsConfig:
     """What to print."""
     fit: bool = setting(False, "search the numbers of the model that are fitted")
 
@@ -169,14 +169,14 @@ def sizes() -> None:
                 f"{plan.max_tokens_per_microbatch:,} tokens")
         speeds = []
         for length, batch in ((2048, 4 << 20), (128, 256 * 128)):
-            step = replace(plan, sample_tokens=length).step(batch)
+            step = plan_step(replace(plan, sample_tokens=length), batch)
             slow, fast = (step.tokens_per_second(gpu, share) / gpus for share in gpu.utilisation)
             speeds.append("not modelled" if plan.offload else f"{slow:,.0f}–{fast:,.0f}")
         print(f"{name:5} {gpus:5} {text:45} {plan.total() / GIB:4.0f} GiB {speeds[0]:>13} {speeds[1]:>13}")
     print("pretraining: 4,194,304 tokens a step in texts of 2,048; fine-tuning: 256 samples of 128 tokens a step")
 
 
-def main(cfg: StepTimeConfig) -> None:
+def main(cfg: PublishedStepsConfig) -> None:
     """Prints the tables, or the fit."""
     if cfg.fit:
         return fit()
@@ -185,4 +185,4 @@ def main(cfg: StepTimeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run((StepTimeConfig, main), __doc__)
+    run((PublishedStepsConfig, main), __doc__)

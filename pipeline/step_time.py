@@ -5,9 +5,11 @@ offer. Three numbers are fitted to published throughput by bench/published_steps
 of a GPU's matrix rate that computation reaches (`utilisation`), the share of a link's rate that collectives reach, and
 how much of the communication hides behind computation.
 """
+import math
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from pipeline.memory_plan import MemoryPlan
 
 GPUS_PER_NODE = 8
 COLLECTIVES = 0.7  # share of a link's rate that NCCL's collectives reach
@@ -19,7 +21,7 @@ OPTIMIZER_BYTES = 3 * 8 + 4 + 2
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU and its node of eight offer. Rates from NVIDIA's data sheets, per second."""
+    """What a GPU and its node of eight offer. Rates per second from NVIDIA's data sheets of the GPUs and DGX nodes."""
     flops: float         # dense matrix products in bf16
     memory_rate: float   # bytes of its own memory, read and written
     nvlink: float        # bytes that it receives from the other GPUs of its node
@@ -28,7 +30,7 @@ class Gpu:
     utilisation: tuple[float, float]  # lowest and highest share of `flops` that computation reaches in published runs
 
 
-HOPPER, AMPERE = (0.39, 0.54), (0.42, 0.70)  # fitted by bench/published_steps.py
+HOPPER, AMPERE = (0.39, 0.54), (0.42, 0.70)  # fitted by bench/published_steps.py, to no run on an H200
 GPUS = {"a100": Gpu(312e12, 2.0e12, 300e9, 200e9, 80, AMPERE), "h100": Gpu(989e12, 3.35e12, 450e9, 400e9, 80, HOPPER),
         "h200": Gpu(989e12, 4.8e12, 450e9, 400e9, 141, HOPPER)}
 
@@ -50,8 +52,9 @@ class Step:
     def flops(self) -> float:
         """FLOPs of a micro-step: the model's, causal attention's, and the second forward pass of checkpointing.
 
-        Attention is two products of the queries with half of the keys and of the values on average, 2·S·d FLOPs a token
-        and layer, three times with the gradients (Korthikanti et al., arXiv 2205.05198, appendix A, halved).
+        In each layer a token attends to S/2 tokens on average. The products with their keys and their values take
+        2·S·d FLOPs, for d dimensions of all heads, and the backward pass twice as many: half of what Korthikanti et al.
+        (arXiv 2205.05198, appendix A) count without a causal mask.
         """
         c = self.config
         attention = 2 * c.num_hidden_layers * self.length * c.num_attention_heads * c.head_dim
@@ -100,3 +103,11 @@ class Step:
     def tokens_per_second(self, gpu: Gpu, utilisation: float) -> float:
         """Tokens per second of all processes."""
         return self.processes * self.micro_steps * self.tokens / self.seconds(gpu, utilisation)
+
+
+def plan_step(plan: MemoryPlan, tokens: int) -> Step:
+    """A step of at least `tokens` tokens, in as few micro-steps as the plan's size of a micro-batch allows."""
+    per_process = math.ceil(tokens / plan.processes)
+    micro_steps = math.ceil(per_process / plan.max_tokens_per_microbatch)
+    return Step(plan.config, plan.processes, plan.zero, math.ceil(per_process / micro_steps), micro_steps,
+                plan.sample_tokens, plan.num_trained, plan.gradient_checkpointing, plan.weight_bytes)

@@ -259,7 +259,7 @@ COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
                                                  effect=v.get("EFFECT"))],
     "report": lambda v: [script_command(v, "report.py", runs=v.runs)],
     "growth-study": study_commands,
-    "plan": lambda v: [script_command(v, "-m", "pipeline.memory_plan", init=v.init, size="" if v.init else v.size,
+    "plan": lambda v: [script_command(v, "-m", "pipeline.plan", init=v.init, size="" if v.init else v.size,
                                       processes=v.nproc, zero=v.get("ZERO"), method=v.method,
                                       gpu=v.get("GPU_MODEL"), gpu_memory=v.get("GPU_MEMORY"),
                                       tokens=v.get("TOKENS"))],

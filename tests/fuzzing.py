@@ -42,7 +42,7 @@ def make_entries():
     from analysis.results import shipped_benchmarks
     from common.distributed import Distributed, StopRequest
     from evaluation import benchmarks, lm_eval_tasks
-    from pipeline import growth_study, memory_plan
+    from pipeline import growth_study, plan
 
     shipped_benchmarks()
     no_tasks = lm_eval_tasks.TaskManager(include_path=str(ROOT / "tests"), include_defaults=False)
@@ -86,7 +86,7 @@ def make_entries():
         "report with figures": (report.ReportConfig, report.main),
         "pretrain": (pretrain.PretrainConfig, without(pretrain.main, "pretrain.run_jobs")),
         "experiment": (experiment.ExperimentConfig, experiment.main),
-        "plan": (memory_plan.MemoryPlanConfig, memory_plan.main),
+        "plan": (plan.PlanConfig, plan.main),
         "study": (growth_study.GrowthStudyConfig, without(growth_study.main, "pipeline.growth_study.run_jobs",
                                                           "pipeline.growth_study.plot_study")),
     }

@@ -6,8 +6,9 @@ import pytest
 
 from bench.workload import random_checkpoint
 from common.files import UserError
+from model.generation import GenerationConfig, generate
 from pipeline.pretraining import size_config
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, random_model, run_script
 
 
 def test_benchmarks_can_be_imported():
@@ -44,6 +45,17 @@ def test_steps_from_a_checkpoint(tmp_path):
     ours, theirs = ([float(loss) for loss in line.split()] for line in result.stdout.splitlines()[-2:])
     assert ours == pytest.approx(theirs, rel=3e-5)
     assert ours[1] < ours[0] - 0.05
+
+
+def test_the_bytes_that_decoding_reads():
+    """Two prompts of 3 tokens, 4 new tokens: after the pass over the prompts three steps over 4, 5 and 6 columns."""
+    from bench.decoding import Traffic  # imports transformers
+    model = random_model()
+    traffic, shape = Traffic(model), model.config
+    generate(model, [[5, 6, 7], [8, 9, 10]], GenerationConfig(max_new_tokens=4))
+    weights = shape.num_parameters - shape.vocab_size * shape.hidden_size - shape.hidden_size  # no embedding, last norm
+    column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    assert traffic.bytes == 4 * (3 * weights + 2 * column * (4 + 5 + 6))
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):

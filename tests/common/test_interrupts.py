@@ -32,7 +32,7 @@ except KeyboardInterrupt as error:
 
 @pytest.mark.parametrize(("arrives", "words"), [
     *(("itself", [path.name]) for path in sorted(ROOT.glob("*.py"))),
-    *(("itself", ["-m", name]) for name in ("pipeline.memory_plan", "pipeline.growth_study", "model.hub")),
+    *(("itself", ["-m", name]) for name in ("pipeline.plan", "pipeline.growth_study", "model.hub")),
     ("as a cause", ["train.py"]), ("as a context", ["train.py"]), ("unraisable", ["train.py"])])
 def test_an_interrupted_import_ends_without_a_traceback(tmp_path, arrives, words):
     (tmp_path / "torch.py").write_text(TORCH)

@@ -1,6 +1,5 @@
 """The memory plan: compared with what PyTorch keeps for the backward pass, and with values by hand."""
 import dataclasses
-import re
 from functools import partial
 
 import pytest
@@ -11,9 +10,10 @@ from model.config import ModelConfig
 from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
 from model.transformer import Block, Transformer, attention, rotary_table
-from pipeline.memory_plan import GIB, MemoryPlan, MemoryPlanConfig, alternatives, main, read_plan, trained_parameters
+from pipeline.memory_plan import GIB, MemoryPlan, alternatives
+from pipeline.plan import trained_parameters
 from pipeline.pretraining import size_config
-from pipeline.step_time import GPUS
+from pipeline.step_time import plan_step
 from tests.conftest import SHAPE
 
 
@@ -114,7 +114,7 @@ def test_the_published_7b_by_hand():
     assert short.logits() == 8 * 1000 * 32_000
     assert dataclasses.replace(plan, dtype="fp32").logits() == 8 * 1048 * 32_000
     attention = 2 * 32 * 128 * 4096
-    assert plan.step(8).flops() == 8 * parameters + 4 * attention
+    assert plan_step(plan, 8).flops() == 8 * parameters + 4 * attention
     assert plan.disk(1) == parameters * (2 + 2 + 24)
     later = dataclasses.replace(plan, method="vcl")  # with the prior's mean and precision
     assert later.memory()["fp32 weights and moments"] == parameters * 20 / 8
@@ -136,67 +136,9 @@ def test_gradients_are_collected_in_two_buffers_while_reductions_overlap():
     assert dataclasses.replace(plan, zero=3).buffers() == 500_000_000 * (2 + 4)
 
 
-def test_defaults_come_from_the_recipe():
-    plan, recipe = read_plan(MemoryPlanConfig(size="7b", processes=8))
-    assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (2, 8_192, False)
-    assert recipe["max_train_samples"] == 100_000
-    plan, _ = read_plan(MemoryPlanConfig(size="tiny", dtype="fp32", zero=0, max_tokens_per_microbatch=99))
-    assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (0, 99, False)
-    assert plan.sample_tokens == 128
-    assert read_plan(MemoryPlanConfig(size="small", recipe="llm"))[0].sample_tokens == 256
-
-
-def test_it_suggests_what_to_change(capsys):
-    main(MemoryPlanConfig(size="7b", processes=8, zero=3))
-    assert "it fits, with " in capsys.readouterr().out
-    main(MemoryPlanConfig(size="7b", processes=8, gpu_memory=80))  # as fine-tuned by default, without checkpointing
-    printed = capsys.readouterr().out
-    assert "gradient checkpointing off, reduction of gradients overlapped, blocks not compiled\n" in printed
-    assert "it fits, with " in printed
-    main(MemoryPlanConfig(size="7b", processes=8, zero=1, gpu_memory=60, gradient_checkpointing=True))
-    assert "it does not fit: with --zero 2 it does" in capsys.readouterr().out
-    main(MemoryPlanConfig(size="7b", processes=1, zero=2, gradient_checkpointing=True))
-    assert "it does not fit: with --offload true it does" in capsys.readouterr().out
-    main(MemoryPlanConfig(size="7b", processes=1, zero=2, gpu_memory=4))
-    assert "it does not fit: take more processes, or GPUs with more memory" in capsys.readouterr().out
-
-
-def test_time_is_a_range_of_what_published_runs_reach(capsys):
-    def rows(**settings):
-        main(MemoryPlanConfig(size="7b", **settings))
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
-        return {line[2:32].strip(): re.findall(r"[\d,.]*\d", line[32:]) for line in lines}
-
-    step = read_plan(MemoryPlanConfig(size="7b", processes=16))[0].step(256 * 128)
-    printed = rows(processes=16)
-    assert printed["computation, 1 × 2,048 tokens"] == [f"{step.computation(GPUS['h100'], share):.2f}"
-                                                        for share in (0.54, 0.39)]
-    assert printed["speed"] == [f"{step.tokens_per_second(GPUS['h100'], share):,.0f}" for share in (0.39, 0.54)]
-    one = rows(processes=16, gpu="a100", network=10, utilisation=0.5)
-    slow = dataclasses.replace(GPUS["a100"], network=1e10)
-    assert one["step"] == [f"{step.seconds(slow, 0.5):.2f}"]
-    assert one["each GPU"] == [f"{step.tokens_per_second(slow, 0.5) / 16:,.0f}"]
-    assert "speed" not in rows(device="cpu")
-
-
 def test_alternatives_need_at_most_as_much():
     plan = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 16_384, False)
     assert all(one.total() <= plan.total() for one in alternatives(plan))
     assert plan.total() / GIB > 80
     small = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 1024, False)
     assert {one.max_tokens_per_microbatch for one in alternatives(small)} == {1024}
-
-
-@pytest.mark.parametrize(("flags", "said"), [
-    ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
-    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number from 0.001 to 1"),
-    (["--size", "7b", "--tokens", "1e308"], "tokens is 1e+308, expected a number from 1 to 1e+18"),
-    (["--size", "7b", "--network", "1e-300"], "network is 1e-300, expected a number from 0.001"),
-    (["--size", "7b", "--gpu", "abacus"], "gpu is 'abacus', expected one of"),
-    (["--size", "7b", "--gpu_memory", "inf"], "gpu_memory is inf, expected a finite number"),
-    (["--size", "7b", "--sample_tokens", "9223372036854775806"], "sample_tokens is 9223372036854775806, expected"),
-    (["--size", "7b", "--max_tokens_per_microbatch", "9223372036854775806"], "expected a number from 1 to 1073741824"),
-    (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
-    (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
-def test_invalid_plans(refusal, flags, said):
-    assert said in refusal((MemoryPlanConfig, main), *flags)

@@ -100,8 +100,8 @@ def test_pretraining_and_the_study_call_their_scripts(tmp_path):
 
 def test_a_plan_of_a_size_and_of_a_checkpoint():
     text, = commands("plan", SIZE="7b", NPROC="8", ZERO="3", GPU_MODEL="a100", GPU_MEMORY="40")
-    assert "pipeline.memory_plan --size 7b --processes 8 --zero 3 --gpu a100 --gpu_memory 40" in text
-    assert "pipeline.memory_plan --init some/dir --processes 1" in commands("plan", INIT="some/dir")[0]
+    assert "pipeline.plan --size 7b --processes 8 --zero 3 --gpu a100 --gpu_memory 40" in text
+    assert "pipeline.plan --init some/dir --processes 1" in commands("plan", INIT="some/dir")[0]
 
 
 def test_an_order_needs_no_task():
@@ -252,7 +252,7 @@ def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
         targets.main("plan")
     assert stopped.value.code == 2
     printed = capfd.readouterr()
-    assert "-m pipeline.memory_plan --init 'a b'\"'\"'$(touch x)' --processes 1\n" in printed.out
+    assert "-m pipeline.plan --init 'a b'\"'\"'$(touch x)' --processes 1\n" in printed.out
     assert "error: a b'$(touch x) is neither a checkpoint directory nor a Hub id" in printed.err
 
 
@@ -271,6 +271,19 @@ def test_arguments_are_checked_before_the_first_command(monkeypatch, capfd, targ
         targets.main(target)
     assert stopped.value.code == 2
     assert said in capfd.readouterr().err
+
+
+def test_arguments_of_a_single_stage_are_not_checked_apart(monkeypatch):
+    """The stage itself checks them, seconds later."""
+    ran = []
+    monkeypatch.setattr(targets, "run_command", ran.append)
+    monkeypatch.setattr(targets, "check_arguments", lambda words: pytest.fail(f"{words} was checked"))
+    for name, value in {"ARGS": "--learning_rat 1", "OUT": "/nonexistent", "INIT": "some/dir", "TASK": "simp"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DRY_RUN", raising=False)
+    monkeypatch.chdir(ROOT)
+    targets.main("train")
+    assert ["data_prep.py" in ran[0], "train.py" in ran[-1], len(ran)] == [True, True, 2]
 
 
 def test_interrupted_targets_end_without_a_traceback(tmp_path):

@@ -1,0 +1,67 @@
+"""What `make plan` reads and prints."""
+import re
+from dataclasses import replace
+
+import pytest
+
+from pipeline.plan import PlanConfig, main, read_plan
+from pipeline.step_time import GPUS, plan_step
+
+
+def test_defaults_come_from_the_recipe():
+    plan, recipe = read_plan(PlanConfig(size="7b", processes=8))
+    assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (2, 8_192, False)
+    assert recipe["max_train_samples"] == 100_000
+    plan, _ = read_plan(PlanConfig(size="tiny", dtype="fp32", zero=0, max_tokens_per_microbatch=99))
+    assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (0, 99, False)
+    assert plan.sample_tokens == 128
+    assert read_plan(PlanConfig(size="small", recipe="llm"))[0].sample_tokens == 256
+
+
+def test_it_suggests_what_to_change(capsys):
+    main(PlanConfig(size="7b", processes=8, zero=3))
+    assert "it fits, with " in capsys.readouterr().out
+    main(PlanConfig(size="7b", processes=8, gpu_memory=80))  # as fine-tuned by default, without checkpointing
+    printed = capsys.readouterr().out
+    assert "gradient checkpointing off, reduction of gradients overlapped, blocks not compiled\n" in printed
+    assert "it fits, with " in printed
+    main(PlanConfig(size="7b", processes=8, zero=1, gpu_memory=60, gradient_checkpointing=True))
+    assert "it does not fit: with --zero 2 it does" in capsys.readouterr().out
+    main(PlanConfig(size="7b", processes=1, zero=2, gradient_checkpointing=True))
+    assert "it does not fit: with --offload true it does" in capsys.readouterr().out
+    main(PlanConfig(size="7b", processes=1, zero=2, gpu_memory=4))
+    assert "it does not fit: take more processes, or GPUs with more memory" in capsys.readouterr().out
+
+
+def test_time_is_a_range_of_what_published_runs_reach(capsys):
+    def rows(**settings):
+        main(PlanConfig(size="7b", **settings))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+        return {line[2:32].strip(): re.findall(r"[\d,.]*\d", line[32:]) for line in lines}
+
+    step = plan_step(read_plan(PlanConfig(size="7b", processes=16))[0], 256 * 128)
+    slow, fast = GPUS["h100"].utilisation
+    printed = rows(processes=16)
+    assert printed["computation, 1 × 2,048 tokens"] == [f"{step.computation(GPUS['h100'], share):.2f}"
+                                                        for share in (fast, slow)]
+    assert printed["speed"] == [f"{step.tokens_per_second(GPUS['h100'], share):,.0f}" for share in (slow, fast)]
+    one = rows(processes=16, gpu="a100", network=10, utilisation=0.5)
+    gpu = replace(GPUS["a100"], network=1e10)
+    assert one["step"] == [f"{step.seconds(gpu, 0.5):.2f}"]
+    assert one["each GPU"] == [f"{step.tokens_per_second(gpu, 0.5) / 16:,.0f}"]
+    assert "speed" not in rows(device="cpu")
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
+    (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number from 0.001 to 1"),
+    (["--size", "7b", "--tokens", "1e308"], "tokens is 1e+308, expected a number from 1 to 1e+18"),
+    (["--size", "7b", "--network", "1e-300"], "network is 1e-300, expected a number from 0.001"),
+    (["--size", "7b", "--gpu", "abacus"], "gpu is 'abacus', expected one of"),
+    (["--size", "7b", "--gpu_memory", "inf"], "gpu_memory is inf, expected a finite number"),
+    (["--size", "7b", "--sample_tokens", "9223372036854775806"], "sample_tokens is 9223372036854775806, expected"),
+    (["--size", "7b", "--max_tokens_per_microbatch", "9223372036854775806"], "expected a number from 1 to 1073741824"),
+    (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
+    (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
+def test_invalid_plans(refusal, flags, said):
+    assert said in refusal((PlanConfig, main), *flags)
