@@ -65,8 +65,9 @@ def run_script(*words, check=True, launcher=1, **environment):
     launcher: number of ranks, in forks of a process that has imported the libraries; or the words before <words>, such
     as TORCHRUN or [sys.executable], for new processes.
     """
-    words, read_early = list(map(str, words)), ("HF_", "PYTHONPATH")  # when Python starts, or a library is imported
-    if isinstance(launcher, int) and any(name.startswith(read_early) for name in environment):
+    words = list(map(str, words))
+    # These are read when Python starts and when libraries are imported, which in a fork is over.
+    if isinstance(launcher, int) and any(name.startswith(("PYTHONPATH", "HF_")) for name in environment):
         launcher = [sys.executable]
     environment = os.environ | WITHOUT_TRANSFORMERS | environment
     if isinstance(launcher, int):
