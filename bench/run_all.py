@@ -29,8 +29,8 @@ PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
 RESULTS = str(ROOT / "bench/RESULTS.md")
 TRIED = "\n## Tried"
 TITLES = {"finetuning": "Fine-tuning", "pretraining_speed": "Pretraining", "decoding": "Decoding",
-          "scoring": "Benchmarks", "scaling": "Growth of cost", "startup": "Start-up",
-          "published_steps": "Steps on many GPUs, modelled"}
+          "scoring": "Benchmarks", "long_scoring": "Losses of long texts", "scaling": "Growth of cost",
+          "startup": "Start-up", "published_steps": "Steps on many GPUs, modelled"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def benchmark_flags(cfg, checkpoint):
     """The flags of each benchmark."""
     weights, files = ["--checkpoint", checkpoint], ["--files", cfg.files] if cfg.files else []
     return {"finetuning": ["--data", cfg.data, *weights], "pretraining_speed": [], "scaling": [],
-            "decoding": ["--data", cfg.data, *weights], "scoring": [*weights, *files],
+            "decoding": ["--data", cfg.data, *weights], "scoring": [*weights, *files], "long_scoring": [],
             "startup": ["--folder", cfg.folder], "published_steps": []}
 
 

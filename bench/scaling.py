@@ -40,7 +40,9 @@ class ScalingBenchConfig:
     size: str = setting("small", "size preset that gives the model's shape", names="size")
     seq_length: int = setting(256, "tokens of a sample, unless they are varied", at_least=1)
     samples: int = setting(8, "samples of a step, unless they are varied", at_least=1)
-    factors: tuple[float, ...] = setting((0.5, 1, 2, 4), "factors for tokens, samples and layers", above=0)
+    lengths: tuple[int, ...] = setting((128, 256, 512, 1024, 2048), "tokens of a sample, where they are varied",
+                                       at_least=1)
+    factors: tuple[float, ...] = setting((0.5, 1, 2, 4), "factors for samples and layers", above=0)
     processes: tuple[int, ...] = setting((1, 2), "numbers of processes", at_least=1)
     zero: Literal[0, 1, 2, 3] = setting(1, "ZeRO stage")
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "weights; auto: bf16 if the hardware multiplies it")
@@ -85,8 +87,8 @@ def main(cfg):
     """Prints a table for each quantity that is varied."""
     layers = size_config(cfg.size).num_hidden_layers
     base = ScalingPoint(cfg.seq_length, cfg.samples, layers)
-    columns = {name: [round(getattr(base, name) * factor) for factor in cfg.factors]
-               for name in ("seq_length", "samples", "layers")}
+    columns = {"seq_length": list(cfg.lengths)} | {
+        name: [round(getattr(base, name) * factor) for factor in cfg.factors] for name in ("samples", "layers")}
     columns["processes"] = [count for count in cfg.processes if count <= (torch.cuda.device_count() or count)]
     seconds = {dataclasses.replace(base, **{name: value}): [] for name, column in columns.items() for value in column}
     for _ in range(cfg.rounds):
@@ -98,12 +100,13 @@ def main(cfg):
     for name, column in columns.items():
         points = [dataclasses.replace(base, **{name: value}) for value in column]
         rows = [(statistics.median(seconds[point]), memory[point]) for point in points]
-        print(f"{name:>10} {'seconds':>9} {'memory':>10}")
-        for value, (median, peak) in zip(column, rows):
-            print(f"{value:>10} {median:>8.3f}s {peak / 2**20:>7.0f}MiB")
+        print(f"{name:>10} {'seconds':>9} {'a token':>10} {'memory':>10}")
+        for value, point, (median, peak) in zip(column, points, rows):
+            token = median / (point.samples * point.seq_length)
+            print(f"{value:>10} {median:>8.3f}s {1e6 * token:>8.0f}µs {peak / 2**20:>7.0f}MiB")
         if len(column) > 1:
             slopes = [np.polyfit(np.log(column), np.log(values), 1)[0] for values in zip(*rows)]
-            print(f"{'exponent':>10} {slopes[0]:>9.2f} {slopes[1]:>10.2f}")
+            print(f"{'exponent':>10} {slopes[0]:>9.2f} {slopes[1]:>21.2f}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class PackedPass:
             keys_values = [(key[:, :, part.rows(stop)], value[:, :, part.rows(stop)]) if part in self.segments else
                            (part.keys[layer][:, :, :stop - part.start], part.values[layer][:, :, :stop - part.start])
                            for part, stop in path] + [(key[:, :, rows], value[:, :, rows])]
-            keys, values = (torch.cat(tensors, 2) for tensors in zip(*keys_values))
+            keys, values = (torch.cat(tensors, 2) if path else tensors[0] for tensors in zip(*keys_values))
             y[:, :, rows] = attention(query[:, :, rows], keys, values, masks[window])
         for segment in self.kept:
             segment.keys.append(key[:, :, segment.rows(segment.stop)].clone())

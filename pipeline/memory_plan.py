@@ -10,6 +10,7 @@ from common.files import read_json
 from model.config import ModelConfig
 from model.lora import A, is_adapter
 from model.loss import chunk_rows
+from model.transformer import keeps_probabilities
 from training.selection import Shapes, count_elements
 
 GIB = 1 << 30
@@ -124,10 +125,10 @@ class MemoryPlan:
 
         Each norm keeps its input in fp32, the normalized input and a root. Its output is kept by the projections after
         it; where the norm follows attention or MLP, these keep their own input of the same size. The attention keeps
-        query, key, value, output and the log-sum-exp; in bf16 on a CPU, where it is materialized, its probabilities.
-        The feed-forward keeps gate, up, the activation and the product. What only the gradient of a weight needs is
-        not kept if the weight is frozen: the normalized input, the norm's output and the product. Adapters need the
-        latter two, and keep their own hidden values.
+        query, key, value, output, and the log-sum-exp or the probabilities. The feed-forward keeps gate, up, the
+        activation and the product. What only the gradient of a weight needs is not kept if the weight is frozen: the
+        normalized input, the norm's output and the product. Adapters need the latter two, and keep their own hidden
+        values.
         """
         c, width = self.config, self.weight_bytes
         adapters = self.has_adapters and self.trained or {}
@@ -140,8 +141,9 @@ class MemoryPlan:
             heads = c.num_attention_heads + c.num_key_value_heads
             norms += (4 + trained * (not adapters) * width) * heads * c.head_dim
             norms += 4 * (heads if c.family.qk_norm == "head" else 2)
-        materialized = self.device == "cpu" and width == 2
-        attention += c.num_attention_heads * (width * self.sample_tokens if materialized else 4)
+        probabilities = c.num_attention_heads * self.sample_tokens  # of a token
+        materialized = keeps_probabilities(self.device, width, self.max_tokens_per_microbatch * probabilities)
+        attention += width * probabilities if materialized else 4 * c.num_attention_heads
         return norms + attention + width * (3 + trained) * c.intermediate_size + adapted
 
     def activations(self) -> float:

@@ -128,7 +128,10 @@ def test_values_that_are_not_finite_are_neither_read_nor_written(copy, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_fetching_keeps_each_dtype_and_a_loser_finds_it_there(copy, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("hardware", ["fp32", "bf16"])
+def test_fetching_keeps_each_dtype_unless_bf16_is_trained_and_a_loser_finds_it_there(copy, tmp_path, capsys,
+                                                                                     monkeypatch, hardware):
+    monkeypatch.setattr("model.hub.resolve_dtype", lambda dtype: hardware)
     state = {name: tensor.bfloat16() if tensor.ndim == 2 else tensor
              for name, tensor in load_file(copy / WEIGHTS).items()}
     save_file(state, copy / WEIGHTS)
@@ -139,8 +142,9 @@ def test_fetching_keeps_each_dtype_and_a_loser_finds_it_there(copy, tmp_path, ca
     hub.main(cfg)
     assert capsys.readouterr().out == f"{out}: 48,288 parameters\n{out} is there already\n"
     written = load_file(out / WEIGHTS)
+    kept = {name: tensor if hardware == "fp32" else tensor.bfloat16() for name, tensor in state.items()}
     assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype
-               for name, tensor in state.items())
+               for name, tensor in kept.items())
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     (tmp_path / "something").mkdir()
     with pytest.raises(UserError, match="exists already"):

@@ -206,7 +206,10 @@ def test_training_uses_the_flash_kernel():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize(("queries", "masked"), [(20, False), (7, False), (1, False), (7, True)])
-def test_attention_is_a_softmax_over_the_unmasked_keys(dtype, tolerance, queries, masked):
+@pytest.mark.parametrize("by_sdpa", [False, True])
+def test_attention_is_a_softmax_over_the_unmasked_keys(dtype, tolerance, queries, masked, by_sdpa, monkeypatch):
+    if by_sdpa:  # as for long samples, and without gradients
+        monkeypatch.setattr(model.transformer, "keeps_probabilities", lambda *_: False)
     generator = torch.Generator().manual_seed(5)
     query, key, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
                          for shape in ((2, 4, queries, 16), (2, 2, 20, 16), (2, 2, 20, 16)))

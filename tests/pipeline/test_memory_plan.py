@@ -38,13 +38,14 @@ def kept_for_backward(config, dtype, attend, tokens=64, block=None):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
-def test_activations_equal_those_that_autograd_keeps(device, dtype, heads):
-    # on GPUs by the fused kernel, which bf16 attention on CPUs does not use
+@pytest.mark.parametrize("tokens", [64, 2304])
+def test_activations_equal_those_that_autograd_keeps(device, dtype, heads, tokens):
+    # on GPUs by the fused kernel, which bf16 attention on CPUs does not use for short samples
     fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     config = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
-    plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, device, sample_tokens=64)
-    assert plan.block_activations() == kept_for_backward(
-        config, torch.bfloat16 if dtype == "bf16" else torch.float32, fused if device == "cuda" else attention)
+    plan = MemoryPlan(config, 1, 1, False, dtype, tokens, False, device, sample_tokens=tokens)
+    assert plan.block_activations() == kept_for_backward(config, torch.bfloat16 if dtype == "bf16" else torch.float32,
+                                                         fused if device == "cuda" else attention, tokens)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
