@@ -3,8 +3,11 @@
     python report.py --runs runs/tiny --out report                   stages made by this program
     python report.py --results some/folder --out report              <model>/<stage>/**/results_*.json of any lm-eval
     python report.py --results map.toml --out report                 a list of [[result]]: model, stage, file
+    python report.py --results report/stages.csv --out again         the table that another report wrote
 
-Writes report.md, report.html (one file, with the figures in it) and the figures as PNG and SVG.
+Writes report.md, report.html (one file, with the figures in it), the figures as PNG and SVG, and stages.csv, a table of
+the results of all stages. From this table the same answer comes without the runs; what takes single items or logs is
+then left out. The rows of several tables can be put into one file.
 """
 import common.interrupts
 
@@ -23,8 +26,9 @@ from analysis.pairs import Study, rates_of
 from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import Stage, read_results, read_runs
+from analysis.stage_table import read_stage_table, stage_table
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
-from common.files import UserError, explain_os_errors
+from common.files import UserError, explain_os_errors, write_text
 from common.scripts import run
 from common.settings import setting
 
@@ -33,7 +37,8 @@ from common.settings import setting
 class ReportConfig:
     """Settings of a report."""
     runs: str | None = setting(None, "folder of runs, such as runs/tiny")
-    results: str | None = setting(None, "instead of runs: folder of lm-eval results, or a .toml file that lists them")
+    results: str | None = setting(None, "instead of runs: folder of lm-eval results, a .toml file that lists them, or "
+                                        "the stages.csv of another report")
     out: str = setting("report", "folder to write the report into")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model to compare it with")
@@ -50,6 +55,14 @@ class ReportConfig:
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         return [] if (self.runs is None) != (self.results is None) else ["give either --runs or --results"]
+
+
+def read_stages(cfg: ReportConfig) -> list[Stage]:
+    """The stages to report on."""
+    if cfg.runs:
+        return read_runs(cfg.runs)
+    path = Path(str(cfg.results))
+    return read_stage_table(path) if path.suffix == ".csv" else read_results(path)
 
 
 def pair_of(stages: Sequence[Stage], cfg: ReportConfig) -> Pair | None:
@@ -119,7 +132,7 @@ def main(cfg: ReportConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
-    stages = read_runs(cfg.runs) if cfg.runs else read_results(str(cfg.results))
+    stages = read_stages(cfg)
     pair, rate = pair_of(stages, cfg), shared_rate(stages, cfg)
     records = make_records(stages, cfg, pair, rate)
     method = next(iter(records)) if cfg.method is None else cfg.method
@@ -150,6 +163,7 @@ def main(cfg: ReportConfig) -> None:
     summary = markdown_list(sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
+    write_text(out / "stages.csv", stage_table(stages))
     write_pages(out, f"# {title}\n\n{summary}\n{images}{body}")
     print(summary + f"report: {out / 'report.html'}")
 

@@ -72,7 +72,7 @@ def rests_on(study: Study, found: Difference) -> str:
     left = [pair_name(pair) for pair in study.pairs if pair not in found.of_pairs]
     seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" * any(found.of_pairs)
     rates = f", learning rates {', '.join(study.rates)}" if study.matches_learning else ""
-    return (f"It rests on {count(len(found.of_pairs), 'pair')}{seeds}, {items} items{rates}"
+    return (f"It rests on {count(len(found.of_pairs), 'pair')}{seeds}{f', {items} items' * (items > 1)}{rates}"
             + (f"; left out: {', '.join(left)}, see What is missing." if left else "."))
 
 

@@ -72,7 +72,7 @@ class Study:
         measures: by name.
         pair: (grown, reference), the models of the first contrast.
         has_losses: whether losses were measured at all.
-        choice_benchmarks: names of the benchmarks whose answers are known.
+        choice_benchmarks: names of the benchmarks whose answers are known by item.
         left_out: sentences on what is not used, and why.
     """
 
@@ -91,7 +91,8 @@ class Study:
         self.measures, self.pair = make_measures(stages), (grown, reference)
         self.has_losses = any(stage.losses for stage in stages)
         self.choice_benchmarks = [benchmark.name for benchmark in find_benchmarks(stages)
-                                  if any(benchmark.name in stage.choices for stage in stages)]
+                                  if any(benchmark.name in stage.choices and stage.choices[benchmark.name].has_items
+                                         for stage in stages)]
         self._starts = {(stage.pair or 0, stage.model): stage for stage in stages if not stage.number}
         self.contrasts = [Contrast(grown, reference, of=of)]
         if {level(grown), level(reference)} & set(self.models):

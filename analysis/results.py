@@ -54,7 +54,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ItemLosses:
-    """Losses of held-out text, or of a test set's references, by item [N].
+    """Losses of held-out text, or of a test set's references, by item [N]; from a table of stages, of all items [1].
 
     nll, kl: sums over an item's tokens, in nats; kl, the divergence from m0, is None if it was not measured.
     conditions: what the values depend on besides the model. digests: of the checkpoint and of its m0; None if unknown.
@@ -73,7 +73,7 @@ class ItemLosses:
 
 @dataclass(frozen=True)
 class Choices:
-    """The answers to a multiple-choice benchmark by item [N].
+    """The answers to a multiple-choice benchmark by item [N]; from a table of stages, the mean over all items [1].
 
     right: 1 if the chosen option is right, else 0. nll (nats) and bits_per_byte: of the right option; None if a results
     file does not hold them. chance: the share of right answers by guessing.
@@ -82,6 +82,11 @@ class Choices:
     nll: np.ndarray | None
     bits_per_byte: np.ndarray | None
     chance: float
+
+    @property
+    def has_items(self) -> bool:
+        """Whether the answers to single items are known."""
+        return len(self.right) > 1
 
 
 @dataclass

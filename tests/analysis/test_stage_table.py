@@ -1,0 +1,102 @@
+"""The table of stages gives the same differences as the runs that it was made from."""
+import re
+
+import pytest
+
+from analysis.pairs import Study
+from analysis.results import read_runs
+from analysis.stage_table import COLUMNS, read_stage_table, stage_table
+from common.files import UserError
+from tests.analysis.studies import RATES, write_study
+from tests.analysis.test_pair_report import first_lines
+from tests.analysis.test_report import make_report
+
+MODELS = "llm", "stack", "llm-level"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_study(tmp_path / "runs", models=MODELS)
+
+
+@pytest.fixture
+def table(runs, tmp_path):
+    path = tmp_path / "stages.csv"
+    path.write_text(stage_table(read_runs(runs)))
+    return path
+
+
+def test_all_differences_are_those_of_the_runs(runs, table):
+    ours, expected = (Study(stages, "stack", "llm") for stages in (read_stage_table(table), read_runs(runs)))
+    assert (ours.pairs, ours.rates, ours.stages) == (expected.pairs, expected.rates, expected.stages)
+    assert ours.measures.keys() == expected.measures.keys()
+    assert len(ours.contrasts) == len(expected.contrasts) == 2
+    compared = 0
+    for contrast in expected.contrasts:
+        starts, own = expected.start_losses(contrast), ours.start_losses(contrast)
+        assert own == {pair: pytest.approx(starts[pair]) for pair in (1, 2, 3, 4)}
+        for name in expected.measures:
+            for number in (1, 2):
+                for rate in (None, *RATES):
+                    one, other = (study.difference(contrast, name, number, rate) for study in (ours, expected))
+                    assert (one is None) == (other is None)
+                    if one:
+                        assert one.estimate.values == pytest.approx(other.estimate.values, rel=1e-8, abs=1e-8)
+                        compared += 1
+    assert compared > 100
+
+
+def test_a_report_from_the_table_has_the_same_answer(runs, table, tmp_path):
+    text = make_report(tmp_path / "one", runs=runs)
+    again = make_report(tmp_path / "two", results=table)
+    items = re.compile(r"24 items, | The items are \d+% of the variance between pairs\.")
+    assert first_lines(again) == [items.sub("", line) for line in first_lines(text)]
+    assert "## Items that flipped" in text
+    assert "## Items that flipped" not in again
+    tables = [page.split("## Differences between the models")[1].split("## ")[0] for page in (text, again)]
+    assert tables[0] == tables[1]
+    assert (tmp_path / "one/stages.csv").read_text() == (tmp_path / "two/stages.csv").read_text() == table.read_text()
+
+
+def test_tables_of_several_machines_make_one(tmp_path):
+    lines = []
+    for pairs in ((1, 2), (3, 4)):
+        text = stage_table(read_runs(write_study(tmp_path / f"runs-{pairs[0]}", pairs=pairs)))
+        lines += text.splitlines(keepends=True)[bool(lines):]
+    path = tmp_path / "all.csv"
+    path.write_text("".join(lines))
+    found = Study(read_stage_table(path), "stack", "llm").main_difference("rise of held-out loss")
+    expected = Study(read_runs(write_study(tmp_path / "runs")), "stack", "llm").main_difference("rise of held-out loss")
+    assert found.estimate.values == pytest.approx(expected.estimate.values)
+
+
+def test_what_cannot_be_compared_is_known_from_the_table(table):
+    lines = table.read_text().splitlines(keepends=True)
+    place = next(index for index, line in enumerate(lines) if line.startswith("2,stack,,1e-3,42,m2-empd,losses,text,"))
+    row = lines[place].split(",")
+    for column, value, message in (("start", "0123456789ab", "was measured from another checkpoint than m0"),
+                                   ("conditions", "0123456789ab", "under other conditions, not used: digest"),
+                                   ("tokens", "7", "other tokens")):
+        changed = [*row]
+        changed[COLUMNS.index(column)] = value
+        table.write_text("".join([*lines[:place], ",".join(changed), *lines[place + 1:]]))
+        study = Study(read_stage_table(table), "stack", "llm")
+        assert any(message in line and "pair 2, stack" in line for line in study.left_out), column
+
+
+def test_a_kl_of_this_start_is_used(runs, table):
+    for stages in (read_runs(runs), read_stage_table(table)):
+        assert not any("another checkpoint" in line for line in Study(stages, "stack", "llm").left_out)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda lines: [lines[0].replace(",tokens,", ",words,"), *lines[1:]], "the column tokens is missing"),
+    (lambda lines: [*lines, lines[-1]], r"has two rows for benchmarks quiz of stack m2-empd, pair 4: remove one"),
+    (lambda lines: [lines[0], re.sub(r"(losses,\w+,,,\w+,)\d+", r"\1nan", lines[1])], "nan is not a finite number"),
+    (lambda lines: [lines[0], lines[1].replace(",m0,", ",start,")], "unknown stage 'start'"),
+    (lambda lines: [lines[0], lines[1].replace(",losses,", ",gains,")], "unknown kind 'gains'"),
+    (lambda lines: lines[:1], "has no rows")])
+def test_damaged_tables(table, change, message):
+    table.write_text("".join(change(table.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=message):
+        read_stage_table(table)
