@@ -25,6 +25,7 @@ from common.metrics_log import check_services
 from common.scripts import run
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
+from pipeline.chain import PAIR
 from pipeline.costs import Pace, machine_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
@@ -33,6 +34,7 @@ from pipeline.ledger import Ledger, read_own_json
 from training.deepspeed_config import resolve_zero_stage
 
 UTILISATION = 0.3  # share of a matrix product's speed that training and evaluation reach, for the first estimate
+
 
 def report_command(cfg: ExperimentConfig) -> list[str]:
     """The command that makes the report."""
@@ -76,6 +78,11 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
 
     A Slurm job runs this script again with --only, so that the job is recorded in the ledger.
     """
+    unfinished = [str(arm.folder / "m0") for pair in cfg.pairs or (None,) for arm in arms(cfg, pair)
+                  if arm.model in PAIR and not arm.level_with and not (arm.folder / "m0").exists()]
+    if "loss" in cfg.controls and unfinished:
+        raise UserError(f"the loss control trains the model on that is behind, and {unfinished[0]} is not finished: "
+                        "submit with --controls flops, and when all m0 are finished again with flops,loss")
     template, folder = read_slurm_template(cfg.slurm_file), Path(cfg.out) / "slurm"
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "slurm_file"
               and getattr(cfg, field.name) != field.default}

@@ -30,11 +30,6 @@ def within(t: float, df: int) -> float:
     return 2 / math.pi * (angle + series)
 
 
-def t_cdf(t: float, df: int) -> float:
-    """The probability that Student's t is at most t."""
-    return 0.5 + math.copysign(within(abs(t), df), t) / 2
-
-
 @functools.cache
 def t_quantile(df: int, level: float = LEVEL) -> float:
     """The t that |T| exceeds with probability `level`, such as 2.571 for 5 degrees of freedom and 5%."""

@@ -13,6 +13,7 @@ from analysis.results import TEXT, Choices, ItemLosses, Stage
 
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
 PRIMARY = "rise of held-out loss"  # the default primary measure
+OF_TEXT = (PRIMARY, "KL on held-out text")  # the measures of held-out text
 
 TOKEN, NATS, BYTE, SHARE = "nats/token", "nats", "bits/byte", "share of items"  # units
 
@@ -118,7 +119,7 @@ OPTION_VALUES: list[tuple[str, str, Callable[[Choices], np.ndarray | None], int]
 def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     """All measures by name: of losses, then of the multiple-choice benchmarks of each category."""
     found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
-             PairMeasure("KL on held-out text", TOKEN, lambda chain, number: kl(chain, number, TEXT)),
+             PairMeasure(OF_TEXT[1], TOKEN, lambda chain, number: kl(chain, number, TEXT)),
              PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
              PairMeasure("rise of earlier tasks' losses", TOKEN, earlier_tasks),
              PairMeasure(LEARNING, TOKEN, learning)]

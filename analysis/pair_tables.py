@@ -44,7 +44,7 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
     for contrast in study.contrasts[1:]:
         control = study.difference(contrast, primary, study.last, found.rate)
         if contrast.equal_loss and control:
-            lines.append(f"With m0 of equal held-out loss instead of equal FLOPs, the difference is "
+            lines.append(f"With m0 of equal held-out loss, the difference is "
                          f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
     return lines + start_losses(study)
 
@@ -53,7 +53,13 @@ def described(study: Study, found: Difference) -> str:
     """Where a difference was measured."""
     learning = "equal new-task loss" if found.rate is None else "the same learning rate" + \
         (f" {found.rate}" if found.rate else "") + ", which does not match learning"
-    return f"after {study.stages[found.number]} at equal FLOPs and {learning}"
+    return f"after {study.stages[found.number]} at {'equal FLOPs and ' * has_equal_flops(study)}{learning}"
+
+
+def has_equal_flops(study: Study) -> bool:
+    """Whether both m0 were trained with the same FLOPs; False if they are unknown."""
+    one, two = (study.start_flops(model, study.pairs) for model in study.pair)
+    return bool(one and two) and max(one, two) <= (1 + FLOPS_TOLERANCE) * min(one, two)
 
 
 def uncertainty(found: Difference, effect: float) -> str:
@@ -90,8 +96,8 @@ def start_losses(study: Study) -> list[str]:
     texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.pair, zip(*found.values()))]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
              f"{with_interval(differences)}."]
-    one, two = (study.start_flops(model, found) for model in study.pair)
-    if one and two and max(one, two) > (1 + FLOPS_TOLERANCE) * min(one, two):
+    one, two = (study.start_flops(model, study.pairs) for model in study.pair)
+    if one and two and not has_equal_flops(study):
         lines.append(f"The FLOPs before fine-tuning are not equal: {study.pair[0]} {one:.3g}, {study.pair[1]} "
                      f"{two:.3g}.")
     return lines

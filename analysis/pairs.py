@@ -23,8 +23,8 @@ class Contrast:
     """Two models that are compared: values of `one` less those of `two`.
 
     equal_loss: the control at equal held-out loss. In each pair, whichever of the two was trained on until its held-out
-    loss was that of the other, <model>-level, stands for its model. Otherwise both models had the same FLOPs. of: the
-    model whose methods are compared, if methods stand for models.
+    loss was that of the other, <model>-level, stands for its model. of: the model whose methods are compared, if
+    methods stand for models.
     """
     one: str
     two: str
@@ -33,7 +33,7 @@ class Contrast:
 
     def __str__(self) -> str:
         what = f"{self.one} − {self.two}"
-        return f"{what} of {self.of}" if self.of else f"{what}, equal {'loss' if self.equal_loss else 'FLOPs'}"
+        return f"{what} of {self.of}" if self.of else what + ", equal loss" * self.equal_loss
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Study:
         model whose methods stand for the models."""
         stages, self.left_out = drop_unlike_items(stages)
         self.rates = rates_of(stages)
+        self.left_out += [f"{title_of(stage)}: not used, since it is not in the folder of a learning rate"
+                          for stage in stages if stage.number and (stage.rate or "") not in self.rates]
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
                         for rate in self.rates}
         self._drop_other_starts()
@@ -153,7 +155,20 @@ class Study:
         if not contrast.equal_loss:
             return names
         one, two = (level(name) if (pair, level(name)) in self._starts else name for name in names)
-        return None if (one, two) == names else (one, two)
+        return None if (one, two) == names or abs(self._start_gap(pair, one, two)) > LEVEL_TOLERANCE else (one, two)
+
+    def _start_gap(self, pair: int, one: str, two: str) -> float:
+        """The difference of the held-out losses of two m0; 0 if one is unknown."""
+        losses = self.start_loss(pair, one), self.start_loss(pair, two)
+        return losses[0].value - losses[1].value if losses[0] and losses[1] else 0.0
+
+    def _not_level(self) -> Iterator[str]:
+        """Sentences on the models that were trained on to equal held-out loss and have not reached it."""
+        for pair in self.pairs:
+            for model, other in (self.pair, self.pair[::-1]):
+                if abs(gap := self._start_gap(pair, level(model), other)) > LEVEL_TOLERANCE:
+                    yield (f"{pair_name(pair)}: {level(model)} is no control at equal held-out loss, since its m0 "
+                           f"differs from that of {other} by {gap:+.3f} nats per token")
 
     def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING) -> Match | None:
         """The match of the two models of a contrast at equal loss on the new task. None without runs of both."""
@@ -200,9 +215,9 @@ class Study:
         return curve_of_log(start.log) if start else []
 
     def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
-        """The mean training FLOPs of m0 over pairs; None if one of them is unknown."""
-        found = [self._starts[pair, model].run.get("lineage", {}).get("flops") for pair in pairs]
-        return None if None in found else float(np.mean(found))
+        """The mean training FLOPs of m0 over the pairs that have it; None if they are unknown for one of them."""
+        found = [self._starts[pair, model].flops for pair in pairs if (pair, model) in self._starts]
+        return None if None in found or not found else float(np.mean(found))
 
     def start_losses(self, contrast: Contrast) -> dict[int, tuple[float, float]]:
         """{pair: the held-out losses of both m0}, for the pairs that have both."""
@@ -236,8 +251,9 @@ class Study:
 
     def all_left_out(self) -> list[str]:
         """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
-        return self.left_out + [line for contrast in self.contrasts for number in range(1, self.last + 1)
-                                for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
+        of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
+                        for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
+        return [*self.left_out, *self._not_level(), *of_contrasts]
 
     def check_measure(self, name: str) -> None:
         """Raises UserError if a measure of forgetting is unknown."""
@@ -247,6 +263,7 @@ class Study:
 
 
 LEVEL_ENDING = "-level"
+LEVEL_TOLERANCE = 0.05  # nats per token between the held-out losses of two m0 that count as equal
 
 
 def level(model: str) -> str:
@@ -255,6 +272,5 @@ def level(model: str) -> str:
 
 
 def rates_of(stages: Sequence[Stage]) -> list[str]:
-    """The learning rates of stages, ascending; [""] if there is a single one."""
-    return sorted({stage.rate or "" for stage in stages if stage.number} or {""},
-                  key=lambda rate: (float(rate or 0), rate))
+    """The learning rates in the folders of stages, ascending; [""] if there are none."""
+    return sorted({stage.rate for stage in stages if stage.number and stage.rate}, key=float) or [""]

@@ -12,6 +12,7 @@ from analysis.comparison import (
     drop_unlike,
     key_name,
     key_of,
+    places_of,
     restrict,
     same,
 )
@@ -240,9 +241,13 @@ def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
 
 
 def common_group(group: Group) -> Group:
-    """The chains restricted to the results that all of them have."""
-    places = common_places(group.values())
-    return {seed: restrict(chain, places) for seed, chain in group.items()}
+    """The chains restricted to the results that all of them have, without the pairs that are behind: those with results
+    of fewer stages than another pair."""
+    stages = {key: len({number for number, _, _ in places_of(chain)}) for key, chain in group.items()}
+    fewest = {pair: min(count for key, count in stages.items() if key[0] == pair) for pair, _ in group}
+    kept = {key: chain for key, chain in group.items() if fewest[key[0]] == max(fewest.values())}
+    places = common_places(kept.values())
+    return {key: restrict(chain, places) for key, chain in kept.items()}
 
 
 def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str,

@@ -115,6 +115,12 @@ class Stage:
     log: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
 
     @property
+    def flops(self) -> float | None:
+        """The FLOPs of its training, those of the checkpoints that it was made from included; None if unknown."""
+        flops = self.run.get("lineage", {}).get("flops")
+        return float(flops) if is_number(flops) else None
+
+    @property
     def method_name(self) -> str:
         """The name of the method, "none" without one."""
         return self.method or "none"
@@ -129,6 +135,15 @@ def read_runs(folder: str | Path) -> list[Stage]:
         raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json, "
                         "metrics-*.json or losses-*.json in it, as evaluate.py writes them")
     return stages
+
+
+def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without the models that were not evaluated at all, and a sentence for each of these models."""
+    evaluated = {(stage.pair, stage.model) for stage in stages if stage.benchmarks or stage.tasks or stage.losses}
+    dropped = dict.fromkeys((stage.pair, stage.model) for stage in stages
+                            if (stage.pair, stage.model) not in evaluated)
+    return [stage for stage in stages if (stage.pair, stage.model) in evaluated], [
+        f"{model}{'' if pair is None else f' of pair {pair}'} has no results" for pair, model in dropped]
 
 
 def read_stage(path: Path, number: int, task: str | None) -> Stage:

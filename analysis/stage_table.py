@@ -21,16 +21,17 @@ from common.files import UserError, finite_float, parsing, read_text
 from evaluation.conditions import Conditions, short_digest
 from evaluation.suites import Benchmark
 
-LOSSES = "losses"  # a kind of rows, beside BENCHMARKS and TASKS
-STAGE_COLUMNS = ("pair", "model", "method", "rate", "seed", "stage")
+LOSSES = "losses"  # a kind of rows, in addition to BENCHMARKS and TASKS
+STAGE_COLUMNS = ("pair", "model", "method", "rate", "seed", "stage", "flops")
 ROW_COLUMNS = ("kind", "name", "metric", "category", "conditions")
-# Of losses: the number of tokens, and per token the loss and the KL divergence from m0 (nats); the digests of the
-# checkpoint and of its m0. Of benchmarks and tasks: the value and its standard error. Of multiple-choice benchmarks:
-# the value by guessing, and the mean negative log-likelihood (nats) and bits per byte of the right options.
+# Of a stage: the FLOPs of its training. Of losses: the number of tokens, and per token the loss and the KL divergence
+# from m0 (nats); the digests of the checkpoint and of its m0. Of benchmarks and tasks: the value and its standard
+# error. Of multiple-choice benchmarks: the value by guessing, and the means of the negative log-likelihood (nats) and
+# the bits per byte of the right options.
 VALUE_COLUMNS = ("tokens", "loss", "kl", "checkpoint", "start", "value", "error", "chance", "nll", "bits_per_byte")
 COLUMNS = STAGE_COLUMNS + ROW_COLUMNS + VALUE_COLUMNS
 DIGITS = 12  # of digests
-DIGEST = "digest"  # the only condition that a table tells, beside the metric
+DIGEST = "digest"  # the only condition that a table tells, apart from the metric
 
 
 def number_text(value: float | None) -> str:
@@ -39,8 +40,9 @@ def number_text(value: float | None) -> str:
 
 
 def digest_of(conditions: Conditions) -> str:
-    """A few hexadecimal digits that stand for conditions, those read from a table included."""
-    return conditions[DIGEST] if DIGEST in conditions else short_digest([json.dumps(conditions, sort_keys=True)])
+    """A few hexadecimal digits that stand for conditions, those read from a table included. See `unlike`."""
+    known = {name: value for name, value in conditions.items() if name != "limit" or "items" not in conditions}
+    return known[DIGEST] if DIGEST in known else short_digest([json.dumps(known, sort_keys=True)])
 
 
 def mean_text(values: np.ndarray | None) -> str:
@@ -82,7 +84,8 @@ def stage_table(stages: Sequence[Stage]) -> str:
     writer.writeheader()
     for stage in stages:
         of_stage = {"pair": "" if stage.pair is None else stage.pair, "model": stage.model,
-                    "method": stage.method or "", "rate": stage.rate or "", "seed": stage.seed, "stage": stage.name}
+                    "method": stage.method or "", "rate": stage.rate or "", "seed": stage.seed, "stage": stage.name,
+                    "flops": number_text(stage.flops)}
         writer.writerows(of_stage | row for row in stage_rows(stage, categories))
     return text.getvalue()
 
@@ -108,8 +111,11 @@ def empty_stage(row: dict[str, str]) -> Stage:
     """The stage of a row, without results."""
     if not (match := STAGE.fullmatch(row["stage"])):
         raise ValueError(f"unknown stage {row['stage']!r}")
+    if row["rate"]:
+        finite_float(row["rate"])
     return Stage(row["model"], int(row["seed"]), int(match[1]), row["stage"], match[2], method=row["method"] or None,
-                 pair=int(row["pair"]) if row["pair"] else None, rate=row["rate"] or None)
+                 pair=int(row["pair"]) if row["pair"] else None, rate=row["rate"] or None,
+                 run={"lineage": {"flops": finite_float(row["flops"])}} if row["flops"] else {})
 
 
 def add_row(stage: Stage, row: dict[str, str], path: Path) -> None:

@@ -93,7 +93,7 @@ def parameter_file_name(name: str, rank: int, world_size: int) -> str:
 
 def open_side_files(paths: Sequence[Path], name: str, source: str | Path,
                     config: ModelConfig) -> ParameterFiles | None:
-    """Opens the side files of a checkpoint, POSTERIOR or FISHER, and checks their sizes. Returns None without files."""
+    """Opens the side files of a checkpoint, one of SIDE_FILES, and checks their sizes. Returns None without files."""
     if not paths:
         return None
     values = ParameterFiles(paths, f"the {'Fisher information' if name == FISHER else name} in {source}")

@@ -160,7 +160,7 @@ def library_errors(message: str) -> Iterator[None]:
         yield
     except (GeneratorExit, KeyboardInterrupt, MemoryError, SystemExit, UserError):
         raise
-    except BaseException as error:  # Exception, RuntimeError, or a panic of Rust code, which is no Exception
+    except BaseException as error:  # Exception, RuntimeError, or a panic of Rust code, which is only a BaseException
         raise UserError(f"{message}: {first_line(error):.200}") from error
 
 

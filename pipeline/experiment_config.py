@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from analysis.measures import PRIMARY
+from analysis.measures import OF_TEXT, PRIMARY
 from common.configs import CONFIGS, known
 from common.files import UserError
 from common.settings import load, setting
@@ -76,6 +76,9 @@ class ExperimentConfig:
             found.append(f"controls has loss, which needs the models {' and '.join(chain.PAIR)}")
         if (self.pairs or "loss" in self.controls) and (self.init_llm or self.init_stack):
             found.append("pairs and the loss control pretrain m0: leave out --init_llm and --init_stack")
+        if self.primary in OF_TEXT and not self.text and len(self.models) > 1:
+            found.append(f"the primary measure, {self.primary}, needs a held-out text: give --text, or another "
+                         "--primary")
         if len(self.stage_args) not in (0, len(self.order)):
             found.append(f"stage_args has {len(self.stage_args)} texts for {len(self.order)} stages")
         checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self)]

@@ -9,7 +9,7 @@ a separate run: the schedule of the base that is grown ends at the growth.
 
 MIDAS and LIDAS grow in stages: from one block of layers to the full depth, one block more at a time. Stage i of k has a
 share of the steps in proportion to i^α (PROP-α of arXiv 2409.19044), and one schedule of the learning rate spans all
-stages. What becomes of the optimizer's moments at growth is a choice (`moments`).
+stages. `moments` says what the optimizer's moments are after growth.
 
 All runs of a seed see the same stream of samples and are evaluated on the same held-out text. FLOPs are 6 N D, and a
 grown model's include its base's. Finished runs are not repeated; the table and the figure are made again from the
@@ -136,7 +136,7 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
 
 
 def staged_names(cfg: GrowthStudyConfig) -> list[str]:
-    """The names of the models that are grown in stages: operator and what becomes of the moments."""
+    """The names of the models that are grown in stages: operator and policy for the moments."""
     return [f"{operator}-{policy}" for operator in cfg.staged for policy in cfg.moments]
 
 
@@ -225,31 +225,34 @@ def study_table(rows: Sequence[dict]) -> str:
 
 def conclusion(rows: Sequence[dict]) -> str:
     """Whether depth pays at this budget, and whether growing does: the final losses compared, seed by seed. Fewer than
-    MIN_SEEDS seeds give no verdict."""
+    MIN_SEEDS seeds of all models that are compared give no verdict."""
     final = {row["name"]: row["final"] for row in rows}
-    seeds = len(final["scratch"])
 
     def beats(name: str, other: str) -> tuple[bool, str]:
         """Whether `name` ends with the lower loss for all seeds, and a sentence on the differences."""
         differences = [loss - reference for loss, reference in zip(final[name], final[other])]
         wins = sum(difference < 0 for difference in differences)
-        return wins == seeds, (f"{name} beats {LABELS.get(other, other)} for {wins} of {seeds} seeds: "
-                               f"{format_over_seeds(differences, '{:+.3f}')} nats per token.")
+        return wins == len(differences), (f"{name} beats {LABELS.get(other, other)} for {wins} of {len(differences)} "
+                                          f"seeds: {format_over_seeds(differences, '{:+.3f}')} nats per token.")
 
     depth_pays, sentence = beats("scratch", TRAINED_ON)
     controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)] if "stack" in final else []
     lines = [sentence, *(text for _, text in controls)]
+    seeds = len(final["scratch"])
     if seeds < MIN_SEEDS:
         lines.append(f"No verdict: it takes at least {MIN_SEEDS} seeds, found {seeds}. Give more --seeds.")
     else:
         lines.append(f"Depth {'pays' if depth_pays else 'does not pay'} at this budget.")
-        if controls:
+        if controls and (trained := len(final["stack"])) < MIN_SEEDS:
+            lines.append(f"No verdict on growing: it takes at least {MIN_SEEDS} seeds of stack, found {trained}. Name "
+                         "stack in --repeated.")
+        elif controls:
             lines.append(f"Growing {'pays' if all(better for better, _ in controls) else 'does not pay'}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def style_of(name: str) -> dict[str, str]:
-    """Colour and line of a model: those of its operator, and of what becomes of the moments."""
+    """Colour and line of a model: those of its operator and of its policy for the moments."""
     operator, _, policy = name.partition("-")
     lines = {"base": "--", "copied": "--", "zero": ":"}
     return {"color": COLOURS.get(name) or COLOURS[operator], "ls": lines.get(policy or name, "-")}

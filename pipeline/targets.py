@@ -221,7 +221,7 @@ def experiment_commands(v: Variables) -> list[Command]:
     return [*data_commands(v, order or chain.SAMPLE_ORDER), *(text_commands(v) if pretrains else []),
             *suite_commands(v.suite), script_command(
                 v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite,
-                text=v.text if pretrains else "", order=",".join(order), init_llm=v.get("INIT_LLM"),
+                text=v.text if pretrains else v.get("TEXT"), order=",".join(order), init_llm=v.get("INIT_LLM"),
                 init_stack=v.get("INIT_STACK"), pairs=v.pairs, rates=v.get("RATES"), controls=v.get("CONTROLS"),
                 seeds=v.get("SEEDS"), methods=v.method, suite_files=v.files,
                 launcher=v.get("LAUNCHER") or shlex.join(v.torchrun))]

@@ -15,8 +15,8 @@ import torch
 
 from model.loss import IGNORE_INDEX
 from model.prefix_packing import common_prefix
+from model.token_losses import Sample
 
-Sample = tuple[np.ndarray, int]
 Microbatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input_ids [B, T], targets [B, T], prefix [P]
 
 

@@ -33,7 +33,7 @@ def test_the_answer_comes_first(tmp_path):
     values = np.array([2 * (np.random.default_rng([pair, 7]).normal(0, 0.02) - 0.1) for pair in (1, 2, 3, 4)])
     mean, half = values.mean(), 3.18245 * values.std(ddof=1) / 2
     assert answer.startswith("stack forgets less than llm: by the primary measure, rise of held-out loss after m2-empd "
-                             "at equal FLOPs and equal new-task loss, the difference is ")
+                             "at equal new-task loss, the difference is ")
     assert numbers(answer.split("difference is")[1])[:3] == pytest.approx([mean, mean - half, mean + half], abs=6e-3)
     assert answer.endswith("n = 4 pairs.")
     assert uncertainty.startswith("With these 4 pairs a true difference of ")
@@ -50,15 +50,15 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
              if line.startswith("| ")][1:]
     assert [row[0] for row in table if "(primary)" in row[0]] == ["rise of held-out loss (primary)"]
     assert table[0][7] == "–"
-    assert {row[2] for row in table} == {"stack − llm, equal FLOPs", "stack − llm, equal loss",
-                                         "interleave − llm, equal FLOPs"}
+    assert {row[2] for row in table} == {"stack − llm", "stack − llm, equal loss",
+                                         "interleave − llm"}
     learning = next(row for row in table if row[0] == "new-task loss")
     assert learning[3:6] == ["rate 1e-3", "4", "-0.15 [-0.15, -0.15]"]
     control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("equal loss"))
     tested = sum(row[6] != "–" for row in table[1:])
     assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
-    assert "With m0 of equal held-out loss instead of equal FLOPs, the difference is -0." in text
-    assert "| stack − llm, equal FLOPs | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
+    assert "With m0 of equal held-out loss, the difference is -0." in text
+    assert "| stack − llm | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
     assert "| stack − llm, equal loss | 4 | 4.8000 | 4.8000 | 0 " in text
     assert "| quiz | llm | 160 | 16 | 0 |" in text  # four of 40 items in each pair
 
@@ -77,7 +77,7 @@ def test_one_pair_cannot_answer(tmp_path):
         first, second, *_ = first_lines(make_report(tmp_path / "out", runs=runs))
         assert first == ("One pair of models cannot answer whether stack forgets less than llm: pairs differ, and the "
                          "pair is the unit.")
-        assert "at equal FLOPs and the same learning rate, which does not match learning" in second
+        assert "the same learning rate, which does not match learning" in second
         assert "n = " not in second
 
 
@@ -101,6 +101,29 @@ def test_unequal_flops_are_told(tmp_path):
                 path.write_text(json.dumps(read_json(path) | {"lineage": {"flops": value}}))
         lines = pair_tables.answer(Study(read_runs(runs), "stack", "llm"), "rise of held-out loss", 0.05)
         assert ("The FLOPs before fine-tuning are not equal: stack 2e+15, llm 1e+15." in lines) == said
+        assert ("at equal FLOPs and the same learning rate" in lines[0]) == (not said)
+
+
+def section(text, title):
+    """A section of a report."""
+    return text.split(f"## {title}\n")[1].split("## ")[0]
+
+
+def test_models_and_pairs_without_results_change_no_table(tmp_path):
+    """A model trained by `make train` beside the pairs, and a pair whose training goes on."""
+    runs = write_study(tmp_path / "runs", pairs=(1, 2), rates=RATES[:1])
+    expected = make_report(tmp_path / "out", runs=runs)
+    for stage in ("m0", "m1-simp"):
+        shutil.copytree(runs / f"pair-1/stack/{stage}", runs / f"stack/{stage}",
+                        ignore=shutil.ignore_patterns("eval"))
+    for model in ("llm", "stack"):
+        shutil.copytree(runs / f"pair-1/{model}/m0", runs / f"pair-3/{model}/m0")
+    text = make_report(tmp_path / "out", runs=runs)
+    for title in ("Forgetting by category", "Benchmarks by stage: stack", "Differences between the models"):
+        assert section(text, title) == section(expected, title), title
+    assert "– |" not in section(text, "Benchmarks by stage: stack")
+    assert "- stack has no results\n" in section(text, "What is missing")
+    assert "- stack, pair 3, seed 42: the stage m1-simp is missing\n" in section(text, "What is missing")
 
 
 def test_a_pair_without_a_common_range_is_named(tmp_path):
@@ -111,9 +134,9 @@ def test_a_pair_without_a_common_range_is_named(tmp_path):
     assert "It rests on 3 pairs (pretraining seeds 1, 3, 4)" in text
     assert "left out: pair 2, see What is missing." in text
     missing = text.split("## What is missing")[1]
-    assert ("pair 2 is left out of stack − llm, equal FLOPs after m2-empd: the models reach no common loss on the new "
+    assert ("pair 2 is left out of stack − llm after m2-empd: the models reach no common loss on the new "
             "task (stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in missing
-    assert "| stack − llm, equal FLOPs | 3 of 4 |" in text
+    assert "| stack − llm | 3 of 4 |" in text
 
 
 def test_a_study_without_the_primary_measure_gives_no_answer(tmp_path):
@@ -123,7 +146,7 @@ def test_a_study_without_the_primary_measure_gives_no_answer(tmp_path):
     text = make_report(tmp_path / "out", runs=runs)
     assert first_lines(text)[0] == ("There is no answer by the primary measure, rise of held-out loss after m2-empd: "
                                     "no pair has it for both models.")
-    assert "| rise of earlier tasks' losses | nats/token | stack − llm, equal FLOPs | not matched | 4 |" in text
+    assert "| rise of earlier tasks' losses | nats/token | stack − llm | not matched | 4 |" in text
     text = make_report(tmp_path / "out", runs=runs, primary="KL on the new task")
     assert "by the primary measure, KL on the new task" in text
 

@@ -100,7 +100,7 @@ def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
     study = study_of(folder)
     assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 4]
     assert list(study.unmatched(study.contrasts[0], 1)) == [
-        "pair 3 is left out of stack − llm, equal FLOPs after m1-simp: the models reach no common loss on the new task "
+        "pair 3 is left out of stack − llm after m1-simp: the models reach no common loss on the new task "
         "(stack 1.3500 to 1.7500, llm 2.5000 to 2.9000 nats per token)"]
 
 
@@ -109,8 +109,25 @@ def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     shutil.rmtree(folder / "pair-2/stack/rate-1e-3")
     study = study_of(folder)
     assert list(study.lacking_rates(study.contrasts[0], 2)) == [
-        "pair 2, stack − llm, equal FLOPs after m2-empd: stack lacks the rate 1e-3, which the other model has"]
+        "pair 2, stack − llm after m2-empd: stack lacks the rate 1e-3, which the other model has"]
     assert set(study.lacking_rates(study.contrasts[0], 2)) < set(study.all_left_out())
+
+
+def test_a_chain_outside_a_folder_of_a_rate_is_named_and_changes_nothing(tmp_path):
+    """As `make train` leaves one in the folder in which an experiment with rates then runs."""
+    folder = write_study(tmp_path / "study", pairs=(0,))
+    expected = study_of(folder).main_difference("rise of held-out loss").estimate
+    for model in ("llm", "stack"):
+        shutil.copytree(folder / model / "rate-1e-3/m1-simp", folder / model / "m1-simp")
+    study = study_of(folder)
+    assert study.rates == list(RATES)
+    assert study.main_difference("rise of held-out loss").estimate == expected
+    assert study.left_out == ["llm, m1-simp: not used, since it is not in the folder of a learning rate",
+                              "stack, m1-simp: not used, since it is not in the folder of a learning rate"]
+    shutil.rmtree(folder / "llm/rate-1e-3")
+    assert study_of(folder).all_left_out()[2:] == [
+        f"the pair, stack − llm after {stage}: llm lacks the rate 1e-3, which the other model has"
+        for stage in ("m1-simp", "m2-empd")]
 
 
 def change_items(path, change):
@@ -134,8 +151,7 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
         if path.is_dir():
             path.rename(path.with_name(f"gone-{path.name}"))
     study = study_of(folder)
-    assert list(map(str, study.contrasts)) == ["stack − llm, equal FLOPs", "stack − llm, equal loss",
-                                               "interleave − llm, equal FLOPs"]
+    assert list(map(str, study.contrasts)) == ["stack − llm", "stack − llm, equal loss", "interleave − llm"]
     control = study.contrasts[1]
     assert study.models_of(control, 1) == ("stack", "llm-level")
     assert study.models_of(control, 4) is None
@@ -143,6 +159,13 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
     assert study.start_losses(study.contrasts[0])[1] == pytest.approx((4.8, 5.0))
     assert study.start_losses(control)[1] == pytest.approx((4.8, 4.8))
     assert 4 not in study.start_losses(control)
+    path = folder / "pair-2/llm-level/m0/eval/losses-text.json"
+    change_items(path, lambda nll, tokens: nll + 0.06 * tokens)  # training on has not reached the loss of stack
+    study = study_of(folder)
+    assert list(study.difference(control, "rise of held-out loss", 2).of_pairs) == [1, 3]
+    assert ("pair 2: llm-level is no control at equal held-out loss, since its m0 differs from that of stack by +0.060 "
+            "nats per token") in study.all_left_out()
+    assert study_of(folder).models_of(Contrast("interleave", "llm", equal_loss=True), 1) is None  # level with stack
 
 
 def test_only_like_losses_are_compared(tmp_path):

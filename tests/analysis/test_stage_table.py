@@ -1,12 +1,14 @@
 """The table of stages gives the same differences as the runs that it was made from."""
+import json
 import re
 
 import pytest
 
+from analysis.pair_tables import has_equal_flops
 from analysis.pairs import Study
 from analysis.results import read_runs
 from analysis.stage_table import COLUMNS, read_stage_table, stage_table
-from common.files import UserError
+from common.files import UserError, read_json
 from tests.analysis.studies import RATES, write_study
 from tests.analysis.test_pair_report import first_lines
 from tests.analysis.test_report import make_report
@@ -72,7 +74,7 @@ def test_tables_of_several_machines_make_one(tmp_path):
 
 def test_what_cannot_be_compared_is_known_from_the_table(table):
     lines = table.read_text().splitlines(keepends=True)
-    place = next(index for index, line in enumerate(lines) if line.startswith("2,stack,,1e-3,42,m2-empd,losses,text,"))
+    place = next(index for index, line in enumerate(lines) if line.startswith("2,stack,,1e-3,42,m2-empd,,losses,text,"))
     row = lines[place].split(",")
     for column, value, message in (("start", "0123456789ab", "was measured from another checkpoint than m0"),
                                    ("conditions", "0123456789ab", "under other conditions, not used: digest"),
@@ -82,6 +84,23 @@ def test_what_cannot_be_compared_is_known_from_the_table(table):
         table.write_text("".join([*lines[:place], ",".join(changed), *lines[place + 1:]]))
         study = Study(read_stage_table(table), "stack", "llm")
         assert any(message in line and "pair 2, stack" in line for line in study.left_out), column
+
+
+def test_a_limit_matters_only_where_the_number_of_items_is_unknown(runs, tmp_path):
+    """Also in the table, which tells a digest of the conditions; and FLOPs are told."""
+    for path in runs.glob("pair-2/*/**/losses-*.json"):
+        found = read_json(path)
+        path.write_text(json.dumps(found | {"run": found["run"] | {"limit": 24}}))
+    for model, flops in (("llm", 1e13), ("stack", 2e13)):
+        for path in runs.glob(f"pair-*/{model}/m0/run.json"):
+            path.write_text(json.dumps(read_json(path) | {"lineage": {"flops": flops}}))
+    path = tmp_path / "stages.csv"
+    path.write_text(stage_table(read_runs(runs)))
+    for stages in (read_runs(runs), read_stage_table(path)):
+        study = Study(stages, "stack", "llm")
+        assert list(study.main_difference("rise of held-out loss").of_pairs) == [1, 2, 3, 4]
+        assert study.start_flops("stack", study.pairs) == 2e13
+        assert not has_equal_flops(study)
 
 
 def test_a_kl_of_this_start_is_used(runs, table):
@@ -94,6 +113,7 @@ def test_a_kl_of_this_start_is_used(runs, table):
     (lambda lines: [*lines, lines[-1]], r"has two rows for benchmarks quiz of stack m2-empd, pair 4: remove one"),
     (lambda lines: [lines[0], re.sub(r"(losses,\w+,,,\w+,)\d+", r"\1nan", lines[1])], "nan is not a finite number"),
     (lambda lines: [lines[0], lines[1].replace(",m0,", ",start,")], "unknown stage 'start'"),
+    (lambda lines: [line.replace(",3e-3,", ",fast,") for line in lines], "could not convert string to float: 'fast'"),
     (lambda lines: [lines[0], lines[1].replace(",losses,", ",gains,")], "unknown kind 'gains'"),
     (lambda lines: lines[:1], "has no rows")])
 def test_damaged_tables(table, change, message):

@@ -190,6 +190,16 @@ def test_the_conclusion_by_hand(stack, trained_on, said):
     assert conclusion(summarize_runs(runs)) == said
 
 
+def test_a_verdict_on_growing_takes_seeds_of_stack():
+    """Which only the first seed trains if --repeated names another operator."""
+    runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
+    runs[1] = {"stack": [(1.0, 3.0)]} | runs[1]
+    assert conclusion(summarize_runs(runs)).splitlines()[1:] == [
+        "- stack beats scratch for 1 of 1 seeds: -1.000 nats per token.",
+        "- stack beats base, trained on for 1 of 1 seeds: -2.000 nats per token.", "- Depth pays at this budget.",
+        "- No verdict on growing: it takes at least 3 seeds of stack, found 1. Name stack in --repeated."]
+
+
 def test_a_conclusion_without_stack():
     runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
     assert conclusion(summarize_runs(runs)) == (

@@ -10,6 +10,7 @@ import experiment
 from common.files import UserError
 from experiment import ExperimentConfig
 from pipeline.jobs import read_slurm_template
+from pipeline.ledger import Ledger
 from tests.conftest import ROOT, TRAIN_FLAGS, losses, run_script
 
 FLAGS = [*TRAIN_FLAGS, "--max_steps", "9"]
@@ -29,6 +30,15 @@ def cluster(tmp_path, monkeypatch):
 def batch(script, *words, **environment):
     """Runs a job script as Slurm does, in the project's folder."""
     return run_script(script, *words, launcher=["bash"], check=False, **environment)
+
+
+def test_the_loss_control_is_submitted_when_it_is_known_which_model_is_behind(tmp_path):
+    cfg = ExperimentConfig(size="tiny", text="x", data="x", out=str(tmp_path), controls=("flops", "loss"))
+    (tmp_path / "llm/m0").mkdir(parents=True)
+    (tmp_path / "llm/m0/run.json").write_text('{"result": {"eval_loss_after": 4.0}}')
+    with pytest.raises(UserError, match=r"stack/m0 is not finished: submit with --controls flops, and when"):
+        experiment.submit(cfg, [], Ledger(tmp_path))
+    assert not (tmp_path / "slurm").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/slurm").iterdir()), ids=lambda path: path.name)

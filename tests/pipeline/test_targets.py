@@ -131,6 +131,7 @@ def test_the_experiment_and_its_report():
                     ORDER="simp exp simp", SUITE="local", FILES="my/files")[-1]
     assert text.endswith("experiment.py --data data/prepared/raw --out runs/x --suite local --order simp,exp,simp "
                          "--init_llm a --init_stack b --suite_files my/files")
+    assert "--text my/text.txt" in commands("experiment", SIZE="7b", TEXT="my/text.txt")[-1]
     assert "--launcher slurm" in commands("experiment", LAUNCHER="slurm")[-1]
     text = commands("experiment", PAIRS="3", RATES="3e-4,1e-3", CONTROLS="flops,loss")[-1]
     assert text.endswith("--pairs 1,2,3 --rates 3e-4,1e-3 --controls flops,loss")
