@@ -58,8 +58,8 @@ def described(study: Study, found: Difference) -> str:
 
 def has_equal_flops(study: Study) -> bool:
     """Whether both m0 were trained with the same FLOPs; False if they are unknown."""
-    one, two = (study.start_flops(model, study.pairs) for model in study.pair)
-    return bool(one and two) and max(one, two) <= (1 + FLOPS_TOLERANCE) * min(one, two)
+    one, two = (study.start_flops(model, study.pairs) or 0 for model in study.pair)
+    return 0 < max(one, two) <= (1 + FLOPS_TOLERANCE) * min(one, two)
 
 
 def uncertainty(found: Difference, effect: float) -> str:

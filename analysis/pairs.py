@@ -217,7 +217,8 @@ class Study:
     def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
         """The mean training FLOPs of m0 over the pairs that have it; None if they are unknown for one of them."""
         found = [self._starts[pair, model].flops for pair in pairs if (pair, model) in self._starts]
-        return None if None in found or not found else float(np.mean(found))
+        known = [flops for flops in found if flops is not None]
+        return float(np.mean(known)) if known and len(known) == len(found) else None
 
     def start_losses(self, contrast: Contrast) -> dict[int, tuple[float, float]]:
         """{pair: the held-out losses of both m0}, for the pairs that have both."""
