@@ -45,7 +45,7 @@ def install(stamp: Path, requirements: Path, *others: Path) -> None:
             return
         print(f"installing the packages of {requirements} into {folder}, once; this takes some minutes", flush=True)
         try:
-            venv.create(folder, symlinks=True, with_pip=True)
+            venv.create(folder.resolve(), symlinks=True, with_pip=True)  # which refuses a link to a folder
         except subprocess.CalledProcessError as error:
             output = error.output.decode(errors="replace").strip().splitlines()
             raise UserError(f"{folder} cannot be made: {output[-1] if output else error}; on Debian and Ubuntu install "

@@ -75,3 +75,15 @@ def test_an_environment_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
         environment.install(tmp_path / ".venv/user", ROOT / "requirements.txt")
     with pytest.raises(UserError, match="cannot write .*: a part of that path is a file"):
         environment.install(ROOT / "Makefile/x/user", ROOT / "requirements.txt")
+
+
+def test_an_environment_on_another_disk(tmp_path, monkeypatch):
+    """.venv may be a link to a folder, which the module venv refuses."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / ".venv").symlink_to(tmp_path / "disk")
+    create = environment.venv.create
+    monkeypatch.setattr(environment.venv, "create", lambda folder, **options: create(folder))  # pip takes seconds
+    monkeypatch.setattr(environment, "run_command", lambda command: None)
+    environment.install(tmp_path / ".venv/user", ROOT / "requirements.txt")
+    assert (tmp_path / "disk/bin/python").exists()
+    assert (tmp_path / "disk/user").exists()
