@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-               "TRANSFORMERS_VERBOSITY": "error"}
+               "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}  # the same tests with and without GPUs
 
 import pytest
 import torch

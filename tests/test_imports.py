@@ -45,11 +45,6 @@ def test_scripts_import_no_other_script(script):
     assert not imported((ROOT / f"{script}.py").read_text()) & {*SCRIPTS, "bench", "tests"}
 
 
-def test_the_packages_form_no_cycle():
-    for package, allowed in ALLOWED.items():
-        assert all(package not in ALLOWED[other] for other in allowed)
-
-
 def test_the_top_level_has_entry_scripts_only():
     assert SCRIPTS == ["data_prep", "evaluate", "experiment", "pretrain", "report", "stack", "train"]
     for script in SCRIPTS:

@@ -523,3 +523,22 @@ def test_deepspeed_launcher(train, finished, tmp_path):
                 "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     train(tmp_path / "run", launcher=launcher)
     assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
+
+
+def test_gradient_checkpointing_wraps_each_block(train, tmp_path):
+    patch = ("import model.transformer as t; real = t.checkpoint\n"
+             "t.checkpoint = lambda *given, **options: print('recomputed') or real(*given, **options)")
+    for name, flags, times in (("plain", [], 0), ("saving", ["--gradient_checkpointing"], 2)):
+        result = train(tmp_path / name, "--max_steps", "1", *flags, patch=patch)
+        assert result.stdout.count("recomputed\n") == times, name
+
+
+def test_the_loss_on_the_prompt(train, checkpoint, simp_file, tmp_path):
+    train(tmp_path / "run", "--max_steps", "1", "--train_on_source")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    data = SFTDataset(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
+    batch = [torch.tensor(data[index][0])[None] for index in sample_indices(42, 60, 0, 8)]
+    with torch.no_grad():
+        nll = sum(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in batch)
+    assert read_metrics(tmp_path / "run")[0][0]["loss"] == pytest.approx(
+        nll / sum(ids.shape[1] - 1 for ids in batch), rel=1e-5)

@@ -1,12 +1,15 @@
 """Methods on the plane of what is learned and what is forgotten, on folders with known effects."""
 import json
+import math
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import report
-from analysis.inference import t_quantile
+from analysis import method_plane
+from analysis.inference import PairedDifference, t_quantile
 from analysis.measures import ItemValues
 from analysis.method_plane import (
     Point,
@@ -168,3 +171,13 @@ def test_curves_of_the_figure(folder, tmp_path):
     assert [point.forgotten for point in points[:3]] == pytest.approx([2 * SLOPE * (3.2 - x) for x in (2.8, 2.6, 2.4)])
     assert list(plot_planes(studies, tmp_path, RISE)) == ["methods"]
     assert (tmp_path / "methods.svg").exists()
+
+
+def test_verdicts_are_corrected_for_the_number_of_methods(folder):
+    _, studies = studies_of(folder)
+    gap = PairedDifference((0.05, 0.3, 0.2, 0.35))  # p is 0.042, and 0.085 for two methods
+    with mock.patch.object(method_plane, "gap_of", return_value=gap), \
+            mock.patch.object(method_plane, "minutes_of", return_value=math.nan):
+        sentences, (_, text) = plane_section([], studies["llm"], RISE)
+    assert "no method can be told apart from it" in sentences[0]
+    assert f"| {2 * gap.p:.3f} |" in text

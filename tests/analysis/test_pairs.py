@@ -192,3 +192,17 @@ def test_the_kl_counts_from_the_own_m0(tmp_path):
     assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 3, 4]
     assert study.left_out == ["pair 2, stack, m1-simp: the KL of text is not used, since it was measured from another "
                               "checkpoint than m0"]
+
+
+def test_seeds_of_a_pair_are_averaged(tmp_path):
+    place = write_study(tmp_path / "study", pairs=(1, 2), rates=("1e-3",)) / "pair-1/llm"
+    for stage in ("m1-simp", "m2-empd"):
+        shutil.copytree(place / stage, place / "seed-43" / stage)
+    text, name = place / "seed-43/m2-empd/eval/losses-text.json", "rise of held-out loss"
+    one = study_of(tmp_path / "study").values(name, 1, "llm", "", 2)
+    change_items(text, lambda nll, tokens: nll + 0.1 * tokens)
+    assert study_of(tmp_path / "study").values(name, 1, "llm", "", 2).value == pytest.approx(one.value + 0.05)
+    text.unlink()
+    study = study_of(tmp_path / "study")
+    assert study.values(name, 1, "llm", "", 2) is None
+    assert list(study.main_difference(name).of_pairs) == [2]

@@ -117,6 +117,8 @@ def test_calibration_by_hand():
     assert found["nll"] == pytest.approx(-np.log([0.74, 0.13, 0.95]).mean())
     squares = [2 * 0.26 ** 2, 0.1 ** 2 + 0.87 ** 2 + 0.77 ** 2, 2 * 0.05 ** 2]
     assert found["brier"] == pytest.approx(np.mean(squares))
+    found = metrics.calibration_metrics([np.log([0.72, 0.28]), np.log([0.74, 0.26])], [0, 1])
+    assert found["ece"] == pytest.approx((0.28 + 0.74) / 2)  # 11/15 lies between them
 
 
 def test_probabilities_are_averaged_over_samples_of_the_weights():

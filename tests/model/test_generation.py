@@ -156,3 +156,15 @@ def test_invalid_settings():
     for wrong in ({"length_penalty": 1e308}, {"length_penalty": -3.0}, {"temperature": 1e-300}, {"num_beams": 10 ** 9},
                   {"early_stopping": 3}, {"early_stopping": "sometimes"}):
         assert len(GenerationConfig(**wrong).problems()) == 1, wrong
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3},
+                                     {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never"}])
+def test_several_end_tokens(models, prompts, options):
+    ours, other = models
+    plain = generate(ours, prompts, GenerationConfig(20, **options))
+    ends = {ids[place] for ids, place in zip(plain, (3, 5, 7, 2, 4))}
+    for prompt, ids in zip(prompts, generate(ours, prompts, GenerationConfig(20, **options), ends)):
+        new = other.generate(torch.tensor([prompt]), eos_token_id=sorted(ends), pad_token_id=0, do_sample=False,
+                             max_new_tokens=20, **options)[0, len(prompt):].tolist()
+        assert ids == new[:next((place for place, token in enumerate(new) if token in ends), 20)]

@@ -1,4 +1,6 @@
 """The decoder compared with transformers' Llama, in fp32."""
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ import model.transformer
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import Transformer, additive_mask, attention
+from model.transformer import Transformer, additive_mask, attention, initial_weights
 from tests.conftest import SHAPE, random_model
 from training.engine import compile_blocks
 
@@ -25,6 +27,7 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "head_dim": {"head_dim": 16},
     "theta": {"rope_theta": 500.0},
+    "eps": {"rms_norm_eps": 1e-3},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama3": {"rope_scaling": LLAMA3},
 }
@@ -199,9 +202,11 @@ def test_the_heads_gradient_is_as_exact_in_many_chunks_as_in_one(dtype, monkeypa
 
 def test_training_uses_the_flash_kernel():
     input_ids, targets, *_ = padded_batch()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other kernel is an error
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), mock.patch.object(  # any other kernel is an error
+            F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as sdpa:
         random_model()(input_ids, targets).backward()
         random_model()(input_ids, targets, input_ids[0, :5]).backward()
+    assert sdpa.call_count == 2 * (1 + 2)  # once in each layer, and twice with a prefix
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
@@ -254,3 +259,16 @@ def test_parameter_count():
     published = ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                             num_attention_heads=32, num_key_value_heads=8)
     assert published.num_parameters == 5_933_109_248
+
+
+def test_new_weights():
+    config = ModelConfig(**SHAPE, attention_bias=True, initializer_range=0.05)
+    one, again, other = (dict(initial_weights(config, seed)) for seed in (1, 1, 2))
+    matrices = [name for name, tensor in one.items() if tensor.ndim == 2]
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in matrices)
+    assert len({one[name].flatten()[0].item() for name in matrices}) == len(matrices)
+    for name in matrices:
+        assert one[name].std().item() == pytest.approx(0.05, rel=0.1), name
+    assert all((tensor == (0 if name.endswith("bias") else 1)).all() for name, tensor in one.items()
+               if name not in matrices)

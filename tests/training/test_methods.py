@@ -405,3 +405,27 @@ def test_values_are_read_across_files(tmp_path):
     into = torch.empty(5)
     files.read("fisher", "w", 2, into)
     assert into.tolist() == [2, 3, 4, 5, 6]
+
+
+def test_the_penalties_of_a_run_equal_those_of_a_plain_loop(run, checkpoint, simp_file, tmp_path):
+    """EWC, both forms of L2-SP and the settings of AdamW reach the optimizer: plain PyTorch on the second task."""
+    m1 = run(tmp_path / "m1", "--ewc_strength", "1", "--fisher_samples", "3", steps=2)
+    m2 = run(tmp_path / "m2", "--ewc_strength", "40", "--l2_sp_strength", "20", "--l2_sp_rate", "0.1", "--adam_beta1",
+             "0.8", "--adam_beta2", "0.95", "--adam_epsilon", "1e-3", "--max_grad_norm", "0", init=m1)
+    model, start, fisher = load_model(m1), load_file(m1 / "model.safetensors"), read_values(m1, "fisher", "fisher")
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3, (0.8, 0.95), 1e-3, 0.0)
+    for step in range(4):
+        loss = mean_loss(model, checkpoint, simp_file, sample_indices(42, 60, 8 * step, 8 * step + 8))
+        moved = {name: weight - start[name] for name, weight in model.named_parameters()}
+        penalty = sum(20 * (fisher[name].view_as(move) * move ** 2).sum() + 10 * (move ** 2).sum()
+                      for name, move in moved.items())
+        (loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.lerp_(start[name], 0.1)
+        assert losses(m2)[step + 1, "loss"] == pytest.approx(loss.item(), rel=2e-5), step
+    expected = {name: weight.detach() - start[name] for name, weight in model.named_parameters()}
+    assert close({name: tensor - start[name] for name, tensor in load_file(m2 / "model.safetensors").items()},
+                 expected, 1e-2)

@@ -2,12 +2,14 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,9 +20,12 @@ from common.files import UserError
 from model.parameter_files import ParameterFiles
 from tests.conftest import TORCHRUN, error_line, losses, read_metrics
 from train import main
+from training.batches import GlobalBatch
+from training.engine import StepResult
 from training.run import compare_digests
 from training.run_directory import claim, read_state, write_state
 from training.train_config import TrainConfig
+from training.train_state import TrainState
 
 FLAGS = ["--max_steps", "9", "--warmup_steps", "2", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1",
          "--eval_steps", "3", "--save_minutes", "0"]
@@ -184,7 +189,7 @@ def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file
     out, partial = tmp_path / "m1", tmp_path / "m1.partial"
     with ThreadPoolExecutor() as pool:
         first = pool.submit(train, out, patch=patch, launcher=TORCHRUN)
-        while not partial.exists():
+        while not partial.exists() and not first.done():
             time.sleep(0.01)
         assert f"another process is using {partial}" in error_line(train(out, check=False))
         (tmp_path / "go").touch()
@@ -316,3 +321,24 @@ def test_two_launchers_form_one_run(train, uninterrupted, tmp_path):
         nodes = [pool.submit(train, tmp_path / "m1", launcher=launcher) for _ in range(2)]
     assert [node.result().returncode for node in nodes] == [0, 0]
     assert losses(tmp_path / "m1") == pytest.approx(losses(uninterrupted), rel=2e-6)
+
+
+def test_a_resumed_run_skips_the_same_batches(train, tmp_path):
+    flags = "--max_steps", "14", "--skip_loss_above", "1e-9"  # from the eleventh step on, every loss is above it
+    train(tmp_path / "whole", *flags)
+    train(tmp_path / "m1", *flags, interrupted=(12, "SIGTERM", "all"))
+    assert "resuming after step 12" in train(tmp_path / "m1", *flags).stdout
+    skipped = [entry["step"] for entry in read_metrics(tmp_path / "whole")[0] if "skipped_samples" in entry]
+    assert skipped == [11, 12, 13, 14]
+    assert losses(tmp_path / "m1") == losses(tmp_path / "whole")
+
+
+def test_the_limit_of_a_loss_spike_by_hand():
+    def limit(steps):
+        state = TrainState()
+        for loss, norm in steps:
+            state.add_step(GlobalBatch([0], [(np.array([1, 2]), 1)], [], False), StepResult(loss, norm, 1.0), 1.0, 0.0)
+        return state.max_loss(3.0)
+    assert limit([(2.0, 1.0)] * 9) == math.inf
+    assert limit([(2.0, 1.0)] * 10 + [(99.0, math.nan)]) == pytest.approx(6.0)  # a skipped step does not count
+    assert limit([(9.0, 1.0)] * 50 + [(1.0, 1.0)] * 50) == pytest.approx(3.0)  # of the last 50 steps
