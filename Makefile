@@ -7,9 +7,11 @@
 PYTHON ?= python3
 VENV   := .venv
 
-# Exports the variables of the command line literally: neither make nor the shell expands their values.
+# Exports the variables of the command line literally: neither make nor the shell expands their values. GIVEN: their
+# names.
+export GIVEN :=
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),\
-    $(eval override $(name) := $$(value $(name)))$(eval export $(name))))
+    $(eval override $(name) := $$(value $(name)))$(eval export $(name))$(eval GIVEN += $(name))))
 
 # With DRY_RUN=1 the commands are printed and none is run, so that no environment is needed.
 DRY  := $(value DRY_RUN)

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from analysis.results import STAGE
 from common.configs import ROOT
 from common.files import UserError, check_writable, write_json
 from common.formatting import format_duration
@@ -54,7 +55,7 @@ def record_primary(cfg: ExperimentConfig) -> None:
 
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
-    name, the length of samples, the suite, folders to write to."""
+    name, the length of samples, the suite, stages of another order, folders to write to."""
     training = [train_settings(cfg, method, stage_args) for method in cfg.methods or [None]
                 for stage_args in cfg.stage_args or [""]]
     for settings in training:
@@ -69,6 +70,13 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     if any(job.script == "evaluate.py" for job in to_do):
         from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
         read_suite(cfg.suite, cfg.suite_files)
+    for job in to_do:
+        stage = STAGE.fullmatch(job.out.name)
+        others = [path for path in job.out.parent.glob(f"m{stage[1]}-*")
+                  if STAGE.fullmatch(path.name) and path != job.out] if stage else []
+        if others:
+            raise UserError(f"{others[0]} is a stage of another order of tasks than {', '.join(cfg.order)}: choose "
+                            "another --out, or remove it")
     for folder in (cfg.out, cfg.report, *(str(job.out) for job in to_do)):
         check_writable(folder)
 

@@ -37,7 +37,7 @@ from pipeline.pretraining import (
 )
 from training.train_config import TrainConfig
 
-RUN_SETTINGS = {"task", "size", "phase", "init", "data", "out", "local_rank"}  # what identifies the last run
+RUN_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "local_rank"}  # what identifies the last run
 LEVEL_EVAL_STEPS = 10  # a run that trains m0 on ends at an evaluation
 
 

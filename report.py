@@ -25,7 +25,7 @@ from analysis.pair_tables import answer, pair_sections
 from analysis.pairs import Study, rates_of
 from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
-from analysis.results import Stage, drop_unevaluated, read_results, read_runs
+from analysis.results import Stage, drop_strangers, drop_unevaluated, read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors, write_text
@@ -133,6 +133,7 @@ def main(cfg: ReportConfig) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
     stages, without_results = drop_unevaluated(read_stages(cfg))
+    stages, strangers = drop_strangers(stages)
     pair, rate = pair_of(stages, cfg), shared_rate(stages, cfg)
     records = make_records(stages, cfg, pair, rate)
     method = next(iter(records)) if cfg.method is None else cfg.method
@@ -145,7 +146,7 @@ def main(cfg: ReportConfig) -> None:
         study.check_measure(cfg.primary)
     noise = noise_flags(stages)
     sentences, sections, missing = describe(records, record, study, cfg, rate, noise)
-    missing += without_results
+    missing += [*strangers, *without_results]
     planes = method_studies(stages, records, cfg.primary)
     for of_methods in planes.values():
         more, section = plane_section(stages, of_methods, cfg.primary)

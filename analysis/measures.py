@@ -116,6 +116,12 @@ OPTION_VALUES: list[tuple[str, str, Callable[[Choices], np.ndarray | None], int]
     ("loss of accuracy", SHARE, lambda choices: choices.right, -1)]
 
 
+def measure_names(categories: Sequence[str]) -> list[str]:
+    """The names of all measures of forgetting that a report may have, with benchmarks of these categories."""
+    return [*(name for name in make_measures([]) if name != LEARNING),
+            *(f"{title}, {category}" for title, *_ in OPTION_VALUES for category in categories)]
+
+
 def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     """All measures by name: of losses, then of the multiple-choice benchmarks of each category."""
     found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),

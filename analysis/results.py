@@ -30,6 +30,8 @@ STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
 
 METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # tried in this order for benchmarks that no suite describes
 
+START_CHAIN = None, None, None
+
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
 TEXT = "text"  # name of the losses of held-out text
 
@@ -121,6 +123,11 @@ class Stage:
         return float(flops) if is_number(flops) else None
 
     @property
+    def chain(self) -> tuple[str | None, str | None, int | None]:
+        """What identifies its chain among those of its model; START_CHAIN for m0, which all of them share."""
+        return (self.method, self.rate, self.seed) if self.number else START_CHAIN
+
+    @property
     def method_name(self) -> str:
         """The name of the method, "none" without one."""
         return self.method or "none"
@@ -144,6 +151,25 @@ def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
                             if (stage.pair, stage.model) not in evaluated)
     return [stage for stage in stages if (stage.pair, stage.model) in evaluated], [
         f"{model}{'' if pair is None else f' of pair {pair}'} has no results" for pair, model in dropped]
+
+
+def drop_strangers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without those that were trained from another m0, or from another stage before them, than the one that
+    lies in their chain; and a sentence for each of them. Where a digest is not known, nothing is dropped."""
+    made = {(stage.pair, stage.model, *stage.chain, stage.number): losses.digests[0] for stage in stages
+            for losses in stage.losses.values()}
+    kept, sentences = [], []
+    for stage in stages:
+        place, lineage = (stage.pair, stage.model), stage.run.get("lineage", {})
+        m0 = made.get((*place, *START_CHAIN, 0))
+        before = made.get((*place, *stage.chain, stage.number - 1)) if stage.number > 1 else m0
+        trained_from = [((lineage.get("start") or {}).get("digest"), m0), (stage.run.get("parent_digest"), before)]
+        if stage.number and any(recorded and found and recorded != found for recorded, found in trained_from):
+            sentences.append(f"{stage.directory or stage.name} is not used: it was not trained from the checkpoint "
+                             "that now lies before it in its chain")
+        else:
+            kept.append(stage)
+    return kept, sentences
 
 
 def read_stage(path: Path, number: int, task: str | None) -> Stage:
@@ -250,7 +276,8 @@ def listed_files(path: Path) -> list[tuple[str, str, Path]]:
             raise UserError(f"{path}: each [[result]] needs model, stage and file, each a text; {' and '.join(wrong)} "
                             f"is not given in {entry}")
         pattern = path.parent / entry["file"]
-        for file in [pattern] if pattern.exists() else sorted(map(Path, glob(str(pattern)))) or [pattern]:
+        matches = sorted(path.parent / name for name in glob(entry["file"], root_dir=path.parent))
+        for file in [pattern] if pattern.exists() else matches or [pattern]:
             if file.is_dir() and not results_files(file):
                 raise UserError(f"{path}: the folder {file} holds no results_*.json")
             found += [(entry["model"], entry["stage"], one)

@@ -92,12 +92,15 @@ def stage_table(stages: Sequence[Stage]) -> str:
 
 def read_stage_table(path: Path) -> list[Stage]:
     """The stages of a table. Raises UserError if it is damaged or has two rows for the same result."""
-    lines = csv.DictReader(io.StringIO(read_text(path)))
+    lines = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))  # as spreadsheets begin a file
     if lacking := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
-        raise UserError(f"{path} is not a table of stages, as a report writes it: the column {lacking[0]} is missing")
+        raise UserError(f"{path} is not a table of stages with commas between its columns, as a report writes it: the "
+                        f"column {lacking[0]} is missing")
     stages: dict[tuple[str, ...], Stage] = {}
     with parsing(path, "a table of stages"):
         for row in lines:
+            if not any(row.values()):
+                continue
             key = tuple(row[name] for name in STAGE_COLUMNS)
             if key not in stages:
                 stages[key] = empty_stage(row)

@@ -98,13 +98,13 @@ class CheckpointReader:
         self.directory = Path(directory)
         self.shards: dict[str, SafetensorsFile | BinFile]
         for weights, index, kind in ((WEIGHTS, INDEX, SafetensorsFile), (BIN, BIN_INDEX, BinFile)):
+            if (self.directory / weights).exists():  # even if an index of earlier shards is left, as transformers does
+                self.shards = {weights: kind(self.directory / weights)}
+                self.files = dict.fromkeys(self.shards[weights].names(), weights)
+                break
             if (self.directory / index).exists():
                 self.files = read_index(self.directory / index)
                 self.shards = {file: kind(self.directory / file) for file in sorted(set(self.files.values()))}
-                break
-            if (self.directory / weights).exists():
-                self.shards = {weights: kind(self.directory / weights)}
-                self.files = dict.fromkeys(self.shards[weights].names(), weights)
                 break
         else:
             raise UserError(f"{directory} holds no weights: expected {WEIGHTS}, {INDEX}, {BIN} or {BIN_INDEX}")

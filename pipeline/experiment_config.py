@@ -4,11 +4,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from analysis.measures import OF_TEXT, PRIMARY
+from analysis.measures import OF_TEXT, PRIMARY, measure_names
 from common.configs import CONFIGS, known
 from common.files import UserError
 from common.settings import load, setting
 from evaluation.evaluate_config import EvaluateConfig
+from evaluation.suites import open_suite
 from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags
 from training.train_config import TrainConfig
@@ -81,7 +82,8 @@ class ExperimentConfig:
                          "--primary")
         if len(self.stage_args) not in (0, len(self.order)):
             found.append(f"stage_args has {len(self.stage_args)} texts for {len(self.order)} stages")
-        checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self)]
+        checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self),
+                                              functools.partial(check_primary, self)]
         if self.size is None or self.size in known("size"):
             checks += [functools.partial(train_settings, self, method, stage_args)
                        for method in self.methods or [None] for stage_args in dict.fromkeys(self.stage_args or [""])]
@@ -140,6 +142,14 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
     if evaluated == "chat" and not all(cfg.init(model) for model in cfg.models):
         return ["--template chat needs m0s with a chat template: give --init_llm and --init_stack"]
     return []
+
+
+def check_primary(cfg: ExperimentConfig) -> None:
+    """Raises UserError if the primary measure is none that the report of this experiment has."""
+    entries = open_suite(cfg.suite, cfg.suite_files)[1]
+    names = measure_names(list(dict.fromkeys(entry.get("category", "") for entry in entries)))
+    if cfg.primary not in names:
+        raise UserError(f"unknown primary measure {cfg.primary!r}, expected one of {'; '.join(names)}")
 
 
 def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:

@@ -59,15 +59,20 @@ def run_jobs(jobs: Sequence[Job], dry_run: bool = False) -> None:
 def run_command(command: Sequence[str]) -> None:
     """Runs a command and exits with its status if that is not 0.
 
-    While the command runs, this process forwards SIGTERM and SIGINT to it, then waits. Raises UserError if the command
-    cannot be started or is killed by a signal.
+    While the command runs, this process forwards SIGTERM and SIGINT to it, then waits, and exits after one of them even
+    if the command has ended well. Raises UserError if the command cannot be started or is killed by a signal.
     """
+    received = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
     try:
         process = subprocess.Popen(command)
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
-    handlers = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         status = process.wait()
     finally:
@@ -77,8 +82,8 @@ def run_command(command: Sequence[str]) -> None:
         sys.exit(128 + signal.SIGINT)
     if status < 0:
         raise UserError(f"{shlex.join(command)} was killed by signal {-status} (9: probably out of memory)")
-    if status:
-        sys.exit(status)
+    if status or received:
+        sys.exit(status or 128 + received[0])
 
 
 def read_slurm_template(path: str) -> str:

@@ -62,6 +62,13 @@ ARGS    more flags for the script of the target: ARGS="--learning_rate 1e-5". Wi
 DRY_RUN 1: print the commands and run none"""
 
 
+# All variables of make.
+VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE", "FILES", "GPU_MEMORY", "GPU_MODEL",
+             "HUB", "INIT", "INIT_LLM", "INIT_STACK", "LAUNCHER", "METHOD", "MODEL", "NPROC", "ORDER", "OUT", "PAIRS",
+             "PARAMS", "PYTHON", "RATES", "RAW", "RUNS", "SEEDS", "SIZE", "SMOLLM2", "SOURCE", "STUDY", "SUITE", "TASK",
+             "TASKS", "TEXT", "TOKENS", "VENV", "ZERO")
+
+
 class Variables:
     """The variables of make, with their defaults."""
 
@@ -104,8 +111,10 @@ class Variables:
                   (("evaluate",), "TASKS", self.tasks, known("task")),
                   (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] * bool(self.method),
                    known("method"))]
-        found = [problem for targets, variable, values, accepted in checks if target in targets
-                 for value in values for problem in unknown_name(variable, value, accepted)]
+        unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
+        found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
+        found += [problem for targets, variable, values, accepted in checks if target in targets
+                  for value in values for problem in unknown_name(variable, value, accepted)]
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
             found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
         try:
@@ -187,8 +196,10 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
 
 def next_commands(v: Variables) -> list[str]:
     """Command lines to continue with after `make train`: the next task, or what follows the last; then real weights."""
-    names = "MODEL", "SIZE", "INIT", "SOURCE", "RAW", "TEXT", "OUT", "ORDER", "METHOD", "NPROC"
-    given = {"MODEL": v.model} | {name: v.get(name) for name in names if v.get(name)}
+    names = ("MODEL", "SIZE", "INIT", "SOURCE", "RAW", "EVAL_SIZE", "TEXT", "HUB", "RUNS", "OUT", "ORDER", "METHOD",
+             "NPROC")
+    given = {"MODEL": v.model} | {name: v.get(name) for name in names
+                                  if v.get(name) or name == "HUB" and name in v.given}
     later = v.order[len(v.stages):]
     if later:
         args = {"ARGS": v.args} if v.args else {}
@@ -196,7 +207,8 @@ def next_commands(v: Variables) -> list[str]:
     elif v.init:
         lines = [("evaluate", {"TASK": v.task} | given, "its results")]
     else:
-        lines = [("experiment", {"SIZE": v.size}, "the models compared")]
+        lines = [("experiment", {"SIZE": v.size} | {name: given[name] for name in ("RUNS", "METHOD") if name in given},
+                  "the models compared")]
     if not v.hub and not v.init:
         lines.append(("train", {"TASK": v.task, "MODEL": "stack", "SIZE": "410m"}, "weights from the Hugging Face Hub"))
     return [f"{shlex.join(['make', target, *(f'{name}={value}' for name, value in values.items())])}  # {comment}"

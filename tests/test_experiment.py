@@ -207,6 +207,15 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
         experiment.main(replace(cfg, primary="KL on held-out text"))
 
 
+def test_a_stage_of_another_order_is_refused_before_anything_runs(checkpoint, tasks, suite_file, tmp_path, refusal):
+    words = ["--init_llm", checkpoint, "--models", "llm", "--data", tasks, "--out", tmp_path / "runs", "--suite",
+             suite_file, "--report", tmp_path / "report", "--train_args", "--max_source_length 128"]
+    (tmp_path / "runs/llm/m1-simp").mkdir(parents=True)
+    line = refusal((ExperimentConfig, experiment.main), *words, "--order", "empd")
+    assert f"{tmp_path}/runs/llm/m1-simp is a stage of another order of tasks than empd: choose another --out" in line
+    assert not (tmp_path / "runs/experiment").exists()
+
+
 def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     """Three stages, each with a recipe of its own, as far as the sources say."""
     file = str(ROOT / "configs/experiment/published.toml")
@@ -263,6 +272,8 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--controls", "loss"], "controls lacks flops"),
     (["--models", "llm,base", "--controls", "flops,loss"], "which needs the models llm and stack"),
     (["--pairs", "1", "--init_llm", "x"], "pairs and the loss control pretrain m0: leave out --init_llm"),
+    (["--size", "tiny", "--text", "x", "--primary", "rise of loss"], "unknown primary measure 'rise of loss'"),
+    (["--size", "tiny", "--text", "x", "--primary", "loss of accuracy, RD"], "; loss of accuracy, DK; loss "),
     (["--size", "7b"], "the primary measure, rise of held-out loss, needs a held-out text: give --text, or another "),
     (["--size", "7b", "--text", "x", "--pairs", "1"], "the m0 of the size 7b is published, so that there is one pair "),
     ([], "llm has no --init_llm, and --size is missing"),

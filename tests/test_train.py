@@ -264,6 +264,13 @@ def test_a_finished_run_does_not_need_its_parent(train, checkpoint, tmp_path):
     assert "finished already" in train(tmp_path / "m1", *flags, init=parent).stdout
     line = error_line(train(tmp_path / "m1", *flags, "--seed", "1", init=parent, check=False))
     assert "seed is 42 there and 1 here" in line
+    line = error_line(train(tmp_path / "m1", *flags, init=tmp_path / "typo", check=False))
+    assert f"{tmp_path}/typo" in line
+    record = json.loads((tmp_path / "m1/run.json").read_text())
+    del record["result"]
+    (tmp_path / "m1/run.json").write_text(json.dumps(record))
+    line = error_line(train(tmp_path / "m1", *flags, init=parent, check=False))
+    assert f"m1 is a run that was not finished: remove it, or name it {tmp_path}/m1.partial to continue it" in line
 
 
 def test_checkpoints_of_an_unfinished_run_are_kept(tmp_path):

@@ -134,8 +134,9 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
     resolved = dataclasses.replace(cfg, **choices)
     settings, defaults = json_values(resolved), json_values(TrainConfig())
-    if Path(cfg.out).exists() and cfg.init and not Path(cfg.init).is_dir():  # finished, and its parent was removed
-        recorded = read_record(cfg.out)
+    recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
+    if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
+        # finished, and its parent was removed
         record = describe(settings, recorded.get("parent_digest"), digest, **{
             name: recorded[name] for name in ("rehearsed", "replay_digest", "start_digest") if name in recorded})
         is_finished(cfg.out, record, defaults)

@@ -69,6 +69,8 @@ def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[st
     out, partial = Path(out), partial_directory(out)
     if out.exists() and not read_record(out):
         raise UserError(f"{out} exists and is not a run of this program: remove it or choose another --out")
+    if out.exists() and "result" not in read_record(out):
+        raise UserError(f"{out} is a run that was not finished: remove it, or name it {partial} to continue it")
     for directory in (out, *([partial] if saved_states(partial) or epoch_checkpoints(partial) else [])):
         if (recorded := read_record(directory)) and (found := differences(record, recorded, defaults)):
             raise UserError(f"{directory} belongs to a run with other settings: {'; '.join(found)}. "

@@ -126,6 +126,26 @@ def test_models_and_pairs_without_results_change_no_table(tmp_path):
     assert "- stack, pair 3, seed 42: the stage m1-simp is missing\n" in section(text, "What is missing")
 
 
+def test_stages_of_another_m0_or_another_stage_before_them_are_not_used(tmp_path):
+    """As when m0 or a stage is trained again and the later stages stay."""
+    runs = write_study(tmp_path / "runs", pairs=(1, 2), rates=RATES[:1])
+    for path in runs.glob("pair-*/*/m?-*/run.json"):
+        m0 = path.parents[1]
+        write = {"lineage": {"start": {"init": "m0", "digest": str(m0)}}, "parent_digest": str(m0)}
+        path.write_text(json.dumps(read_json(path) | write))
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "is not used: it was not trained" not in text
+    for model, change in (("llm", {"lineage": {"start": {"init": "m0", "digest": "other"}}}),
+                          ("stack", {"parent_digest": "other"})):
+        path = runs / f"pair-2/{model}/m2-empd/run.json"
+        path.write_text(json.dumps(read_json(path) | change))
+    text = make_report(tmp_path / "out", runs=runs)
+    for model in ("llm", "stack"):
+        assert (f"- {runs}/pair-2/{model}/m2-empd is not used: it was not trained from the checkpoint that now lies "
+                "before it in its chain\n") in section(text, "What is missing")
+    assert "It rests on 1 pair (pretraining seeds 1)" in text
+
+
 def test_a_pair_without_a_common_range_is_named(tmp_path):
     runs = write_study(tmp_path / "runs")
     for rate in RATES[1:]:

@@ -53,6 +53,12 @@ def test_stages_ordered_by_a_list(tmp_path):
     (tmp_path / "map.toml").write_text('[[result]]\nmodel = "llm"\nstage = "m0"\nfile = "[l]*/*nal"\n')
     stage, = read_results(tmp_path / "map.toml")
     assert stage.benchmarks["piqa"].value == 0.4
+    brackets = tmp_path / "br[1]"
+    brackets.mkdir()
+    (tmp_path / "llm").rename(brackets / "llm")
+    (tmp_path / "map.toml").rename(brackets / "map.toml")
+    stage, = read_results(brackets / "map.toml")  # the folder is no pattern
+    assert stage.benchmarks["piqa"].value == 0.4
     (tmp_path / "map.toml").write_text('[[result]]\nmodel = "llm"\nstage = "m0"\nfile = "[l]*/none"\n')
     with pytest.raises(UserError, match=r"\[l\]\*/none"):
         read_results(tmp_path / "map.toml")

@@ -103,6 +103,17 @@ def test_a_limit_matters_only_where_the_number_of_items_is_unknown(runs, tmp_pat
         assert not has_equal_flops(study)
 
 
+def test_a_table_that_a_spreadsheet_has_saved(table):
+    expected = read_stage_table(table)
+    lines = table.read_text().splitlines()
+    empty = "," * lines[0].count(",")
+    table.write_bytes(("\ufeff" + "\r\n".join([*lines, empty, ""])).encode())
+    assert [stage.name for stage in read_stage_table(table)] == [stage.name for stage in expected]
+    table.write_text(table.read_text().replace(",", ";"))
+    with pytest.raises(UserError, match="is not a table of stages with commas between its columns"):
+        read_stage_table(table)
+
+
 def test_a_kl_of_this_start_is_used(runs, table):
     for stages in (read_runs(runs), read_stage_table(table)):
         assert not any("another checkpoint" in line for line in Study(stages, "stack", "llm").left_out)

@@ -77,6 +77,14 @@ def test_shards_are_what_the_library_reads(tmp_path):
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
+def test_one_file_has_precedence_over_an_index_as_in_transformers(copy):
+    """save_pretrained removes the shards that it replaces by one file, and leaves their index."""
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(copy), theirs(IDS).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_bin_files_are_read_as_they_are(copy, sharded):
     expected = logits(copy)

@@ -78,6 +78,7 @@ def test_recipes_by_hand():
     (["--args", "--learning_rate nan"], "args: learning_rate is nan, expected a finite number"),
     (["--args", "--max_tokens 9"], "args: max_tokens and max_flops each set the length of training"),
     (["--args", "--phase llm --out=x"], "args: out, phase cannot be given here"),
+    (["--args", "--seed 7"], "args: seed cannot be given here"),
     (["--factors", "9" * 30], "expected a whole number below 2**63"),
     (["--at_tokens", "1" + "0" * 400], "expected a whole number below 2**63"),
     (["--at_tokens", "9223372036854775807"], "expected a number from 1 to 1000000000000000000"),

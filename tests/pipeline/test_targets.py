@@ -17,7 +17,7 @@ from tests.conftest import ROOT, accept_interrupts
 
 # `make test` exports variables to this process that would change the targets.
 ENVIRON = {name: value for name, value in os.environ.items()
-           if name not in ("ARGS", "DRY_RUN", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SMOLLM2")}
+           if name not in ("ARGS", "DRY_RUN", "GIVEN", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SMOLLM2")}
 
 MODELS = "expected one of llm, base, stack, interleave, middle, solar"
 
@@ -305,6 +305,30 @@ def test_a_command_that_an_interrupt_ends_is_no_error():
     assert stopped.value.code == 130
     with pytest.raises(UserError, match="was killed by signal 9"):
         run_command(["bash", "-c", "kill -KILL $$"])
+
+
+def test_an_interrupt_in_the_last_moment_of_a_command_is_kept():
+    """The command ends well, and the next one must not begin."""
+    with pytest.raises(SystemExit) as stopped:
+        run_command([sys.executable, "-c", "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+                     "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(0.2)"])
+    assert stopped.value.code == 130
+
+
+def test_a_variable_that_make_does_not_know():
+    result = make("experiment", "SEED=3", "METHODS=ewc", "SEEDS=3", check=False)
+    assert result.returncode == 2
+    assert "error: unknown variable METHODS, SEED: `make help` lists the variables" in result.stderr
+    assert not set(re.findall(r'get\("([A-Z0-9_]+)"', (ROOT / "pipeline/targets.py").read_text())) - {
+        *targets.VARIABLES, "GIVEN"}
+
+
+def test_the_next_commands_keep_the_folders():
+    given = {"TASK": "simp", "MODEL": "llm", "RUNS": "my/runs", "EVAL_SIZE": "0.2", "SIZE": "410m", "HUB": ""}
+    assert targets.next_commands(Variables(given))[0] == (
+        "make train TASK=empd MODEL=llm SIZE=410m EVAL_SIZE=0.2 HUB= RUNS=my/runs  # the next task")
+    assert targets.next_commands(Variables({"TASK": "hgen", "RUNS": "my/runs", "METHOD": "ewc"}))[0] == (
+        "make experiment SIZE=tiny RUNS=my/runs METHOD=ewc  # the models compared")
 
 
 def test_help_needs_no_packages():
