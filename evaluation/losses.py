@@ -101,7 +101,8 @@ def decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
 
 
 def text_documents(cfg: EvaluateConfig, tokenizer: Tokenizer, settings: dict[str, Any]) -> LossSet:
-    """The first documents of a text file; each is an item, however many windows it takes.
+    """The first documents of a text file; each is an item, however many windows it takes. If the first one has more
+    tokens than the limit, its beginning is the only item.
 
     All tokens of a document are targets once. Its first token follows bos if the tokenizer adds it, otherwise the
     end-of-text token, as in pretraining.
@@ -115,8 +116,11 @@ def text_documents(cfg: EvaluateConfig, tokenizer: Tokenizer, settings: dict[str
     for text in islice(read_documents(str(cfg.text)), cfg.limit):
         ids = np.array([start, *tokenizer.encode(text)], dtype=np.int64)
         tokens += len(ids) - 1
-        if num_bytes and tokens > cfg.text_tokens:
-            break
+        if tokens > cfg.text_tokens:
+            if num_bytes:
+                break
+            ids = ids[:cfg.text_tokens + 1]
+            text = tokenizer.decode(ids[1:].tolist())
         windows = [(ids[at:at + seq_length + 1], 1) for at in range(0, len(ids) - 1, seq_length)]
         samples += windows
         items += [len(num_bytes)] * len(windows)

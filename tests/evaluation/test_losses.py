@@ -208,7 +208,7 @@ def test_how_much_of_the_text_is_used(checkpoint, shards, tmp_path):
     lengths = [len(ids) for ids in Tokenizer(checkpoint).encode_batch(sample_texts()[:6])]
     assert sizes(path) == (6, lengths, 2048)
     assert sizes(path, text_tokens=sum(lengths[:4]) + 1)[:2] == (4, lengths[:4])
-    assert sizes(path, text_tokens=1)[:2] == (1, lengths[:1])
+    assert sizes(path, text_tokens=7)[:2] == (1, [7])  # a file without line ends is one document
     assert sizes(path, limit=2)[:2] == (2, lengths[:2])
 
 
