@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.configs import known, read_config, read_toml
-from common.files import UserError, is_number, parsing
+from common.files import UserError, finite_float, is_number, parsing
 from common.metrics_log import read_log
 from common.provenance import RUN, read_record, wrong_types
 from evaluation.conditions import Conditions, benchmark_conditions, task_conditions, unlike
@@ -185,7 +185,7 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
         seed, owner = int(seeded[1]), owner.parent
     rate = None
     if rated := re.fullmatch(r"rate-(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)", owner.name):
-        rate, owner = rated[1], owner.parent
+        rate, owner = rate_text(rated[1]), owner.parent
     if method is not None and (owner.name == method or owner.name.startswith(f"{method}-")):
         method, owner = owner.name, owner.parent
     pair = re.fullmatch(r"pair-(\d+)", owner.parent.name)
@@ -199,6 +199,11 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
     for found in read_losses(path / "eval"):
         stage.losses[found["name"]] = losses_of(found)
     return stage
+
+
+def rate_text(text: str) -> str:
+    """A learning rate as experiment.py writes it into the name of a folder, so that 1e-3 and 0.001 are the same."""
+    return f"{finite_float(text):g}"
 
 
 def losses_of(found: dict[str, Any]) -> ItemLosses:

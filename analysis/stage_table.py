@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from analysis.record import find_benchmarks
-from analysis.results import BENCHMARKS, STAGE, TASKS, Choices, ItemLosses, Stage, shipped_benchmarks
+from analysis.results import (
+    BENCHMARKS,
+    STAGE,
+    TASKS,
+    Choices,
+    ItemLosses,
+    Stage,
+    rate_text,
+    shipped_benchmarks,
+)
 from analysis.statistics import Estimate
 from common.files import UserError, finite_float, parsing, read_text
 from evaluation.conditions import Conditions, short_digest
@@ -114,10 +123,8 @@ def empty_stage(row: dict[str, str]) -> Stage:
     """The stage of a row, without results."""
     if not (match := STAGE.fullmatch(row["stage"])):
         raise ValueError(f"unknown stage {row['stage']!r}")
-    if row["rate"]:
-        finite_float(row["rate"])
     return Stage(row["model"], int(row["seed"]), int(match[1]), row["stage"], match[2], method=row["method"] or None,
-                 pair=int(row["pair"]) if row["pair"] else None, rate=row["rate"] or None,
+                 pair=int(row["pair"]) if row["pair"] else None, rate=rate_text(row["rate"]) if row["rate"] else None,
                  run={"lineage": {"flops": finite_float(row["flops"])}} if row["flops"] else {})
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from evaluation.result_files import write_losses
 
-RATES = "3e-4", "1e-3", "3e-3"
+RATES = "0.0003", "0.001", "0.003"
 TASKS = "simp", "empd"
 ITEMS = 24
 TOKENS = np.arange(5, 5 + ITEMS)

@@ -86,7 +86,7 @@ def test_methods_are_compared_at_equal_learning(folder):
     assert title == "Learned and forgotten: llm"
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
     assert row.startswith("| lora | 2.5000 to 2.9000 | -0.3")
-    assert "| < 0.001 | 3e-3, 1e-3, 3e-4 |" in row
+    assert "| < 0.001 | 0.003, 0.001, 0.0003 |" in row
     assert sentences[1].startswith("On the Pareto front of what llm learned and forgot: ")
     assert method_study(stages, "llm", "none") is None
 
@@ -166,7 +166,7 @@ def test_curves_of_the_figure(folder, tmp_path):
     _, studies = studies_of(folder)
     points = points_of(studies["llm"], RISE)
     assert [(point.method, point.rate) for point in points[:4]] == [
-        ("finetune", "3e-4"), ("finetune", "1e-3"), ("finetune", "3e-3"), ("lora", "3e-4")]
+        ("finetune", "0.0003"), ("finetune", "0.001"), ("finetune", "0.003"), ("lora", "0.0003")]
     assert [point.learned for point in points[:3]] == pytest.approx([2.8, 2.6, 2.4])
     assert [point.forgotten for point in points[:3]] == pytest.approx([2 * SLOPE * (3.2 - x) for x in (2.8, 2.6, 2.4)])
     assert list(plot_planes(studies, tmp_path, RISE)) == ["methods"]

@@ -38,7 +38,7 @@ def test_the_answer_comes_first(tmp_path):
     assert answer.endswith("n = 4 pairs.")
     assert uncertainty.startswith("With these 4 pairs a true difference of ")
     assert "a difference of 0.05 needs 25 pairs" in uncertainty
-    assert data == ("It rests on 4 pairs (pretraining seeds 1, 2, 3, 4), 24 items, learning rates 3e-4, 1e-3, 3e-3.")
+    assert data == "It rests on 4 pairs (pretraining seeds 1, 2, 3, 4), 24 items, learning rates 0.0003, 0.001, 0.003."
     assert start.startswith("Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token; difference -0.2 [")
     assert text.index("stack forgets less") < text.index("## Differences between the models")
 
@@ -53,7 +53,7 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
     assert {row[2] for row in table} == {"stack − llm", "stack − llm, equal loss",
                                          "interleave − llm"}
     learning = next(row for row in table if row[0] == "new-task loss")
-    assert learning[3:6] == ["rate 1e-3", "4", "-0.15 [-0.15, -0.15]"]
+    assert learning[3:6] == ["rate 0.001", "4", "-0.15 [-0.15, -0.15]"]
     control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("equal loss"))
     tested = sum(row[6] != "–" for row in table[1:])
     assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
@@ -89,8 +89,8 @@ def test_a_pair_that_only_one_model_has_changes_no_comparison(tmp_path):
     text = make_report(tmp_path / "out", runs=runs)
     assert "It rests on 2 pairs (pretraining seeds 1, 2)" in text
     assert "Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token" in text
-    assert "| llm | 3e-4 | 3 |" in text
-    assert "| stack | 3e-4 | 2 |" in text
+    assert "| llm | 0.0003 | 3 |" in text
+    assert "| stack | 0.0003 | 2 |" in text
 
 
 def test_unequal_flops_are_told(tmp_path):
@@ -174,7 +174,7 @@ def test_a_study_without_the_primary_measure_gives_no_answer(tmp_path):
 @pytest.mark.parametrize(("options", "message"), [
     ({"primary": "accuracy"}, "unknown measure 'accuracy' of forgetting, expected one of rise of held-out loss, "),
     ({"primary": "new-task loss"}, "unknown measure 'new-task loss' of forgetting"),
-    ({"rate": 0.5}, "unknown rate 0.5, expected one of 3e-4, 1e-3, 3e-3")])
+    ({"rate": 0.5}, "unknown rate 0.5, expected one of 0.0003, 0.001, 0.003")])
 def test_unknown_settings_are_refused(tmp_path, options, message):
     runs = write_study(tmp_path / "runs", pairs=(1, 2))
     with pytest.raises(UserError, match=message):

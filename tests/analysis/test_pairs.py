@@ -50,8 +50,8 @@ def test_the_folders_of_a_study(tmp_path):
     place = tmp_path / "study/pair-12/stack"
     found = {stage.directory: stage for stage in stages}
     assert len(stages) == 2 * 2 * (1 + 2 * 3)
-    ends = [found[place / "m0"], found[place / "rate-1e-3/m1-simp"]]
-    assert [(stage.pair, stage.model, stage.rate) for stage in ends] == [(12, "stack", None), (12, "stack", "1e-3")]
+    ends = [found[place / "m0"], found[place / "rate-0.001/m1-simp"]]
+    assert [(stage.pair, stage.model, stage.rate) for stage in ends] == [(12, "stack", None), (12, "stack", "0.001")]
     assert found[place / "m0"].losses.keys() == {"text", *TASKS}
 
 
@@ -63,19 +63,19 @@ def test_forgetting_is_compared_at_equal_learning(study):
         own = np.array([np.random.default_rng([pair, 7]).normal(0, 0.02) for pair in study.pairs])
         assert found.estimate.values == pytest.approx(tuple(number * (own - 0.1)))
         # at one rate the further learning, 0.15 nats, costs forgetting
-        shared = study.difference(Contrast("stack", "llm"), "rise of held-out loss", number, "1e-3")
+        shared = study.difference(Contrast("stack", "llm"), "rise of held-out loss", number, "0.001")
         assert shared.estimate.values == pytest.approx(tuple(number * (own - 0.1 + SLOPE * 0.15)))
-    assert study.difference(Contrast("stack", "llm"), "new-task loss", 1, "1e-3").estimate.mean == pytest.approx(-0.15)
+    assert study.difference(Contrast("stack", "llm"), "new-task loss", 1, "0.001").estimate.mean == pytest.approx(-0.15)
 
 
 def test_measures_of_a_chain_by_hand(study):
     def value(name, number=2):
-        return study.values(name, 1, "llm", "1e-3", number).value
+        return study.values(name, 1, "llm", "0.001", number).value
     assert value("rise of held-out loss") == pytest.approx(2 * SLOPE * (3.2 - 2.6))
     assert value("KL on held-out text") == pytest.approx(0.2)
     assert value("KL on the new task") == pytest.approx(0.02)
     assert value("rise of earlier tasks' losses") == pytest.approx(0.1)
-    assert study.values("rise of earlier tasks' losses", 1, "llm", "1e-3", 1) is None  # nothing was learned before
+    assert study.values("rise of earlier tasks' losses", 1, "llm", "0.001", 1) is None  # nothing was learned before
     assert value("new-task loss") == pytest.approx(2.6)
     assert value("loss of accuracy, DK") == pytest.approx(4 / 40)  # four of 20 right items are wrong after stage 2
     assert value("rise of right options' NLL, DK") == pytest.approx(4 / 40)
@@ -84,10 +84,10 @@ def test_measures_of_a_chain_by_hand(study):
 
 def test_items_are_paired(study):
     found = study.main_difference("rise of held-out loss")
-    start, end = (read_json(study.chains(2, "llm", "1e-3")[0][number].directory / "eval/losses-text.json")["items"]
+    start, end = (read_json(study.chains(2, "llm", "0.001")[0][number].directory / "eval/losses-text.json")["items"]
                   for number in (0, 2))
     rises = (np.array(end["nll"]) - start["nll"]) / np.mean(end["tokens"])
-    assert study.values("rise of held-out loss", 2, "llm", "1e-3", 2).values == pytest.approx(rises)
+    assert study.values("rise of held-out loss", 2, "llm", "0.001", 2).values == pytest.approx(rises)
     assert found.components.items == len(rises)
     assert found.components.of_item > 0
 
@@ -106,11 +106,20 @@ def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
 
 def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     folder = write_study(tmp_path / "study")
-    shutil.rmtree(folder / "pair-2/stack/rate-1e-3")
+    shutil.rmtree(folder / "pair-2/stack/rate-0.001")
     study = study_of(folder)
     assert list(study.lacking_rates(study.contrasts[0], 2)) == [
-        "pair 2, stack − llm after m2-empd: stack lacks the rate 1e-3, which the other model has"]
+        "pair 2, stack − llm after m2-empd: stack lacks the rate 0.001, which the other model has"]
     assert set(study.lacking_rates(study.contrasts[0], 2)) < set(study.all_left_out())
+
+
+def test_a_rate_is_the_same_however_it_is_written(tmp_path):
+    folder = write_study(tmp_path / "study")
+    expected = study_of(folder).main_difference("rise of held-out loss").estimate
+    (folder / "pair-2/stack/rate-0.001").rename(folder / "pair-2/stack/rate-1e-3")
+    study = study_of(folder)
+    assert study.rates == list(RATES)
+    assert study.main_difference("rise of held-out loss").estimate == expected
 
 
 def test_a_chain_outside_a_folder_of_a_rate_is_named_and_changes_nothing(tmp_path):
@@ -118,15 +127,15 @@ def test_a_chain_outside_a_folder_of_a_rate_is_named_and_changes_nothing(tmp_pat
     folder = write_study(tmp_path / "study", pairs=(0,))
     expected = study_of(folder).main_difference("rise of held-out loss").estimate
     for model in ("llm", "stack"):
-        shutil.copytree(folder / model / "rate-1e-3/m1-simp", folder / model / "m1-simp")
+        shutil.copytree(folder / model / "rate-0.001/m1-simp", folder / model / "m1-simp")
     study = study_of(folder)
     assert study.rates == list(RATES)
     assert study.main_difference("rise of held-out loss").estimate == expected
     assert study.left_out == ["llm, m1-simp: not used, since it is not in the folder of a learning rate",
                               "stack, m1-simp: not used, since it is not in the folder of a learning rate"]
-    shutil.rmtree(folder / "llm/rate-1e-3")
+    shutil.rmtree(folder / "llm/rate-0.001")
     assert study_of(folder).all_left_out()[2:] == [
-        f"the pair, stack − llm after {stage}: llm lacks the rate 1e-3, which the other model has"
+        f"the pair, stack − llm after {stage}: llm lacks the rate 0.001, which the other model has"
         for stage in ("m1-simp", "m2-empd")]
 
 
@@ -139,7 +148,7 @@ def change_items(path, change):
 
 
 def test_a_single_rate_is_not_matched(tmp_path):
-    study = study_of(write_study(tmp_path / "study", rates=("1e-3",)))
+    study = study_of(write_study(tmp_path / "study", rates=("0.001",)))
     assert not study.matches_learning
     assert study.main_difference("rise of held-out loss").rate == ""
     assert study.main_difference("rise of held-out loss").estimate.n == 4
@@ -169,7 +178,7 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
 
 
 def test_only_like_losses_are_compared(tmp_path):
-    folder = write_study(tmp_path / "study", rates=("1e-3",))
+    folder = write_study(tmp_path / "study", rates=("0.001",))
     path = folder / "pair-2/stack/m2-empd/eval/losses-text.json"
     found = read_json(path)
     found["run"]["dtype"] = "bf16"
@@ -181,7 +190,7 @@ def test_only_like_losses_are_compared(tmp_path):
 
 
 def test_the_kl_counts_from_the_own_m0(tmp_path):
-    folder = write_study(tmp_path / "study", rates=("1e-3",))
+    folder = write_study(tmp_path / "study", rates=("0.001",))
     for pair, reference in ((1, folder / "pair-1/stack"), (2, folder / "pair-1/stack")):
         path = folder / f"pair-{pair}/stack/m1-simp/eval/losses-text.json"
         found = read_json(path)
@@ -195,7 +204,7 @@ def test_the_kl_counts_from_the_own_m0(tmp_path):
 
 
 def test_seeds_of_a_pair_are_averaged(tmp_path):
-    place = write_study(tmp_path / "study", pairs=(1, 2), rates=("1e-3",)) / "pair-1/llm"
+    place = write_study(tmp_path / "study", pairs=(1, 2), rates=("0.001",)) / "pair-1/llm"
     for stage in ("m1-simp", "m2-empd"):
         shutil.copytree(place / stage, place / "seed-43" / stage)
     text, name = place / "seed-43/m2-empd/eval/losses-text.json", "rise of held-out loss"

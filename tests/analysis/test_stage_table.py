@@ -74,7 +74,8 @@ def test_tables_of_several_machines_make_one(tmp_path):
 
 def test_what_cannot_be_compared_is_known_from_the_table(table):
     lines = table.read_text().splitlines(keepends=True)
-    place = next(index for index, line in enumerate(lines) if line.startswith("2,stack,,1e-3,42,m2-empd,,losses,text,"))
+    beginning = "2,stack,,0.001,42,m2-empd,,losses,text,"
+    place = next(index for index, line in enumerate(lines) if line.startswith(beginning))
     row = lines[place].split(",")
     for column, value, message in (("start", "0123456789ab", "was measured from another checkpoint than m0"),
                                    ("conditions", "0123456789ab", "under other conditions, not used: digest"),
@@ -124,7 +125,7 @@ def test_a_kl_of_this_start_is_used(runs, table):
     (lambda lines: [*lines, lines[-1]], r"has two rows for benchmarks quiz of stack m2-empd, pair 4: remove one"),
     (lambda lines: [lines[0], re.sub(r"(losses,\w+,,,\w+,)\d+", r"\1nan", lines[1])], "nan is not a finite number"),
     (lambda lines: [lines[0], lines[1].replace(",m0,", ",start,")], "unknown stage 'start'"),
-    (lambda lines: [line.replace(",3e-3,", ",fast,") for line in lines], "could not convert string to float: 'fast'"),
+    (lambda lines: [line.replace(",0.003,", ",fast,") for line in lines], "could not convert string to float: 'fast'"),
     (lambda lines: [lines[0], lines[1].replace(",losses,", ",gains,")], "unknown kind 'gains'"),
     (lambda lines: lines[:1], "has no rows")])
 def test_damaged_tables(table, change, message):
