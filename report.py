@@ -54,7 +54,12 @@ class ReportConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
-        return [] if (self.runs is None) != (self.results is None) else ["give either --runs or --results"]
+        if (self.runs is None) == (self.results is None):
+            return ["give either --runs or --results"]
+        if self.results and Path(self.results).resolve().parent == Path(self.out).resolve():
+            return [f"{self.results} lies in the report that it came from, which has more than its table: choose "
+                    "another --out"]
+        return []
 
 
 def read_stages(cfg: ReportConfig) -> list[Stage]:

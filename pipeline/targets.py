@@ -115,6 +115,9 @@ class Variables:
         found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
         found += [problem for targets, variable, values, accepted in checks if target in targets
                   for value in values for problem in unknown_name(variable, value, accepted)]
+        if target in stages and self.init and "SIZE" not in self.given and self.preset:
+            found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
+                         "its recipe, or SIZE= and RUNS=folder for none")
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
             found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
         try:

@@ -4,11 +4,13 @@ import re
 
 import pytest
 
+import report
 from analysis.pair_tables import has_equal_flops
 from analysis.pairs import Study
 from analysis.results import read_runs
 from analysis.stage_table import COLUMNS, read_stage_table, stage_table
 from common.files import UserError, read_json
+from report import ReportConfig
 from tests.analysis.studies import RATES, write_study
 from tests.analysis.test_pair_report import first_lines
 from tests.analysis.test_report import make_report
@@ -58,6 +60,14 @@ def test_a_report_from_the_table_has_the_same_answer(runs, table, tmp_path):
     tables = [page.split("## Differences between the models")[1].split("## ")[0] for page in (text, again)]
     assert tables[0] == tables[1]
     assert (tmp_path / "one/stages.csv").read_text() == (tmp_path / "two/stages.csv").read_text() == table.read_text()
+
+
+def test_a_report_is_not_replaced_by_that_of_its_table(refusal, runs, tmp_path):
+    make_report(tmp_path / "out", runs=runs)
+    before = (tmp_path / "out/report.md").read_text()
+    line = refusal((ReportConfig, report.main), "--results", tmp_path / "out/stages.csv", "--out", tmp_path / "out")
+    assert "stages.csv lies in the report that it came from, which has more than its table: choose another" in line
+    assert (tmp_path / "out/report.md").read_text() == before
 
 
 def test_tables_of_several_machines_make_one(tmp_path):

@@ -323,6 +323,13 @@ def test_a_variable_that_make_does_not_know():
         *targets.VARIABLES, "GIVEN"}
 
 
+def test_a_checkpoint_with_the_name_of_a_size():
+    with pytest.raises(UserError, match=r"INIT is a folder with the name of the size small: give SIZE=small to use"):
+        commands("train", INIT="models/small")
+    assert "--size small" in commands("train", INIT="models/small", SIZE="small")[-1]
+    assert "--size" not in commands("train", INIT="models/small", SIZE="", RUNS="runs/mine")[-1]
+
+
 def test_the_next_commands_keep_the_folders():
     given = {"TASK": "simp", "MODEL": "llm", "RUNS": "my/runs", "EVAL_SIZE": "0.2", "SIZE": "410m", "HUB": ""}
     assert targets.next_commands(Variables(given))[0] == (
