@@ -18,7 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from analysis.measures import PRIMARY
+from analysis.pair_tables import answer
+from analysis.pairs import Study
+from analysis.stage_table import read_stage_table
 from common import scripts
+from report import ReportConfig
 from tests.conftest import ROOT
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -200,3 +205,11 @@ def test_functions_in_the_reading_guide_are_in_the_files_it_names():
     missing = [(file, name) for file, paragraph in found for name in re.findall(r"`(?:\w+\.)?(\w+)\(\)`", paragraph)
                if not re.search(rf"^ *(?:def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE)]
     assert missing == []
+
+
+def test_the_answer_is_that_of_its_table():
+    study = Study(read_stage_table(ROOT / "docs/answer/stages.csv"), "stack", "llm")
+    text = " ".join((ROOT / "docs/answer.md").read_text().split())
+    lines = answer(study, PRIMARY, ReportConfig().effect)
+    assert len(lines) == 5
+    assert [line for line in lines if f"- {line}" not in text] == []
