@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.comparison import drop_strangers, drop_unevaluated
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY
 from analysis.method_plane import method_study, plane_section, plot_planes, points_of, profit_section
@@ -25,7 +26,7 @@ from analysis.pair_tables import answer, pair_sections
 from analysis.pairs import Study, rates_of
 from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
-from analysis.results import Stage, drop_strangers, drop_unevaluated, read_results, read_runs
+from analysis.results import Stage, read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors, write_text

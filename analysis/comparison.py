@@ -148,6 +148,38 @@ def title_of(stage: Stage) -> str:
                       *([f"rate {stage.rate}"] if stage.rate else []), stage.name])
 
 
+def chain_of(stage: Stage) -> tuple:
+    """What identifies the chain of a stage; of m0, which all chains of a model share, its model."""
+    return (stage.pair, stage.model, *((stage.method, stage.rate, stage.seed) if stage.number else ()))
+
+
+def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without the models that were not evaluated at all, and a sentence for each of these models."""
+    evaluated = {(stage.pair, stage.model) for stage in stages if stage.benchmarks or stage.tasks or stage.losses}
+    dropped = dict.fromkeys((stage.pair, stage.model) for stage in stages
+                            if (stage.pair, stage.model) not in evaluated)
+    return [stage for stage in stages if (stage.pair, stage.model) in evaluated], [
+        f"{model}{'' if pair is None else f' of pair {pair}'} has no results" for pair, model in dropped]
+
+
+def drop_strangers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without those that were trained from another m0, or from another stage before them, than the one that
+    lies in their chain; and a sentence for each of them. Where a digest is not known, nothing is dropped."""
+    made = {(*chain_of(stage), stage.number): losses.digests[0] for stage in stages for losses in stage.losses.values()}
+    kept, sentences = [], []
+    for stage in stages:
+        m0 = made.get((stage.pair, stage.model, 0))
+        before = made.get((*chain_of(stage), stage.number - 1)) if stage.number > 1 else m0
+        start = stage.run.get("lineage", {}).get("start") or {}
+        trained_from = [(start.get("digest"), m0), (stage.run.get("parent_digest"), before)]
+        if stage.number and any(recorded and found and recorded != found for recorded, found in trained_from):
+            sentences.append(f"{stage.directory or stage.name} is not used: it was not trained from the checkpoint "
+                             "that now lies before it in its chain")
+        else:
+            kept.append(stage)
+    return kept, sentences
+
+
 def drop_unlike_items(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
     """The stages without losses and answers under other conditions, or of other items, than those of the first stage
     that has them; and a sentence for each stage about what was dropped."""

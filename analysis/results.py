@@ -30,8 +30,6 @@ STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
 
 METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # tried in this order for benchmarks that no suite describes
 
-START_CHAIN = None, None, None
-
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
 TEXT = "text"  # name of the losses of held-out text
 
@@ -123,11 +121,6 @@ class Stage:
         return float(flops) if is_number(flops) else None
 
     @property
-    def chain(self) -> tuple[str | None, str | None, int | None]:
-        """What identifies its chain among those of its model; START_CHAIN for m0, which all of them share."""
-        return (self.method, self.rate, self.seed) if self.number else START_CHAIN
-
-    @property
     def method_name(self) -> str:
         """The name of the method, "none" without one."""
         return self.method or "none"
@@ -142,34 +135,6 @@ def read_runs(folder: str | Path) -> list[Stage]:
         raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json, "
                         "metrics-*.json or losses-*.json in it, as evaluate.py writes them")
     return stages
-
-
-def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
-    """The stages without the models that were not evaluated at all, and a sentence for each of these models."""
-    evaluated = {(stage.pair, stage.model) for stage in stages if stage.benchmarks or stage.tasks or stage.losses}
-    dropped = dict.fromkeys((stage.pair, stage.model) for stage in stages
-                            if (stage.pair, stage.model) not in evaluated)
-    return [stage for stage in stages if (stage.pair, stage.model) in evaluated], [
-        f"{model}{'' if pair is None else f' of pair {pair}'} has no results" for pair, model in dropped]
-
-
-def drop_strangers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
-    """The stages without those that were trained from another m0, or from another stage before them, than the one that
-    lies in their chain; and a sentence for each of them. Where a digest is not known, nothing is dropped."""
-    made = {(stage.pair, stage.model, *stage.chain, stage.number): losses.digests[0] for stage in stages
-            for losses in stage.losses.values()}
-    kept, sentences = [], []
-    for stage in stages:
-        place, lineage = (stage.pair, stage.model), stage.run.get("lineage", {})
-        m0 = made.get((*place, *START_CHAIN, 0))
-        before = made.get((*place, *stage.chain, stage.number - 1)) if stage.number > 1 else m0
-        trained_from = [((lineage.get("start") or {}).get("digest"), m0), (stage.run.get("parent_digest"), before)]
-        if stage.number and any(recorded and found and recorded != found for recorded, found in trained_from):
-            sentences.append(f"{stage.directory or stage.name} is not used: it was not trained from the checkpoint "
-                             "that now lies before it in its chain")
-        else:
-            kept.append(stage)
-    return kept, sentences
 
 
 def read_stage(path: Path, number: int, task: str | None) -> Stage:
