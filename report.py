@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.comparison import drop_strangers, drop_unevaluated
+from analysis.comparison import drop_unevaluated, drop_wrong_parents
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY
 from analysis.method_plane import method_study, plane_section, plot_planes, points_of, profit_section
@@ -139,7 +139,7 @@ def main(cfg: ReportConfig) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
     stages, without_results = drop_unevaluated(read_stages(cfg))
-    stages, strangers = drop_strangers(stages)
+    stages, wrong_parents = drop_wrong_parents(stages)
     pair, rate = pair_of(stages, cfg), shared_rate(stages, cfg)
     records = make_records(stages, cfg, pair, rate)
     method = next(iter(records)) if cfg.method is None else cfg.method
@@ -152,7 +152,7 @@ def main(cfg: ReportConfig) -> None:
         study.check_measure(cfg.primary)
     noise = noise_flags(stages)
     sentences, sections, missing = describe(records, record, study, cfg, rate, noise)
-    missing += [*strangers, *without_results]
+    missing += [*wrong_parents, *without_results]
     planes = method_studies(stages, records, cfg.primary)
     for of_methods in planes.values():
         more, section = plane_section(stages, of_methods, cfg.primary)

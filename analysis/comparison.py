@@ -162,7 +162,7 @@ def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
         f"{model}{'' if pair is None else f' of pair {pair}'} has no results" for pair, model in dropped]
 
 
-def drop_strangers(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+def drop_wrong_parents(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
     """The stages without those that were trained from another m0, or from another stage before them, than the one that
     lies in their chain; and a sentence for each of them. Where a digest is not known, nothing is dropped."""
     made = {(*chain_of(stage), stage.number): losses.digests[0] for stage in stages for losses in stage.losses.values()}
