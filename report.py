@@ -26,8 +26,9 @@ from analysis.pair_tables import answer, pair_sections
 from analysis.pairs import Study, rates_of
 from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
-from analysis.results import Stage, read_results, read_runs
+from analysis.results import read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
+from analysis.stages import Stage
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors, write_text
 from common.scripts import run

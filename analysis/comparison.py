@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from analysis.results import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
+from analysis.stages import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
 from analysis.statistics import Estimate, over_seeds
 from evaluation.conditions import Conditions, shown, unlike
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.inference import LEVEL, mcnemar
-from analysis.results import BENCHMARKS, TASKS, Choices, Stage
+from analysis.stages import BENCHMARKS, TASKS, Choices, Stage
 from analysis.statistics import Estimate, estimate_of_items
 
 # Options of benchmarks of lm-eval by the beginning of their names, for results without their items.

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.comparison import Chain
 from analysis.record import find_benchmarks
-from analysis.results import TEXT, Choices, ItemLosses, Stage
+from analysis.stages import TEXT, Choices, ItemLosses, Stage
 
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
 PRIMARY = "rise of held-out loss"  # the default primary measure

@@ -20,7 +20,7 @@ from analysis.pair_tables import p_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
 from analysis.record import Pair
 from analysis.record_figures import use_few_ticks
-from analysis.results import Stage
+from analysis.stages import Stage
 from analysis.tables import Section
 from common.formatting import markdown_table
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from analysis.comparison import CommonPart, same
 from analysis.record import Record
-from analysis.results import Calibration
+from analysis.stages import Calibration
 from analysis.statistics import Estimate
 from analysis.tables import BIAS, PART, Section, format_estimate
 from common.formatting import markdown_table

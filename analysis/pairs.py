@@ -14,7 +14,7 @@ from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
 from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, per_token, weighted_sum
 from analysis.record import find_benchmarks, make_chains
-from analysis.results import TEXT, Stage
+from analysis.stages import TEXT, Stage
 from common.files import UserError
 
 

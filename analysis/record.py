@@ -16,7 +16,8 @@ from analysis.comparison import (
     restrict,
     same,
 )
-from analysis.results import BENCHMARKS, Stage, shipped_benchmarks
+from analysis.results import shipped_benchmarks
+from analysis.stages import BENCHMARKS, Stage
 from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_seeds
 from common.files import UserError
 from evaluation.suites import Benchmark

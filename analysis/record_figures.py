@@ -15,7 +15,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height, text_width
 from analysis.record import Record
-from analysis.results import Stage, task_metric
+from analysis.results import task_metric
+from analysis.stages import Stage
 from analysis.statistics import Estimate
 from analysis.tables import BIAS
 from common.files import parsing

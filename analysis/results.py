@@ -3,13 +3,13 @@ import functools
 import re
 import statistics
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.stages import BENCHMARKS, TASKS, Calibration, Choices, ItemLosses, Stage
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.configs import known, read_config, read_toml
 from common.files import UserError, finite_float, is_number, parsing
@@ -30,9 +30,6 @@ STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
 
 METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # tried in this order for benchmarks that no suite describes
 
-BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
-TEXT = "text"  # name of the losses of held-out text
-
 # What losses depend on besides the model.
 LOSS_SETTINGS = ("dtype", "limit", "data_digest", "tokenizer_digest", "seq_length", "max_source_length",
                  "max_target_length")
@@ -42,88 +39,6 @@ SETTING_TYPES: dict[str, type | tuple[type, ...]] = {
     "seed": int, "method": (str, type(None)), "task": (str, type(None)), "num_train_epochs": (int, float),
     "max_steps": (int, type(None))}
 RESULT_TYPES: dict[str, type | tuple[type, ...]] = {"seconds": (int, float), "seconds_after": (int, float)}
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Expected calibration error, negative log-likelihood (nats) and accuracy of a multiple-choice benchmark."""
-    ece: float
-    nll: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class ItemLosses:
-    """Losses of held-out text, or of a test set's references, by item [N]; from a table of stages, of all items [1].
-
-    nll, kl: sums over an item's tokens, in nats; kl, the divergence from m0, is None if it was not measured.
-    conditions: what the values depend on besides the model. digests: of the checkpoint and of its m0; None if unknown.
-    """
-    nll: np.ndarray
-    tokens: np.ndarray
-    kl: np.ndarray | None
-    conditions: Conditions
-    digests: tuple[str | None, str | None] = (None, None)
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return float(self.nll.sum() / self.tokens.sum())
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The answers to a multiple-choice benchmark by item [N]; from a table of stages, the mean over all items [1].
-
-    right: 1 if the chosen option is right, else 0. nll (nats) and bits_per_byte: of the right option; None if a results
-    file does not hold them. chance: the share of right answers by guessing.
-    """
-    right: np.ndarray
-    nll: np.ndarray | None
-    bits_per_byte: np.ndarray | None
-    chance: float
-
-    @property
-    def has_items(self) -> bool:
-        """Whether the answers to single items are known."""
-        return len(self.right) > 1
-
-
-@dataclass
-class Stage:
-    """One checkpoint of one model: its results and how it was trained."""
-    model: str
-    seed: int
-    number: int  # 0 is the start
-    name: str
-    task: str | None = None
-    directory: Path | None = None
-    method: str | None = None  # name of the method's folder if the run lies in one, else the method in run.json
-    benchmarks: dict[str, Estimate] = field(default_factory=dict)
-    tasks: dict[str, Estimate] = field(default_factory=dict)  # each by the metric that it is judged by
-    conditions: dict[tuple[str, str], Conditions] = field(default_factory=dict)  # by kind and name of a result
-    calibration: dict[str, Calibration] = field(default_factory=dict)  # by benchmark
-    sampled: dict[str, Calibration] = field(default_factory=dict)  # averaged over posterior samples
-    described: dict[str, Benchmark] = field(default_factory=dict)  # suite entries in the results files, by benchmark
-    sources: dict[str, tuple[Path, bool]] = field(default_factory=dict)  # benchmark -> (file, evaluate.py wrote it)
-    pair: int | None = None  # pretraining seed of the pair of models; None if there is a single pair
-    rate: str | None = None  # fine-tuning learning rate, as in the folder's name; None if there is a single rate
-    losses: dict[str, ItemLosses] = field(default_factory=dict)  # by task; TEXT for held-out text
-    choices: dict[str, Choices] = field(default_factory=dict)  # by benchmark
-    unused: list[str] = field(default_factory=list)  # results that are not used, and why
-    run: dict[str, Any] = field(default_factory=dict)  # content of run.json
-    log: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
-
-    @property
-    def flops(self) -> float | None:
-        """The FLOPs of its training, those of the checkpoints that it was made from included; None if unknown."""
-        flops = self.run.get("lineage", {}).get("flops")
-        return float(flops) if is_number(flops) else None
-
-    @property
-    def method_name(self) -> str:
-        """The name of the method, "none" without one."""
-        return self.method or "none"
 
 
 def read_runs(folder: str | Path) -> list[Stage]:

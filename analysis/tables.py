@@ -7,7 +7,8 @@ from typing import Any
 
 from analysis.comparison import key_name, key_of
 from analysis.record import Comparison, Pair, Record
-from analysis.results import Stage, task_metric
+from analysis.results import task_metric
+from analysis.stages import Stage
 from analysis.statistics import TASK_MEASURES, Estimate
 from common.configs import ROOT
 from common.files import UserError, read_json

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
-from analysis.results import Stage, add_results
+from analysis.results import add_results
+from analysis.stages import Stage
 from common.configs import known, read_config
 from common.files import UserError, digest, read_json, read_json_lines
 from corpus.prompts import open_template

@@ -17,7 +17,8 @@ from analysis import record_figures
 from analysis.figures import save_figure
 from analysis.record import Record
 from analysis.record_figures import loss_curve, plot_record
-from analysis.results import Stage, read_results, read_runs
+from analysis.results import read_results, read_runs
+from analysis.stages import Stage
 from common.files import UserError
 from pipeline import growth_study
 from tests.analysis.conftest import write_paper_runs, write_published_results

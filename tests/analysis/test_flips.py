@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from analysis.flips import count_flips, noise_flags
-from analysis.results import BENCHMARKS, Choices, Stage
+from analysis.stages import BENCHMARKS, Choices, Stage
 from analysis.statistics import Estimate
 
 

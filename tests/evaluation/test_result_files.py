@@ -6,7 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
-from analysis.results import Stage, add_results
+from analysis.results import add_results
+from analysis.stages import Stage
 from common.files import UserError
 from evaluation.result_files import (
     metric_value,
