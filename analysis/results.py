@@ -28,7 +28,8 @@ from evaluation.suites import Benchmark, open_suite
 
 STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
 
-METRICS = ("acc", "r@1", "pct_stereotype", "exact_match")  # tried in this order for benchmarks that no suite describes
+# Tried in this order for benchmarks that no suite describes; of several filters of a metric the first one counts.
+METRICS = "acc", "r@1", "pct_stereotype", "exact_match", "prompt_level_strict_acc"
 
 # What losses depend on besides the model.
 LOSS_SETTINGS = ("dtype", "limit", "data_digest", "tokenizer_digest", "seq_length", "max_source_length",
@@ -182,7 +183,9 @@ def add_results(stage: Stage, path: Path) -> None:
             if name in parts or any(child in benchmarks for child in file.groups.get(name, [])):
                 continue  # of a group and its parts, those that a suite names count, or else the group
             metrics = (benchmarks[name].metric,) if name in benchmarks else METRICS
-            if metric := next((metric for metric in metrics if metric_value(entry, metric)), None):
+            filtered = [] if name in benchmarks else [key for metric in metrics for key in entry
+                                                      if key.startswith(f"{metric},")]
+            if metric := next((metric for metric in (*metrics, *filtered) if metric_value(entry, metric)), None):
                 add_benchmark(stage, file, name, metric)
             else:
                 stage.unused.append(f"{name} (no {', '.join(metrics)})")

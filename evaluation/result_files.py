@@ -17,7 +17,8 @@ from common.provenance import wrong_types
 # Bounds of metrics that are checked. Other metrics may have any finite value.
 MAX, ROUNDING = 1e300, 1e-6
 BOUNDS = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info", "exact_match", "mrr", "pct_stereotype", "r@1", "r@2",
-                        "ece"), (0.0, 1.0)) | {"nll": (0.0, MAX), "bits_per_byte": (0.0, MAX), "brier": (0.0, 2.0)}
+                        "ece", "prompt_level_strict_acc"), (0.0, 1.0)) | {
+                            "nll": (0.0, MAX), "bits_per_byte": (0.0, MAX), "brier": (0.0, 2.0)}
 PERCENTAGES = dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL", "sari", "sari_hf", "empty", "copied"), (0.0, 100.0))
 
 SUITE_TYPES: dict[str, type | tuple[type, ...]] = {

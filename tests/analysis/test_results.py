@@ -19,6 +19,8 @@ def test_of_a_group_and_its_parts_those_in_a_suite_count(tmp_path):
         results = {name: value | {"acc,none": 0.5 * factor} for name in
                    ("mmlu", "mmlu_stem", "mmlu_astronomy", "mmlu_other", "boolq", "mine", "mine_a")}
         results["sums"] = {"exact_match,none": 0.5, "exact_match_stderr,none": "N/A"}
+        results["filtered"] = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1,
+                               "exact_match,flexible-extract": 0.75, "exact_match_stderr,flexible-extract": 0.1}
         folder = tmp_path / f"stack/m{number}"
         folder.mkdir(parents=True)
         (folder / "results_1.json").write_text(json.dumps({"results": results | {"odd": {"f1,none": 1.0}},
@@ -26,11 +28,13 @@ def test_of_a_group_and_its_parts_those_in_a_suite_count(tmp_path):
                                "mine": ["mine_a"], "boolq": []}}))
     record = Record(read_results(tmp_path))
     assert [(b.name, b.category) for b in record.benchmarks] == [
-        ("mmlu_stem", "DK"), ("mmlu_other", "DK"), ("boolq", "Rs"), ("mine", "other"), ("sums", "other")]
-    assert record.benchmarks[-1].metric == "exact_match"
+        ("mmlu_stem", "DK"), ("mmlu_other", "DK"), ("boolq", "Rs"), ("mine", "other"), ("sums", "other"),
+        ("filtered", "other")]
+    assert [benchmark.metric for benchmark in record.benchmarks[-2:]] == ["exact_match", "exact_match,strict-match"]
+    assert record.benchmark_value("stack", 0, "filtered").value == 0.25
     assert record.category_fg("stack", "DK").value == pytest.approx(20)
     assert record.missing[0] == ("stack: results of m0 that are not used: odd (no acc, r@1, pct_stereotype, "
-                                 "exact_match)")
+                                 "exact_match, prompt_level_strict_acc)")
     assert shipped_benchmarks()["boolq"].category == "Rs"
 
 

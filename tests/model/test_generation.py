@@ -62,7 +62,7 @@ def test_the_row_of_a_prompt_that_ends_at_once_is_reused(models, prompts):
     {"num_beams": 5, "no_repeat_ngram_size": 3}, {"num_beams": 4, "length_penalty": 0.9, "no_repeat_ngram_size": 2},
     {"num_beams": 3, "length_penalty": 0.8}, {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
     {"num_beams": 3, "early_stopping": "never"}, {"num_beams": 3, "early_stopping": True},
-    {"num_beams": 2, "length_penalty": -1.0},
+    {"num_beams": 2, "length_penalty": -1.0}, {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never"},
     {"num_beams": 1, "no_repeat_ngram_size": 1}, {"num_beams": 1, "no_repeat_ngram_size": 2}])
 def test_searches_equal_transformers(models, prompts, options):
     ours, other = models
@@ -72,6 +72,19 @@ def test_searches_equal_transformers(models, prompts, options):
     expected = [theirs(other, prompt, end, max_new_tokens=20, **options) for prompt in prompts]
     assert min(map(len, expected)) < 20  # some end early and leave the batch
     assert generate(ours, prompts, GenerationConfig(20, **options), {end}) == expected
+
+
+def test_beams_continue_where_the_best_candidates_all_end(models, prompts):
+    ours, other = models
+    options = {"num_beams": 3, "length_penalty": 3.0, "early_stopping": "never"}
+    prompt, first = prompts[3], generate(ours, [prompts[3]], GenerationConfig(1))[0]
+    likely = ours(torch.tensor([prompt + first]))[0, -1].topk(12).indices.tolist()
+    ends = sorted(set(likely) - set(first))
+    ids = other.generate(torch.tensor([prompt]), eos_token_id=ends, pad_token_id=0, max_new_tokens=12, do_sample=False,
+                         **options)[0, len(prompt):].tolist()
+    expected = ids[:-1] if ids[-1] in ends else ids
+    assert len(expected) > 4
+    assert generate(ours, [prompt], GenerationConfig(12, **options), ends) == [expected]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"),
