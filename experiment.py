@@ -69,7 +69,10 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
                         f"{limit}: lower max_source_length in train_args or evaluate_args")
     if any(job.script == "evaluate.py" for job in to_do):
         from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
-        read_suite(cfg.suite, cfg.suite_files)
+        for benchmark in read_suite(cfg.suite, cfg.suite_files):
+            if benchmark.file and not Path(benchmark.file).is_file():
+                raise UserError(f"{benchmark.file}, the items of {benchmark.name}, does not exist: "
+                                f"{benchmark.make_file}")
     for job in to_do:
         stage = STAGE.fullmatch(job.out.name)
         others = [path for path in job.out.parent.glob(f"m{stage[1]}-*")

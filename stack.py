@@ -58,8 +58,8 @@ class GrowConfig:
     noise: float = setting(0.0, "Gaussian noise on the new layers' matrices, as a share of the standard deviation of "
                                 "each", at_least=0, at_most=100)
     seed: int = setting(42, "seed of the noise", at_least=0)
-    moments: Literal["anew", "copied", "zero"] = setting(
-        "anew", "optimizer moments, of those that train.py --carry_moments has written: none, those of the copied "
+    moments: Literal["reset", "copied", "zero"] = setting(
+        "reset", "optimizer moments, of those that train.py --carry_moments has written: none, those of the copied "
                 "layers, or zero in the new layers")
 
     @property
@@ -109,7 +109,7 @@ def grow(cfg: GrowConfig) -> None:
     source, base = checkpoint.directory, checkpoint.config
     layer_map = layer_map_of(cfg, base.num_hidden_layers)
     lineage = read_lineage(source) | {"new_layers": new_layers(layer_map)}
-    if cfg.moments == "anew":
+    if cfg.moments == "reset":
         lineage.pop("updates", None)
     config = base.with_layers(layer_map)
     dtypes = {name: checkpoint.weights.dtype(copied) for name, copied in base_names(config, layer_map).items()}
@@ -117,7 +117,7 @@ def grow(cfg: GrowConfig) -> None:
         tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.adds_nothing, cfg.noise, cfg.seed)
         with tqdm(tensors, "growing", len(dtypes), leave=False, unit="tensor") as progress:
             write_checkpoint(folder, config, progress, source, dtypes)
-        if cfg.moments != "anew":
+        if cfg.moments != "reset":
             write_moments(folder, source, base, layer_map, cfg.moments == "zero")
         write_record(folder, {
             "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.adds_nothing,

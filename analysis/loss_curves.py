@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 # The points of a run: (FLOPs spent, held-out loss in nats per token).
 Curve = list[tuple[float, float]]
@@ -44,19 +45,15 @@ def draw_loss_curves(panel: Axes, curves: Mapping[str, Sequence[Curve]],
     total = max(curve[-1][0] for runs in curves.values() for curve in runs)
     for name, runs in curves.items():
         for curve in runs if len(runs) > 1 else ():
-            panel.plot(*petaflops(curve), lw=0.5, alpha=0.5, color=styles[name]["color"])
+            panel.plot(*zip(*curve), lw=0.5, alpha=0.5, color=styles[name]["color"])
         average, several = mean_curve(runs), f", mean of {len(runs)}" * (len(runs) > 1)
         label = f"{name}: {average[-1][1]:.3f} at the end{several}"
-        handles += panel.plot(*petaflops(average), lw=1.8, label=label, **styles[name])
+        handles += panel.plot(*zip(*average), lw=1.8, label=label, **styles[name])
     visible = [loss for runs in curves.values() for curve in runs
                for flops, loss in curve[1:] or curve if flops >= 0.1 * total]
     margin = 0.05 * (max(visible) - min(visible)) or 0.1
-    panel.set(xlim=(0, (total or 1) * 1.01 / 1e15), ylim=(min(visible) - margin, max(visible) + margin),
-              xlabel="training compute, base included (PFLOP, 6ND)", ylabel="held-out loss (nats per token)")
+    panel.set(xlim=(0, (total or 1) * 1.01), ylim=(min(visible) - margin, max(visible) + margin),
+              xlabel="training compute, base included (FLOPs, 6ND)", ylabel="held-out loss (nats per token)")
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.grid()
     return handles
-
-
-def petaflops(curve: Curve) -> tuple[list[float], list[float]]:
-    """(PFLOP spent, losses) of a curve."""
-    return [flops / 1e15 for flops, _ in curve], [loss for _, loss in curve]

@@ -158,7 +158,7 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
 
 def learning_text(found: Difference) -> str:
     """How the learning of two models compares in a difference."""
-    return "equal loss" if found.rate is None else f"rate {found.rate}" if found.rate else "not matched"
+    return "equal new-task loss" if found.rate is None else f"rate {found.rate}" if found.rate else "not matched"
 
 
 def stage_section(study: Study, primary: str, rate: str) -> list[Section]:
@@ -187,8 +187,8 @@ def match_section(study: Study) -> list[Section]:
             rows.append([str(contrast), f"{len(matched)} of {len(found)}", *(
                 f"{low:.4f} to {high:.4f}" for low, high in zip(ends[::2], ends[1::2]))])
     note = (f"The {LEARNING} after {study.stages[-1]} in nats per token, from the rate that learns most to the "
-            "smallest rate; means over the pairs whose ranges overlap. A difference at equal loss is the mean over "
-            "what both ranges of a pair have in common.\n\n")
+            "smallest rate; means over the pairs whose ranges overlap. A difference at equal new-task loss is the mean "
+            "over what both ranges of a pair have in common.\n\n")
     return [("Range of equal learning", note + markdown_table(
         ["models", "matched pairs", "range of the first", "range of the second"],
         [[*row, "–", "–"][:4] for row in rows]))] if rows else []

@@ -33,7 +33,7 @@ class Contrast:
 
     def __str__(self) -> str:
         what = f"{self.one} − {self.two}"
-        return f"{what} of {self.of}" if self.of else what + ", equal loss" * self.equal_loss
+        return f"{what} of {self.of}" if self.of else what + ", m0 of equal loss" * self.equal_loss
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,7 @@ def plot_tasks(record: Record) -> Figure | None:
     values = np.concatenate(list(cells.values()))
     low, high = np.fmin.reduce(values), np.fmax.reduce(values)  # of each column
     shades = {model: (matrix - low) / np.where(high > low, high - low, 1) for model, matrix in cells.items()}
-    stages = ["start" if stage == "m0" else stage for stage in record.stages]
-    figure, _ = plot_heat_maps(cells, shades, stages, [f"{task}\n{task_metric(task)}" for task in record.tasks],
+    figure, _ = plot_heat_maps(cells, shades, record.stages, [f"{task}\n{task_metric(task)}" for task in record.tasks],
                                "{:z.1f}", cmap="cividis", vmin=0, vmax=1)
     figure.supxlabel("colours: lowest to highest value of a column")
     return figure
@@ -249,7 +248,7 @@ def plot_calibration(record: Record) -> Figure | None:
         use_few_ticks(panel.xaxis, panel.yaxis)
         panel.grid()
     figure.supxlabel("expected calibration error")
-    figure.supylabel("accuracy (%)")
+    figure.supylabel("acc (%)")
     handles = [Line2D([], [], mfc="white", label=model, **style) for model, style in styles.items()]
     add_legend(figure, [*handles, Line2D([], [], color="#444444", ls="", marker="o", ms=4, label="last stage")])
     return figure
@@ -266,12 +265,11 @@ def benchmark_title(benchmark: Benchmark, width: float, ending: str = "") -> str
 
 
 def stage_labels(record: Record) -> list[str]:
-    """The stages as labels of an axis, such as "start", "m1\nsimp"."""
-    return ["start" if stage == "m0" else "\n".join(fold(part, 0.7) for part in stage.split("-", 1))
-            for stage in record.stages]
+    """The stages as labels of an axis, such as "m0", "m1\nsimp"."""
+    return ["\n".join(fold(part, 0.7) for part in stage.split("-", 1)) for stage in record.stages]
 
 
 def use_few_ticks(*axes: Axis) -> None:
     """Limits the ticks of numbers, so that their labels do not overlap in a small panel."""
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))

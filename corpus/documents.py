@@ -21,8 +21,9 @@ CONVERTED = "refs/convert/parquet"  # the branch of a dataset on the Hub to whic
 TEXT_SUFFIXES = ".txt", ".jsonl"
 DOCUMENT_CHARACTERS = 10_000  # a .txt file is cut into documents of about this length
 
-# Well-documented packages from requirements.txt. The list is fixed, so that other installed packages do not change the
-# text. Other versions of these packages do change it; the data digest in run.json shows the difference.
+# Well-documented packages that requirements.txt installs, some as dependencies. The list is fixed, so that other
+# installed packages do not change the text. Other versions of these packages do change it; the data digest in run.json
+# shows the difference.
 DOCUMENTED_PACKAGES = ("datasets", "deepspeed", "huggingface_hub", "networkx", "nltk", "numpy", "pandas", "scipy",
                        "sklearn", "sympy", "torch")
 

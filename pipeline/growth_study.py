@@ -72,8 +72,9 @@ class GrowthStudyConfig:
     stages: int = setting(4, "stages of such a growth", at_least=2)
     alpha: float = setting(1.0, "the steps of stage i of such a growth are in proportion to i^alpha", at_least=0,
                            at_most=10)
-    moments: tuple[str, ...] = setting(("anew",), "optimizer moments at such a growth: anew, copied from the copied "
-                                                  "layers, or zero in the new layers", names=("anew", "copied", "zero"))
+    moments: tuple[str, ...] = setting(("reset",), "optimizer moments at such a growth: reset, copied from the copied "
+                                                   "layers, or zero in the new layers",
+                                       names=("reset", "copied", "zero"))
     repeated: tuple[str, ...] = setting(("stack",), "of the grown models, those that all seeds train")
     max_flops: float = setting(None, "FLOPs of each run, including its base's", required=True, at_least=1,
                                at_most=1e30)
@@ -157,7 +158,7 @@ def staged_jobs(cfg: GrowthStudyConfig, folder: Path, flags: Sequence[object]) -
     if short := [stage for stage in range(1, cfg.stages + 1) if ends[stage] == ends[stage - 1]]:
         raise UserError(f"stage {short[0]} of {folder.name} would have no step: raise max_flops, or lower alpha or "
                         "stages")
-    carry, jobs = ["--carry_moments"] if policy != "anew" else [], list[Job]()
+    carry, jobs = ["--carry_moments"] if policy != "reset" else [], list[Job]()
     for stage, depth in enumerate(depths, 1):
         steps, init = ends[stage] - ends[stage - 1], ["--num_hidden_layers", depth]
         if stage > 1:

@@ -38,11 +38,11 @@ def base_job(cfg: Any, out: Path, depth: int, tokens: int, flags: Sequence[objec
         "--phase", "base", "--num_hidden_layers", depth, "--max_tokens", tokens, *flags])
 
 
-def growth_job(init: Path, out: Path, operator: str, depth: int, target: int, moments: str = "anew") -> Job:
+def growth_job(init: Path, out: Path, operator: str, depth: int, target: int, moments: str = "reset") -> Job:
     """Growth from `depth` to `target` layers. Raises UserError if the operator cannot make that many."""
     OPERATORS[operator](depth, target)
     return Job(out, [sys.executable, ROOT / "stack.py", "grow", "--init", init, "--out", out, "--operator", operator,
-                     "--target_layers", target, *([] if moments == "anew" else ["--moments", moments])])
+                     "--target_layers", target, *([] if moments == "reset" else ["--moments", moments])])
 
 
 def held_out_loss(checkpoint: str | Path) -> float:

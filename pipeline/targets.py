@@ -39,13 +39,14 @@ make bench                              speed compared with other programs: benc
 make test | lint | clean                run the tests; check style and types; remove the environment and prepared data
 
 TASK    {order} (ORDER: the order of the stages)
-MODEL   stack (grown) or llm (full size from the start)
+MODEL   stack, interleave, middle or solar (grown), llm (full size from the start), or base (shallow, trained on)
 SIZE    {sizes} (now {size})
 SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)
 RAW     folder of raw task folders
 EVAL_SIZE  training samples that are set aside for evaluation: a share (0.1 if not given) or a number
 INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
-TEXT    directory of token shards to pretrain on
+HUB     Hub id of m0; HUB= to pretrain m0 of a published size
+TEXT    directory of token shards to pretrain on; with a given m0 the held-out text of experiment, also a text file
 OUT     folder of the stages (now {out})
 RUNS    folder of the models (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
@@ -59,6 +60,7 @@ SUITE   benchmarks: {suites}, a .toml file, or none; FILES: folder of their loca
 TASKS   test sets of make evaluate (now {tasks})
 ARGS    more flags for the script of the target: ARGS="--learning_rate 1e-5". With train they go to all missing
         stages, with pretrain to its last run. `.venv/bin/python train.py --help` lists the flags of train.py.
+PYTHON  interpreter that the environment is made with; SMOLLM2: directory of SmolLM2-135M, for the tests that need it
 DRY_RUN 1: print the commands and run none"""
 
 
@@ -66,7 +68,7 @@ DRY_RUN 1: print the commands and run none"""
 VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE", "FILES", "GPU_MEMORY", "GPU_MODEL",
              "HUB", "INIT", "INIT_LLM", "INIT_STACK", "LAUNCHER", "METHOD", "MODEL", "NPROC", "ORDER", "OUT", "PAIRS",
              "PARAMS", "PYTHON", "RATES", "RAW", "RUNS", "SEEDS", "SIZE", "SMOLLM2", "SOURCE", "STUDY", "SUITE", "TASK",
-             "TASKS", "TEXT", "TOKENS", "VENV", "ZERO")
+             "TASKS", "TEXT", "TOKENS", "ZERO")
 
 
 class Variables:
@@ -118,6 +120,8 @@ class Variables:
         if target in stages and self.init and "SIZE" not in self.given and self.preset:
             found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
                          "its recipe, or SIZE= and RUNS=folder for none")
+        if target == "experiment" and self.init:
+            found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
             found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
         try:
@@ -318,7 +322,7 @@ def main(target: str) -> None:
         print(shlex.join(command), flush=True)
         if not dry_run:
             run_command(command)
-    if target == "pretrain":
+    if target == "pretrain" and not dry_run:
         print(f"m0: {v.m0}")
     if target == "train" and not dry_run:
         print("next:", *next_commands(v), sep="\n  ")

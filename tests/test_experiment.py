@@ -207,6 +207,14 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
         experiment.main(replace(cfg, primary="KL on held-out text"))
 
 
+def test_a_missing_file_of_the_suite_is_found_before_anything_runs(checkpoint, tasks, tmp_path, refusal):
+    line = refusal((ExperimentConfig, experiment.main), "--init_llm", checkpoint, "--models", "llm", "--data", tasks,
+                   "--out", tmp_path / "runs", "--suite", "paper", "--suite_files", tmp_path, "--order", "simp",
+                   "--train_args", "--max_source_length 128", "--report", tmp_path / "report")
+    assert f"{tmp_path}/mutual.jsonl, the items of mutual_text, does not exist: get the published files" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_stage_of_another_order_is_refused_before_anything_runs(checkpoint, tasks, suite_file, tmp_path, refusal):
     words = ["--init_llm", checkpoint, "--models", "llm", "--data", tasks, "--out", tmp_path / "runs", "--suite",
              suite_file, "--report", tmp_path / "report", "--train_args", "--max_source_length 128"]

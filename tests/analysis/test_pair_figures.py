@@ -75,7 +75,7 @@ def test_pretraining_shows_each_pair_and_their_mean(tmp_path):
                    for is_thick in (False, True))
     assert len(thin) == 4 + 3
     assert thick[0].get_ydata() == pytest.approx([8.025, 7.025, 6.025, 5.025])
-    assert thick[1].get_xdata() == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert thick[1].get_xdata() == pytest.approx([2.5e12, 5e12, 7.5e12, 1e13])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "llm: 5.025 at the end, mean of 4", "stack: 4.827 at the end, mean of 3"]
     assert study.pretraining_curve(1, "stack")[0] == (2.5e12, pytest.approx(7.81))

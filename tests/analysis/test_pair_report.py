@@ -50,16 +50,16 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
              if line.startswith("| ")][1:]
     assert [row[0] for row in table if "(primary)" in row[0]] == ["rise of held-out loss (primary)"]
     assert table[0][7] == "–"
-    assert {row[2] for row in table} == {"stack − llm", "stack − llm, equal loss",
+    assert {row[2] for row in table} == {"stack − llm", "stack − llm, m0 of equal loss",
                                          "interleave − llm"}
     learning = next(row for row in table if row[0] == "new-task loss")
     assert learning[3:6] == ["rate 0.001", "4", "-0.15 [-0.15, -0.15]"]
-    control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("equal loss"))
+    control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("m0 of equal loss"))
     tested = sum(row[6] != "–" for row in table[1:])
     assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
     assert "With m0 of equal held-out loss, the difference is -0." in text
     assert "| stack − llm | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
-    assert "| stack − llm, equal loss | 4 | 4.8000 | 4.8000 | 0 " in text
+    assert "| stack − llm, m0 of equal loss | 4 | 4.8000 | 4.8000 | 0 " in text
     assert "| quiz | llm | 160 | 16 | 0 |" in text  # four of 40 items in each pair
 
 

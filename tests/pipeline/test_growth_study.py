@@ -223,7 +223,7 @@ def test_each_seed_has_the_controls():
 def test_growth_in_stages_by_hand():
     """Four stages of PROP-1: the shares of the steps are 1, 2, 3 and 4 tenths, and the FLOPs are those of scratch."""
     cfg = GrowthStudyConfig(size="tiny", data="d", out="o", operators=("stack",), base_tokens=8192, max_flops=1e12,
-                            staged=("midas", "lidas"), moments=("anew", "copied"), repeated=("lidas-copied",),
+                            staged=("midas", "lidas"), moments=("reset", "copied"), repeated=("lidas-copied",),
                             seeds=(1, 2))
     jobs = {str(job.out.relative_to("o")): job for job in study_jobs(cfg)}
     names = [name for name in jobs if name.startswith("seed-1/lidas-copied/")]
@@ -241,15 +241,15 @@ def test_growth_in_stages_by_hand():
     grown = flags_of(jobs["seed-1/lidas-copied/grown-6"])
     assert (grown["init"], grown["operator"], grown["target_layers"], grown["moments"]) == (
         "o/seed-1/lidas-copied/stage-2", "lidas", "6", "copied")
-    anew = jobs["seed-1/midas-anew/stage-2"]
-    assert "--carry_moments" not in anew.argv
-    assert flags_of(anew)["init"] == "o/seed-1/midas-anew/grown-4"
+    reset = jobs["seed-1/midas-reset/stage-2"]
+    assert "--carry_moments" not in reset.argv
+    assert flags_of(reset)["init"] == "o/seed-1/midas-reset/grown-4"
     assert {name.split("/")[1] for name in jobs if name.startswith("seed-2/")} == {
         "base", "lidas-copied", "scratch", "base-trained-on"}
     with pytest.raises(UserError, match="3 stages of one block each do not reach 8 layers: choose a divisor of 8"):
         study_jobs(replace(cfg, stages=3))
     assert replace(cfg, repeated=("lidas-zero",)).problems() == [
-        "repeated names lidas-zero, expected some of stack, midas-anew, midas-copied, lidas-anew, lidas-copied"]
+        "repeated names lidas-zero, expected some of stack, midas-reset, midas-copied, lidas-reset, lidas-copied"]
 
 
 def test_every_model_of_the_figure_has_its_style():
@@ -262,7 +262,7 @@ def test_every_model_of_the_figure_has_its_style():
 def test_a_stage_without_a_step():
     cfg = GrowthStudyConfig(size="tiny", data="d", out="o", operators=("stack",), base_tokens=8192, max_flops=1e12,
                             staged=("midas",), alpha=10.0)
-    with pytest.raises(UserError, match="stage 1 of midas-anew would have no step: raise max_flops, or lower alpha"):
+    with pytest.raises(UserError, match="stage 1 of midas-reset would have no step: raise max_flops, or lower alpha"):
         study_jobs(cfg)
 
 
@@ -293,8 +293,8 @@ def test_moments_are_carried_over_growth(text, tmp_path):
     epochs = run("epochs", "--num_hidden_layers", "2", "--max_steps", "9", "--max_train_samples", "24",
                  "--schedule_steps", "9", "--carry_moments")  # over the end of an epoch
     assert len(epochs) > 9
-    anew = run("anew", "--init", tmp_path / "first", "--max_steps", "3", "--schedule_start", "3")
-    assert anew[3, "loss"] != pytest.approx(whole[6, "loss"], rel=1e-5)
+    reset = run("reset", "--init", tmp_path / "first", "--max_steps", "3", "--schedule_start", "3")
+    assert reset[3, "loss"] != pytest.approx(whole[6, "loss"], rel=1e-5)
     moments = {}
     for policy in ("copied", "zero"):
         run_script("stack.py", "grow", "--init", tmp_path / "first", "--out", tmp_path / policy, "--operator", "lidas",
@@ -311,7 +311,7 @@ def test_moments_are_carried_over_growth(text, tmp_path):
             assert torch.equal(moments["zero"][name(layer)], before[name(source)] * (layer % 2 == 0))
     run_script("stack.py", "grow", "--init", tmp_path / "first", "--out", tmp_path / "grown", "--factor", "2")
     assert "updates" not in json.loads((tmp_path / "grown/growth.json").read_text())["lineage"]
-    line = error_line(run_script("stack.py", "grow", "--init", tmp_path / "anew", "--out", tmp_path / "x", "--factor",
+    line = error_line(run_script("stack.py", "grow", "--init", tmp_path / "reset", "--out", tmp_path / "x", "--factor",
                                  "2", "--moments", "copied", check=False))
     assert "has no optimizer moments: train it with --carry_moments, or leave out --moments" in line
 
@@ -348,7 +348,7 @@ def test_a_study(text, tmp_path, refusal, capsys):
     assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in result.stdout
     assert (study / "growth-study.md").read_text() in result.stdout
     assert (study / "growth-study.png").read_bytes()[:4] == b"\x89PNG"
-    for said in ("stack: ", "scratch: ", "base, trained on: ", "training compute, base included (PFLOP, 6ND)"):
+    for said in ("stack: ", "scratch: ", "base, trained on: ", "training compute, base included (FLOPs, 6ND)"):
         assert f"<!-- {said}" in (study / "growth-study.svg").read_text()
     # a second call trains nothing; an interrupted study continues where it stopped; another study is refused
     again = load(GrowthStudyConfig, map(str, words[2:]))

@@ -330,6 +330,11 @@ def test_a_checkpoint_with_the_name_of_a_size():
     assert "--size" not in commands("train", INIT="models/small", SIZE="", RUNS="runs/mine")[-1]
 
 
+def test_an_experiment_starts_from_two_checkpoints():
+    with pytest.raises(UserError, match="an experiment compares two: give INIT_LLM and INIT_STACK"):
+        commands("experiment", INIT="my/checkpoint")
+
+
 def test_the_next_commands_keep_the_folders():
     given = {"TASK": "simp", "MODEL": "llm", "RUNS": "my/runs", "EVAL_SIZE": "0.2", "SIZE": "410m", "HUB": ""}
     assert targets.next_commands(Variables(given))[0] == (
@@ -345,7 +350,7 @@ def test_help_needs_no_packages():
     for name in (*COMMANDS, *known("size"), *known("method"), *known("eval"), *known("task")):
         assert re.search(rf"\b{name}\b", result.stdout), name
     names = re.findall(r'get\("(\w+)"', (ROOT / "pipeline/targets.py").read_text())
-    assert not {name for name in names if name not in result.stdout} - {"GIVEN", "HUB", "SMOLLM2"}
+    assert not {name for name in names if name not in result.stdout} - {"GIVEN"}
 
 
 def test_every_target_is_one_that_make_knows():
