@@ -13,14 +13,17 @@ Pairs do not depend on each other: two commands with different --pairs and the s
 import common.interrupts
 
 import dataclasses
+import hashlib
+import json
 import shlex
 import sys
 import time
 from pathlib import Path
 
+from analysis.measures import read_primary, write_primary
 from analysis.results import STAGE
 from common.configs import ROOT
-from common.files import UserError, check_writable, write_json
+from common.files import UserError, check_writable, write_text
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.scripts import run
@@ -31,7 +34,7 @@ from pipeline.costs import Pace, machine_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
-from pipeline.ledger import Ledger, read_own_json
+from pipeline.ledger import Ledger
 from training.deepspeed_config import resolve_zero_stage
 
 UTILISATION = 0.3  # share of a matrix product's speed that training and evaluation reach, for the first estimate
@@ -39,18 +42,17 @@ UTILISATION = 0.3  # share of a matrix product's speed that training and evaluat
 
 def report_command(cfg: ExperimentConfig) -> list[str]:
     """The command that makes the report."""
-    return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report, "--primary", cfg.primary]
+    return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report]
 
 
 def record_primary(cfg: ExperimentConfig) -> None:
     """Records the primary measure before the first run. Raises UserError if another one was recorded."""
-    path = Path(cfg.out) / "experiment" / "primary.json"
-    if not path.exists():
-        return write_json(path, {"primary": cfg.primary})
-    recorded = read_own_json(path, "the primary measure is then recorded again").get("primary")
-    if recorded != cfg.primary:
+    recorded = read_primary(cfg.out)
+    if recorded is None:
+        write_primary(cfg.out, cfg.primary)
+    elif recorded != cfg.primary:
         raise UserError(f"the primary measure of {cfg.out} is {recorded!r}, as named before its first run, not "
-                        f"{cfg.primary!r}: give --primary {shlex.quote(str(recorded))}; report.py shows any other one")
+                        f"{cfg.primary!r}: give --primary {shlex.quote(recorded)}; report.py shows any other one")
 
 
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
@@ -98,12 +100,13 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "slurm_file"
               and getattr(cfg, field.name) != field.default}
     values["launcher"] = f"bash {shlex.quote(str(ROOT / 'configs/slurm/launch.sh'))}"
-    flags = [f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-             for name, value in values.items()]
+    text = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())  # TOML
+    config = folder / f"settings-{hashlib.sha256(text.encode()).hexdigest()[:12]}.toml"
+    write_text(config, text)
     numbers: dict[str, str] = {}  # of the Slurm jobs, by the directory that each makes
     for job in jobs:
         parent = numbers.get(str(job.inputs[0])) if job.inputs else None
-        command = [sys.executable, str(ROOT / "experiment.py"), *flags, "--only", str(job.out)]
+        command = [sys.executable, str(ROOT / "experiment.py"), "--config", str(config), "--only", str(job.out)]
         numbers[str(job.out)] = submit_command(command, folder / f"{ledger.name(job)}.sh", template, cfg.gpus,
                                                parent and f"afterok:{parent}")
     submit_command(report_command(cfg), folder / "report.sh", template, cfg.gpus,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from analysis.comparison import drop_unevaluated, drop_wrong_parents
 from analysis.flips import constant_benchmarks, noise_flags
-from analysis.measures import PRIMARY
-from analysis.method_plane import method_study, plane_section, plot_planes, points_of, profit_section
+from analysis.measures import PRIMARY, read_primary
+from analysis.method_plane import left_out_of_plane, method_study, plane_section, plot_planes, points_of, profit_section
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
@@ -46,7 +46,8 @@ class ReportConfig:
     reference: str = setting("llm", "the model to compare it with")
     method: str | None = setting(None, "the method whose stages are shown and models compared; none: baseline")
     baseline: str = setting("finetune", "the method to compare the other methods with")
-    primary: str = setting(PRIMARY, "the measure that answers the question; all others are secondary")
+    primary: str | None = setting(None, "the measure that answers the question; all others are secondary; none: the "
+                                        f"one that experiment.py recorded before the first run, or else {PRIMARY}")
     rate: float | None = setting(None, "learning rate at which models are compared without matching their learning; "
                                        "none: the middle one", above=0)
     effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
@@ -102,7 +103,7 @@ def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None, 
                              () if cfg.constant else constant_benchmarks(stages))
 
 
-def describe(records: dict[str, Record], record: Record, study: Study | None, cfg: ReportConfig, rate: str,
+def describe(records: dict[str, Record], record: Record, study: Study | None, primary: str, effect: float, rate: str,
              noise: Collection[str]) -> tuple[list[str], list[Section], list[str]]:
     """The sentences and sections of a report, the answer first, and sentences on what is missing.
 
@@ -114,8 +115,8 @@ def describe(records: dict[str, Record], record: Record, study: Study | None, cf
         hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
         sentences.append(f"The models are {', '.join(record.chains)}{hint}.")
     else:
-        sentences += answer(study, cfg.primary, cfg.effect)
-        sections += pair_sections(study, cfg.primary, rate, cfg.effect)
+        sentences += answer(study, primary, effect)
+        sections += pair_sections(study, primary, rate, effect)
         missing += study.all_left_out()
     more_sentences, tables = result_tables(record, noise)
     missing += [line for one in records.values() for line in one.missing]
@@ -148,17 +149,23 @@ def main(cfg: ReportConfig) -> None:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]
     shown = [stage for stage in stages if not stage.number or stage.method_name == method]
-    study = Study(shown, *pair) if pair else None
+    recorded = read_primary(cfg.runs) if cfg.runs else None
+    primary = cfg.primary or recorded or PRIMARY
+    study = Study(shown, *pair, named=recorded) if pair else None
     if study:
-        study.check_measure(cfg.primary)
+        study.check_measure(primary)
     noise = noise_flags(stages)
-    sentences, sections, missing = describe(records, record, study, cfg, rate, noise)
+    sentences, sections, missing = describe(records, record, study, primary, cfg.effect, rate, noise)
     missing += [*wrong_parents, *without_results]
-    planes = method_studies(stages, records, cfg.primary)
+    if str(cfg.results).endswith(".csv"):
+        missing.append("single items are not in a table of stages: intervals of FG and over the tasks take the values "
+                       "before and after, and those of both models, as independent, and are wider than from the runs")
+    planes = method_studies(stages, records, primary)
     for of_methods in planes.values():
-        more, section = plane_section(stages, of_methods, cfg.primary)
-        sentences, sections, missing = sentences + more, [*sections, section], missing + of_methods.all_left_out()
-    sections += profit_section(planes, pair, cfg.primary) if pair else []
+        more, section = plane_section(stages, of_methods, primary)
+        sentences, sections, missing = sentences + more, [*sections, section], [
+            *missing, *left_out_of_plane(of_methods), *of_methods.all_left_out()]
+    sections += profit_section(planes, pair, primary) if pair else []
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(shown, cfg.runs) if cfg.runs else []
@@ -167,8 +174,8 @@ def main(cfg: ReportConfig) -> None:
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything
-    figures = (plot_pairs(study, out, cfg.primary) if study else {}) | of_record
-    figures |= plot_planes(planes, out, cfg.primary) if planes else {}
+    figures = (plot_pairs(study, out, primary) if study else {}) | of_record
+    figures |= plot_planes(planes, out, primary) if planes else {}
     summary = markdown_list(sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)

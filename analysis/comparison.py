@@ -125,10 +125,12 @@ class CommonPart:
                                  f"{stages[0][first]} and {stages[1][first]}")
         return min(others, default=math.inf)
 
-    def compare(self, measure: Measure) -> tuple[Estimate | None, Estimate | None]:
-        """The values of a measure, each over the seeds."""
+    def compare(self, measure: Measure) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+        """The values of a measure, and the difference within each seed, each over the seeds."""
         values = measure([*self.one.values(), *self.two.values()])
-        return over_seeds(values[:len(self.one)]), over_seeds(values[len(self.one):])
+        one, two = values[:len(self.one)], values[len(self.one):]
+        return over_seeds(one), over_seeds(two), over_seeds(first - second if first and second else None
+                                                            for first, second in zip(one, two))
 
 
 def same(one: Estimate | None, two: Estimate | None) -> bool:

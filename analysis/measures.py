@@ -4,12 +4,14 @@ The values of items are kept, so that the difference of two models is paired by 
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from analysis.comparison import Chain
 from analysis.record import find_benchmarks
 from analysis.stages import TEXT, Choices, ItemLosses, Stage
+from common.files import parsing, read_json, write_json
 
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
 PRIMARY = "rise of held-out loss"  # the default primary measure
@@ -136,3 +138,21 @@ def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     found += [PairMeasure(f"{title}, {category}", unit, options_measure(names, values_of, sign))
               for title, unit, values_of, sign in OPTION_VALUES for category, names in categories.items()]
     return {measure.name: measure for measure in found}
+
+
+def primary_file(folder: str | Path) -> Path:
+    """The file of an experiment that holds the primary measure, named before the first run."""
+    return Path(folder) / "experiment" / "primary.json"
+
+
+def write_primary(folder: str | Path, measure: str) -> None:
+    """Records the primary measure of an experiment."""
+    write_json(primary_file(folder), {"primary": measure})
+
+
+def read_primary(folder: str | Path) -> str | None:
+    """The primary measure of an experiment; None if it was not recorded. Raises UserError if the file is damaged."""
+    if not (path := primary_file(folder)).exists():
+        return None
+    with parsing(path, "the primary measure of an experiment"):
+        return str(read_json(path, dict)["primary"])

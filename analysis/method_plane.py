@@ -2,7 +2,8 @@
 
 A method is better than another if it forgets less at an equal loss on the new task. For one model a Study compares its
 methods as it compares the models of a pair: the methods stand for the models. With several pairs of models the interval
-of a difference is over the pairs, with a single one over the items, which tells how well this one model is known.
+of a difference is over the pairs, with several seeds of a single one over the seeds. One run of each method gives no
+verdict, since runs that differ only in their seed differ, too; its interval is over the items.
 """
 import math
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ MARKERS = "osD^vPX*<>hd"
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a learning rate: the loss on the new task and the forgetting, means over the pairs."""
+    """A method at a learning rate: the loss on the new task and the forgetting, means over the pairs or seeds."""
     method: str
     rate: str
     learned: float
@@ -37,25 +38,44 @@ class Point:
 
 
 def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | None:
-    """The study of the methods of a model, in which methods stand for models. None without two methods."""
+    """The study of the methods of a model, in which methods stand for models, and the seeds of a single pair for pairs.
+    None without two methods."""
     own = [stage for stage in stages if stage.model == model]
+    seeds = sorted({stage.seed for stage in own if stage.number})
+    unit = "seed" if len(seeds) > 1 and len({stage.pair for stage in own}) == 1 else "pair"
+    if unit == "seed":
+        own = [replace(stage, pair=seed) for stage in own for seed in seeds if stage.seed == seed or not stage.number]
     methods = list(dict.fromkeys(stage.method_name for stage in own if stage.number))
     if baseline not in methods or len(methods) < 2:
         return None
     methods.sort(key=lambda method: method != baseline)
     starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
     trained = [replace(stage, model=stage.method_name, method=None) for stage in own if stage.number]
-    return Study(starts + trained, methods[1], baseline, of=model)
+    return Study(starts + trained, methods[1], baseline, of=model, unit=unit)
+
+
+def common_pairs(study: Study) -> list[int]:
+    """The pairs in which all methods were trained."""
+    return [pair for pair in study.pairs
+            if all(any(study.chains(pair, method, rate) for rate in study.rates) for method in study.models)]
+
+
+def left_out_of_plane(study: Study) -> list[str]:
+    """A sentence on the pairs that the plane leaves out."""
+    left = [study.name_of(pair) for pair in study.pairs if pair not in common_pairs(study)]
+    return [f"the plane of the methods of {study.contrasts[0].of} is without {', '.join(left)}, in which not all of "
+            "them were trained"] if left else []
 
 
 def points_of(study: Study, measure: str) -> list[Point]:
-    """The methods at all learning rates, after the last stage, of the pairs that have them."""
-    found = []
+    """The methods at all learning rates, after the last stage: means over the pairs in which all methods were trained,
+    of the rates that a method has in all of them."""
+    found, pairs = [], common_pairs(study)
     for method in study.models:
-        curves = [study.curve(measure, pair, method, study.last) for pair in study.pairs]
+        curves = [study.curve(measure, pair, method, study.last) for pair in pairs]
         for rate in study.rates:
             of_pairs = [(x[rates.index(rate)], y[rates.index(rate)].value) for x, y, rates in curves if rate in rates]
-            if of_pairs:
+            if pairs and len(of_pairs) == len(pairs):
                 found.append(Point(method, rate, *np.mean(of_pairs, axis=0).tolist()))
     return found
 
@@ -72,8 +92,8 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
-    """How much more a method forgets than the baseline at equal loss on the new task: over several pairs, or over the
-    items of a single one. None if they reach no common loss."""
+    """How much more a method forgets than the baseline at equal loss on the new task: over several pairs or seeds, or
+    over the items of a single run. None if they reach no common loss."""
     found = difference_of(study, method, measure)
     if found is None:
         return None
@@ -87,7 +107,7 @@ def difference_of(study: Study, method: str, measure: str) -> Difference | None:
 
 
 def over_items(found: ItemValues) -> PairedDifference:
-    """The items of a single pair as the units of a difference. The mean is that of the measure, a ratio of sums, and
+    """The items of a single run as the units of a difference. The mean is that of the measure, a ratio of sums, and
     the deviations are those of a ratio: an item counts by its weight, such as its tokens."""
     return PairedDifference(tuple((found.value + found.values - found.value * found.weights).tolist()))
 
@@ -107,11 +127,11 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
     front, methods = pareto_front(points), list(dict.fromkeys(point.method for point in points))
     gaps = {method: gap_of(study, method, measure) for method in methods if method != baseline}
     known = {method: gap for method, gap in gaps.items() if gap}
-    corrected = dict(zip(known, holm([gap.p for gap in known.values()])))
+    corrected = dict(zip(known, holm([gap.p for gap in known.values()]))) if len(study.pairs) > 1 else {}
     verdicts: dict[str, list[str]] = {"less with": [], "more with": []}
-    for method, gap in known.items():
-        if corrected[method] < LEVEL:
-            verdicts["less with" if gap.mean < 0 else "more with"].append(method)
+    for method, p in corrected.items():
+        if p < LEVEL:
+            verdicts["less with" if known[method].mean < 0 else "more with"].append(method)
     rows = []
     for method in methods:
         own, minutes = [point for point in points if point.method == method], minutes_of(stages, model, method)
@@ -123,12 +143,14 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
                      "–" if math.isnan(minutes) else f"{minutes:.1f}"])
     where = "equal new-task loss" if study.matches_learning else "the same learning rate, which does not match learning"
     found = "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
+    if len(study.pairs) == 1:
+        found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
     sentences = [f"{model}, {measure} at {where}, compared with {baseline}: "
                  f"{found or 'no method can be told apart from it'}.",
                  f"On the Pareto front of what {model} learned and forgot: "
                  + ", ".join(dict.fromkeys(point.method for point in front)) + "."]
-    of_what = "over the pairs" if len(study.pairs) > 1 else \
-        "over the items, which tells how well this one model is known"
+    of_what = f"over the {study.unit}s" if len(study.pairs) > 1 else \
+        "over the items, which tells how well these runs are measured"
     note = (f"After {study.stages[-1]}: {measure} in {unit}, less that of {baseline} at {where}, with the 95% interval "
             f"{of_what}; each method over the losses that both reach, taken as measured. p is corrected for the number "
             "of methods (Holm). On the Pareto front: the learning rates at which no other method and rate learned more "
@@ -139,7 +161,7 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
 
 def profit_section(studies: dict[str, Study], pair: Pair, measure: str) -> list[Section]:
     """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
-    if not all(model in studies and len(studies[model].pairs) > 1 for model in pair):
+    if not all(model in studies and studies[model].unit == "pair" and len(studies[model].pairs) > 1 for model in pair):
         return []
     baseline, rows = studies[pair[0]].pair[1], []
     for method in studies[pair[0]].models:

@@ -14,7 +14,8 @@ HIGHER_IS_BETTER = ("average performance", "backward transfer")  # of the other 
 
 NOTE = ("FG in percent, positive is forgetting; measures over the tasks in points of the tasks' metrics; ECE and NLL "
         "(nats) are means over the benchmarks that all methods have after the last stage. In brackets 95% "
-        "intervals.\n\n")
+        "intervals: over the items, and the pairs and seeds if there are several, not corrected for the number of "
+        "measures.\n\n")
 
 PART_NOTE = ("\n(part): the method or the baseline lacks stages, benchmarks, test sets or seeds that the other has, "
              "see What is missing. The differences are without them.\n")
@@ -41,11 +42,12 @@ def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str
                                 (f"{model}, {method}", f"{model}, {baseline}"))
             gaps[method] = measure_gaps(common, found[method], found[baseline], model)
             left_out += common.left_out
-        sentences += [f"{model}, {method} compared with {baseline}: {describe_gaps(gaps[method], names)}."
-                      for method in found if method in gaps]
+        of_one_run = " in one run of each" * (len(records[baseline].chains[model]) == 1)
+        sentences += [f"{model}, {method} compared with {baseline}{of_one_run}: {describe_gaps(gaps[method], names)}."
+                      for method in found if method in gaps and names]
         sections.append((f"Methods: {model}", NOTE + level_table(found, model, names, gaps)))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
-        if rows:
+        if rows and names:
             sections.append((f"Methods minus {baseline}: {model}",
                              with_note(markdown_table(["method", *names], rows))))
     return sentences, sections, left_out
@@ -55,10 +57,10 @@ def measure_gaps(common: CommonPart, record: Record, baseline: Record, model: st
     """{measure: gap} of a model with a method and with the baseline, for the measures that both have."""
     gaps = {}
     for name, measure in baseline.measures().items():
-        one, two = common.compare(measure)
-        if one is not None and two is not None:
+        one, two, difference = common.compare(measure)
+        if difference is not None:
             own = record.own_value(model, measure), baseline.own_value(model, measure)
-            gaps[name] = one - two, not (same(one, own[0]) and same(two, own[1]))
+            gaps[name] = difference, not (same(one, own[0]) and same(two, own[1]))
     return gaps
 
 

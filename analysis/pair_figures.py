@@ -26,7 +26,7 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
     """Plots the figures for which a study has results. Returns {file name without suffix: caption}."""
     figures: dict[str, tuple[Callable[[Study, str], Figure | None], str]] = {
         "differences": (plot_differences, f"Differences after {study.stages[-1]}: mean over the pairs and 95% interval."
-                        " Positive is more forgetting by the first model. The primary measure is on top."),
+                        " Positive is more forgetting by the first model. The measure of the answer is on top."),
         "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for the "
                      "mean over the pairs that all models have, a point for each learning rate."),
         "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, which does not match learning."),
@@ -80,7 +80,7 @@ def plot_differences(study: Study, primary: str) -> Figure | None:
     for index, (unit, measures) in enumerate(rows.items()):
         panel = figure.add_subplot(grid[index])
         draw_forest(panel, list(measures.values()), sorted(shown))
-        labels = [fold(name + " (primary)" * (name == primary), 2.2) for name in measures]
+        labels = [fold(name + " (primary)" * (name == primary and study.is_primary(name)), 2.2) for name in measures]
         panel.set_yticks(range(len(measures)), labels)
         for label, name in zip(panel.get_yticklabels(), measures):
             label.set_fontweight("bold" if name == primary else "normal")

@@ -3,7 +3,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from analysis.comparison import pair_name
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
 from analysis.loss_curves import flops_to_loss
@@ -13,7 +12,8 @@ from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
 
-ONE_PAIR = "One pair of models cannot answer whether {0} forgets less than {1}: pairs differ, and the pair is the unit."
+ONE_PAIR = ("One pair of models cannot answer whether {0} forgets less than {1}: pairs differ, and the pair is the "
+            "unit. Intervals are over the items of this pair, and not corrected for their number.")
 FLOPS_TOLERANCE = 0.02  # relative difference of the FLOPs of two m0 that count as equal: of a few steps
 
 
@@ -25,20 +25,20 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
     lines = [ONE_PAIR.format(one, two)] if len(study.pairs) == 1 else []
     if found is None:
         if study.has_losses or len(study.pairs) > 1:
-            lines.append(f"There is no answer by the primary measure, {primary} after {study.stages[-1]}: no pair has "
-                         "it for both models" + " at an equal new-task loss" * study.matches_learning + ".")
+            lines.append(f"There is no answer by {named(study, primary)} after {study.stages[-1]}: no pair has it for "
+                         "both models" + " at an equal new-task loss" * study.matches_learning + ".")
         return lines
     estimate, unit = found.estimate, found.measure.unit
     if estimate.n > 1:
         direction = "less" if estimate.mean < 0 else "more"
         claim = f"{one} forgets {direction} than {two}" if estimate.is_significant else \
             f"{one} and {two} cannot be told apart"
-        lines.append(f"{claim}: by the primary measure, {primary} {described(study, found)}, the difference is "
+        lines.append(f"{claim}: by {named(study, primary)} {described(study, found)}, the difference is "
                      f"{with_interval(estimate)} {unit}, p {p_text(estimate.p, '= ')}, n = "
                      f"{count(estimate.n, 'pair')}.")
         lines.append(uncertainty(found, effect))
     else:
-        lines.append(f"In {pair_name(next(iter(found.of_pairs)))} the difference in the primary measure, {primary} "
+        lines.append(f"In {study.name_of(next(iter(found.of_pairs)))} the difference in {named(study, primary)} "
                      f"{described(study, found)}, is {signed(estimate.mean)} {unit}.")
     lines.append(rests_on(study, found))
     for contrast in study.contrasts[1:]:
@@ -47,6 +47,12 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
             lines.append(f"With m0 of equal held-out loss, the difference is "
                          f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
     return lines + start_losses(study)
+
+
+def named(study: Study, measure: str) -> str:
+    """How sentences call the measure of the answer."""
+    return f"the primary measure, {measure}" if study.is_primary(measure) else \
+        f"{measure} (not the primary measure, which was named before the first run: {study.named})"
 
 
 def described(study: Study, found: Difference) -> str:
@@ -75,7 +81,7 @@ def uncertainty(found: Difference, effect: float) -> str:
 def rests_on(study: Study, found: Difference) -> str:
     """The sentence on the data behind the answer."""
     items = len(next(iter(found.of_pairs.values())).values)
-    left = [pair_name(pair) for pair in study.pairs if pair not in found.of_pairs]
+    left = [study.name_of(pair) for pair in study.pairs if pair not in found.of_pairs]
     seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" * any(found.of_pairs)
     rates = f", learning rates {', '.join(study.rates)}" if study.matches_learning else ""
     return (f"It rests on {count(len(found.of_pairs), 'pair')}{seeds}{f', {items} items' * (items > 1)}{rates}"
@@ -120,9 +126,9 @@ def with_interval(estimate: PairedDifference) -> str:
 
 
 def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | None, list[Difference]]:
-    """The primary difference, and all others after the last stage: at equal new-task loss where learning is matched,
-    and those of the first contrast also at the shared rate."""
-    first = study.main_difference(primary)
+    """The primary difference, None if it is none, and all others after the last stage: at equal new-task loss where
+    learning is matched, and those of the first contrast also at the shared rate."""
+    first = study.main_difference(primary) if study.is_primary(primary) else None
     others = []
     for contrast in study.contrasts:
         for setting in [*([None] if study.matches_learning else []), rate]:
@@ -172,7 +178,7 @@ def stage_section(study: Study, primary: str, rate: str) -> list[Section]:
                              with_interval(found.estimate), p_text(found.estimate.p),
                              with_interval(learned.estimate) if learned else "0 by design" if setting is None else "–"])
     table = markdown_table(["stage", "learning", "pairs", primary, "p", LEARNING], rows)
-    note = f"{contrast}, {study.measures[primary].unit}.\n\n"
+    note = f"{contrast}, {study.measures[primary].unit}. These p are not corrected for their number.\n\n"
     return [("Difference by stage and rate", note + table)] if rows else []
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.comparison import Chain, drop_unlike_items, pair_name, title_of
+from analysis.comparison import Chain, drop_unlike_items, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
 from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
@@ -74,11 +74,15 @@ class Study:
         has_losses: whether losses were measured at all.
         choice_benchmarks: names of the benchmarks whose answers are known by item.
         left_out: sentences on what is not used, and why.
+        named: the primary measure that was named before the first run; None if that is not known.
+        unit: what the pairs are: pairs of models, or seeds of fine-tuning.
     """
 
-    def __init__(self, stages: Sequence[Stage], grown: str, reference: str, of: str = ""):
+    def __init__(self, stages: Sequence[Stage], grown: str, reference: str, of: str = "", named: str | None = None,
+                 unit: str = "pair"):
         """stages: of all pairs, models and rates, with one method. grown, reference: the models of a pair. of: the
         model whose methods stand for the models."""
+        self.named, self.unit = named, unit
         stages, self.left_out = drop_unlike_items(stages)
         self.rates = rates_of(stages)
         self.left_out += [f"{title_of(stage)}: not used, since it is not in the folder of a learning rate"
@@ -112,10 +116,18 @@ class Study:
         """Whether models are compared at equal loss on the new task, which takes several rates."""
         return len(self.rates) > 1
 
+    def is_primary(self, measure: str) -> bool:
+        """Whether a measure may be called primary: no other one was named before the first run."""
+        return self.named in (None, measure)
+
     def chains(self, pair: int, model: str, rate: str) -> list[Chain]:
         """The chains of a model, one for each fine-tuning seed."""
         return [chain for (number, _), chain in self._chains[rate].get(model, {}).items()
                 if number == pair and chain.keys() - {0}]
+
+    def name_of(self, pair: int) -> str:
+        """How sentences call a pair."""
+        return f"{self.unit} {pair}" if pair else "the pair"
 
     def _drop_other_starts(self) -> None:
         """Drops the divergences that were not measured from the m0 of their chain."""
@@ -167,7 +179,7 @@ class Study:
         for pair in self.pairs:
             for model, other in (self.pair, self.pair[::-1]):
                 if abs(gap := self._start_gap(pair, level(model), other)) > LEVEL_TOLERANCE:
-                    yield (f"{pair_name(pair)}: {level(model)} is no control at equal held-out loss, since its m0 "
+                    yield (f"{self.name_of(pair)}: {level(model)} is no control at equal held-out loss, since its m0 "
                            f"differs from that of {other} by {gap:+.3f} nats per token")
 
     def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING) -> Match | None:
@@ -237,8 +249,8 @@ class Study:
                 one, two = (f"{model} {low:.4f} to {high:.4f}" for model, (low, high) in zip(
                     self.models_of(contrast, pair) or (), found.ranges))
                 names = "methods" if contrast.of else "models"
-                yield (f"{pair_name(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach no "
-                       f"common loss on the new task ({one}, {two} nats per token)")
+                yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach "
+                       f"no common loss on the new task ({one}, {two} nats per token)")
 
     def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
         """Sentences on the pairs in which only one model of a contrast was measured at some of the learning rates."""
@@ -247,14 +259,22 @@ class Study:
             rates = [set(self.curve(LEARNING, pair, model, number)[2]) for model in models]
             for model, own, other in zip(models, rates, reversed(rates)):
                 if own and (lacking := sorted(other - own, key=float)):
-                    yield (f"{pair_name(pair)}, {contrast} after {self.stages[number]}: {model} lacks the rate "
+                    yield (f"{self.name_of(pair)}, {contrast} after {self.stages[number]}: {model} lacks the rate "
                            f"{', '.join(lacking)}, which the other model has")
+
+    def without_model(self, contrast: Contrast) -> Iterator[str]:
+        """Sentences on the pairs in which a model of a contrast has no fine-tuned stages."""
+        for pair in self.pairs:
+            for model in self.models_of(contrast, pair) or ():
+                if not any(self.chains(pair, model, rate) for rate in self.rates):
+                    yield f"{self.name_of(pair)} is left out of {contrast}: {model} has no fine-tuned stages in it"
 
     def all_left_out(self) -> list[str]:
         """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
+        without = self.without_model(self.contrasts[0])
         of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
                         for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
-        return [*self.left_out, *self._not_level(), *of_contrasts]
+        return [*self.left_out, *without, *self._not_level(), *of_contrasts]
 
     def check_measure(self, name: str) -> None:
         """Raises UserError if a measure of forgetting is unknown."""

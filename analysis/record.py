@@ -188,11 +188,11 @@ class Record:
         values = {model: self.own_value(model, measure) for model in self.chains}
         if not (self.pair and self.common):
             return Comparison(values)
-        grown, reference = self.common.compare(measure)
-        if grown is None or reference is None:
+        grown, reference, difference = self.common.compare(measure)
+        if difference is None:
             return Comparison(values)
         common: dict[str, Estimate | None] = dict(zip(self.pair, (grown, reference)))
-        return Comparison(values | common, grown - reference,
+        return Comparison(values | common, difference,
                           not all(same(values[model], common[model]) for model in self.pair))
 
     def category_fg(self, model: str, category: str) -> Estimate | None:

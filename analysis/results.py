@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.stages import BENCHMARKS, TASKS, Calibration, Choices, ItemLosses, Stage
+from analysis.stages import BENCHMARKS, CHOICE_METRICS, TASKS, Calibration, Choices, ItemLosses, Stage
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.configs import known, read_config, read_toml
 from common.files import UserError, finite_float, is_number, parsing
@@ -213,7 +213,7 @@ def add_benchmark(stage: Stage, file: ResultsFile, name: str, metric: str) -> No
 def choices_of(file: ResultsFile, name: str, metric: str) -> Choices | None:
     """The answers to a multiple-choice benchmark; None for others, and if its items are not known."""
     right, options = file.items(name, metric), file.items(name, "filtered_resps")
-    if metric not in ("acc", "r@1") or not right or not all(map(is_number, right)) or \
+    if metric not in CHOICE_METRICS or not right or not all(map(is_number, right)) or \
             not all(isinstance(one, list) and len(one) > 1 and all(isinstance(option, list) for option in one)
                     for one in options):
         return None

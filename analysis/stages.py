@@ -12,6 +12,7 @@ from evaluation.suites import Benchmark
 
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
 TEXT = "text"  # name of the losses of held-out text
+CHOICE_METRICS = "acc", "r@1"  # of multiple-choice benchmarks: the shares of right answers
 
 
 @dataclass(frozen=True)

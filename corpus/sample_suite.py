@@ -58,7 +58,14 @@ def build_suite(documents: Iterable[str], questions: list[dict]) -> dict[str, li
                "question it answers": answered}
     return {"terms": add_choices(term_questions(texts, common, SENTENCE_WORDS, repeated=False)),
             "continuation": add_choices(continuation_questions(texts)),
-            "reading": [item | {"kind": kind} for kind, asked in reading.items() for item in add_choices(asked)]}
+            "reading": mixed({kind: [item | {"kind": kind} for item in add_choices(asked)]
+                              for kind, asked in reading.items()})}
+
+
+def mixed(items: dict[str, list[dict]]) -> list[dict]:
+    """The items of several kinds, evenly mixed: any number of the first ones has each kind in its proportion."""
+    places = [(number / len(found), item) for found in items.values() for number, item in enumerate(found, 1)]
+    return [item for _, item in sorted(places, key=lambda place: place[0])]
 
 
 def prose_words(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis.measures import OF_TEXT, PRIMARY, measure_names
+from analysis.stages import CHOICE_METRICS
 from common.configs import CONFIGS, known
 from common.files import UserError
 from common.settings import load, setting
@@ -147,7 +148,8 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
 def check_primary(cfg: ExperimentConfig) -> None:
     """Raises UserError if the primary measure is none that the report of this experiment has."""
     entries = open_suite(cfg.suite, cfg.suite_files)[1]
-    names = measure_names(list(dict.fromkeys(entry.get("category", "") for entry in entries)))
+    names = measure_names(list(dict.fromkeys(entry.get("category", "") for entry in entries
+                                             if entry.get("metric", "acc") in CHOICE_METRICS)))
     if cfg.primary not in names:
         raise UserError(f"unknown primary measure {cfg.primary!r}, expected one of {'; '.join(names)}")
 

@@ -65,7 +65,8 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     """Prints what the pilot found, and how many pairs, items and hours find the effect."""
     found = pilot_difference(cfg)
     estimate, unit = found.estimate, found.measure.unit
-    hours = training_seconds(Path(cfg.runs)) / 3600 / estimate.n
+    folders = [Path(cfg.runs) / f"pair-{pair}" for pair in found.of_pairs]
+    hours = sum(map(training_seconds, folders)) / 3600 / estimate.n
     low, high = estimate.interval
     learning = "equal new-task loss" if found.rate is None else "a single learning rate, which does not match learning"
     print(f"pilot: {estimate.n} pairs, {found.measure.name} at {learning}, {found.contrast}: {estimate.mean:+.4g} "

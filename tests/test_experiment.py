@@ -282,6 +282,7 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--pairs", "1", "--init_llm", "x"], "pairs and the loss control pretrain m0: leave out --init_llm"),
     (["--size", "tiny", "--text", "x", "--primary", "rise of loss"], "unknown primary measure 'rise of loss'"),
     (["--size", "tiny", "--text", "x", "--primary", "loss of accuracy, RD"], "; loss of accuracy, DK; loss "),
+    (["--size", "tiny", "--text", "x", "--primary", "loss of accuracy, Bias"], "unknown primary measure 'loss of acc"),
     (["--size", "7b"], "the primary measure, rise of held-out loss, needs a held-out text: give --text, or another "),
     (["--size", "7b", "--text", "x", "--pairs", "1"], "the m0 of the size 7b is published, so that there is one pair "),
     ([], "llm has no --init_llm, and --size is missing"),

@@ -4,9 +4,12 @@ import shutil
 
 import pytest
 
+from analysis.comparison import CommonPart
 from analysis.method_tables import compare_methods
 from analysis.record import Record, records_by_method
 from analysis.results import read_results, read_runs
+from analysis.stages import Stage
+from analysis.statistics import estimate_of_items
 from analysis.tables import result_tables
 from common.files import read_json
 from tests.analysis.conftest import TASKS, VALUES, write_stage
@@ -45,6 +48,18 @@ def longer_runs(runs):
         change_json(stage / "eval/metrics-simp.json", metrics={"sari": {"mean": 20, "low": 19.9, "high": 20.1}})
     (runs / "llm/m3-inqqg/eval/metrics-simp.json").unlink()
     return runs
+
+
+def test_differences_are_those_within_each_seed():
+    """Two seeds differ much, but both sides have the same values: the difference is 0, and this is certain."""
+    def group():
+        return {(0, seed): {1: Stage("llm", seed, 1, "m1-simp", benchmarks={"terms": estimate_of_items(items, "terms")})}
+                for seed, items in ((42, [0, 1, 1, 1]), (43, [0, 0, 0, 1]))}
+
+    one, two, difference = CommonPart(group(), group(), ("one", "two")).compare(
+        lambda chains: [chain[1].benchmarks["terms"] for chain in chains])
+    assert (one.value, two.value, one.error > 1) == (0.5, 0.5, True)
+    assert (difference.value, difference.error) == (0, 0)
 
 
 def test_only_test_sets_that_both_have_are_compared(longer_runs):
@@ -202,7 +217,7 @@ def test_methods_with_other_tasks_are_compared_until_they_differ(method_runs):
     stage.rename(stage.with_name("m2-inqqg"))
     records = records_by_method(read_runs(method_runs), (), "finetune")
     sentences, sections, left_out = compare_methods(records, "finetune")
-    assert sentences[0].startswith("llm, ewc compared with finetune: better by FG DK (-20.00 [")  # after m1
+    assert sentences[0].startswith("llm, ewc compared with finetune in one run of each: better by FG DK (-20.00 [")
     assert left_out == ["llm, ewc and llm, finetune are compared up to stage 1: the next one is m2-inqqg and m2-empd"]
 
 

@@ -14,6 +14,7 @@ from analysis.measures import ItemValues
 from analysis.method_plane import (
     Point,
     gap_of,
+    left_out_of_plane,
     method_study,
     over_items,
     pareto_front,
@@ -102,9 +103,51 @@ def test_do_both_models_profit_equally(folder):
     assert profit_section({"stack": studies["stack"]}, ("stack", "llm"), RISE) == []
 
 
-def test_a_single_model_has_intervals_over_its_items(folder, tmp_path):
+def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
+    """The chains of pair 2 become seed 43 of pair 1; replay was trained with one seed only."""
+    one = tmp_path / "one"
+    shutil.copytree(folder / "pair-1/llm", one / "llm")
+    for chain in folder.glob("pair-2/llm/[fl]*/rate-*"):  # not those of replay
+        seeded = one / "llm" / chain.parent.name / chain.name / "seed-43"
+        shutil.copytree(chain, seeded)
+    stages = read_runs(one)
+    study = method_study(stages, "llm", "finetune")
+    (seed,) = {stage.seed for stage in stages if stage.seed != 43 and stage.number}
+    assert (study.unit, study.pairs) == ("seed", sorted((seed, 43)))
+    gap, single = gap_of(study, "lora", RISE), gap_of(study, "replay", RISE)
+    assert (gap.n, single.n) == (2, 1)
+    assert gap.mean == pytest.approx(-0.3, abs=0.03)
+    assert math.isnan(single.p)
+    _, (_, text) = plane_section(stages, study, RISE)
+    assert "with the 95% interval over the seeds" in text
+    assert left_out_of_plane(study) == ["the plane of the methods of llm is without seed 43, in which not all of them "
+                                        "were trained"]
+    assert profit_section({"llm": study, "stack": study}, ("stack", "llm"), RISE) == []
+
+
+def test_the_front_compares_the_same_pairs(folder):
+    """A copy of finetune in the pairs 1 and 2 does not take its place on the front."""
+    for pair in (1, 2):
+        shutil.copytree(folder / f"pair-{pair}/llm/finetune", folder / f"pair-{pair}/llm/finetune-copy")
+    for record in folder.glob("pair-*/llm/finetune-copy/rate-*/*/run.json"):
+        assert json.loads(record.read_text())["settings"]["method"] == "finetune"
+    study = method_study(read_runs(folder), "llm", "finetune")
+    points = {(point.method, point.rate): (point.learned, point.forgotten) for point in points_of(study, RISE)}
+    for rate in study.rates:
+        assert points["finetune-copy", rate] == points["finetune", rate]
+    assert left_out_of_plane(study) == ["the plane of the methods of llm is without pair 3, pair 4, in which not all "
+                                        "of them were trained"]
+
+
+def test_one_run_of_each_method_gives_no_verdict(folder, tmp_path):
     shutil.copytree(folder / "pair-1", tmp_path / "one")
-    study = method_study(read_runs(tmp_path / "one"), "llm", "finetune")
+    stages = read_runs(tmp_path / "one")
+    study = method_study(stages, "llm", "finetune")
+    sentences, (_, text) = plane_section(stages, study, RISE)
+    assert sentences[0] == ("llm, rise of held-out loss at equal new-task loss, compared with finetune: one run of "
+                            "each method gives no verdict, since runs that differ only in their seed differ, too.")
+    row, = (line for line in text.splitlines() if line.startswith("| lora |"))
+    assert "] | – | 0.003" in row
     gap = gap_of(study, "lora", RISE)
     assert gap.mean == pytest.approx(-0.3, abs=0.03)
     assert gap.n == 24

@@ -8,6 +8,7 @@ import pytest
 
 import report
 from analysis import pair_tables
+from analysis.measures import write_primary
 from analysis.pairs import Study
 from analysis.results import read_runs
 from common.files import UserError, read_json
@@ -71,12 +72,36 @@ def test_a_null_result_says_what_would_have_been_found(tmp_path):
                      r"needs \d+ pairs", uncertainty)
 
 
+def test_only_the_measure_named_before_the_first_run_is_primary(tmp_path):
+    runs = write_study(tmp_path / "runs")
+    write_primary(runs, "KL on the new task")
+    first, *_ = first_lines(text := make_report(tmp_path / "out", runs=runs))
+    assert "by the primary measure, KL on the new task after" in first
+    assert "| KL on the new task (primary) |" in text
+    first, *_ = first_lines(text := make_report(tmp_path / "out", runs=runs, primary="rise of held-out loss"))
+    assert ("by rise of held-out loss (not the primary measure, which was named before the first run: KL on the new "
+            "task) after m2-empd") in first
+    assert "(primary)" not in text
+    row = cells(next(line for line in text.splitlines() if line.startswith("| rise of held-out loss | nats/token")))
+    assert float(row[7].removeprefix("< ")) >= float(row[6].removeprefix("< "))
+    assert row[7] != "–"  # corrected as all others
+
+
+def test_a_pair_without_one_of_the_models_is_named(tmp_path):
+    runs = write_study(tmp_path / "runs")
+    shutil.rmtree(runs / "pair-2/stack")
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "- pair 2 is left out of stack − llm: stack has no fine-tuned stages in it" in text
+    assert "; left out: pair 2, see What is missing." in text
+
+
 def test_one_pair_cannot_answer(tmp_path):
     for pairs in ((1,), (0,)):
         runs = write_study(tmp_path / f"runs{pairs[0]}", pairs=pairs, rates=RATES[:1])
         first, second, *_ = first_lines(make_report(tmp_path / "out", runs=runs))
         assert first == ("One pair of models cannot answer whether stack forgets less than llm: pairs differ, and the "
-                         "pair is the unit.")
+                         "pair is the unit. Intervals are over the items of this pair, and not corrected for "
+                         "their number.")
         assert "the same learning rate, which does not match learning" in second
         assert "n = " not in second
 

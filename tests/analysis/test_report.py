@@ -30,7 +30,7 @@ def cells(line):
 def test_models_are_compared_over_the_stages_that_both_have(runs, tmp_path):
     (runs / "stack/m2-empd").rename(runs / "gone")
     text = make_report(tmp_path / "out", runs=runs)
-    assert "FG, DK: stack forgets less than llm (-20.0 points" in text
+    assert "FG, DK: in this pair stack forgot less than llm (-20.0 points" in text
     assert re.search(r"\| DK \| 20\.0 \[\S+ \S+ \| 0\.0 \[\S+ \S+ \| -20\.0 \[\S+ \S+ \(part\) \|", text)
     assert "- stack: the stage m2-empd is missing" in text.split("## What is missing")[1]
     assert "Backward transfer: not compared" in text
@@ -47,7 +47,7 @@ def test_no_forgetting_is_claimed_of_benchmarks_that_start_at_chance(tmp_path):
     text = make_report(tmp_path / "out", results=tmp_path)
     assert "FG, DK: the difference is -40.0 points" in text
     assert "but 1 of its 1 benchmarks cannot show forgetting (see Metrics whose forgetting is noise)." in text
-    assert "FG, RC: stack forgets less than llm (-14.3 points" in text
+    assert "FG, RC: in this pair stack forgot less than llm (-14.3 points" in text
 
 
 def test_commands_are_listed_in_the_order_of_the_stages(runs, tmp_path):
@@ -75,11 +75,11 @@ def test_a_single_model_is_reported_but_not_compared(tmp_path):
 def test_pages_and_figures(runs, tmp_path):
     out = tmp_path / "report"
     printed = run_script("report.py", "--runs", runs, "--out", out).stdout
-    assert "FG, Rs: stack and llm cannot be told apart from noise" in printed or "FG, Rs: stack forgets less" in printed
+    assert re.search("FG, Rs: (stack and llm cannot be told apart|in this pair stack forgot less)", printed)
     text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
     assert re.search(r"\| DK \| 30\.0 \[\S+ \S+ \| 0\.0 \[\S+ \S+ \| -30\.0 \[", text)
-    assert "FG, DK: stack forgets less than llm (-30.0 points" in text
-    assert "Backward transfer: stack forgets less than llm (+8.0 points" in text
+    assert "FG, DK: in this pair stack forgot less than llm (-30.0 points" in text
+    assert "Backward transfer: in this pair stack forgot less than llm (+8.0 points" in text
     assert "c0ffee" in text
     assert "python train.py --task simp" in text
     names = {"benchmarks", "forgetting", "bias", "tasks", "losses", "calibration"}
@@ -124,14 +124,14 @@ def test_methods_are_compared_with_the_baseline(method_runs, tmp_path):
     error = 100 / 0.5 * 0.02 * (2 * 0.5 + 0.7 ** 2 + 1) ** 0.5
     assert cells(next(line for line in gaps if line.startswith("| ewc")))[1] == \
         f"-30.00 [{-30 - 1.96 * error:.2f}, {-30 + 1.96 * error:.2f}]"
-    assert "- llm, ewc compared with finetune: better by FG DK (-30.00 [" in text
-    assert "- llm, vcl-tau=0.5 compared with finetune: nothing can be told apart from noise." in text
+    assert "- llm, ewc compared with finetune in one run of each: better by FG DK (-30.00 [" in text
+    assert "- llm, vcl-tau=0.5 compared with finetune in one run of each: nothing can be told apart from noise." in text
 
 
 def test_the_method_and_the_baseline_can_be_chosen(method_runs, tmp_path):
     text = make_report(tmp_path / "out", runs=method_runs, method="ewc", baseline="ewc")
     assert "with the method ewc" in text
-    assert "llm, finetune compared with ewc: worse by FG DK (+30.00" in text
+    assert "llm, finetune compared with ewc in one run of each: worse by FG DK (+30.00" in text
     assert text.index("| ewc |") < text.index("| finetune |")
     cfg = settings.load(ReportConfig, ["--runs", str(method_runs), "--method", "ewc"], "")
     assert cfg.method == "ewc"  # configs/method/ewc.toml, which has settings of training, is not read
@@ -143,8 +143,9 @@ def test_methods_are_compared_only_where_both_were_measured(method_runs, tmp_pat
     shutil.rmtree(method_runs / "llm/ewc/m2-empd")
     (method_runs / "llm/vcl-tau=0.5/m2-empd/eval/metrics-simp.json").unlink()
     text = make_report(tmp_path / "out", runs=method_runs)
-    assert ("- llm, ewc compared with finetune: better by FG DK (-20.00 [-34.96, -5.04] (part)); not compared, since "
-            "they have no results in common: average performance, backward transfer, forgetting from the best stage."
+    assert ("- llm, ewc compared with finetune in one run of each: better by FG DK (-20.00 [-34.96, -5.04] (part)); "
+            "not compared, since they have no results in common: average performance, backward transfer, forgetting "
+            "from the best stage."
             ) in text
     assert "- llm, vcl-tau=0.5: m2-empd lacks the test sets simp" in text
     row = next(line for line in text.split("## Methods minus")[1].splitlines() if line.startswith("| vcl"))

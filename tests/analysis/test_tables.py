@@ -14,19 +14,19 @@ ZERO = Estimate(0.0, 0.0)
 def test_verdicts():
     def said(title, difference, **options):
         return verdict(title, ("a", "b"), Comparison({"a": difference, "b": ZERO}, difference), **options)
-    assert said("FG", Estimate(-5, 1)).startswith("FG: a forgets less than b (-5.0 points, 95% interval")
-    assert "a forgets more than b" in said("FG", Estimate(5, 1))
-    assert "a forgets less than b" in said("Backward transfer", Estimate(5, 1), sign=-1)
+    assert said("FG", Estimate(-5, 1)).startswith("FG: in this pair a forgot less than b (-5.0 points, 95% interval")
+    assert "a forgot more than b" in said("FG", Estimate(5, 1))
+    assert "a forgot less than b" in said("Backward transfer", Estimate(5, 1), sign=-1)
     assert "cannot be told apart from noise" in said("FG", Estimate(5, 3))
     assert "without standard errors" in said("FG", Estimate(5))
 
 
 @pytest.mark.parametrize(("value", "error", "printed", "said"), [
-    (-5.0, 2.53, "-5.00 points, 95% interval [-9.96, -0.04]", "a forgets less than b"),
-    (5.0, 2.55099, "+5.0000 points, 95% interval [+0.0001, +9.9999]", "a forgets more than b"),
+    (-5.0, 2.53, "-5.00 points, 95% interval [-9.96, -0.04]", "a forgot less than b"),
+    (5.0, 2.55099, "+5.0000 points, 95% interval [+0.0001, +9.9999]", "a forgot more than b"),
     (-5.0, 2.57, "-5.0 points, 95% interval [-10.0, +0.0]", "cannot be told apart"),
     (-5.0, 5 / 1.96, "-5.0 points, 95% interval [-10.0, +0.0]", "cannot be told apart"),
-    (0.004, 0.001, "+0.004 points, 95% interval [+0.002, +0.006]", "a forgets more than b")])
+    (0.004, 0.001, "+0.004 points, 95% interval [+0.002, +0.006]", "a forgot more than b")])
 def test_intervals_agree_with_the_sentence(value, error, printed, said):
     """An interval without 0 has enough decimals to show it, in sentences and in tables."""
     difference = Estimate(value, error)

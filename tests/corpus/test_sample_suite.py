@@ -1,6 +1,8 @@
 """Items of the sample suite."""
 import random
 
+import pytest
+
 from common.files import read_json_lines
 from corpus.sample_suite import build_suite, prose_words
 from tests.conftest import ROOT
@@ -43,6 +45,9 @@ def test_items_have_one_right_choice():
     assert not any(item["choices"][item["label"]] in item["context"].split() for item in suite["terms"])
     assert not {"which", "about"} & {choice for item in suite["terms"] for choice in item["choices"]}
     assert {item["label"] for item in suite["terms"]} == {0, 1, 2, 3}
+    share = [item["kind"] for item in suite["reading"]].count("question it answers") / len(suite["reading"])
+    first = [item["kind"] for item in suite["reading"][:len(suite["reading"]) // 2]]
+    assert first.count("question it answers") == pytest.approx(share * len(first), abs=1)
     answered = [item for item in suite["reading"] if item["kind"] == "question it answers"]
     assert [item["choices"][item["label"]] for item in answered] == [item["question"] for item in questions]
 

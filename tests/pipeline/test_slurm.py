@@ -2,12 +2,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import experiment
 from common.files import UserError
+from common.settings import load
 from experiment import ExperimentConfig
 from pipeline.jobs import read_slurm_template
 from pipeline.ledger import Ledger
@@ -86,6 +88,7 @@ def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_p
 def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_path, monkeypatch, capsys):
     cfg = ExperimentConfig(data=str(tasks), out=str(tmp_path / "runs"), init_llm=str(checkpoint), models=("llm",),
                            order=("simp", "empd"), suite=str(suite_file), report=str(tmp_path / "report"), gpus=2,
+                           stage_args=("--train lora --lora_targets q_proj,v_proj", "--max_steps 2"),
                            launcher="slurm", evaluate_args="--limit 2 --dtype fp32")
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
@@ -100,6 +103,8 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_p
         f"sbatch --parsable --dependency=afterok:2 {place}/llm-m2-empd.sh",
         f"sbatch --parsable --dependency=afterok:4 {place}/llm-m2-empd-eval.sh",
         f"sbatch --parsable --dependency=afterany:1:2:3:4:5 {place}/report.sh"]
+    config, = place.glob("settings-*.toml")
+    assert replace(load(ExperimentConfig, ["--config", str(config)]), launcher="slurm") == cfg
     for script in place.glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
         assert "@" not in script.read_text().replace("between @", "").replace("TERM@300", "")
