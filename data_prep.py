@@ -20,7 +20,7 @@ from common.scripts import Commands, run
 from common.settings import setting
 from corpus.documents import read_documents
 from corpus.mutual import write_mutual
-from corpus.raw_tasks import read_hub_task, read_raw_task, write_raw_task
+from corpus.raw_tasks import raw_task_exists, read_hub_task, read_raw_task, write_raw_task
 from corpus.sample_suite import suite_exists, write_suite
 from corpus.shards import shards_exist, write_shards
 from corpus.tasks import split_indices, write_task
@@ -116,11 +116,12 @@ def prepare_hub(cfg: HubDataConfig) -> None:
     """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
     spec = read_config("task", cfg.task)
     folder = Path(cfg.output_path) / spec["folder"]
-    if folder.is_dir():
+    settings = {name: value for name, value in asdict(cfg).items() if name != "output_path"}
+    if raw_task_exists(folder, settings):
         return print(f"{folder} exists already")
     splits = read_hub_task(spec, cfg.dataset, cfg.max_samples, cfg.max_test_samples, cfg.test_split)
     try:
-        write_raw_task(folder, splits, spec)
+        write_raw_task(folder, splits, spec, settings)
     except ExistsError:
         if not folder.is_dir():
             raise

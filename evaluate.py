@@ -34,7 +34,7 @@ from evaluation.test_sets import TaskTestSet, evaluate_test_set, existing_result
 from model.checkpoint import checkpoint_digest, open_checkpoint
 from model.hub import fetch_checkpoint, load_model
 from model.parameter_files import POSTERIOR, find_parameter_files, open_side_files
-from model.tokenizer import TOKENIZER_FILES, Tokenizer
+from model.tokenizer import Tokenizer, tokenizer_digest
 from model.transformer import Transformer
 
 
@@ -124,10 +124,9 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     test_sets, suite = open_test_sets(cfg, template, config.max_position_embeddings), None
     loss_sets = open_loss_sets(cfg, checkpoint, test_sets)
     test_sets = test_sets if cfg.decode else []
-    tokenizer_files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
     run: dict[str, Any] = {
         "checkpoint": cfg.checkpoint, "checkpoint_digest": checkpoint_digest(source),
-        "tokenizer_digest": digest(tokenizer_files), "dtype": resolve_dtype(cfg.dtype), "limit": cfg.limit}
+        "tokenizer_digest": tokenizer_digest(source), "dtype": resolve_dtype(cfg.dtype), "limit": cfg.limit}
     check_weights(out, run["checkpoint_digest"])
     for test_set in test_sets:
         existing_results(test_set, out, run)

@@ -42,7 +42,7 @@ def random_checkpoint(folder, config, dtype=torch.float32):
 
     It is made if it does not exist. Raises UserError if it exists with another shape.
     """
-    config = dataclasses.replace(config, bos_token_id=1, eos_token_id=2)  # the ids that train_tokenizer assigns
+    config = dataclasses.replace(config, eos_token_id=2)  # the id that train_tokenizer assigns
     if not folder.exists():
         with new_directory(folder) as partial:
             (partial / "tokenizer").mkdir()

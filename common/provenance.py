@@ -19,7 +19,9 @@ OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_o
                "replay_text", "method"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
 DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks",
-           "replay_digest": "the replayed text", "start_digest": "the weights that the chain of tasks started from"}
+           "replay_digest": "the replayed text", "start_digest": "the weights that the chain of tasks started from",
+           "tokenizer_digest": "the tokenizer files"}
+LATER = {"tokenizer_digest"}  # not in the records of earlier versions, where they are unknown
 
 
 def git_commit() -> str | None:
@@ -46,7 +48,8 @@ def write_record(directory: str | Path, record: Mapping[str, Any], name: str = R
 # The entries of run.json and growth.json that are read again, and their types.
 RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
     "settings": dict, "result": dict, "lineage": dict, "parent_digest": (str, type(None)), "data_digest": str,
-    "rehearsed": list, "replay_digest": str, "start_digest": str, "resumed": list, "layer_map": list}
+    "rehearsed": list, "replay_digest": str, "start_digest": str, "tokenizer_digest": str,
+    "resumed": list, "layer_map": list}
 LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {
     "flops": (int, float), "text": dict, "tasks": list, "start": dict, "new_layers": list, "inserted": int,
     "updates": int}
@@ -113,7 +116,8 @@ def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults
     """
     found = changed({**defaults, **recorded.get("settings", {})}, record["settings"], OPERATIONAL)
     return found + [f"{what} differ ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
-                    for key, what in DIGESTS.items() if recorded.get(key) != record.get(key)]
+                    for key, what in DIGESTS.items()
+                    if recorded.get(key) != record.get(key) and (key in recorded or key not in LATER)]
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from common.files import UserError, new_directory, parsing, read_json, write_json
 from common.formatting import format_names
+from common.provenance import changed
 from corpus.documents import load_hub_dataset
 
 LISTS = ("src", "tgt", "src_info")
@@ -114,9 +115,23 @@ def restore_brackets(text: str) -> str:
     return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=flags).strip()
 
 
-def write_raw_task(folder: Path, splits: dict[str, list[dict]], spec: dict[str, Any]) -> None:
-    """Writes the raw folder of a task atomically. `splits` maps "train" and "test" to lists of src_info fields."""
+SETTINGS = "hub.settings"  # file with the settings that a raw folder was made with
+
+
+def raw_task_exists(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a raw folder exists. Raises UserError if it was made from the Hub with other settings."""
+    if (folder / SETTINGS).exists() and (differences := changed(read_json(folder / SETTINGS, dict), settings)):
+        raise UserError(f"{folder} was made with other settings: {'; '.join(differences)}. Remove it, or choose "
+                        "another --output_path")
+    return folder.is_dir()
+
+
+def write_raw_task(folder: Path, splits: dict[str, list[dict]], spec: dict[str, Any],
+                   settings: Mapping[str, Any]) -> None:
+    """Writes the raw folder of a task atomically, with the settings that it is made with. `splits` maps "train" and
+    "test" to lists of src_info fields."""
     with new_directory(folder) as partial:
+        write_json(partial / SETTINGS, settings)
         for split, samples in splits.items():
             for prompt_name, raw in build_raw_files(samples, spec).items():
                 write_json(partial / f"{prompt_name}.{split}.json", raw)

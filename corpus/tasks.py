@@ -19,9 +19,10 @@ class SFTDataset(list):
     """Items of a preprocessed task file, tokenized for supervised fine-tuning: a list of samples.
 
     A sample is (token ids, index of the first target). The ids are <bos> + prompt, then target + <eos>. Source and
-    target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens. The loss covers
-    the target, and the prompt as well if `train_on_source`. A chat template has its own tokens instead of <bos> and
-    <eos>, see corpus/prompts.py.
+    target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens; a truncated
+    target has no <eos>, so that the model does not learn to end in the middle of a word. The loss covers the target,
+    and the prompt as well if `train_on_source`. A chat template has its own tokens instead of <bos> and <eos>, see
+    corpus/prompts.py.
     """
 
     def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,
@@ -30,7 +31,7 @@ class SFTDataset(list):
         sources, targets = opened.encode_samples([item["input"] for item in items], [item["output"] for item in items],
                                                  max_source_length)
         super().__init__(
-            (np.array(source + target[:max_target_length - 1] + [opened.end_id], dtype=np.int64),
+            (np.array(source + [*target, opened.end_id][:max_target_length], dtype=np.int64),
              1 if train_on_source else len(source)) for source, target in zip(sources, targets))
 
 

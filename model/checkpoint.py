@@ -126,6 +126,10 @@ class CheckpointReader:
     def check(self, config: ModelConfig) -> None:
         """Raises UserError with all differences between the tensors and the parameters of a configuration."""
         check_tensors({name: self.stored(name) for name in self.files}, config, self.directory)
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if config.tie_word_embeddings and head in self.files and not torch.equal(self[head], self[embedding]):
+            raise UserError(f"{self.directory}: {head} differs from {embedding}, although config.json ties them: set "
+                            f"tie_word_embeddings to false there, or remove {head}")
 
     def named_tensors(self, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Checks the tensors against a configuration, then returns an iterator over (name, tensor) in model order."""
@@ -168,7 +172,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
 def check_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, directory: Path) -> None:
     """Raises UserError with all differences between tensors {name: (dtype, shape)} and a configuration's parameters."""
     expected = parameter_shapes(config)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a head next to a tied embedding is ignored
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # it may lie next to the embedding
     problems = [f"{name} is missing" for name in expected if name not in stored]
     problems += [f"{name} is not expected" for name in stored
                  if name not in expected and name not in tied and not LEGACY_BUFFERS.search(name)]

@@ -35,7 +35,8 @@ IGNORED_OPTIONS = {
 
 # Options that are accepted only with the value that the decoder implements.
 FIXED_OPTIONS = {"hidden_act": "silu", "attention_dropout": 0.0}
-NEUTRAL_OPTIONS = {"partial_rotary_factor": 1.0, "truncate": True}  # the same, also within rope_scaling; not written
+# The same, also within rope_scaling; not written.
+NEUTRAL_OPTIONS = {"partial_rotary_factor": 1.0, "truncate": True, "is_causal": True}
 
 # Limits of what is accepted. Numbers within the range do not overflow in fp32 when they are combined.
 MAX_SIZE, MAX_PARAMETERS = 2 ** 31 - 1, 10 ** 15

@@ -103,9 +103,12 @@ def read_layer_kinds(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
              "sliding_window": raw.get("sliding_window"), "layer_types": None}
     if "use_sliding_window" not in options:
         return kinds
+    layer_types = raw.get("layer_types")
     if not raw.get("use_sliding_window") or raw.get("sliding_window") is None:
+        if isinstance(layer_types, list) and SLIDING in layer_types:
+            raise UserError(f"layer_types names {SLIDING}, but use_sliding_window or sliding_window is off")
         return kinds | {"sliding_window": None}
-    if (layer_types := raw.get("layer_types")) is None and isinstance(no_rope, list):
+    if layer_types is None and isinstance(no_rope, list):
         layer_types = [FULL if rotates else SLIDING for rotates in no_rope]
     elif layer_types is None:
         first = whole_number(raw, "max_window_layers", depth, least=0)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.files import JSON_NAMES, UserError, first_line, read_json, write_json
+from common.files import JSON_NAMES, UserError, digest, first_line, read_json, write_json
 from model.config import special_id_problems
 
 # All tokenizer files of a checkpoint directory. They are copied to every checkpoint made from it.
@@ -171,6 +171,11 @@ def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(directory) / name)
 
 
+def tokenizer_digest(directory: str | Path) -> str:
+    """Returns the SHA-256 of the tokenizer files of a checkpoint directory."""
+    return digest([path for name in TOKENIZER_FILES if (path := Path(directory) / name).exists()])
+
+
 def same_tokenizer(first: str | Path, second: str | Path) -> bool:
     """Returns whether two directories hold the same tokenizer file, byte for byte."""
     name = next(name for name in TOKENIZER_FILES if (Path(first) / name).exists())
@@ -179,7 +184,11 @@ def same_tokenizer(first: str | Path, second: str | Path) -> bool:
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
     """Trains a byte-level BPE tokenizer and writes it into a folder. <unk>, <s> and </s> are ids 0, 1 and 2, as in
-    Llama. Words are cut at MAX_TRAINING_WORD bytes in training, and nowhere else."""
+    Llama. Words are cut at MAX_TRAINING_WORD bytes in training, and nowhere else.
+
+    <s> is reserved and not named as bos: in pretraining, documents are separated by </s> alone, so a model would begin
+    a text with a token that it has never seen.
+    """
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
     special = ["<unk>", "<s>", "</s>"]
@@ -193,6 +202,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> 
     fast.pre_tokenizer = byte_level
     fast.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": special[0], "bos_token": special[1],
-        "eos_token": special[2], "clean_up_tokenization_spaces": False})
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": special[0], "eos_token": special[2],
+        "clean_up_tokenization_spaces": False})
     return Tokenizer(folder)

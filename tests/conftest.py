@@ -166,9 +166,11 @@ def dist():
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory):
-    """A directory with a byte-level BPE tokenizer of 512 tokens."""
+    """A directory with a byte-level BPE tokenizer of 512 tokens, which names a bos token, as those of Llama do."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(sample_texts(), SHAPE["vocab_size"], folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<s>"}))
     return folder
 
 

@@ -91,7 +91,7 @@ def test_two_processes_that_make_one_path(tmp_path, command, made, flags):
     else:
         names = {"suite": ["continuation.jsonl", "pairs.jsonl", "reading.jsonl", "terms.jsonl"],
                  "hub": [f"constrain_{kind}+make_a_title.{split}.json" for kind in ("contain", "end", "start")
-                         for split in ("test", "train")]}[command]
+                         for split in ("test", "train")] + ["hub.settings"]}[command]
         assert sorted(path.name for path in (tmp_path / made).iterdir()) == names
 
 
@@ -281,8 +281,12 @@ def test_hub_rows_become_raw_files(task, tmp_path):
     assert "[" not in "".join(sources)
     run_script("data_prep.py", "task", "--task", task, "--folder_path", tmp_path / "raw",
                "--output_path", tmp_path / "out.json", "--eval_dataset_size", "1")
-    again = run_script("data_prep.py", "hub", "--task", task, "--output_path", tmp_path / "raw")
-    assert "exists already" in again.stdout
+    words = "data_prep.py", "hub", "--task", task, "--output_path", tmp_path / "raw"
+    assert "exists already" in run_script(*words, "--dataset", tmp_path / "parquet").stdout
+    if task == "hgen":
+        assert "was made with other settings: dataset is " in error_line(run_script(*words, check=False))
+        (folder / "hub.settings").unlink()  # such as the published raw folders
+        assert "exists already" in run_script(*words).stdout
 
 
 def test_a_missing_network_is_reported_in_one_line(tmp_path):

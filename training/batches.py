@@ -47,7 +47,7 @@ class GlobalBatch:
         return count_tokens(self.samples + self.replay)[0]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # a step may read several streams, at the ends of their epochs two orders each
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of the samples in one epoch, a function of the three arguments."""
     return np.random.default_rng([seed, epoch]).permutation(size)

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.growth import expand, new_layers
 from model.hub import fetch_checkpoint
 from model.parameter_files import open_side_files
-from model.tokenizer import Tokenizer, same_tokenizer
+from model.tokenizer import Tokenizer, same_tokenizer, tokenizer_digest
 from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
 from training.distillation import start_digest
 from training.methods import find_side_files, side_file
@@ -138,7 +138,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
         # finished, and its parent was removed
         record = describe(settings, recorded.get("parent_digest"), digest, **{
-            name: recorded[name] for name in ("rehearsed", "replay_digest", "start_digest") if name in recorded})
+            name: recorded[name] for name in ("rehearsed", "replay_digest", "start_digest", "tokenizer_digest") if name in recorded})
         is_finished(cfg.out, record, defaults)
         return None
     if cfg.task:
@@ -153,7 +153,8 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
     check_length(cfg, config, digest, lineage, trained)
-    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
+    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type,
+                             "tokenizer_digest": tokenizer_digest(source)}
     earlier = earlier_tasks(cfg, digest, lineage)
     if cfg.rehearsal:
         facts["rehearsed"] = [task["data_digest"] for task in earlier]

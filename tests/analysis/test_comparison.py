@@ -53,8 +53,9 @@ def longer_runs(runs):
 def test_differences_are_those_within_each_seed():
     """Two seeds differ much, but both sides have the same values: the difference is 0, and this is certain."""
     def group():
-        return {(0, seed): {1: Stage("llm", seed, 1, "m1-simp", benchmarks={"terms": estimate_of_items(items, "terms")})}
-                for seed, items in ((42, [0, 1, 1, 1]), (43, [0, 0, 0, 1]))}
+        of_seeds = {42: [0, 1, 1, 1], 43: [0, 0, 0, 1]}
+        return {(0, seed): {1: Stage("llm", seed, 1, "m1", benchmarks={"terms": estimate_of_items(items, "terms")})}
+                for seed, items in of_seeds.items()}
 
     one, two, difference = CommonPart(group(), group(), ("one", "two")).compare(
         lambda chains: [chain[1].benchmarks["terms"] for chain in chains])

@@ -160,13 +160,17 @@ def test_fetching_keeps_each_dtype_unless_bf16_is_trained_and_a_loser_finds_it_t
 
 
 def test_inv_freq_and_a_tied_head_are_ignored(checkpoint, tmp_path):
+    """A head that is not the embedding is refused: transformers uses it, whatever config.json says."""
     ours = random_model(tie_word_embeddings=True)
     write_checkpoint(tmp_path, ours.config, ours.named_parameters(), checkpoint)
     state = load_file(tmp_path / WEIGHTS) | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),
-                                             "lm_head.weight": torch.zeros(512, 32)}
+                                             "lm_head.weight": ours.lm_head.weight.detach().clone()}
     save_file(state, tmp_path / WEIGHTS)
     with torch.no_grad():
         assert torch.equal(logits(tmp_path), ours(IDS))
+    save_file(state | {"lm_head.weight": torch.zeros(512, 32)}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, although"):
+        load_model(tmp_path)
 
 
 def test_every_difference_is_listed(copy):

@@ -198,6 +198,7 @@ def test_a_tokenizer_is_trained_on_a_text_without_spaces(tmp_path):
     ours = train_tokenizer(["the tide " * 10, "abcd" * 50_000], 512, tmp_path)
     assert time.process_time() - start < 5
     assert ours.decode(ours.encode("abcd" * 3000)) == "abcd" * 3000
+    assert (ours.unk_id, ours.bos_id, ours.eos_id) == (0, None, 2)  # pretraining has no <s>, see ShardWriter.add
     assert json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from common.distributed import free_port
 from common.files import UserError
+from common.provenance import differences
 from model.parameter_files import ParameterFiles
 from tests.conftest import TORCHRUN, error_line, losses, read_metrics
 from train import main
@@ -133,6 +134,25 @@ def test_the_state_of_another_run_is_refused(train, killed_copy):
     write_state(folder, read_state(folder) | {"run": "0" * 64})
     assert "step-4 is the state of a run other than" in error_line(train(out, check=False))
     assert "seed is 42 there and 1 here" in error_line(train(out, "--seed", "1", check=False))
+
+
+def test_another_tokenizer_is_refused(train, killed_copy, checkpoint, tmp_path):
+    """The weights and the data are the same, but the ids of the texts are not."""
+    out, _ = killed_copy
+    renamed = shutil.copytree(checkpoint, tmp_path / "renamed")
+    content = json.loads((renamed / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = [token for token, index in vocabulary.items() if index in (300, 301)]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (renamed / "tokenizer.json").write_text(json.dumps(content))
+    assert "the tokenizer files differ (" in error_line(train(out, init=renamed, check=False))
+
+
+def test_a_record_without_a_digest_of_the_tokenizer_is_that_of_an_earlier_version():
+    record = {"settings": {}, "data_digest": "d", "tokenizer_digest": "t"}
+    assert differences(record, {"settings": {}, "data_digest": "d"}, {}) == []
+    assert differences(record, record | {"tokenizer_digest": "u"}, {}) == [
+        "the tokenizer files differ (u there, t here)"]
 
 
 def test_the_saved_state_is_safetensors_with_each_value_once(killed, checkpoint):
