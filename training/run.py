@@ -12,7 +12,7 @@ from common.distributed import Distributed, StopRequest, resolve_dtype
 from common.files import UserError
 from common.formatting import format_names
 from common.metrics_log import check_services
-from common.provenance import data_digest, describe, last_template, read_lineage, read_record
+from common.provenance import DIGESTS, data_digest, describe, last_template, read_lineage, read_record
 from common.settings import json_values
 from corpus.prompts import open_template
 from corpus.shards import check_shards
@@ -137,8 +137,9 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
     if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
         # finished, and its parent was removed
+        others = DIGESTS.keys() - {"parent_digest", "data_digest"}
         record = describe(settings, recorded.get("parent_digest"), digest, **{
-            name: recorded[name] for name in ("rehearsed", "replay_digest", "start_digest", "tokenizer_digest") if name in recorded})
+            name: recorded[name] for name in others if name in recorded})
         is_finished(cfg.out, record, defaults)
         return None
     if cfg.task:
