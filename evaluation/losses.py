@@ -15,7 +15,7 @@ from common.provenance import data_digest, git_commit
 from corpus.documents import read_documents
 from corpus.shards import ShardDataset, check_shards
 from corpus.tasks import SFTDataset
-from evaluation.evaluate_config import EvaluateConfig
+from evaluation.evaluate_config import WINDOW, EvaluateConfig
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results, is_same_run, losses_file, read_losses_file, write_losses
 from evaluation.test_sets import TaskTestSet, recorded_template
@@ -23,8 +23,6 @@ from model.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint
 from model.hub import fetch_checkpoint
 from model.token_losses import Sample
 from model.tokenizer import Tokenizer, same_tokenizer
-
-WINDOW = 256  # tokens of a window of token shards
 
 
 @dataclass(frozen=True)

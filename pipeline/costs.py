@@ -26,18 +26,19 @@ def finetune_flops(config: ModelConfig, data: Path, settings: TrainConfig) -> fl
     return config.flops(tokens * settings.num_train_epochs)
 
 
-def evaluate_flops(config: ModelConfig, data: Path, tasks: Iterable[str], files: Iterable[Path],
-                   limit: int | None, decodes: bool = True) -> float:
+def evaluate_flops(config: ModelConfig, data: Path, tasks: Iterable[str], files: Iterable[Path], limit: int | None,
+                   text_tokens: float = 0, models: int = 1, decodes: bool = True) -> float:
     """The approximate FLOPs of an evaluation: a third of training's for each token that is read or generated.
 
     data: the folder of the preprocessed task files. files: the local files of the suite; what lm-eval downloads is not
-    counted. limit: the number of items of each task and file; None: all. decodes: whether test sets are generated.
+    counted. limit: the number of items of each task and file; None: all. text_tokens: of the held-out text. models: how
+    many compute the losses, two for a divergence. decodes: whether test sets are generated.
     """
-    tokens = 0.0
+    tokens = models * text_tokens
     for task in dict.fromkeys(tasks):
         decoding = read_config("task", task)["decoding"]
         new_tokens = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2 if decodes else 0
-        tokens += sum(len(item["input"]) / CHARACTERS_PER_TOKEN + new_tokens
+        tokens += sum((models + decodes) * len(item["input"]) / CHARACTERS_PER_TOKEN + new_tokens
                       for item in read_splits(data / f"{task}.json")["test"][:limit])
     for file in files:
         lines = read_text(file).splitlines() if file.is_file() else []

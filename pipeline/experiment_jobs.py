@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.configs import CONFIGS, read_config
 from common.files import UserError
+from evaluation.evaluate_config import WINDOW
 from evaluation.suites import open_suite
 from model.config import ModelConfig
 from model.hub import fetch_checkpoint, published_config
@@ -129,8 +130,10 @@ def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: 
     inputs: list[str | Path] = [checkpoint, *([m0] if m0 else []), *([Path(cfg.text)] if cfg.text else [])]
     inputs += [file for task in tasks for file in (data / f"{task}.json", CONFIGS / f"task/{task}.toml")]
     inputs += suite_files
-    flops = evaluate_flops(model_config(cfg, arm.model), data, tasks, suite_files[1:], evaluate_settings(cfg).limit,
-                           whole)
+    settings = evaluate_settings(cfg)
+    windows = math.inf if settings.limit is None else settings.limit * (settings.text_length or WINDOW)
+    flops = evaluate_flops(model_config(cfg, arm.model), data, tasks, suite_files[1:], settings.limit,
+                           min(settings.text_tokens, windows) if cfg.text else 0, 2 if m0 else 1, whole)
     return Job(out, command, flops, "evaluate.py", tuple(inputs))
 
 

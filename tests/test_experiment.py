@@ -9,6 +9,7 @@ import pytest
 import experiment
 from common.files import UserError
 from common.settings import load
+from model.config import ModelConfig
 from pipeline.costs import Pace
 from pipeline.experiment_config import ExperimentConfig
 from pipeline.experiment_jobs import arms, pair_jobs
@@ -158,6 +159,11 @@ def test_costs_follow_the_settings_of_the_jobs(checkpoint, tasks, suite_file, tm
     evaluation, training, after = flops()
     assert flops(train_args="--num_train_epochs 6") == close(evaluation, 2 * training, after)
     assert flops(methods=("finetune:num_train_epochs=1.5",)) == close(evaluation, training / 2, after)
+    text = tmp_path / "text.txt"
+    text.write_text("A text.")
+    with_text = flops(text=str(text), evaluate_args="--text_tokens 3000")
+    of_a_token = ModelConfig.read(checkpoint / "config.json").flops(1) / 3
+    assert with_text == close(evaluation + 3000 * of_a_token, training, after + 2 * 3000 * of_a_token)
     few = flops(train_args="--max_train_samples 2", evaluate_args="--limit=1")
     assert all(0 < less < all_items / 9 for less, all_items in zip(few, flops()))
 
