@@ -230,6 +230,7 @@ def make_method(run: "Run", engine: "DeepSpeedEngine") -> Method:
     files = dist.on_all_ranks(lambda: open_side_files([source / name for name in names], side_file(cfg), source,
                                                       run.model_config))
     if cfg.optimizer == "ivon":
+        dist.print0(f"prior: {'the posterior of' if names else 'a Gaussian around the weights of'} {cfg.init}")
         return Variational(run, engine, files)
     if cfg.lora:
         return Adapted(run, engine)

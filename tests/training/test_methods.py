@@ -69,7 +69,7 @@ def close(a, b, tolerance=1e-4):
 # ---------------------------------------------------------------------------------------------------------------- IVON
 
 @pytest.mark.parametrize("zero", ["2", "3"])
-def test_two_tasks_do_not_depend_on_processes_and_zero_stage(run, ivon_stage, tmp_path, zero):
+def test_two_tasks_do_not_depend_on_processes_and_zero_stage(run, train, ivon_stage, tmp_path, zero):
     """The first task's posterior is the second one's prior, also if other numbers of processes write and read it."""
     second = *IVON, "--tau", "0.3", "--zero"
     m1 = run(tmp_path / "m1-simp", *IVON, "--zero", zero, launcher=2)
@@ -78,7 +78,9 @@ def test_two_tasks_do_not_depend_on_processes_and_zero_stage(run, ivon_stage, tm
         assert close(read_values(m1, "posterior", kind), read_values(ivon_stage, "posterior", kind))
     if not (expected := ivon_stage.with_name("m2-simp")).exists():
         run(expected, *second, "0", init=ivon_stage)
-    m2 = run(tmp_path / "m2-simp", *second, zero, init=ivon_stage, launcher=2)
+    m2 = tmp_path / "m2-simp"
+    printed = train(m2, "--max_steps", "4", *second, zero, init=ivon_stage, launcher=2).stdout
+    assert f"prior: the posterior of {ivon_stage}\n" in printed
     assert losses(m2) == pytest.approx(losses(expected), rel=2e-6)
     if zero == "3":
         other = run(tmp_path / "m3-simp", *second, "0", init=m1)
