@@ -18,7 +18,7 @@ from pathlib import Path
 from analysis.comparison import drop_unevaluated, drop_wrong_parents
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY, read_primary
-from analysis.method_plane import left_out_of_plane, method_study, plane_section, plot_planes, points_of, profit_section
+from analysis.method_plane import gap_of, left_out_of_plane, method_study, plane_section, plot_planes, profit_section
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
@@ -132,7 +132,7 @@ def method_studies(stages: Sequence[Stage], records: dict[str, Record], measure:
     baseline, models = next(iter(records)), dict.fromkeys(stage.model for stage in stages)
     studies = {model: method_study(stages, model, baseline) for model in models}
     return {model: study for model, study in studies.items()
-            if study and measure in study.measures and points_of(study, measure)}
+            if study and measure in study.measures and any(gap_of(study, method, measure) for method in study.models)}
 
 
 def main(cfg: ReportConfig) -> None:
@@ -164,7 +164,7 @@ def main(cfg: ReportConfig) -> None:
     for of_methods in planes.values():
         more, section = plane_section(stages, of_methods, primary)
         sentences, sections, missing = sentences + more, [*sections, section], [
-            *missing, *left_out_of_plane(of_methods), *of_methods.all_left_out()]
+            *missing, *left_out_of_plane(of_methods, primary), *of_methods.all_left_out()]
     sections += profit_section(planes, pair, primary) if pair else []
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
@@ -175,7 +175,7 @@ def main(cfg: ReportConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
     of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything
     figures = (plot_pairs(study, out, primary) if study else {}) | of_record
-    figures |= plot_planes(planes, out, primary) if planes else {}
+    figures |= plot_planes(planes, out, primary)
     summary = markdown_list(sentences)
     images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)

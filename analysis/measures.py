@@ -11,7 +11,7 @@ import numpy as np
 from analysis.comparison import Chain
 from analysis.record import find_benchmarks
 from analysis.stages import TEXT, Choices, ItemLosses, Stage
-from common.files import parsing, read_json, write_json
+from common.files import UserError, read_json, write_json
 
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
 PRIMARY = "rise of held-out loss"  # the default primary measure
@@ -154,5 +154,6 @@ def read_primary(folder: str | Path) -> str | None:
     """The primary measure of an experiment; None if it was not recorded. Raises UserError if the file is damaged."""
     if not (path := primary_file(folder)).exists():
         return None
-    with parsing(path, "the primary measure of an experiment"):
-        return str(read_json(path, dict)["primary"])
+    if not isinstance(measure := read_json(path, dict).get("primary"), str):
+        raise UserError(f"{path} is damaged: it names no primary measure. Remove it, and it is recorded again")
+    return measure

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
+from analysis.comparison import drop_unlike_items
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import LEVEL, PairedDifference, holm
 from analysis.measures import LEARNING, ItemValues
@@ -40,7 +41,7 @@ class Point:
 def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | None:
     """The study of the methods of a model, in which methods stand for models, and the seeds of a single pair for pairs.
     None without two methods."""
-    own = [stage for stage in stages if stage.model == model]
+    own, left_out = drop_unlike_items([stage for stage in stages if stage.model == model])
     seeds = sorted({stage.seed for stage in own if stage.number})
     unit = "seed" if len(seeds) > 1 and len({stage.pair for stage in own}) == 1 else "pair"
     if unit == "seed":
@@ -51,26 +52,29 @@ def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | 
     methods.sort(key=lambda method: method != baseline)
     starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
     trained = [replace(stage, model=stage.method_name, method=None) for stage in own if stage.number]
-    return Study(starts + trained, methods[1], baseline, of=model, unit=unit)
+    study = Study(starts + trained, methods[1], baseline, of=model, unit=unit)
+    study.left_out = [*left_out, *study.left_out]
+    return study
 
 
-def common_pairs(study: Study) -> list[int]:
-    """The pairs in which all methods were trained."""
+def common_pairs(study: Study, measure: str) -> list[int]:
+    """The pairs in which all methods have results after the last stage."""
     return [pair for pair in study.pairs
-            if all(any(study.chains(pair, method, rate) for rate in study.rates) for method in study.models)]
+            if all(len(study.curve(measure, pair, method, study.last)[0]) for method in study.models)]
 
 
-def left_out_of_plane(study: Study) -> list[str]:
+def left_out_of_plane(study: Study, measure: str) -> list[str]:
     """A sentence on the pairs that the plane leaves out."""
-    left = [study.name_of(pair) for pair in study.pairs if pair not in common_pairs(study)]
-    return [f"the plane of the methods of {study.contrasts[0].of} is without {', '.join(left)}, in which not all of "
-            "them were trained"] if left else []
+    common = common_pairs(study, measure)
+    left = [study.name_of(pair) for pair in study.pairs if pair not in common]
+    return [f"the Pareto front of {study.contrasts[0].of} is without {', '.join(left)}, in which not all methods have "
+            f"results after {study.stages[-1]}"] if left else []
 
 
 def points_of(study: Study, measure: str) -> list[Point]:
-    """The methods at all learning rates, after the last stage: means over the pairs in which all methods were trained,
+    """The methods at all learning rates, after the last stage: means over the pairs in which all methods have results,
     of the rates that a method has in all of them."""
-    found, pairs = [], common_pairs(study)
+    found, pairs = [], common_pairs(study, measure)
     for method in study.models:
         curves = [study.curve(measure, pair, method, study.last) for pair in pairs]
         for rate in study.rates:
@@ -124,7 +128,7 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
     """The sentences and the section on the methods of a model. Verdicts are corrected for their number."""
     baseline, model, unit = study.pair[1], study.contrasts[0].of, study.measures[measure].unit
     points = points_of(study, measure)
-    front, methods = pareto_front(points), list(dict.fromkeys(point.method for point in points))
+    front, methods = pareto_front(points), study.models
     gaps = {method: gap_of(study, method, measure) for method in methods if method != baseline}
     known = {method: gap for method, gap in gaps.items() if gap}
     corrected = dict(zip(known, holm([gap.p for gap in known.values()]))) if len(study.pairs) > 1 else {}
@@ -135,7 +139,7 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
     rows = []
     for method in methods:
         own, minutes = [point for point in points if point.method == method], minutes_of(stages, model, method)
-        rows.append([method, f"{min(p.learned for p in own):.4f} to {max(p.learned for p in own):.4f}",
+        rows.append([method, f"{min(p.learned for p in own):.4f} to {max(p.learned for p in own):.4f}" if own else "–",
                      with_interval(known[method]) if method in known else
                      "–" if method == baseline else "no common new-task loss",
                      p_text(corrected[method]) if method in corrected else "–",
@@ -146,15 +150,17 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
     if len(study.pairs) == 1:
         found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
     sentences = [f"{model}, {measure} at {where}, compared with {baseline}: "
-                 f"{found or 'no method can be told apart from it'}.",
-                 f"On the Pareto front of what {model} learned and forgot: "
-                 + ", ".join(dict.fromkeys(point.method for point in front)) + "."]
+                 f"{found or 'no method can be told apart from it'}."]
+    if front:
+        sentences.append(f"On the Pareto front of what {model} learned and forgot: "
+                         + ", ".join(dict.fromkeys(point.method for point in front)) + ".")
     of_what = f"over the {study.unit}s" if len(study.pairs) > 1 else \
         "over the items, which tells how well these runs are measured"
     note = (f"After {study.stages[-1]}: {measure} in {unit}, less that of {baseline} at {where}, with the 95% interval "
-            f"{of_what}; each method over the losses that both reach, taken as measured. p is corrected for the number "
-            "of methods (Holm). On the Pareto front: the learning rates at which no other method and rate learned more "
-            "and forgot less, by the measured values. Minutes of training are those of a chain.\n\n")
+            f"{of_what}; each method over the losses that both reach, taken as measured. "
+            + "p is corrected for the number of methods (Holm). " * bool(corrected)
+            + "On the Pareto front: the learning rates at which no other method and rate learned more and forgot less, "
+            "by the measured values. Minutes of training are those of a chain.\n\n")
     head = ["method", "new-task loss", f"{measure}, difference to {baseline}", "p", "on the front", "minutes"]
     return sentences, (f"Learned and forgotten: {model}", note + markdown_table(head, rows))
 
@@ -183,7 +189,10 @@ def profit_section(studies: dict[str, Study], pair: Pair, measure: str) -> list[
 @styled
 def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[str, str]:
     """Plots forgetting over the loss on the new task: a panel for each model, a curve for each method, and the Pareto
-    front. Returns {file name without suffix: caption}."""
+    front. Returns {file name without suffix: caption}, empty without points."""
+    studies = {model: study for model, study in studies.items() if points_of(study, measure)}
+    if not studies:
+        return {}
     methods = list(dict.fromkeys(method for study in studies.values() for method in study.models))
     styles: dict[str, dict[str, Any]] = {method: {
         "color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)], "ms": 4.5,

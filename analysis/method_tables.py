@@ -42,9 +42,9 @@ def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str
                                 (f"{model}, {method}", f"{model}, {baseline}"))
             gaps[method] = measure_gaps(common, found[method], found[baseline], model)
             left_out += common.left_out
-        of_one_run = " in one run of each" * (len(records[baseline].chains[model]) == 1)
-        sentences += [f"{model}, {method} compared with {baseline}{of_one_run}: {describe_gaps(gaps[method], names)}."
-                      for method in found if method in gaps and names]
+            of_one_run = " in one run of each" * (len(common.one) == 1)
+            sentences += [f"{model}, {method} compared with {baseline}{of_one_run}: "
+                          f"{describe_gaps(gaps[method], names)}."] if names else []
         sections.append((f"Methods: {model}", NOTE + level_table(found, model, names, gaps)))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
         if rows and names:

@@ -127,7 +127,7 @@ class Study:
 
     def name_of(self, pair: int) -> str:
         """How sentences call a pair."""
-        return f"{self.unit} {pair}" if pair else "the pair"
+        return f"{self.unit} {pair}" if pair or self.unit == "seed" else "the pair"
 
     def _drop_other_starts(self) -> None:
         """Drops the divergences that were not measured from the m0 of their chain."""

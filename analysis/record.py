@@ -44,7 +44,8 @@ class Record:
         chains: {model: {(pair, seed): Chain}}. All seeds of a model of a pair share m0. Results under other conditions
             than those of m0 are left out.
         pair: the models to compare, if both have results.
-        several_seeds: whether a model has more than one.
+        several_seeds: whether a model has more than one chain.
+        several_pairs: whether the models are those of more than one pair.
         last: number of the last stage.
         stages: name of each stage.
         benchmarks: benchmarks that were measured, in the order of the suites.
@@ -69,6 +70,7 @@ class Record:
         comparable = {model: drop_unlike(group) for model, group in found.items()}
         self.chains = {model: group for model, (group, _) in comparable.items()}
         self.method, self.several_seeds = method, max(map(len, self.chains.values())) > 1
+        self.several_pairs = len({key[0] for _, key, _ in self.all_chains()}) > 1
         self._uncounted = uncounted
         self.last = max([last, *(number for _, _, chain in self.all_chains() for number in chain)])
         self.stages = self._stage_names()

@@ -60,8 +60,8 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
                          caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.pair else []
     note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
-            "from the benchmarks' standard errors" + " and the pairs or seeds" * record.several_seeds + ". Columns of "
-            "several pairs of models are not to be compared where their pairs are not the same.\n\n")
+            "from the benchmarks' standard errors" + " and the pairs or seeds" * record.several_seeds + "."
+            + " Do not compare columns that are means over different pairs." * record.several_pairs + "\n\n")
     return sentences, [
         ("Forgetting by category", note + model_table("category", record, by_category.items())),
         ("Forgetting by benchmark", model_table("benchmark", record, by_benchmark))]
@@ -140,7 +140,7 @@ def model_table(first: str, record: Record, rows: Iterable[tuple[str, Comparison
             is_part |= comparison.is_part
     note = ("\n(part): without the stages, benchmarks, test sets and seeds that only one of the two models has. They "
             "are listed under What is missing.\n")
-    heads = [f"{model}, {len(pairs)} pairs" if len(pairs := {pair for pair, _ in record.own[model]}) > 1 else model
+    heads = [f"{model}, {len({pair for pair, _ in record.own[model]})} pairs" if record.several_pairs else model
              for model in record.chains]
     return markdown_table([first, *heads, *([" − ".join(record.pair)] if record.pair else [])], lines) \
         + note * is_part

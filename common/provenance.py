@@ -121,9 +121,9 @@ def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of run.json that determines the final weights."""
+    """The part of run.json that determines the final weights, without what earlier versions did not record."""
     settings = {name: value for name, value in record["settings"].items() if name not in OPERATIONAL}
-    return {"settings": settings} | {key: record.get(key) for key in DIGESTS}
+    return {"settings": settings} | {key: record.get(key) for key in DIGESTS if key not in LATER}
 
 
 def data_digest(path: str | Path) -> str:

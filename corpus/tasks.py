@@ -19,10 +19,10 @@ class SFTDataset(list):
     """Items of a preprocessed task file, tokenized for supervised fine-tuning: a list of samples.
 
     A sample is (token ids, index of the first target). The ids are <bos> + prompt, then target + <eos>. Source and
-    target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens; a truncated
-    target has no <eos>, so that the model does not learn to end in the middle of a word. The loss covers the target,
-    and the prompt as well if `train_on_source`. A chat template has its own tokens instead of <bos> and <eos>, see
-    corpus/prompts.py.
+    target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens. A target
+    that does not fit with its <eos> has none, so that the model does not learn to end in the middle of a word. The loss
+    covers the target, and the prompt as well if `train_on_source`. A chat template has its own tokens instead of <bos>
+    and <eos>, see corpus/prompts.py.
     """
 
     def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,

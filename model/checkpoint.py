@@ -147,7 +147,7 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | Path, require_eos: bool = False) -> Checkpoint:
-    """Opens a checkpoint directory and checks it without reading the weights.
+    """Opens a checkpoint directory and checks it. Reads no weights, except a head that lies next to a tied embedding.
 
     Raises UserError if a file is missing or damaged, if the weights or the tokenizer do not fit `config.json`, or if
     the directory names no end-of-text token and `require_eos` is set.

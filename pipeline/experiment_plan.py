@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.inference import LEVEL, POWER, VarianceComponents, units_needed
-from analysis.measures import PRIMARY
+from analysis.measures import PRIMARY, read_primary
 from analysis.pairs import Difference, Study
 from analysis.results import read_runs
 from common.files import UserError
@@ -26,7 +26,8 @@ class ExperimentPlanConfig:
     """Settings of the plan of a study."""
     runs: str = setting(None, "folder of a pilot's runs, with at least two pairs", required=True)
     effect: float = setting(0.05, "difference to be found, in units of the primary measure", above=0)
-    primary: str = setting(PRIMARY, "the measure that answers the question")
+    primary: str | None = setting(None, "the measure that answers the question; none: the one that experiment.py "
+                                        f"recorded before the first run, or else {PRIMARY}")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model to compare it with")
     method: str | None = setting(None, "only the stages with this method against forgetting")
@@ -52,11 +53,12 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     stages = [stage for stage in read_runs(cfg.runs)
               if not stage.number or cfg.method is None or stage.method == cfg.method]
     study = Study(stages, cfg.grown, cfg.reference)
-    study.check_measure(cfg.primary)
-    found = study.main_difference(cfg.primary)
+    primary = cfg.primary or read_primary(cfg.runs) or PRIMARY
+    study.check_measure(primary)
+    found = study.main_difference(primary)
     count = found.estimate.n if found else 0
     if found is None or count < 2 or not found.estimate.sd:
-        raise UserError(f"{cfg.runs} has {count} pairs with the {cfg.primary} of {cfg.grown} and {cfg.reference} after "
+        raise UserError(f"{cfg.runs} has {count} pairs with the {primary} of {cfg.grown} and {cfg.reference} after "
                         f"{study.stages[-1]}, expected at least 2 that differ: run experiment.py with more --pairs")
     return found
 
@@ -65,7 +67,7 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     """Prints what the pilot found, and how many pairs, items and hours find the effect."""
     found = pilot_difference(cfg)
     estimate, unit = found.estimate, found.measure.unit
-    folders = [Path(cfg.runs) / f"pair-{pair}" for pair in found.of_pairs]
+    folders = [folder for pair in found.of_pairs for folder in Path(cfg.runs).rglob(f"pair-{pair}")]
     hours = sum(map(training_seconds, folders)) / 3600 / estimate.n
     low, high = estimate.interval
     learning = "equal new-task loss" if found.rate is None else "a single learning rate, which does not match learning"

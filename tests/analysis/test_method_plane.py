@@ -1,6 +1,7 @@
 """Methods on the plane of what is learned and what is forgotten, on folders with known effects."""
 import json
 import math
+import re
 import shutil
 from unittest import mock
 
@@ -120,8 +121,8 @@ def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     assert math.isnan(single.p)
     _, (_, text) = plane_section(stages, study, RISE)
     assert "with the 95% interval over the seeds" in text
-    assert left_out_of_plane(study) == ["the plane of the methods of llm is without seed 43, in which not all of them "
-                                        "were trained"]
+    assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without seed 43, in which not all methods "
+                                              "have results after m2-empd"]
     assert profit_section({"llm": study, "stack": study}, ("stack", "llm"), RISE) == []
 
 
@@ -135,8 +136,23 @@ def test_the_front_compares_the_same_pairs(folder):
     points = {(point.method, point.rate): (point.learned, point.forgotten) for point in points_of(study, RISE)}
     for rate in study.rates:
         assert points["finetune-copy", rate] == points["finetune", rate]
-    assert left_out_of_plane(study) == ["the plane of the methods of llm is without pair 3, pair 4, in which not all "
-                                        "of them were trained"]
+    assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without pair 3, pair 4, in which not all "
+                                              "methods have results after m2-empd"]
+
+
+def test_methods_without_a_common_pair_are_still_compared_with_the_baseline(folder, tmp_path):
+    """lora is unfinished in the pairs 3 and 4, replay in 1 and 2."""
+    for pair, method in ((1, "replay"), (2, "replay"), (3, "lora"), (4, "lora")):
+        for stage in folder.glob(f"pair-{pair}/llm/{method}/rate-*/m2-empd"):
+            shutil.rmtree(stage)
+    study = method_study(read_runs(folder), "llm", "finetune")
+    assert points_of(study, RISE) == []
+    assert [gap_of(study, method, RISE).n for method in ("lora", "replay")] == [2, 2]
+    with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
+        report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "- the Pareto front of llm is without pair 1, pair 2, pair 3, pair 4, in which not all methods have" in text
+    assert re.search(r"^\| lora \| – \| -0\.(29|30)\d* \[", text.partition("## Learned and forgotten: llm")[2], re.MULTILINE)
 
 
 def test_one_run_of_each_method_gives_no_verdict(folder, tmp_path):

@@ -159,8 +159,8 @@ def test_fetching_keeps_each_dtype_unless_bf16_is_trained_and_a_loser_finds_it_t
         hub.main(HubConfig(str(copy), str(tmp_path / "something")))
 
 
-def test_inv_freq_and_a_tied_head_are_ignored(checkpoint, tmp_path):
-    """A head that is not the embedding is refused: transformers uses it, whatever config.json says."""
+def test_a_tied_head_is_the_embedding(checkpoint, tmp_path):
+    """transformers uses a head that differs, whatever config.json says. inv_freq of old checkpoints is ignored."""
     ours = random_model(tie_word_embeddings=True)
     write_checkpoint(tmp_path, ours.config, ours.named_parameters(), checkpoint)
     state = load_file(tmp_path / WEIGHTS) | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),

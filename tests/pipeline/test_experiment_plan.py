@@ -18,7 +18,8 @@ def test_pairs_items_and_hours(tmp_path, capsys):
     (runs / "pair-1/llm/m0/checkpoint-5/run.json").write_text(json.dumps({"result": {"seconds": 9999.0}}))
     assert training_seconds(runs) == 60 * 4 * 14
     shutil.copytree(runs / "pair-1/llm", runs / "pair-9/llm")  # not finished: it does not count
-    print_plan(ExperimentPlanConfig(runs=str(runs), effect=0.05))
+    shutil.copytree(runs, tmp_path / "all/machine-1")
+    print_plan(ExperimentPlanConfig(runs=str(tmp_path / "all"), effect=0.05))
     text = capsys.readouterr().out
     deviation = np.std([2 * np.random.default_rng([pair, 7]).normal(0, 0.02) for pair in (1, 2, 3, 4)], ddof=1)
     pairs = units_needed(deviation, 0.05)
