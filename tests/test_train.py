@@ -83,7 +83,7 @@ def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_
 
     def encode(item):
         source = [1, *tokenizer.encode(PROMPT.format(source=item["input"]), add_special_tokens=False)]
-        target = tokenizer.encode(item["output"], add_special_tokens=False)[:63] + [2]
+        target = [*tokenizer.encode(item["output"], add_special_tokens=False), 2][:64]
         if len(source) > 128:
             marker = tokenizer.encode("\n\n### Response:", add_special_tokens=False)
             source = source[:128 - len(marker)] + marker
