@@ -136,6 +136,9 @@ def test_the_front_compares_the_same_pairs(folder):
     points = {(point.method, point.rate): (point.learned, point.forgotten) for point in points_of(study, RISE)}
     for rate in study.rates:
         assert points["finetune-copy", rate] == points["finetune", rate]
+    shutil.rmtree(folder / "pair-2/llm/finetune-copy/rate-0.003/m2-empd")  # a rate that not all of these pairs have
+    fewer = method_study(read_runs(folder), "llm", "finetune")
+    assert [point.rate for point in points_of(fewer, RISE) if point.method == "finetune-copy"] == ["0.0003", "0.001"]
     assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without pair 3, pair 4, in which not all "
                                               "methods have results after m2-empd"]
 
