@@ -264,7 +264,8 @@ def test_commands(v: Variables) -> list[Command]:
     """Runs the tests: up to four processes, one thread each. The files start in their own order: xdist would leave
     those with few tests, some of which take minutes, to the end."""
     weights = os.path.abspath(v.get("SMOLLM2")) if v.get("SMOLLM2") else ""
-    environment = ["env", "-u", "ARGS", "OMP_NUM_THREADS=1", f"SMOLLM2={weights}"]
+    own = [word for name in ("ARGS", "GIVEN", "MAKEFLAGS", "MFLAGS") for word in ("-u", name)]  # tests run make, too
+    environment = ["env", *own, "OMP_NUM_THREADS=1", f"SMOLLM2={weights}"]
     return [[*environment, PYTHON, "-m", "pytest", "-q", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile",
              "--no-loadscope-reorder", *split_words(v.args)]]
 

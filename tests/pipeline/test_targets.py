@@ -179,8 +179,8 @@ def test_the_stages_of_a_method_have_a_folder(tmp_path):
 
 def test_tests_and_style():
     assert commands("test", ARGS="-k 'a or b'", SMOLLM2="/w") == [
-        "env -u ARGS OMP_NUM_THREADS=1 SMOLLM2=/w .venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist "
-        "loadfile --no-loadscope-reorder -k 'a or b'"]
+        "env -u ARGS -u GIVEN -u MAKEFLAGS -u MFLAGS OMP_NUM_THREADS=1 SMOLLM2=/w .venv/bin/python -m pytest -q "
+        "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -k 'a or b'"]
     assert commands("lint") == [".venv/bin/ruff check .", ".venv/bin/python -m mypy"]
     assert commands("bench", FILES="f")[-1].endswith(
         "bench/run_all.py --data data/prepared/sample/simp.json --folder runs/bench --files f")
