@@ -60,7 +60,7 @@ class GrowConfig:
     seed: int = setting(42, "seed of the noise", at_least=0)
     moments: Literal["reset", "copied", "zero"] = setting(
         "reset", "optimizer moments, of those that train.py --carry_moments has written: none, those of the copied "
-                "layers, or zero in the new layers")
+                 "layers, or zero in the new layers")
 
     @property
     def adds_nothing(self) -> bool:

@@ -139,14 +139,14 @@ def same(one: Estimate | None, two: Estimate | None) -> bool:
         [one.value, one.error], [two.value, two.error], equal_nan=True)
 
 
-def pair_name(pair: int) -> str:
-    """How sentences call a pair."""
-    return f"pair {pair}" if pair else "the pair"
+def pair_name(pair: int, unit: str = "pair") -> str:
+    """How sentences call a pair. unit: what it is: a pair of models, or a seed of fine-tuning that stands for one."""
+    return f"{unit} {pair}" if pair or unit == "seed" else "the pair"
 
 
-def title_of(stage: Stage) -> str:
-    """How sentences call a stage."""
-    return ", ".join([*([pair_name(stage.pair)] if stage.pair else []), stage.model,
+def title_of(stage: Stage, unit: str = "pair") -> str:
+    """How sentences call a stage. unit: see pair_name."""
+    return ", ".join([*([pair_name(stage.pair, unit)] if stage.pair is not None else []), stage.model,
                       *([f"rate {stage.rate}"] if stage.rate else []), stage.name])
 
 
@@ -182,9 +182,9 @@ def drop_wrong_parents(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]
     return kept, sentences
 
 
-def drop_unlike_items(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+def drop_unlike_items(stages: Sequence[Stage], unit: str = "pair") -> tuple[list[Stage], list[str]]:
     """The stages without losses and answers under other conditions, or of other items, than those of the first stage
-    that has them; and a sentence for each stage about what was dropped."""
+    that has them; and a sentence for each stage about what was dropped. unit: see pair_name."""
     first: dict[str, ItemLosses] = {}
     answered: dict[str, tuple[Stage, Choices]] = {}
     kept, sentences = [], []
@@ -202,7 +202,7 @@ def drop_unlike_items(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
             names = unlike(other.conditions[BENCHMARKS, name], stage.conditions[BENCHMARKS, name])
             if names or len(choices.right) != len(reference_choices.right):
                 texts[f"answers to {name}"] = ", ".join(names) or "other items"
-        sentences += [f"{title_of(stage)}: {what} under other conditions, not used: {text}"
+        sentences += [f"{title_of(stage, unit)}: {what} under other conditions, not used: {text}"
                       for what, text in texts.items()]
         kept.append(dataclasses.replace(
             stage, losses={name: one for name, one in stage.losses.items() if f"losses of {name}" not in texts},

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from analysis.comparison import drop_unlike_items
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import LEVEL, PairedDifference, holm
 from analysis.measures import LEARNING, ItemValues
@@ -41,7 +40,7 @@ class Point:
 def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | None:
     """The study of the methods of a model, in which methods stand for models, and the seeds of a single pair for pairs.
     None without two methods."""
-    own, left_out = drop_unlike_items([stage for stage in stages if stage.model == model])
+    own = [stage for stage in stages if stage.model == model]
     seeds = sorted({stage.seed for stage in own if stage.number})
     unit = "seed" if len(seeds) > 1 and len({stage.pair for stage in own}) == 1 else "pair"
     if unit == "seed":
@@ -52,9 +51,7 @@ def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | 
     methods.sort(key=lambda method: method != baseline)
     starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
     trained = [replace(stage, model=stage.method_name, method=None) for stage in own if stage.number]
-    study = Study(starts + trained, methods[1], baseline, of=model, unit=unit)
-    study.left_out = [*left_out, *study.left_out]
-    return study
+    return Study(starts + trained, methods[1], baseline, of=model, unit=unit)
 
 
 def common_pairs(study: Study, measure: str) -> list[int]:

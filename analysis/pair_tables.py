@@ -1,4 +1,5 @@
 """The answer of a study of pairs of models, and its tables."""
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
 
 ONE_PAIR = ("One pair of models cannot answer whether {0} forgets less than {1}: pairs differ, and the pair is the "
-            "unit. Intervals are over the items of this pair, and not corrected for their number.")
+            "unit. Intervals are over the items and seeds of this pair, and not corrected for their number.")
 FLOPS_TOLERANCE = 0.02  # relative difference of the FLOPs of two m0 that count as equal: of a few steps
 
 
@@ -168,17 +169,16 @@ def learning_text(found: Difference) -> str:
 
 
 def stage_section(study: Study, primary: str, rate: str) -> list[Section]:
-    """The primary difference by stage and by rate."""
-    contrast, rows = study.contrasts[0], []
-    for number in range(1, study.last + 1):
-        for setting in [*([None] if study.matches_learning else []), *study.rates]:
-            if found := study.difference(contrast, primary, number, setting):
-                learned = study.difference(contrast, LEARNING, number, setting) if setting is not None else None
-                rows.append([study.stages[number], learning_text(found), found.estimate.n,
-                             with_interval(found.estimate), p_text(found.estimate.p),
-                             with_interval(learned.estimate) if learned else "0 by design" if setting is None else "–"])
-    table = markdown_table(["stage", "learning", "pairs", primary, "p", LEARNING], rows)
-    note = f"{contrast}, {study.measures[primary].unit}. These p are not corrected for their number.\n\n"
+    """The primary difference of each contrast by stage and by rate."""
+    settings, rows = [*([None] if study.matches_learning else []), *study.rates], []
+    for contrast, number, setting in itertools.product(study.contrasts, range(1, study.last + 1), settings):
+        if found := study.difference(contrast, primary, number, setting):
+            learned = study.difference(contrast, LEARNING, number, setting) if setting is not None else None
+            rows.append([str(contrast), study.stages[number], learning_text(found), found.estimate.n,
+                         with_interval(found.estimate), p_text(found.estimate.p),
+                         with_interval(learned.estimate) if learned else "0 by design" if setting is None else "–"])
+    table = markdown_table(["models", "stage", "learning", "pairs", primary, "p", LEARNING], rows)
+    note = f"In {study.measures[primary].unit}. These p-values are not corrected for their number.\n\n"
     return [("Difference by stage and rate", note + table)] if rows else []
 
 

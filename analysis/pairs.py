@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.comparison import Chain, drop_unlike_items, title_of
+from analysis.comparison import Chain, drop_unlike_items, pair_name, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
 from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
@@ -83,9 +83,9 @@ class Study:
         """stages: of all pairs, models and rates, with one method. grown, reference: the models of a pair. of: the
         model whose methods stand for the models."""
         self.named, self.unit = named, unit
-        stages, self.left_out = drop_unlike_items(stages)
+        stages, self.left_out = drop_unlike_items(stages, unit)
         self.rates = rates_of(stages)
-        self.left_out += [f"{title_of(stage)}: not used, since it is not in the folder of a learning rate"
+        self.left_out += [f"{title_of(stage, unit)}: not used, since it is not in the folder of a learning rate"
                           for stage in stages if stage.number and (stage.rate or "") not in self.rates]
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
                         for rate in self.rates}
@@ -127,7 +127,7 @@ class Study:
 
     def name_of(self, pair: int) -> str:
         """How sentences call a pair."""
-        return f"{self.unit} {pair}" if pair or self.unit == "seed" else "the pair"
+        return pair_name(pair, self.unit)
 
     def _drop_other_starts(self) -> None:
         """Drops the divergences that were not measured from the m0 of their chain."""
@@ -135,8 +135,8 @@ class Study:
             for chain in group.values():
                 for number, stage in chain.items():
                     chain[number], dropped = self._without_other_kl(stage, chain.get(0))
-                    self.left_out += [f"{title_of(stage)}: the KL of {', '.join(dropped)} is not used, since it was "
-                                      "measured from another checkpoint than m0"] if dropped else []
+                    self.left_out += [f"{title_of(stage, self.unit)}: the KL of {', '.join(dropped)} is not used, since "
+                                      "it was measured from another checkpoint than m0"] if dropped else []
 
     @staticmethod
     def _without_other_kl(stage: Stage, start: Stage | None) -> tuple[Stage, list[str]]:

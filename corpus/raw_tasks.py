@@ -14,10 +14,11 @@ from typing import Any
 
 from common.files import UserError, new_directory, parsing, read_json, write_json
 from common.formatting import format_names
-from common.provenance import changed
+from common.provenance import require_same_settings
 from corpus.documents import load_hub_dataset
 
 LISTS = ("src", "tgt", "src_info")
+SETTINGS = "hub.settings"  # file with the settings of data_prep.py hub that a raw folder was made with
 TEST_SAMPLES = 2_000  # of a task on the Hub, unless configs/task says otherwise
 BRACKETS = {"lrb": "(", "rrb": ")", "lsb": "[", "rsb": "]"}  # Penn Treebank escapes; both cases occur
 
@@ -115,14 +116,10 @@ def restore_brackets(text: str) -> str:
     return re.sub("-([lr][rs]b)-", lambda match: BRACKETS[match[1].lower()], text, flags=flags).strip()
 
 
-SETTINGS = "hub.settings"  # file with the settings that a raw folder was made with
-
-
 def raw_task_exists(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether a raw folder exists. Raises UserError if it was made from the Hub with other settings."""
-    if (folder / SETTINGS).exists() and (differences := changed(read_json(folder / SETTINGS, dict), settings)):
-        raise UserError(f"{folder} was made with other settings: {'; '.join(differences)}. Remove it, or choose "
-                        "another --output_path")
+    if (folder / SETTINGS).exists():
+        require_same_settings(folder, read_json(folder / SETTINGS, dict), settings)
     return folder.is_dir()
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.files import UserError, digest, first_line, parsing, read_json, write_json
 from common.formatting import format_names
-from common.provenance import changed
+from common.provenance import require_same_settings
 from corpus.documents import VALIDATION_PER_MILLE, is_held_out
 from model.tokenizer import Tokenizer
 
@@ -56,9 +56,7 @@ def shards_exist(directory: str | Path, settings: dict[str, Any]) -> bool:
     meta = Path(directory) / "meta.json"
     if not meta.exists():
         return False
-    if differences := changed(read_meta(directory)["settings"], settings):
-        raise UserError(f"{directory} was made with other settings: {'; '.join(differences)}. Remove it, or choose "
-                        "another --output_path")
+    require_same_settings(directory, read_meta(directory)["settings"], settings)
     return True
 
 

@@ -124,6 +124,11 @@ def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without seed 43, in which not all methods "
                                               "have results after m2-empd"]
     assert profit_section({"llm": study, "stack": study}, ("stack", "llm"), RISE) == []
+    path, = one.glob("llm/lora/rate-0.001/seed-43/m2-empd/eval/losses-text.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"run": content["run"] | {"dtype": "bf16"}}))
+    assert any(line.startswith("seed 43, lora, rate 0.001, m2-empd: losses of text under other conditions")
+               for line in method_study(read_runs(one), "llm", "finetune").all_left_out())
 
 
 def test_the_front_compares_the_same_pairs(folder):

@@ -100,7 +100,7 @@ def test_one_pair_cannot_answer(tmp_path):
         runs = write_study(tmp_path / f"runs{pairs[0]}", pairs=pairs, rates=RATES[:1])
         first, second, *_ = first_lines(make_report(tmp_path / "out", runs=runs))
         assert first == ("One pair of models cannot answer whether stack forgets less than llm: pairs differ, and the "
-                         "pair is the unit. Intervals are over the items of this pair, and not corrected for "
+                         "pair is the unit. Intervals are over the items and seeds of this pair, and not corrected for "
                          "their number.")
         assert "the same learning rate, which does not match learning" in second
         assert "n = " not in second
