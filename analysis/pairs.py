@@ -135,8 +135,8 @@ class Study:
             for chain in group.values():
                 for number, stage in chain.items():
                     chain[number], dropped = self._without_other_kl(stage, chain.get(0))
-                    self.left_out += [f"{title_of(stage, self.unit)}: the KL of {', '.join(dropped)} is not used, since "
-                                      "it was measured from another checkpoint than m0"] if dropped else []
+                    self.left_out += [f"{title_of(stage, self.unit)}: the KL of {', '.join(dropped)} is not used, "
+                                      "since it was measured from another checkpoint than m0"] if dropped else []
 
     @staticmethod
     def _without_other_kl(stage: Stage, start: Stage | None) -> tuple[Stage, list[str]]:
