@@ -16,12 +16,22 @@ figure{margin:1.5rem 0}figcaption{color:#555}"""
 def write_pages(folder: Path, page: str) -> None:
     """Writes a page in Markdown, which begins with its title, as report.md and report.html.
 
-    The images are files in the folder; report.html includes them.
+    The images are files in the folder; report.html includes them. Those of an earlier page there that this one does not
+    have, as PNG and SVG, are deleted.
     """
+    if (earlier := folder / "report.md").exists():
+        for name in images_of(earlier.read_text()) - images_of(page):
+            for suffix in (".png", ".svg"):
+                (folder / name).with_suffix(suffix).unlink(missing_ok=True)
     title = html.escape(page.partition("\n")[0].removeprefix("# "))
     write_text(folder / "report.md", page)
     write_text(folder / "report.html", f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
                f"<style>{STYLE}</style><body>{to_html(page, folder)}</body></html>\n")
+
+
+def images_of(page: str) -> set[str]:
+    """The file names of the images of a page, which lie in its folder."""
+    return set(re.findall(r"^!\[.*\]\(([\w-]+\.png)\)$", page, re.MULTILINE))
 
 
 def to_html(text: str, folder: Path = Path()) -> str:

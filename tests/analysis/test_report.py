@@ -74,6 +74,10 @@ def test_a_single_model_is_reported_but_not_compared(tmp_path):
 
 def test_pages_and_figures(runs, tmp_path):
     out = tmp_path / "report"
+    out.mkdir()
+    (out / "report.md").write_text("# Earlier\n\n![Of pairs](by-start.png)\n\n![Losses](losses.png)\n")
+    for name in ("by-start.png", "by-start.svg", "mine.png"):
+        (out / name).write_text("")
     printed = run_script("report.py", "--runs", runs, "--out", out).stdout
     assert re.search("FG, Rs: (stack and llm cannot be told apart|in this pair stack forgot less)", printed)
     text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
@@ -82,6 +86,7 @@ def test_pages_and_figures(runs, tmp_path):
     assert "Backward transfer: in this pair stack forgot less than llm (+8.0 points" in text
     assert "c0ffee" in text
     assert "python train.py --task simp" in text
+    (out / "mine.png").unlink()  # while what was in the earlier report alone is gone
     names = {"benchmarks", "forgetting", "bias", "tasks", "losses", "calibration"}
     assert {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")} == names
     assert page.count("data:image/png;base64,") == 6
