@@ -21,7 +21,7 @@ from pipeline.pretraining import size_config
 from train import train_step
 from training.batches import count_tokens
 from training.deepspeed_config import resolve_zero_stage
-from training.engine import build_engine, build_model
+from training.engine import build_engine, build_model, compile_blocks
 from training.run import Run
 from training.run_directory import partial_directory
 
@@ -92,6 +92,8 @@ def our_model(run):
         return build_model(run)[1]
     model = materialize_model(run.model_config, random_weights(run.model_config, run.dist.device, run.dtype)).train()
     model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
+    if run.cfg.compile:
+        compile_blocks(model)
     return model
 
 
