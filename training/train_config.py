@@ -110,8 +110,8 @@ class TrainConfig:
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage; none: 0 for one process in fp32, otherwise 1")
     offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
     deepspeed: str | None = setting(None, "DeepSpeed file to use instead of the stage's file in configs/deepspeed")
-    compile: bool = setting(False, "compile the blocks with torch.compile, which takes minutes and a C++ compiler; "
-                                   "with ZeRO 0 to 2")
+    compile: bool = setting(False, "compile the blocks with torch.compile: faster pretraining; needs a C++ compiler, "
+                                   "and ZeRO 0 to 2")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, 1/3 more work")
     local_rank: int | None = setting(None, "set by the deepspeed launcher")
     # what is written
