@@ -213,3 +213,17 @@ def test_the_answer_is_that_of_its_table():
     lines = answer(study, PRIMARY, ReportConfig().effect)
     assert len(lines) == 5
     assert [line for line in lines if f"- {line}" not in text] == []
+
+
+def test_differences_of_grown_models_are_those_of_their_table():
+    stages = read_stage_table(ROOT / "docs/answer/growth.csv")
+    text = (ROOT / "docs/answer.md").read_text().split("## How it was grown")[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    models = rows[0][1:]
+    assert models == ["stack", "interleave", "base"]
+    assert len(rows) == 5
+    studies = [Study(stages, model, "llm") for model in models]
+    for measure, *differences in rows[1:]:
+        for study, written in zip(studies, differences, strict=True):
+            estimate = study.difference(study.contrasts[0], measure, study.last).estimate
+            assert written == f"{estimate.mean:+.2f} [{estimate.interval[0]:+.2f}, {estimate.interval[1]:+.2f}]"
