@@ -199,7 +199,7 @@ def test_prompts_of_shipped_tasks_use_existing_fields(task):
 
 
 def test_unknown_sizes_and_phases():
-    with pytest.raises(UserError, match="unknown size 'huge', expected one of 3b, 410m, 7b, small, study, tiny"):
+    with pytest.raises(UserError, match="unknown size 'huge', expected one of 1m, 3b, 410m, 7b, small, study, tiny"):
         load(TrainConfig, ["--size", "huge", "--phase", "base", "--data", "d", "--out", "o"])
     with pytest.raises(UserError, match="size 410m has no table \\[llm\\]"):
         load(TrainConfig, ["--size", "410m", "--phase", "llm", "--data", "d", "--out", "o"])

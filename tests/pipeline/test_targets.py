@@ -192,7 +192,7 @@ def test_tests_and_style():
     ("train", {"TASK": "exp", "ORDER": "simp empd simp"}, "unknown TASK 'exp', expected one of simp, empd"),
     ("train", {"ORDER": "simp smp"}, "unknown ORDER 'smp', expected one of empd, exp, hgen, inqqg, simp"),
     ("train", {"MODEL": "big"}, f"unknown MODEL 'big', {MODELS}"),
-    ("pretrain", {"SIZE": "huge"}, "unknown SIZE 'huge', expected one of 3b, 410m, 7b, small, study, tiny"),
+    ("pretrain", {"SIZE": "huge"}, "unknown SIZE 'huge', expected one of 1m, 3b, 410m, 7b, small, study, tiny"),
     ("data", {"SOURCE": "web"}, "unknown SOURCE 'web', expected one of sample, raw, hub"),
     ("evaluate", {"TASKS": "simp smp"}, "unknown TASKS 'smp'"),
     ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, expansion, fapm"),
