@@ -10,7 +10,7 @@ from analysis.record import Comparison, Pair, Record
 from analysis.results import task_metric
 from analysis.stages import Stage
 from analysis.statistics import TASK_MEASURES, Estimate
-from common.configs import ROOT
+from common.configs import below_root
 from common.files import UserError, read_json
 from common.formatting import markdown_table
 from evaluation.suites import version_note
@@ -209,7 +209,7 @@ def recorded_command(path: Path) -> str:
     if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
         raise UserError(f"{path} is damaged or not the record of a job: expected a list of words as its command")
     module = [] if command[0].endswith(".py") else ["-m"]
-    return shlex.join(["python", *module, *(word.removeprefix(f"{ROOT}/") for word in command)])
+    return shlex.join(["python", *module, *map(below_root, command)])
 
 
 def train_command(settings: dict[str, Any]) -> str:

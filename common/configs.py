@@ -9,6 +9,12 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
 
+def below_root(path: str | Path) -> str:
+    """A path in the project's folder relative to it; other words and paths unchanged. What is recorded so goes on where
+    the project lies elsewhere."""
+    return str(path).removeprefix(f"{ROOT}/")
+
+
 def known(kind: str) -> list[str]:
     """Names of the TOML files in configs/<kind>: known("task") -> ["empd", …]."""
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.toml"))

@@ -1,7 +1,9 @@
 """The record of finished jobs, with the command and the inputs of each."""
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
+from common.configs import below_root
 from common.files import UserError, digest, read_json, write_json
 from common.provenance import data_digest
 from model.checkpoint import checkpoint_digest
@@ -28,7 +30,8 @@ class Ledger:
         path, entry = self.path(job), ledger_entry(job)
         if not (job.out.exists() and path.exists()) or None in entry["inputs"].values():
             return False
-        return read_own_json(path, "the job is then run again") == entry
+        # Earlier versions recorded absolute paths.
+        return read_own_json(path, "the job is then run again") in (entry, ledger_entry(job, str))
 
     def add(self, job: Job) -> None:
         """Records a finished job."""
@@ -43,9 +46,10 @@ def read_own_json(path: Path, otherwise: str) -> dict:
         raise UserError(f"{error}; remove it: {otherwise}") from None
 
 
-def ledger_entry(job: Job) -> dict:
+def ledger_entry(job: Job, written: Callable[[str | Path], str] = below_root) -> dict:
     """The command of a job without its launcher, and the digests of its inputs by path; None for a missing one."""
-    return {"command": job.script_argv, "inputs": {str(path): input_digest(path) for path in job.inputs}}
+    return {"command": list(map(written, job.script_argv)),
+            "inputs": {written(path): input_digest(path) for path in job.inputs}}
 
 
 def input_digest(source: str | Path) -> str | None:

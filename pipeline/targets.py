@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from common.configs import ROOT, known, read_config, unknown_name
+from common.configs import below_root, known, read_config, unknown_name
 from common.files import UserError
 from pipeline import chain
 from pipeline.jobs import optional_flags, run_command, split_words
@@ -297,7 +297,7 @@ def target_commands(target: str, environ: Mapping[str, str]) -> list[list[str]]:
     variables = Variables(environ)
     if problems := unknown_name("target", target, COMMANDS) or variables.problems(target):
         raise UserError("; ".join(problems))
-    return [[str(word).removeprefix(f"{ROOT}/") for word in command] for command in COMMANDS[target](variables)]
+    return [[below_root(word) for word in command] for command in COMMANDS[target](variables)]
 
 
 def check_arguments(command: Sequence[str]) -> None:

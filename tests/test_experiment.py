@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import experiment
-from common.files import UserError
+from common.files import UserError, write_json
 from common.settings import load
 from model.config import ModelConfig
 from pipeline.costs import Pace
@@ -146,6 +146,25 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     assert ledger_entry(gone)["inputs"] == {str(tmp_path / "gone"): None}
     ledger.add(gone)
     assert not ledger.unchanged(gone)  # a missing input may have changed
+
+
+def test_runs_go_on_where_the_project_lies_elsewhere(tmp_path, monkeypatch):
+    def job_of(project):
+        (tmp_path / project).mkdir()
+        (tmp_path / project / "size.toml").write_text("")
+        return Job(tmp_path / "out", ["python", tmp_path / project / "train.py"], script="train.py",
+                   inputs=(tmp_path / project / "size.toml",))
+
+    (tmp_path / "out").mkdir()
+    ledger, there, here = Ledger(tmp_path), job_of("there"), job_of("here")
+    write_json(ledger.path(here), ledger_entry(here, str))
+    assert "here/train.py" in ledger.path(here).read_text()
+    monkeypatch.setattr("common.configs.ROOT", tmp_path / "here")
+    assert ledger.unchanged(here)  # as earlier versions recorded it
+    assert not ledger.unchanged(there)
+    ledger.add(here)
+    monkeypatch.setattr("common.configs.ROOT", tmp_path / "there")
+    assert ledger.unchanged(there)
 
 
 def test_costs_follow_the_settings_of_the_jobs(checkpoint, tasks, suite_file, tmp_path):
