@@ -297,7 +297,7 @@ def target_commands(target: str, environ: Mapping[str, str]) -> list[list[str]]:
     variables = Variables(environ)
     if problems := unknown_name("target", target, COMMANDS) or variables.problems(target):
         raise UserError("; ".join(problems))
-    return [[below_root(word) for word in command] for command in COMMANDS[target](variables)]
+    return [[below_root(str(word)) for word in command] for command in COMMANDS[target](variables)]
 
 
 def check_arguments(command: Sequence[str]) -> None:
