@@ -16,11 +16,11 @@ figure{margin:1.5rem 0}figcaption{color:#555}"""
 def write_pages(folder: Path, page: str) -> None:
     """Writes a page in Markdown, which begins with its title, as report.md and report.html.
 
-    The images are files in the folder; report.html includes them. Those of an earlier page there that this one does not
-    have, as PNG and SVG, are deleted.
+    The images are files in the folder; report.html includes them. Images that only an earlier page in the folder has
+    are deleted, as PNG and as SVG.
     """
     if (earlier := folder / "report.md").exists():
-        for name in images_of(earlier.read_text()) - images_of(page):
+        for name in images_of(earlier.read_text(errors="replace")) - images_of(page):
             for suffix in (".png", ".svg"):
                 (folder / name).with_suffix(suffix).unlink(missing_ok=True)
     title = html.escape(page.partition("\n")[0].removeprefix("# "))

@@ -10,8 +10,8 @@ CONFIGS = ROOT / "configs"
 
 
 def below_root(path: str | Path) -> str:
-    """A path in the project's folder relative to it; other words and paths unchanged. What is recorded so goes on where
-    the project lies elsewhere."""
+    """A path in the project's folder, relative to it; any other word or path unchanged. Records hold this form, so that
+    they stay valid when the project is moved."""
     return str(path).removeprefix(f"{ROOT}/")
 
 

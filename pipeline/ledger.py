@@ -47,7 +47,10 @@ def read_own_json(path: Path, otherwise: str) -> dict:
 
 
 def ledger_entry(job: Job, written: Callable[[str | Path], str] = below_root) -> dict:
-    """The command of a job without its launcher, and the digests of its inputs by path; None for a missing one."""
+    """The command of a job without its launcher, and the digests of its inputs by path; None for a missing one.
+
+    written: gives the form in which words and paths are recorded.
+    """
     return {"command": list(map(written, job.script_argv)),
             "inputs": {written(path): input_digest(path) for path in job.inputs}}
 
