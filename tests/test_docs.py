@@ -215,15 +215,38 @@ def test_the_answer_is_that_of_its_table():
     assert [line for line in lines if f"- {line}" not in text] == []
 
 
+def table_rows(text):
+    """The cells of the first table in a text, without its header."""
+    table = re.search(r"^\|.*(?:\n\|.*)*", text, re.MULTILINE)[0]
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
+def written(difference):
+    """A difference as docs/answer.md gives it."""
+    estimate = difference.estimate
+    return f"{estimate.mean:+.2f} [{estimate.interval[0]:+.2f}, {estimate.interval[1]:+.2f}]"
+
+
+def test_the_differences_in_the_answer_are_those_of_its_table():
+    study = Study(read_stage_table(ROOT / "docs/answer/stages.csv"), "stack", "llm")
+    text = (ROOT / "docs/answer.md").read_text().split("## Pairs 1 to ")[1]
+    plain, level = study.contrasts
+    rows = table_rows(text)
+    assert rows.pop(1)[:2] == ["the same, m0 at equal held-out loss", written(study.difference(level, PRIMARY, 3))]
+    assert len(rows) == 4
+    for name, *cells in rows:
+        found = [study.difference(plain, name.removesuffix(" (primary)"), 3, rate) for rate in (None, "0.001")]
+        assert cells == [cell for one in found for cell in (written(one), f"{one.estimate.smallest_detectable:.2f}")]
+    rows = table_rows(text.split("## What the difference depends on")[1])
+    assert [name for name, *_ in rows] == ["simp", "empd", "inqqg"]
+    for number, (_, *cells) in enumerate(rows, 1):
+        assert cells == [written(study.difference(plain, PRIMARY, number, rate)) for rate in (None, *study.rates)]
+
+
 def test_differences_of_grown_models_are_those_of_their_table():
     stages = read_stage_table(ROOT / "docs/answer/growth.csv")
-    text = (ROOT / "docs/answer.md").read_text().split("## How it was grown")[1]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    models = rows[0][1:]
-    assert models == ["stack", "interleave", "base"]
-    assert len(rows) == 5
-    studies = [Study(stages, model, "llm") for model in models]
-    for measure, *differences in rows[1:]:
-        for study, written in zip(studies, differences, strict=True):
-            estimate = study.difference(study.contrasts[0], measure, study.last).estimate
-            assert written == f"{estimate.mean:+.2f} [{estimate.interval[0]:+.2f}, {estimate.interval[1]:+.2f}]"
+    rows = table_rows((ROOT / "docs/answer.md").read_text().split("## How it was grown")[1])
+    assert len(rows) == 4
+    studies = [Study(stages, model, "llm") for model in ("stack", "interleave", "base")]
+    for measure, *cells in rows:
+        assert cells == [written(study.difference(study.contrasts[0], measure, 3)) for study in studies]
