@@ -6,7 +6,7 @@
         --level_with runs/tiny/stack/m0                                             until its held-out loss is as low
     python pretrain.py --size 7b --model stack … --launcher "torchrun --nproc_per_node 8" --dry_run
 
-"llm" is one run of train.py from new weights, and so is "base", the shallow base trained on for as many FLOPs as "llm".
+"llm" is one run of train.py from new weights, and so is "base", the shallow base trained further to the FLOPs of "llm".
 A model named after a growth operator, such as "stack", is a base, its growth by stack.py, and a run that continues in
 the text where the base stopped, with a new optimizer and schedule. Gradual growth is a longer schedule: with
 `factors = [2, 2]` and `at_tokens = [400_000, 900_000]` the base is grown after 400,000 tokens and again after 900,000.
@@ -45,12 +45,12 @@ LEVEL_EVAL_STEPS = 10  # a run that trains m0 on ends at an evaluation
 class PretrainConfig:
     """Settings of pretraining: the recipe, and the schedule of growth in it."""
     size: str = setting(None, "size preset (a file in configs/size)", required=True, names="size")
-    model: str = setting("stack", "llm: full size from the start; base: the shallow base trained on; or the growth "
-                                  "operator of a model grown from a base", names=MODELS)
+    model: str = setting("stack", "llm: full size from the start; base: the shallow base trained further; or the "
+                                  "growth operator of a model grown from a base", names=MODELS)
     data: str = setting(None, "directory of token shards", required=True)
     out: str = setting(None, "folder of the runs; the last one is m0 in it", required=True)
-    init: str | None = setting(None, "finished m0 of this model, to train on until it is level with another")
-    level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained on to reach")
+    init: str | None = setting(None, "finished m0 of this model, to train further until it is level with another")
+    level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained further to reach")
     factors: tuple[int, ...] = setting((4,), "growth factors, one for each growth", at_least=2)
     at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18)
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)

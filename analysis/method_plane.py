@@ -142,7 +142,7 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
                      p_text(corrected[method]) if method in corrected else "–",
                      ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
                      "–" if math.isnan(minutes) else f"{minutes:.1f}"])
-    where = "equal new-task loss" if study.matches_learning else "the same learning rate, which does not match learning"
+    where = "equal new-task loss" if study.matches_learning else "one learning rate (learning not matched)"
     found = "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
     if len(study.pairs) == 1:
         found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"

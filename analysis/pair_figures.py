@@ -29,7 +29,7 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
                         " Positive is more forgetting by the first model. The measure of the answer is on top."),
         "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for the "
                      "mean over the pairs that all models have, a point for each learning rate."),
-        "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, which does not match learning."),
+        "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate (learning not matched)."),
         "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
         "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the held-out losses "
                      "of both m0."),

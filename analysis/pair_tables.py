@@ -8,7 +8,7 @@ from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
 from analysis.loss_curves import flops_to_loss
 from analysis.measures import LEARNING
-from analysis.pairs import LEVEL_ENDING, Difference, Study
+from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
@@ -26,41 +26,44 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
     lines = [ONE_PAIR.format(one, two)] if len(study.pairs) == 1 else []
     if found is None:
         if study.has_losses or len(study.pairs) > 1:
-            lines.append(f"There is no answer by {named(study, primary)} after {study.stages[-1]}: no pair has it for "
-                         "both models" + " at an equal new-task loss" * study.matches_learning + ".")
+            lines.append(f"There is no answer by the {named(study, primary)}: no pair has it for both models"
+                         + " at an equal new-task loss" * study.matches_learning + ".")
         return lines
     estimate, unit = found.estimate, found.measure.unit
     if estimate.n > 1:
         direction = "less" if estimate.mean < 0 else "more"
         claim = f"{one} forgets {direction} than {two}" if estimate.is_significant else \
             f"{one} and {two} cannot be told apart"
-        lines.append(f"{claim}: by {named(study, primary)} {described(study, found)}, the difference is "
-                     f"{with_interval(estimate)} {unit}, p {p_text(estimate.p, '= ')}, n = "
-                     f"{count(estimate.n, 'pair')}.")
+        lines.append(f"{claim}: {conditions(study, found)}, the {named(study, primary)} differs by "
+                     f"{with_interval(estimate)} {unit} (95% interval; p {p_text(estimate.p, '= ')}, n = "
+                     f"{count(estimate.n, 'pair')}).")
         lines.append(uncertainty(found, effect))
     else:
-        lines.append(f"In {study.name_of(next(iter(found.of_pairs)))} the difference in {named(study, primary)} "
-                     f"{described(study, found)}, is {signed(estimate.mean)} {unit}.")
-    lines.append(rests_on(study, found))
+        lines.append(f"In {study.name_of(next(iter(found.of_pairs)))}, {conditions(study, found)}, the "
+                     f"{named(study, primary)} differs by {signed(estimate.mean)} {unit}.")
+    lines.append(data_of(study, found))
     for contrast in study.contrasts[1:]:
         control = study.difference(contrast, primary, study.last, found.rate)
         if contrast.equal_loss and control:
-            lines.append(f"With m0 of equal held-out loss, the difference is "
-                         f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
+            gap = start_difference(study, contrast)
+            left = f" (remaining difference {with_interval(gap)})" if gap.n else ""
+            lines.append(f"With m0 of equal held-out loss{left}, it differs by {with_interval(control.estimate)} "
+                         f"{unit}, n = {count(control.estimate.n, 'pair')}.")
     return lines + start_losses(study)
 
 
 def named(study: Study, measure: str) -> str:
-    """How sentences call the measure of the answer."""
-    return f"the primary measure, {measure}" if study.is_primary(measure) else \
-        f"{measure} (not the primary measure, which was named before the first run: {study.named})"
+    """How sentences call the measure of the answer after the last stage."""
+    role = "primary measure" if study.is_primary(measure) else \
+        f"not the primary measure, which was named before the first run: {study.named}"
+    return f"{measure} after {study.stages[-1]} ({role})"
 
 
-def described(study: Study, found: Difference) -> str:
-    """Where a difference was measured."""
-    learning = "equal new-task loss" if found.rate is None else "the same learning rate" + \
-        (f" {found.rate}" if found.rate else "") + ", which does not match learning"
-    return f"after {study.stages[found.number]} at {'equal FLOPs and ' * has_equal_flops(study)}{learning}"
+def conditions(study: Study, found: Difference) -> str:
+    """What is equal for both models in a difference."""
+    rate = f"learning rate {found.rate}" if found.rate else "one learning rate"
+    learning = "equal new-task loss" if found.rate is None else f"{rate} (learning not matched)"
+    return f"at {'equal FLOPs and ' * has_equal_flops(study)}{learning}"
 
 
 def has_equal_flops(study: Study) -> bool:
@@ -74,18 +77,18 @@ def uncertainty(found: Difference, effect: float) -> str:
     estimate, unit, parts = found.estimate, found.measure.unit, found.components
     needed = estimate.units_needed(effect)
     share = "" if parts is None or math.isnan(parts.item_share) else \
-        f" The items are {parts.item_share:.0%} of the variance between pairs."
-    return (f"With these {estimate.n} pairs a true difference of {estimate.smallest_detectable:.3g} {unit} would be "
-            f"found with {POWER:.0%} power; a difference of {effect:g} needs {needed or '–'} pairs.{share}")
+        f" The sample of items explains {parts.item_share:.0%} of the variance between pairs."
+    return (f"{count(estimate.n, 'pair')} find a true difference of {estimate.smallest_detectable:.3g} {unit} with "
+            f"{POWER:.0%} power; one of {effect:g} takes {needed or '–'} pairs.{share}")
 
 
-def rests_on(study: Study, found: Difference) -> str:
+def data_of(study: Study, found: Difference) -> str:
     """The sentence on the data behind the answer."""
     items = len(next(iter(found.of_pairs.values())).values)
     left = [study.name_of(pair) for pair in study.pairs if pair not in found.of_pairs]
     seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" * any(found.of_pairs)
     rates = f", learning rates {', '.join(study.rates)}" if study.matches_learning else ""
-    return (f"It rests on {count(len(found.of_pairs), 'pair')}{seeds}{f', {items} items' * (items > 1)}{rates}"
+    return (f"Data: {count(len(found.of_pairs), 'pair')}{seeds}{f', {items} items' * (items > 1)}{rates}"
             + (f"; left out: {', '.join(left)}, see What is missing." if left else "."))
 
 
@@ -99,15 +102,19 @@ def start_losses(study: Study) -> list[str]:
     found = study.start_losses(study.contrasts[0])
     if not found:
         return []
-    differences = PairedDifference(tuple(one - two for one, two in found.values()))
     texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.pair, zip(*found.values()))]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
-             f"{with_interval(differences)}."]
+             f"{with_interval(start_difference(study, study.contrasts[0]))}."]
     one, two = (study.start_flops(model, study.pairs) for model in study.pair)
     if one and two and not has_equal_flops(study):
         lines.append(f"The FLOPs before fine-tuning are not equal: {study.pair[0]} {one:.3g}, {study.pair[1]} "
                      f"{two:.3g}.")
     return lines
+
+
+def start_difference(study: Study, contrast: Contrast) -> PairedDifference:
+    """The difference between the held-out losses of both m0."""
+    return PairedDifference(tuple(one - two for one, two in study.start_losses(contrast).values()))
 
 
 def signed(value: float) -> str:
@@ -155,7 +162,10 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
     note = (f"After {study.stages[-1]}; mean over the pairs, in brackets the 95% interval by Student's t. Positive is "
             f"more forgetting (or, for the {LEARNING}, less learning) by the first model. One measure is primary; all "
             "others are secondary, and Holm's p-value is corrected for their number. Detectable: the smallest true "
-            f"difference found with {POWER:.0%} power.\n\n")
+            f"difference found with {POWER:.0%} power. Held-out loss is that of text like that of pretraining. KL is "
+            "KL(m0 ‖ stage), averaged over the same tokens as the loss. The loss on a task is that of the references "
+            "of its test set; its rise for an earlier task is counted from the stage that learned it. The NLL "
+            "(negative log-likelihood) of right options is normalised over the options.\n\n")
     table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
                             "detectable", f"pairs for {effect:g}"], rows)
     return [("Differences between the models", note + table), *stage_section(study, primary, rate),
@@ -205,7 +215,7 @@ def start_section(study: Study) -> list[Section]:
     rows = []
     for contrast in study.contrasts:
         if found := study.start_losses(contrast):
-            estimate = PairedDifference(tuple(one - two for one, two in found.values()))
+            estimate = start_difference(study, contrast)
             rows.append([str(contrast), estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
                 *found.values())), with_interval(estimate), p_text(estimate.p)])
     return [("Held-out loss before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "

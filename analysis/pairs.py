@@ -22,9 +22,9 @@ from common.files import UserError
 class Contrast:
     """Two models that are compared: values of `one` less those of `two`.
 
-    equal_loss: the control at equal held-out loss. In each pair, whichever of the two was trained on until its held-out
-    loss was that of the other, <model>-level, stands for its model. of: the model whose methods are compared, if
-    methods stand for models.
+    equal_loss: the control at equal held-out loss. In each pair, whichever of the two was trained further until its
+    held-out loss was that of the other, <model>-level, stands for its model. of: the model whose methods are compared,
+    if methods stand for models.
     """
     one: str
     two: str
@@ -175,7 +175,7 @@ class Study:
         return losses[0].value - losses[1].value if losses[0] and losses[1] else 0.0
 
     def _not_level(self) -> Iterator[str]:
-        """Sentences on the models that were trained on to equal held-out loss and have not reached it."""
+        """Sentences on the models that were trained further to equal held-out loss and have not reached it."""
         for pair in self.pairs:
             for model, other in (self.pair, self.pair[::-1]):
                 if abs(gap := self._start_gap(pair, level(model), other)) > LEVEL_TOLERANCE:
@@ -288,7 +288,7 @@ LEVEL_TOLERANCE = 0.05  # nats per token between the held-out losses of two m0 t
 
 
 def level(model: str) -> str:
-    """The name of a model that was trained on to the held-out loss of the other model of its pair."""
+    """The name of a model that was trained further to the held-out loss of the other model of its pair."""
     return model + LEVEL_ENDING
 
 

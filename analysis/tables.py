@@ -15,6 +15,7 @@ from common.files import UserError, read_json
 from common.formatting import markdown_table
 from evaluation.suites import version_note
 
+CATEGORIES = {"DK": "domain knowledge", "Rs": "reasoning", "RC": "reading comprehension"}  # of the published suite
 BIAS = "Bias"  # the category in which neither direction is better, and whose parts are plotted as a heat map
 PART = " (part)"  # marks a difference of what two have in common, of which one has more
 
@@ -59,8 +60,10 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
     sentences = [verdict(f"FG, {category}", record.pair, comparison, claims.get(category, FORGETS),
                          caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.pair else []
+    names = [f"{short}: {name}" for short, name in CATEGORIES.items() if short in record.categories]
     note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
             "from the benchmarks' standard errors" + " and the pairs or seeds" * record.several_seeds + "."
+            + f" {'; '.join(names)}." * bool(names)
             + " Do not compare columns that are means over different pairs." * record.several_pairs + "\n\n")
     return sentences, [
         ("Forgetting by category", note + model_table("category", record, by_category.items())),

@@ -12,7 +12,7 @@ from pipeline.jobs import optional_flags
 ORDER = "simp", "empd", "inqqg", "exp", "hgen"
 SAMPLE_ORDER = ORDER[:3]  # the tasks of an experiment, unless others are given
 PAIR = "llm", "stack"  # the models that are compared, and that are published
-# What m0 may be: from scratch, the shallow base trained on, or grown by an operator (model/growth.py).
+# What m0 may be: from scratch, the shallow base trained further, or grown by an operator (model/growth.py).
 MODELS = "llm", "base", "stack", "interleave", "middle", "solar"
 
 

@@ -26,12 +26,12 @@ class ExperimentConfig:
     size: str | None = setting(None, "size preset (a file in configs/size): m0 and the recipe of fine-tuning",
                                names="size")
     models: tuple[str, ...] = setting(chain.PAIR, "models of a pair: llm (from scratch), stack or another growth "
-                                                  "operator, base (the shallow base trained on)", required=True,
+                                                  "operator, base (the shallow base trained further)", required=True,
                                       names=chain.MODELS)
     pairs: tuple[int, ...] = setting((), "pretraining seeds, each a pair of models in a folder pair-<seed>; none: one "
                                          "pair without a folder", at_least=0)
     controls: tuple[str, ...] = setting(("flops",), "what is equal between the m0 of llm and stack: flops; loss (the "
-                                                    "one that is behind is also trained on until it is level)",
+                                                    "worse one is also trained further until it is level)",
                                         required=True, names=("flops", "loss"))
     order: tuple[str, ...] = setting(chain.SAMPLE_ORDER, "tasks in the order of the stages; one may come again",
                                      required=True, names="task")

@@ -27,7 +27,7 @@ class Arm:
     folder: Path
     model: str  # as in chain.MODELS
     pair: int | None  # pretraining seed; None without pairs
-    level_with: str | None = None  # the model of the pair whose held-out loss its m0 is trained on to reach
+    level_with: str | None = None  # the model of the pair whose held-out loss its m0 is trained further to reach
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def pair_jobs(cfg: ExperimentConfig, pair: int | None) -> list[Job]:
 
 
 def arms(cfg: ExperimentConfig, pair: int | None) -> list[Arm]:
-    """The models of a pair, and with the loss control the one of llm and stack that is behind, trained on.
+    """The models of a pair, and with the loss control the one of llm and stack that is behind, trained further.
 
     Which of them is behind is known only when both m0 are finished; before that it is taken to be llm.
     """

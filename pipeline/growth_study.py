@@ -3,9 +3,9 @@
     python -m pipeline.growth_study --size small --data data/text/small --out runs/small/growth-study
     python -m pipeline.growth_study --size small … --seeds 42,43,44        stack and the controls for all seeds
 
-The controls are the full depth trained from scratch, and the shallow base trained on for the same FLOPs. Growing pays
-only if the grown model beats both. If the base trained on is best, the budget is too small for the depth. This base is
-a separate run: the schedule of the base that is grown ends at the growth.
+The controls are the full depth trained from scratch, and the shallow base trained further, to the same FLOPs.
+Growing pays only if the grown model beats both. If the base trained further is best, the budget is too small for the
+depth. This base is a separate run: the schedule of the base that is grown ends at the growth.
 
 MIDAS and LIDAS grow in stages: from one block of layers to the full depth, one block more at a time. Stage i of k has a
 share of the steps in proportion to i^α (PROP-α of arXiv 2409.19044), and one schedule of the learning rate spans all
@@ -50,7 +50,7 @@ from pipeline.pretraining import (
 # What may change when runs are added to a study.
 MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "staged", "moments", "repeated", "seeds"
 TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
-LABELS = {TRAINED_ON: "base, trained on"}  # in the table and the figure
+LABELS = {TRAINED_ON: "base, trained further"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
 COLOURS = dict(zip(DEPTH_OPERATORS, [color for color in PALETTE if color != "#000000"]))
 COLOURS |= {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
@@ -299,7 +299,7 @@ def main(cfg: GrowthStudyConfig) -> None:
     result = f"{study_table(rows)}\n{conclusion(rows)}"
     write_text(out.with_suffix(".md"), result)
     plot_study(out, runs, f"{config.num_parameters / 1e6:.1f}M parameters: {depth} layers from scratch and grown, and "
-                          f"the base of {depth // cfg.factor} layers trained on")
+                          f"the base of {depth // cfg.factor} layers, trained further")
     print(f"{result}figure: {out}.png")
 
 

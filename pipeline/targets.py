@@ -39,7 +39,7 @@ make bench                              speed compared with other programs: benc
 make test | lint | clean                run the tests; check style and types; remove the environment and prepared data
 
 TASK    {order} (ORDER: the order of the stages)
-MODEL   stack, interleave, middle or solar (grown), llm (full size from the start), or base (shallow, trained on)
+MODEL   stack, interleave, middle or solar (grown), llm (full size from the start), or base (shallow, trained further)
 SIZE    {sizes} (now {size})
 SOURCE  sample (in data/sample), raw (the folder RAW) or hub (downloaded to RAW)
 RAW     folder of raw task folders
@@ -52,7 +52,7 @@ RUNS    folder of the models (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
 PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6
 RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
-CONTROLS  flops, or flops,loss: with experiment, also train on the m0 that is behind until it is level
+CONTROLS  flops, or flops,loss: with experiment, also train the worse m0 further until it is level
 SEEDS   seeds, with experiment and growth-study: 42,43,44
 METHOD  against forgetting, with settings as in ewc:ewc_strength=10; with experiment one or more, as in finetune,ewc:
         {methods}
@@ -88,7 +88,8 @@ class Variables:
         self.runs = self.get("RUNS") or str(Path("runs", self.size))
         self.out = Path(self.get("OUT") or Path(self.runs, self.model))
         self.m0 = self.out / "m0"
-        self.order = self.get("ORDER").split() or list(chain.ORDER)
+        is_own = self.task in known("task") and self.task not in chain.ORDER  # then its chain has no other stage
+        self.order = self.get("ORDER").split() or ([self.task] if is_own else list(chain.ORDER))
         self.tasks = self.get("TASKS", " ".join(self.order)).split()
         self.method, self.suite, self.files = self.get("METHOD"), self.get("SUITE", "sample"), self.get("FILES")
         pairs = self.get("PAIRS")

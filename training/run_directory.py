@@ -229,10 +229,10 @@ def print_result(out: str | Path) -> None:
 def loss_lines(result: Mapping[str, Any], task: str | None) -> list[str]:
     """A line for each loss that was measured before and after a run, in nats per token, with the change as a bar."""
     rows = [(f"loss on {task or 'held-out text'}", "eval_loss", "worse"),
-            ("loss on pretraining text", "text_loss", "forgot")]
+            ("loss on held-out text", "text_loss", "forgot")]
     losses = [(label, worse, result[f"{name}_before"], result[f"{name}_after"]) for label, name, worse in rows
               if result.get(f"{name}_before") is not None and result.get(f"{name}_after") is not None]
     largest = max((abs(after - before) for *_, before, after in losses), default=0.0) or 1.0
-    return [f"{label:<24}  before {before:.4f}  after {after:.4f}  {after - before:+.4f}  "
+    return [f"{label:<21}  before {before:.4f}  after {after:.4f}  {after - before:+.4f}  "
             f"{'█' * round(BAR * abs(after - before) / largest):<{BAR}}  {'learned' if after < before else worse}"
             for label, worse, before, after in losses]

@@ -161,28 +161,29 @@ def test_the_table_by_hand():
     assert "| stack | 2 | 5.600 ± 0.141 | 3.600 ± 0.141 | -0.750 ± 0.354 | 0.3250 ± 0.0354 | +24% ± 13% |" in lines
     assert "| interleave | 1 | 5.200 | 4.400 | +0.400 | not reached | not reached |" in lines
     assert "| scratch | 2 | – | 4.350 ± 0.495 | – | 0.4000 ± 0.0000 | – |" in lines
-    assert "| base, trained on | 2 | – | 3.650 ± 0.636 | -0.700 ± 0.141 | 0.1500 ± 0.0707 | +200% ± 141% |" in lines
+    assert ("| base, trained further | 2 | – | 3.650 ± 0.636 | -0.700 ± 0.141 | 0.1500 ± 0.0707 | +200% ± 141% |"
+            in lines)
 
 
 @pytest.mark.parametrize(("stack", "trained_on", "said"), [  # the final losses of scratch are 4.0, 4.7 and 4.3
     ((3.5, 3.7, 3.8), (4.4, 4.9, 4.4), """\
-- scratch beats base, trained on for 3 of 3 seeds: -0.233 ± 0.153 nats per token.
+- scratch beats base, trained further for 3 of 3 seeds: -0.233 ± 0.153 nats per token.
 - stack beats scratch for 3 of 3 seeds: -0.667 ± 0.289 nats per token.
-- stack beats base, trained on for 3 of 3 seeds: -0.900 ± 0.300 nats per token.
+- stack beats base, trained further for 3 of 3 seeds: -0.900 ± 0.300 nats per token.
 - Depth pays at this budget.
 - Growing pays.
 """),
     ((3.5, 3.7, 3.8), (3.2, 4.1, 4.3), """\
-- scratch beats base, trained on for 0 of 3 seeds: +0.467 ± 0.416 nats per token.
+- scratch beats base, trained further for 0 of 3 seeds: +0.467 ± 0.416 nats per token.
 - stack beats scratch for 3 of 3 seeds: -0.667 ± 0.289 nats per token.
-- stack beats base, trained on for 2 of 3 seeds: -0.200 ± 0.436 nats per token.
+- stack beats base, trained further for 2 of 3 seeds: -0.200 ± 0.436 nats per token.
 - Depth does not pay at this budget.
 - Growing does not pay.
 """),
     ((3.5,), (4.4,), """\
-- scratch beats base, trained on for 1 of 1 seeds: -0.400 nats per token.
+- scratch beats base, trained further for 1 of 1 seeds: -0.400 nats per token.
 - stack beats scratch for 1 of 1 seeds: -0.500 nats per token.
-- stack beats base, trained on for 1 of 1 seeds: -0.900 nats per token.
+- stack beats base, trained further for 1 of 1 seeds: -0.900 nats per token.
 - No verdict: it takes at least 3 seeds, found 1. Give more --seeds.
 """)])
 def test_the_conclusion_by_hand(stack, trained_on, said):
@@ -197,14 +198,14 @@ def test_a_verdict_on_growing_takes_seeds_of_stack():
     runs[1] = {"stack": [(1.0, 3.0)]} | runs[1]
     assert conclusion(summarize_runs(runs)).splitlines()[1:] == [
         "- stack beats scratch for 1 of 1 seeds: -1.000 nats per token.",
-        "- stack beats base, trained on for 1 of 1 seeds: -2.000 nats per token.", "- Depth pays at this budget.",
+        "- stack beats base, trained further for 1 of 1 seeds: -2.000 nats per token.", "- Depth pays at this budget.",
         "- No verdict on growing: it takes at least 3 seeds of stack, found 1. Name stack in --repeated."]
 
 
 def test_a_conclusion_without_stack():
     runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
     assert conclusion(summarize_runs(runs)) == (
-        "- scratch beats base, trained on for 3 of 3 seeds: -1.000 ± 0.000 nats per token.\n"
+        "- scratch beats base, trained further for 3 of 3 seeds: -1.000 ± 0.000 nats per token.\n"
         "- Depth pays at this budget.\n")
 
 
@@ -342,13 +343,14 @@ def test_a_study(text, tmp_path, refusal, capsys):
     final = {name: log[-1]["eval_loss"] for name, log in logs.items()}
     assert f"| scratch | 1 | – | {final['scratch']:.3f} | – |" in result.stdout
     trained_on = final["base-trained-on"]
-    assert f"| base, trained on | 1 | – | {trained_on:.3f} | {trained_on - final['scratch']:+.3f} |" in result.stdout
-    assert (f"\n- scratch beats base, trained on for {int(final['scratch'] < trained_on)} of 1 seeds: "
+    assert (f"| base, trained further | 1 | – | {trained_on:.3f} | {trained_on - final['scratch']:+.3f} |"
+            in result.stdout)
+    assert (f"\n- scratch beats base, trained further for {int(final['scratch'] < trained_on)} of 1 seeds: "
             f"{final['scratch'] - trained_on:+.3f} nats per token.") in result.stdout
     assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in result.stdout
     assert (study / "growth-study.md").read_text() in result.stdout
     assert (study / "growth-study.png").read_bytes()[:4] == b"\x89PNG"
-    for said in ("stack: ", "scratch: ", "base, trained on: ", "training compute, base included (FLOPs, 6ND)"):
+    for said in ("stack: ", "scratch: ", "base, trained further: ", "training compute, base included (FLOPs, 6ND)"):
         assert f"<!-- {said}" in (study / "growth-study.svg").read_text()
     # a second call trains nothing; an interrupted study continues where it stopped; another study is refused
     again = load(GrowthStudyConfig, map(str, words[2:]))

@@ -51,6 +51,15 @@ def test_everything_missing_is_built_in_order(tmp_path):
     assert ("data_prep", "a/text") in scripts("pretrain", TEXT="a/text", OUT=f"{out}")
 
 
+def test_a_task_outside_the_default_order_is_a_chain_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "known", lambda kind: [*known(kind), "mine"])
+    chain = [("data_prep", "data/prepared/sample/mine.json"), ("train", f"{tmp_path}/m1-mine")]
+    (tmp_path / "m0").mkdir()
+    assert scripts("train", TASK="mine", OUT=f"{tmp_path}") == chain
+    assert [where for _, where in scripts("train", TASK="mine", ORDER="simp mine", OUT=f"{tmp_path}")][-2:] == [
+        f"{tmp_path}/m1-simp", f"{tmp_path}/m2-mine"]
+
+
 def test_what_exists_is_not_built_again(tmp_path):
     for name in ("m0", "m1-simp"):
         (tmp_path / name).mkdir()

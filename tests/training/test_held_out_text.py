@@ -74,7 +74,7 @@ def test_the_losses_equal_those_of_transformers(finished, checkpoint, shards):
     assert [run["result"]["text_loss_before"], run["result"]["text_loss_after"]] == \
         list(text_losses(finished[0]).values())
     assert run["held_out_digest"] == digest([shards / "meta.json"])
-    assert loss_lines_of(finished[1])[1].startswith("loss on pretraining text  before ")
+    assert loss_lines_of(finished[1])[1].startswith("loss on held-out text  before ")
     assert printed_losses(finished[1])[3:] == pytest.approx([*expected, expected[1] - expected[0]], abs=2.1e-4)
 
 
@@ -119,10 +119,10 @@ def test_a_text_of_another_vocabulary_is_refused(train, shards, tmp_path):
 def test_lines_of_losses_by_hand():
     result = {"eval_loss_before": 6.0, "eval_loss_after": 5.0, "text_loss_before": 4.0, "text_loss_after": 4.25}
     assert loss_lines(result, "simp") == [
-        "loss on simp              before 6.0000  after 5.0000  -1.0000  ████████████████████  learned",
-        "loss on pretraining text  before 4.0000  after 4.2500  +0.2500  █████                 forgot"]
+        "loss on simp           before 6.0000  after 5.0000  -1.0000  ████████████████████  learned",
+        "loss on held-out text  before 4.0000  after 4.2500  +0.2500  █████                 forgot"]
     line, = loss_lines({"eval_loss_before": 5.0, "eval_loss_after": 5.5, "text_loss_before": None}, None)
-    assert line.startswith("loss on held-out text     before 5.0000  after 5.5000  +0.5000  ")
+    assert line.startswith("loss on held-out text  before 5.0000  after 5.5000  +0.5000  ")
     assert line.endswith("  worse")
     assert loss_lines({"eval_loss_before": None, "eval_loss_after": None}, "simp") == []
     assert "+0.0000                        " in loss_lines({"eval_loss_before": 5.0, "eval_loss_after": 5.0}, "x")[0]
