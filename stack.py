@@ -109,6 +109,7 @@ def grow(cfg: GrowConfig) -> None:
     source, base = checkpoint.directory, checkpoint.config
     layer_map = layer_map_of(cfg, base.num_hidden_layers)
     lineage = read_lineage(source) | {"new_layers": new_layers(layer_map)}
+    lineage.pop("inserted", None)  # the new layers are no longer those of a block expansion in the chain
     if cfg.moments == "reset":
         lineage.pop("updates", None)
     config = base.with_layers(layer_map)

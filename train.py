@@ -80,6 +80,7 @@ def main(cfg: TrainConfig) -> None:
         run, state = resume(run, engine) or (run, TrainState(flops=run.lineage.get("flops", 0)))
         if not state.step:
             dist.on_rank0(lambda: start_run(run.directory, run.record))
+        method.begin()
         log = open_log(run, state.step)
 
         result = train(run, engine, method, data, state, log)

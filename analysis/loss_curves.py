@@ -18,10 +18,12 @@ def curve_of_log(log: Iterable[Mapping[str, Any]]) -> Curve:
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean of several runs, at the FLOPs of the first one's points. Losses between points are interpolated."""
-    grid = [flops for flops, _ in curves[0]]
-    losses = [np.interp(grid, [flops for flops, _ in curve], [loss for _, loss in curve]) for curve in curves]
-    return list(zip(grid, np.mean(losses, axis=0).tolist()))
+    """The mean of several runs, at the FLOPs of the first one's points. Losses between points are interpolated, unless
+    all runs have the same points: growth in stages has two at the same FLOPs, before and after it grows."""
+    grids, losses = zip(*(zip(*curve) for curve in curves))
+    if len(set(grids)) > 1:
+        losses = [np.interp(grids[0], grid, values) for grid, values in zip(grids, losses)]
+    return list(zip(grids[0], np.mean(losses, axis=0).tolist()))
 
 
 def flops_to_loss(curve: Curve, loss: float) -> float | None:

@@ -39,8 +39,8 @@ def stack(depth: int, target: int) -> list[int]:
 
 
 def interleave(depth: int, target: int) -> list[int]:
-    """Repeats each layer in place, as evenly as the target allows (G_direct of the depthwise operators in Du et al.;
-    Chang et al., arXiv 1710.10348). 0 1 2 -> 0 0 1 1 2 2."""
+    """Repeats each layer in place, as evenly as the target allows (Chang et al., arXiv 1710.10348).
+    0 1 2 -> 0 0 1 1 2 2."""
     return [index * depth // target for index in range(target)]
 
 
@@ -151,9 +151,9 @@ def grown_tensors(weights: CheckpointReader | Mapping[str, torch.Tensor], config
 
     Layer i is a bitwise copy of layer `layer_map[i]`. Two options change the new layers only, the second and later
     copies of a layer. `zero_init` sets the projections that write into the residual stream to 0, or the gains of the
-    norms after them: a new layer then adds nothing, and the grown model computes the function of the base (as in Gong
-    et al., arXiv 1904.01038, and bert2BERT, arXiv 2110.07143, for other operators). `noise` adds Gaussian noise to each
-    matrix, with `noise` times its standard deviation; it is a function of (seed, name).
+    norms after them: a new layer then adds nothing, and the grown model computes the function of the base (as the new
+    layers of Gesmundo and Maile, arXiv 2308.06103, and of LLaMA Pro). `noise` adds Gaussian noise to each matrix, with
+    `noise` times its standard deviation; it is a function of (seed, name).
     """
     new = new_layers(layer_map)
     # A norm of zeros has a gradient of 1/√eps, so that its gain is zero instead of the projection before it.

@@ -35,7 +35,7 @@ from common.metrics_log import read_log
 from common.provenance import data_digest
 from common.scripts import run
 from common.settings import setting
-from model.growth import OPERATORS
+from model.growth import OPERATORS, ZERO_OPERATORS
 from pipeline.jobs import Job, run_jobs
 from pipeline.pretraining import (
     DEPTH_OPERATORS,
@@ -49,6 +49,7 @@ from pipeline.pretraining import (
 
 # What may change when runs are added to a study.
 MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "staged", "moments", "repeated", "seeds"
+OF_STAGES = "stages", "alpha"  # of growth in stages alone
 TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
 LABELS = {TRAINED_ON: "base, trained further"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
@@ -108,9 +109,10 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
     if base_flops >= cfg.max_flops:
         raise UserError(f"the base alone costs {base_flops:.3g} FLOPs, and max_flops is {cfg.max_flops:.3g}: raise it, "
                         "or lower base_tokens")
-    by_map: dict[tuple[int, ...], str] = {}
+    grown_by: dict[tuple[bool, tuple[int, ...]], str] = {}
     for name in cfg.operators:
-        if (same := by_map.setdefault(tuple(OPERATORS[name](base_depth, depth)), name)) != name:
+        result = name in ZERO_OPERATORS, tuple(OPERATORS[name](base_depth, depth))
+        if (same := grown_by.setdefault(result, name)) != name:
             raise UserError(f"{name} repeats {base_depth} layers as {same} does: remove it from operators")
     jobs = []
     for seed in cfg.seeds:
@@ -170,6 +172,17 @@ def staged_jobs(cfg: GrowthStudyConfig, folder: Path, flags: Sequence[object]) -
         jobs.append(training_job(cfg, folder / f"stage-{stage}", steps * step_flops[stage - 1],
                                  ["--phase", "llm", *init, *flags, *carry, *length, *schedule]))
     return jobs
+
+
+def record_recipes(cfg: GrowthStudyConfig, jobs: Sequence[Job]) -> None:
+    """Records what the runs of the study are made with, and of each growth in stages its stages. Raises UserError if
+    finished runs were made with other settings."""
+    fixed = {name: value for name, value in dataclasses.asdict(cfg).items()
+             if name not in (*MAY_CHANGE, *OF_STAGES)} | {"data_digest": data_digest(cfg.data)}
+    record_recipe(Path(cfg.out) / "study.json", jobs, **fixed)
+    for folder in dict.fromkeys(job.out.parent for job in jobs if job.out.parent.name in staged_names(cfg)):
+        record_recipe(folder / "recipe.json", [job for job in jobs if job.out.parent == folder], **fixed,
+                      **{name: getattr(cfg, name) for name in OF_STAGES})
 
 
 def read_curve(path: Path) -> Curve:
@@ -282,9 +295,7 @@ def main(cfg: GrowthStudyConfig) -> None:
     """Runs the missing jobs of the study, then writes the table and the figure."""
     jobs = study_jobs(cfg)
     if not cfg.dry_run:
-        fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE
-                 and (cfg.staged or name not in ("stages", "alpha"))}
-        record_recipe(Path(cfg.out) / "study.json", jobs, **fixed, data_digest=data_digest(cfg.data))
+        record_recipes(cfg, jobs)
     run_jobs([job for job in jobs if not job.out.exists()], cfg.dry_run)
     if cfg.dry_run:
         return

@@ -62,6 +62,9 @@ class PlanConfig:
         return found
 
 
+SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strength"  # settings that take time
+
+
 def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     """(the plan, its settings: those given in `cfg`, then those of the size's recipe, then train.py's defaults)."""
     recipe = read_config("size", cfg.size).get(cfg.recipe, {}) if cfg.size else {}
@@ -109,7 +112,8 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
 
     shares = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (slow, fast)))
     print(f"time of a step of {tokens:,} tokens, with {shares} of {gpu.flops / 1e12:,.0f} TFLOP/s"
-          f"{', without the transfers of offloading' if plan.offload else ''}")
+          f"{', without the transfers of offloading' if plan.offload else ''}"
+          f"{', without what the method adds' if any(settings[name] for name in SLOWER) else ''}")
     print_values(f"computation, {step.micro_steps} × {step.tokens:,} tokens", "s", 2,
                  *(step.micro_steps * step.computation(gpu, share) for share in (fast, slow)))
     communication = step.micro_steps * step.micro_communication(gpu) + step.final_communication(gpu)

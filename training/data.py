@@ -78,7 +78,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
                     f"layers, {cfg.dtype} on {run.dist.world_size} × {run.dist.device.type}; {len(train):,} training "
                     f"samples{earlier}, {len(evaluation):,} evaluation samples")
     last = run.first_sample + num_samples(cfg, run.model_config, len(train), run.lineage, run.trained)
-    data = TrainData(train, evaluation, test, held_out, replay, cfg.replay_share, cfg.seed, run.replay_seed,
+    data = TrainData(train, evaluation, test, held_out, replay, cfg.replay_share, cfg.seed, run.task_seed,
                      cfg.global_batch_size, run.first_sample, last)
     run.dist.on_all_ranks(lambda: check_steps(cfg, data.steps))
     return data

@@ -42,17 +42,20 @@ class Distillation:
         self.model = load_model(self.source, run.dtype, run.dist.device)
         self.texts: list[Sample] = []
 
+    def begin(self) -> None:
+        """Reads or generates the texts of m0."""
+        if self.run.cfg.self_replay_kl:
+            self.texts = self.read_or_generate()
+
     def add_gradients(self, engine: "DeepSpeedEngine", step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Adds the gradients of the terms of a step. Returns the divergences in nats per token, by name."""
         cfg, found = self.run.cfg, dict[str, float]()
         if cfg.input_kl:
             found["input_kl"] = self.add_term(engine, samples, cfg.input_kl)
-        if cfg.self_replay_kl:
-            self.texts = self.texts or self.read_or_generate()
-            if chosen := replay_indices(self.run.replay_seed, len(self.texts), step, cfg.self_replay_share,
-                                        cfg.global_batch_size):
-                found["self_replay_kl"] = self.add_term(engine, [self.texts[index] for index in chosen],
-                                                        cfg.self_replay_kl)
+        if self.texts and (chosen := replay_indices(self.run.task_seed, len(self.texts), step, cfg.self_replay_share,
+                                                    cfg.global_batch_size)):
+            found["self_replay_kl"] = self.add_term(engine, [self.texts[index] for index in chosen],
+                                                    cfg.self_replay_kl)
         return found
 
     def add_term(self, engine: "DeepSpeedEngine", samples: Sequence[Sample], weight: float) -> float:
@@ -93,11 +96,11 @@ def generate_texts(model: Any, source: Path, numbers: Sequence[int], seed: int) 
     tokenizer = Tokenizer(source)
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     assert start is not None  # checkpoints to fine-tune have an end-of-text token
+    assert tokenizer.eos_id is not None
     config = GenerationConfig(max_new_tokens=TEXT_TOKENS, do_sample=True, seed=seed)
     texts = generate(model, [[start]] * len(numbers), config, tokenizer.eos_ids,
                      options=BatchOptions(numbers))
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return [[start, *ids, *(end if len(ids) < TEXT_TOKENS else [])] for ids in texts]
+    return [[start, *ids, *([tokenizer.eos_id] if len(ids) < TEXT_TOKENS else [])] for ids in texts]
 
 
 def find_texts(directories: Sequence[Path], key: Mapping[str, Any]) -> list[list[int]] | None:

@@ -61,7 +61,7 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
     model, weights = empty_model(run.model_config), run_weights(run)
     if run.cfg.lora:
         insert_adapters(model, run.cfg.lora)
-        weights = adapted_tensors(model, weights, run.cfg.seed)
+        weights = adapted_tensors(model, weights, run.task_seed)
     if run.cfg.zero == 3:
         shard_weights(model, weights, run.dtype, run.dist, deepspeed_config(run.cfg))
     else:

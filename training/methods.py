@@ -1,4 +1,5 @@
-"""Methods against forgetting, as hooks around the step: anchored fine-tuning, and variational continual learning.
+"""Methods against forgetting, as hooks around the step: anchors, distillation, adapters, variational learning. Also
+pretraining that continues with the moments of AdamW.
 
 A method stores its values in dictionaries keyed by the flat tensors that the optimizer updates
 (training/zero_shards.py), so it works unchanged under every ZeRO stage. What the next task needs is written next to
@@ -53,12 +54,17 @@ TrainStep = Callable[["Run", "DeepSpeedEngine", Sequence[Sequence[Sample]]], Ste
 
 
 class Method:
-    """Plain fine-tuning. Subclasses override the hooks they need."""
+    """Training without anchors or priors, and the terms of distillation. Subclasses override the hooks they need."""
 
     def __init__(self, run: "Run", engine: "DeepSpeedEngine"):
         self.run, self.engine = run, engine
         self.distillation = run.dist.on_all_ranks(lambda: Distillation(run)) \
             if run.cfg.input_kl or run.cfg.self_replay_kl else None
+
+    def begin(self) -> None:
+        """Called before the first step of a run or of its continuation."""
+        if self.distillation:
+            self.distillation.begin()
 
     def before_step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Called before the gradients of the loss of a step, to which it may add others. Returns what to log."""
@@ -91,7 +97,7 @@ class Anchored(Method):
         super().__init__(run, engine)
         optimizer, fragments = base_optimizer(engine), local_fragments(engine)
         self.anchors = {flat: flat.detach().clone() for flat in flat_tensors(fragments)}
-        optimizer.anchors, optimizer.rate = self.anchors, run.cfg.l2_sp_rate
+        optimizer.anchors, optimizer.rate = self.anchors, run.cfg.l2_sp_rate / run.cfg.learning_rate
         optimizer.ewc_strength, optimizer.l2_strength = run.cfg.ewc_strength, run.cfg.l2_sp_strength
         if fisher:
             optimizer.fisher = {flat: torch.zeros_like(flat) for flat in self.anchors}
@@ -203,7 +209,7 @@ class Variational(Method):
     def before_step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Samples the weights of a step."""
         with changing_weights(self.engine) as fragments:
-            self.optimizer.perturb(fragments, (self.run.cfg.seed, step))
+            self.optimizer.perturb(fragments, (self.run.task_seed, step))
         return super().before_step(step, samples)
 
     def after_step(self, applied: bool) -> None:

@@ -19,9 +19,10 @@ class AnchoredAdamW(AdamW):
     """AdamW that is pulled towards anchors, the weights that the run started from.
 
     EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss, and L2-SP strength · (w − w₀).
-    Decoupled L2-SP then moves the weights towards the anchors, w ← w + rate · (w₀ − w). With `squares` a step
-    accumulates squared gradients and leaves the weights unchanged; this measures Fisher information. All mappings are
-    by flat tensor (training/zero_shards.py) and are set by the method (training/methods.py).
+    Decoupled L2-SP then moves the weights towards the anchors, w ← w + rate · lr · (w₀ − w): the learning rate scales
+    it as it scales AdamW's weight decay. With `squares` a step accumulates squared gradients and leaves the weights
+    unchanged; this measures Fisher information. All mappings are by flat tensor (training/zero_shards.py) and are set
+    by the method (training/methods.py).
     """
     anchors: dict[torch.Tensor, torch.Tensor] = {}
     fisher: dict[torch.Tensor, torch.Tensor] = {}
@@ -44,7 +45,7 @@ class AnchoredAdamW(AdamW):
             flat.grad.add_(flat - self.anchors[flat], alpha=self.l2_strength)
         super().step()
         for flat in flats if self.rate else ():
-            flat.lerp_(self.anchors[flat], self.rate)
+            flat.lerp_(self.anchors[flat], self.rate * self.param_groups[0]["lr"])  # the same in all groups
 
 
 def make_optimizer(cfg: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -77,8 +77,8 @@ class Run:
         return count_elements(self.trained)
 
     @property
-    def replay_seed(self) -> int:
-        """Seed of the order in which text is replayed, which is another one for each task of a chain."""
+    def task_seed(self) -> int:
+        """Seed of what is drawn anew at each task of a chain: replayed text, adapters, and noise of the weights."""
         return self.cfg.seed + len(self.lineage.get("tasks", []))
 
     def lineage_after(self, result: dict[str, Any]) -> dict[str, Any]:

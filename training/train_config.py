@@ -1,5 +1,5 @@
 """The settings of train.py: names, defaults, ranges, and contradictions between them."""
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from common.distributed import resolve_dtype
@@ -86,10 +86,10 @@ class TrainConfig:
     self_replay_texts: int = setting(256, "such texts that are generated before the first task", at_least=1)
     input_kl: float = setting(0.0, "weight of KL(m0 || model) on the samples of the new task", at_least=0)
     l2_sp_strength: float = setting(0.0, "L2-SP: strength of the penalty, ½ |w − w₀|²", at_least=0)
-    l2_sp_rate: float = setting(0.0, "decoupled L2-SP: share of the way back to the initial weights after each step",
-                                at_least=0, at_most=1)
+    l2_sp_rate: float = setting(0.0, "decoupled L2-SP: share of the way back to the initial weights after a step at "
+                                     "the full learning rate", at_least=0, below=1)
     wise_ft_alpha: float = setting(1.0, "WiSE-FT: share of the trained weights in the result; the rest are the initial "
-                                        "weights", at_least=0, at_most=1)
+                                        "weights, those of --init", above=0, at_most=1)
     fapm_sparsity: float = setting(0.0, "FAPM: share of each matrix whose change is undone after training", at_least=0,
                                    below=1)
     ewc_strength: float = setting(0.0, "EWC: weight of the penalty; the run also measures its own task's Fisher "
@@ -201,6 +201,16 @@ class TrainConfig:
             found.append("per_task is about the layers that new_layers inserts: give their number")
         if self.replay_share and self.replay_text is None:
             found.append("replay_share needs a text: give --replay_text, a directory of token shards")
+        for is_used, method, names in (
+                (self.lora, "train lora", ("lora_rank", "lora_alpha", "lora_targets")),
+                (self.ewc_strength, "ewc_strength", ("fisher_samples",)),
+                (self.self_replay_kl, "self_replay_kl", ("self_replay_share", "self_replay_texts")),
+                (ivon, "optimizer ivon", ("prior", "prior_precision", "tau", "ess", "hess_init", "ivon_beta2",
+                                          "clip_radius", "sample_params"))):
+            changed = [field.name for field in fields(self)
+                       if field.name in names and getattr(self, field.name) != field.default]
+            if changed and not is_used:
+                found.append(f"{' and '.join(changed)} would change nothing without {method}: give it as well")
         if ivon and anchored:
             found.append(f"{' and '.join(anchored)} pull towards the weights of --init, as IVON's prior does: use one")
         if ivon and self.weight_decay:

@@ -3,12 +3,13 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import pretrain
-from analysis.loss_curves import flops_to_loss
+from analysis.loss_curves import flops_to_loss, mean_curve
 from common.files import UserError
 from common.settings import load
 from model.growth import OPERATORS
@@ -135,6 +136,15 @@ def test_a_model_is_trained_on_until_it_is_level(text, tmp_path):
     assert max(entry["lr"] for entry in entries if "lr" in entry) <= 2.0001e-4
 
 
+def test_mean_curves_by_hand():
+    """Growth in stages has two losses at the FLOPs at which it grows."""
+    grown = [(5, 5.0), (10, 4.0), (10, 4.6), (15, 3.8)]
+    assert mean_curve([grown]) == grown
+    assert mean_curve([grown, [(5, 5.2), (10, 4.2), (10, 4.4), (15, 3.6)]]) == pytest.approx(
+        np.array([(5, 5.1), (10, 4.1), (10, 4.5), (15, 3.7)]))
+    assert mean_curve([[(0, 6.0), (10, 4.0)], [(0, 5.0), (20, 3.0)]]) == [(0, 5.5), (10, 4.0)]
+
+
 def test_flops_to_reach_a_loss_by_hand():
     points = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.5)]
     assert flops_to_loss(points, 4.25) == 17.5
@@ -253,6 +263,34 @@ def test_growth_in_stages_by_hand():
         "repeated names lidas-zero, expected some of stack, midas-reset, midas-copied, lidas-reset, lidas-copied"]
 
 
+def test_growth_in_stages_is_added_to_a_study(text, tmp_path):
+    """Whose stages and their shares are its own."""
+    plain = GrowthStudyConfig(size="tiny", data=str(text), out=str(tmp_path), operators=("stack",), base_tokens=8192,
+                              max_flops=1e12)
+
+    def record(cfg):
+        jobs = study_jobs(cfg)
+        growth_study.record_recipes(cfg, jobs)
+        for job in jobs:
+            job.out.mkdir(parents=True, exist_ok=True)
+
+    record(plain)
+    record(replace(plain, stages=2))
+    record(replace(plain, staged=("midas",)))
+    record(replace(plain, staged=("midas", "lidas")))
+    with pytest.raises(UserError, match="midas-reset holds stages made with other settings: stages is 4 there and 2"):
+        record(replace(plain, staged=("midas",), stages=2))
+    with pytest.raises(UserError, match="holds stages made with other settings: max_flops is "):
+        record(replace(plain, max_flops=2e12))
+
+
+def test_operators_that_give_the_same_model():
+    cfg = GrowthStudyConfig(size="tiny", data="d", out="o", factor=2, base_tokens=8192, max_flops=1e12)
+    study_jobs(replace(cfg, operators=("interleave", "expand")))  # the copies of expand add nothing
+    with pytest.raises(UserError, match="solar repeats 4 layers as stack does: remove it from operators"):
+        study_jobs(replace(cfg, operators=("stack", "solar")))
+
+
 def test_every_model_of_the_figure_has_its_style():
     names = [*growth_study.DEPTH_OPERATORS, "scratch", "base", "base-trained-on",
              *(f"{operator}-{policy}" for operator in ("midas", "lidas") for policy in ("copied", "zero"))]
@@ -291,9 +329,10 @@ def test_moments_are_carried_over_growth(text, tmp_path):
                  "--zero", "1")
     assert [first[step, "loss"] for step in (1, 2, 3)] + [second[step, "loss"] for step in (1, 2, 3)] == pytest.approx(
         [whole[step, "loss"] for step in range(1, 7)], rel=1e-5)
-    epochs = run("epochs", "--num_hidden_layers", "2", "--max_steps", "9", "--max_train_samples", "24",
-                 "--schedule_steps", "9", "--carry_moments")  # over the end of an epoch
-    assert len(epochs) > 9
+    run("epochs", "--num_hidden_layers", "2", "--max_steps", "9", "--max_train_samples", "24",
+        "--schedule_steps", "9", "--carry_moments")  # over the end of an epoch
+    epoch, = (tmp_path / "epochs").glob("checkpoint-*")  # has no moments next to it
+    assert "updates" not in json.loads((epoch / "run.json").read_text())["lineage"]
     reset = run("reset", "--init", tmp_path / "first", "--max_steps", "3", "--schedule_start", "3")
     assert reset[3, "loss"] != pytest.approx(whole[6, "loss"], rel=1e-5)
     moments = {}

@@ -252,13 +252,16 @@ def test_fapm_undoes_the_changes_with_the_smallest_scores(run, checkpoint, tmp_p
 
 
 def test_anchored_adamw_equals_adamw_on_the_penalized_loss():
-    """AdamW on the loss plus the penalties of EWC and L2-SP, then decoupled L2-SP's move to the initial weights."""
+    """AdamW on the loss plus the penalties of EWC and L2-SP, then decoupled L2-SP's move to the initial weights, which
+    falls with the learning rate."""
     start, fisher = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, 4.0])
     w, v = torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0])), torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0]))
     anchored, plain = AnchoredAdamW([w], 0.1), torch.optim.AdamW([v], 0.1)
-    anchored.anchors, anchored.fisher, anchored.rate = {w: start}, {w: fisher}, 0.2
+    anchored.anchors, anchored.fisher, anchored.rate = {w: start}, {w: fisher}, 2.0
     anchored.ewc_strength, anchored.l2_strength = 3.0, 0.7
-    for _ in range(3):
+    for lr in (0.1, 0.06, 0.01):
+        for optimizer in (anchored, plain):
+            optimizer.param_groups[0]["lr"] = lr
         w.grad = torch.cos(w.detach())
         anchored.step()
         plain.zero_grad()
@@ -266,7 +269,7 @@ def test_anchored_adamw_equals_adamw_on_the_penalized_loss():
         (torch.sin(v).sum() + penalty).backward()
         plain.step()
         with torch.no_grad():
-            v.lerp_(start, 0.2)
+            v.lerp_(start, 2.0 * lr)
         torch.testing.assert_close(w, v)
 
 

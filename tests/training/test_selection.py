@@ -205,6 +205,14 @@ def test_expansion_for_each_task(expanded):
     assert all(torch.equal(own[name], tensor) for name, tensor in m1.items())
 
 
+def test_growth_ends_the_block_expansion_of_a_chain(expanded, train, tmp_path):
+    """Whose new layers are those of the growth from then on."""
+    stack.grow(stack.GrowConfig(init=str(expanded / "m1"), out=str(tmp_path / "grown"), factor=2))
+    line = error_line(train(tmp_path / "m2", "--train", "new_layers", "--new_layers", "1", init=tmp_path / "grown",
+                            check=False))
+    assert "began with 0 new layers: give the same number at all tasks, or --per_task" in line
+
+
 def test_new_layers_of_a_grown_checkpoint(train, checkpoint, tmp_path):
     """Those of growth.json, and after training those of run.json."""
     stack.grow(stack.GrowConfig(init=str(checkpoint), out=str(tmp_path / "grown"), operator="expand", new_layers=2))
@@ -293,6 +301,19 @@ def test_adapters_start_as_those_of_peft(checkpoint):
     assert not torch.cat(pools["B", "ours"] + pools["B", "theirs"]).any()
 
 
+def test_each_task_has_adapters_of_its_own(train, checkpoint, tmp_path):
+    """Of a learning rate at which they stay what they were; the first one's are those of the seed."""
+    flags = [*LORA, "--learning_rate", "1e-30", "--max_steps", "1"]
+    train(tmp_path / "m1", *flags)
+    train(tmp_path / "m2", *flags, init=tmp_path / "m1")
+    first, second = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("m1", "m2"))
+    for name, expected in first_adapter(checkpoint).items():
+        if name.endswith("lora_A"):
+            theirs = f"base_model.model.{name}.weight"
+            assert torch.equal(first[theirs], expected)
+            assert not torch.isclose(second[theirs], expected).any()
+
+
 def test_lora_on_a_grown_model(train, checkpoint, tmp_path):
     stack.grow(stack.GrowConfig(init=str(checkpoint), out=str(tmp_path / "grown"), factor=2))
     train(tmp_path / "m1", *LORA, "--lora_targets", "q_proj,v_proj", init=tmp_path / "grown")
@@ -316,6 +337,12 @@ def test_lora_on_a_grown_model(train, checkpoint, tmp_path):
     (["--train", "lora", "--lora_targets", "lm_head"],
      "unknown lora_targets 'lm_head', expected one of q_proj, k_proj"),
     (["--train", "lora", "--wise_ft_alpha", "0.5"], "would pull the adapters to their random start"),
+    (["--lora_rank", "8", "--lora_alpha", "8"], "lora_rank and lora_alpha would change nothing without train lora"),
+    (["--tau", "0.5"], "tau would change nothing without optimizer ivon: give it as well"),
+    (["--fisher_samples", "9"], "fisher_samples would change nothing without ewc_strength: give it as well"),
+    (["--self_replay_share", "0.5"], "self_replay_share would change nothing without self_replay_kl"),
+    (["--l2_sp_rate", "1"], "l2_sp_rate is 1.0, expected"),
+    (["--wise_ft_alpha", "0"], "wise_ft_alpha is 0.0, expected"),
     (["--train", "new_layers", "--ewc_strength", "1"], "ewc_strength knows the importance of all weights"),
     (["--new_layers", "3"], "expand inserts at most one layer behind each of 2 and cannot make 5: choose at most 4"),
     (["--per_task"], "per_task is about the layers that new_layers inserts: give their number"),
