@@ -52,7 +52,8 @@ def test_time_is_a_range_of_what_published_runs_reach(capsys):
     assert "speed" not in rows(device="cpu")
 
 
-@pytest.mark.parametrize(("method", "said"), [("finetune", False), ("lora", False), ("input_kl", True), ("replay", True)])
+@pytest.mark.parametrize(("method", "said"), [
+    ("finetune", False), ("lora", False), ("input_kl", True), ("replay", True)])
 def test_time_of_a_method_that_takes_more_is_not_planned(capsys, method, said):
     main(PlanConfig(size="7b", method=method))
     assert ("TFLOP/s, without what the method adds\n" in capsys.readouterr().out) == said
