@@ -63,6 +63,9 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     for settings in training:
         check_services(settings.tensorboard, settings.wandb)
         resolve_zero_stage(settings, 1)  # reads the DeepSpeed file
+        if settings.replay_share and cfg.text and not Path(cfg.text).is_dir():
+            raise UserError(f"{cfg.text} is a file, and text is replayed from token shards: make a directory of them "
+                            "with data_prep.py text, and give it as --text")
     lengths = [settings.max_source_length + settings.max_target_length for settings in training] + [
         evaluate_settings(cfg).max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
     limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
@@ -95,7 +98,7 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
                   if arm.model in PAIR and not arm.level_with and not (arm.folder / "m0").exists()]
     if "loss" in cfg.controls and unfinished:
         raise UserError(f"the loss control trains the model on that is behind, and {unfinished[0]} is not finished: "
-                        "submit with --controls flops, and when all m0 are finished again with flops,loss")
+                        "submit with --controls flops, and when these jobs have ended again with flops,loss")
     template, folder = read_slurm_template(cfg.slurm_file), Path(cfg.out) / "slurm"
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "slurm_file"
               and getattr(cfg, field.name) != field.default}

@@ -53,7 +53,8 @@ def power(noncentrality: float, df: int, level: float = LEVEL) -> float:
     noncentrality: the difference over its standard error.
     """
     critical, spread = t_quantile(df, level), 8 / math.sqrt(2 * df)
-    scale = np.linspace(max(0.0, 1 - spread), 1 + spread, 402)[1:-1]
+    ends = np.linspace(max(0.0, 1 - spread), 1 + spread, 401)
+    scale = (ends[1:] + ends[:-1]) / 2
     log_density = (df - 1) * np.log(scale) - df * scale ** 2 / 2
     weights = np.exp(log_density - log_density.max())
     found = NORMAL_CDF(noncentrality - critical * scale) + NORMAL_CDF(-noncentrality - critical * scale)

@@ -114,11 +114,13 @@ def over_items(found: ItemValues) -> PairedDifference:
 
 
 def minutes_of(stages: Sequence[Stage], model: str, method: str) -> float:
-    """The mean minutes of training of a chain of a method; NaN if they are not known of all stages."""
+    """The mean minutes of training of a chain of a method; NaN if they are not known of all stages of all chains."""
+    last = max(stage.number for stage in stages)
     own = [stage for stage in stages if stage.number and (stage.model, stage.method_name) == (model, method)]
+    chains = {(stage.pair, stage.rate, stage.seed) for stage in own}
     results = [stage.run.get("result", {}) for stage in own]
     seconds = [result.get("seconds", math.nan) + result.get("seconds_after", 0.0) for result in results]
-    return math.fsum(seconds) / len({(stage.pair, stage.rate, stage.seed) for stage in own}) / 60
+    return math.fsum(seconds) / len(chains) / 60 if len(own) == last * len(chains) else math.nan
 
 
 def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[list[str], Section]:
@@ -133,12 +135,14 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
     for method, p in corrected.items():
         if p < LEVEL:
             verdicts["less with" if known[method].mean < 0 else "more with"].append(method)
+    apart = {method for method in methods if study.matches_learning and method not in (*known, baseline) and any(
+        study.match(Contrast(method, baseline, of=model), pair, study.last) for pair in study.pairs)}
     rows = []
     for method in methods:
         own, minutes = [point for point in points if point.method == method], minutes_of(stages, model, method)
         rows.append([method, f"{min(p.learned for p in own):.4f} to {max(p.learned for p in own):.4f}" if own else "–",
                      with_interval(known[method]) if method in known else
-                     "–" if method == baseline else "no common new-task loss",
+                     "no common new-task loss" if method in apart else "–",
                      p_text(corrected[method]) if method in corrected else "–",
                      ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
                      "–" if math.isnan(minutes) else f"{minutes:.1f}"])

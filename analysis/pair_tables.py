@@ -2,7 +2,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
@@ -45,11 +45,11 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
     for contrast in study.contrasts[1:]:
         control = study.difference(contrast, primary, study.last, found.rate)
         if contrast.equal_loss and control:
-            gap = start_difference(study, contrast)
+            gap = start_difference(study, contrast, control.of_pairs)
             left = f" (remaining difference {with_interval(gap)})" if gap.n else ""
             lines.append(f"With m0 of equal held-out loss{left}, it differs by {with_interval(control.estimate)} "
                          f"{unit}, n = {count(control.estimate.n, 'pair')}.")
-    return lines + start_losses(study)
+    return lines + start_losses(study, found.of_pairs)
 
 
 def named(study: Study, measure: str) -> str:
@@ -63,12 +63,12 @@ def conditions(study: Study, found: Difference) -> str:
     """What is equal for both models in a difference."""
     rate = f"learning rate {found.rate}" if found.rate else "one learning rate"
     learning = "equal new-task loss" if found.rate is None else f"{rate} (learning not matched)"
-    return f"at {'equal FLOPs and ' * has_equal_flops(study)}{learning}"
+    return f"at {'equal FLOPs and ' * has_equal_flops(study, found.of_pairs)}{learning}"
 
 
-def has_equal_flops(study: Study) -> bool:
-    """Whether both m0 were trained with the same FLOPs; False if they are unknown."""
-    one, two = (study.start_flops(model, study.pairs) or 0 for model in study.pair)
+def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
+    """Whether both m0 of some pairs were trained with the same FLOPs; False if they are unknown."""
+    one, two = (study.start_flops(model, pairs) or 0 for model in study.pair)
     return 0 < max(one, two) <= (1 + FLOPS_TOLERANCE) * min(one, two)
 
 
@@ -97,24 +97,25 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def start_losses(study: Study) -> list[str]:
-    """The sentences on the held-out losses of both m0, and on their FLOPs if they are not equal."""
-    found = study.start_losses(study.contrasts[0])
+def start_losses(study: Study, pairs: Collection[int]) -> list[str]:
+    """The sentences on the held-out losses of both m0 in some pairs, and on their FLOPs if they are not equal."""
+    found = {pair: losses for pair, losses in study.start_losses(study.contrasts[0]).items() if pair in pairs}
     if not found:
         return []
     texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.pair, zip(*found.values()))]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
-             f"{with_interval(start_difference(study, study.contrasts[0]))}."]
-    one, two = (study.start_flops(model, study.pairs) for model in study.pair)
-    if one and two and not has_equal_flops(study):
+             f"{with_interval(start_difference(study, study.contrasts[0], pairs))}."]
+    one, two = (study.start_flops(model, pairs) for model in study.pair)
+    if one and two and not has_equal_flops(study, pairs):
         lines.append(f"The FLOPs before fine-tuning are not equal: {study.pair[0]} {one:.3g}, {study.pair[1]} "
                      f"{two:.3g}.")
     return lines
 
 
-def start_difference(study: Study, contrast: Contrast) -> PairedDifference:
-    """The difference between the held-out losses of both m0."""
-    return PairedDifference(tuple(one - two for one, two in study.start_losses(contrast).values()))
+def start_difference(study: Study, contrast: Contrast, pairs: Collection[int]) -> PairedDifference:
+    """The difference between the held-out losses of both m0, in those of some pairs that have both."""
+    return PairedDifference(tuple(one - two for pair, (one, two) in study.start_losses(contrast).items()
+                                  if pair in pairs))
 
 
 def signed(value: float) -> str:
@@ -215,7 +216,7 @@ def start_section(study: Study) -> list[Section]:
     rows = []
     for contrast in study.contrasts:
         if found := study.start_losses(contrast):
-            estimate = start_difference(study, contrast)
+            estimate = start_difference(study, contrast, found)
             rows.append([str(contrast), estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
                 *found.values())), with_interval(estimate), p_text(estimate.p)])
     return [("Held-out loss before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "

@@ -220,7 +220,7 @@ def loss_curve(stage: Stage) -> tuple[Points, Points, list[float]]:
                  if line.get("eval_loss") is not None]
         settings = stage.run.get("settings", {})
         epochs = settings.get("num_train_epochs") if settings.get("task") and not settings.get("max_steps") else None
-        return steps, evals, [total * number / epochs for number in range(1, math.floor(epochs))] \
+        return steps, evals, [total * number / epochs for number in range(1, math.ceil(epochs))] \
             if epochs and epochs <= MOST_EPOCHS else []
 
 

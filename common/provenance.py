@@ -19,6 +19,7 @@ OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_o
                "replay_text", "method"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
 DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks",
+           "side_digest": "the posterior, Fisher information or moments of the run before",
            "replay_digest": "the replayed text", "start_digest": "the weights that the chain of tasks started from",
            "tokenizer_digest": "the tokenizer files"}
 LATER = {"tokenizer_digest"}  # not in the records of earlier versions, where they are unknown
@@ -48,8 +49,8 @@ def write_record(directory: str | Path, record: Mapping[str, Any], name: str = R
 # The entries of run.json and growth.json that are read again, and their types.
 RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
     "settings": dict, "result": dict, "lineage": dict, "parent_digest": (str, type(None)), "data_digest": str,
-    "rehearsed": list, "replay_digest": str, "start_digest": str, "tokenizer_digest": str,
-    "resumed": list, "layer_map": list}
+    "rehearsed": list, "replay_digest": str, "start_digest": str, "side_digest": str,
+    "tokenizer_digest": str, "resumed": list, "layer_map": list}
 LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {
     "flops": (int, float), "text": dict, "tasks": list, "start": dict, "new_layers": list, "inserted": int,
     "updates": int}
@@ -130,7 +131,8 @@ def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of run.json that determines the final weights, without what earlier versions did not record."""
     settings = {name: value for name, value in record["settings"].items() if name not in OPERATIONAL}
-    return {"settings": settings} | {key: record.get(key) for key in DIGESTS if key not in LATER}
+    keys = [key for key in DIGESTS if key not in LATER and (key != "side_digest" or key in record)]
+    return {"settings": settings} | {key: record.get(key) for key in keys}
 
 
 def data_digest(path: str | Path) -> str:

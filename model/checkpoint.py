@@ -312,8 +312,7 @@ def write_checkpoint(directory: str | Path, config: ModelConfig, tensors: NamedT
     write_weights(directory, {name: (dtypes[name], shape) for name, shape in shapes.items()}, tensors)
 
 
-def checkpoint_digest(directory: str | Path, side_file: str | None = None) -> str:
-    """Returns the SHA-256 of a checkpoint's config.json and weights, and of its side files of one name, if given."""
+def checkpoint_digest(directory: str | Path) -> str:
+    """Returns the SHA-256 of a checkpoint's config.json and weights."""
     directory = Path(directory)
-    return digest([directory / "config.json", *(directory / file for file in CheckpointReader(directory).shards),
-                   *(directory.glob(f"{side_file}-*.safetensors") if side_file else ())])
+    return digest([directory / "config.json", *(directory / file for file in CheckpointReader(directory).shards)])

@@ -23,7 +23,9 @@ def finetune_flops(config: ModelConfig, data: Path, settings: TrainConfig) -> fl
     """The approximate FLOPs of fine-tuning on the training split of a task file."""
     items = read_splits(data)["train"][:settings.max_train_samples]
     tokens = sum(len(item["input"]) + len(item["output"]) for item in items) / CHARACTERS_PER_TOKEN
-    return config.flops(tokens * settings.num_train_epochs)
+    epochs = settings.num_train_epochs if settings.max_steps is None else \
+        settings.max_steps * settings.global_batch_size / max(1, len(items))
+    return config.flops(tokens * epochs)
 
 
 def evaluate_flops(config: ModelConfig, data: Path, tasks: Iterable[str], files: Iterable[Path], limit: int | None,

@@ -81,6 +81,10 @@ class ExperimentConfig:
         if self.primary in OF_TEXT and not self.text and len(self.models) > 1:
             found.append(f"the primary measure, {self.primary}, needs a held-out text: give --text, or another "
                          "--primary")
+        if self.rates and "--learning_rate" in " ".join([self.train_args, *self.stage_args]):
+            found.append("rates replaces the learning_rate of train_args and stage_args: give one of them")
+        found += [f"rates replaces the learning_rate of the method {method!r}: give one of them"
+                  for method in self.methods if self.rates and ":learning_rate=" in method]
         if len(self.stage_args) not in (0, len(self.order)):
             found.append(f"stage_args has {len(self.stage_args)} texts for {len(self.order)} stages")
         checks: list[Callable[[], object]] = [functools.partial(evaluate_settings, self),

@@ -11,7 +11,7 @@ from common.files import UserError
 from evaluation.evaluate_config import WINDOW
 from evaluation.suites import open_suite
 from model.config import ModelConfig
-from model.hub import fetch_checkpoint, published_config
+from model.hub import published_config
 from pipeline import chain
 from pipeline.costs import evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, method_flags, train_settings
@@ -151,7 +151,7 @@ def launcher_words(cfg: ExperimentConfig) -> list[str]:
 def model_config(cfg: ExperimentConfig, model: str) -> ModelConfig:
     """The configuration of a model."""
     if init := cfg.init(model):
-        return ModelConfig.read(fetch_checkpoint(init) / "config.json")
+        return ModelConfig.read(Path(init) / "config.json") if Path(init).exists() else published_config(init)
     assert cfg.size  # see problems()
     if "model" not in read_config("size", cfg.size) and (hub := chain.hub_id(cfg.size, model)):
         made = Path(cfg.out) / model / "m0/config.json"

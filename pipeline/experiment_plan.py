@@ -50,8 +50,11 @@ def items_needed(components: VarianceComponents) -> int | None:
 
 def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     """The primary difference of the pilot. Raises UserError if it has less than two pairs."""
-    stages = [stage for stage in read_runs(cfg.runs)
-              if not stage.number or cfg.method is None or stage.method == cfg.method]
+    stages = read_runs(cfg.runs)
+    methods = list(dict.fromkeys(stage.method_name for stage in stages if stage.number))
+    if len(methods) > 1 and cfg.method is None:
+        raise UserError(f"{cfg.runs} has stages of several methods, {', '.join(methods)}: give --method, one of them")
+    stages = [stage for stage in stages if not stage.number or cfg.method in (None, stage.method_name)]
     study = Study(stages, cfg.grown, cfg.reference)
     primary = cfg.primary or read_primary(cfg.runs) or PRIMARY
     study.check_measure(primary)

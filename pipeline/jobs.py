@@ -105,7 +105,8 @@ def submit_command(command: Sequence[str], script: Path, template: str, gpus: in
     for name, value in values.items():
         template = template.replace(f"@{name}@", value)
     write_text(script, template)
-    words = ["sbatch", "--parsable", *([f"--dependency={dependency}"] if dependency else []), str(script)]
+    after = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
+    words = ["sbatch", "--parsable", *after, str(script)]
     try:
         result = subprocess.run(words, capture_output=True, text=True)
     except OSError as error:

@@ -27,8 +27,8 @@ class Ledger:
 
     def unchanged(self, job: Job) -> bool:
         """Whether a job is finished and was run with the same command and the same inputs."""
-        path, entry = self.path(job), ledger_entry(job)
-        if not (job.out.exists() and path.exists()) or None in entry["inputs"].values():
+        path = self.path(job)
+        if not (job.out.exists() and path.exists()) or None in (entry := ledger_entry(job))["inputs"].values():
             return False
         # Earlier versions recorded absolute paths.
         return read_own_json(path, "the job is then run again") in (entry, ledger_entry(job, str))

@@ -7,6 +7,7 @@ The memory is that of pipeline/memory_plan.py, the time that of pipeline/step_ti
 """
 import common.interrupts
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class PlanConfig:
     processes: int = setting(1, "processes, one per GPU", at_least=1, at_most=1 << 20)
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage")
     offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
-    dtype: Literal["bf16", "fp32"] = setting("bf16", "weights")
+    dtype: Literal["bf16", "fp32"] | None = setting(None, "weights; none: the recipe's, or bf16")
     max_tokens_per_microbatch: int | None = setting(None, "most tokens in a micro-batch, padding included", at_least=1,
                                                     at_most=1 << 30)
     gradient_checkpointing: bool | None = setting(None, "recompute blocks in the backward pass")
@@ -54,12 +55,7 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
-        found = []
-        if (self.size is None) == (self.init is None):
-            found.append("give either --size or --init")
-        if self.dtype == "bf16" and self.zero == 0:
-            found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
-        return found
+        return ["give either --size or --init"] if (self.size is None) == (self.init is None) else []
 
 
 SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strength"  # settings that take time
@@ -70,16 +66,28 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     recipe = read_config("size", cfg.size).get(cfg.recipe, {}) if cfg.size else {}
     method = read_config("method", cfg.method) if cfg.method else {}
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
-    settings = asdict(TrainConfig()) | recipe | method | given
-    config = ModelConfig.read(fetch_checkpoint(cfg.init) / "config.json") if cfg.init else size_config(cfg.size or "")
-    zero = default_zero_stage(cfg.processes, cfg.dtype) if settings["zero"] is None else settings["zero"]
+    settings = asdict(TrainConfig()) | {"dtype": "bf16"} | recipe | method | given
+    config = ModelConfig.read(fetch_checkpoint(cfg.init) / "config.json") if cfg.init else planned_config(cfg)
+    zero = default_zero_stage(cfg.processes, settings["dtype"]) if settings["zero"] is None else settings["zero"]
+    if zero == 0 and settings["dtype"] == "bf16":
+        raise UserError("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
     if cfg.offload and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
     config, trained = trained_parameters(config, cfg.method)
-    plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, cfg.dtype, settings["max_tokens_per_microbatch"],
-                      settings["gradient_checkpointing"], cfg.device, cfg.method,
+    plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, settings["dtype"],
+                      settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device, cfg.method,
                       recipe.get("seq_length", cfg.sample_tokens), trained)
     return plan, settings
+
+
+def planned_config(cfg: PlanConfig) -> ModelConfig:
+    """The configuration of the size's model, for the recipe of the base that of the base."""
+    table = read_config("size", str(cfg.size))
+    if "model" not in table:
+        raise UserError(f"configs/size/{cfg.size}.toml gives no model shape, since this size starts from published "
+                        "weights: give them with --init, or INIT")
+    factors = table.get("growth", {}).get("factors", []) if cfg.recipe == "base" else []
+    return size_config(str(cfg.size), table["model"]["num_hidden_layers"] // math.prod(factors))
 
 
 def trained_parameters(config: ModelConfig, method: str | None) -> tuple[ModelConfig, Shapes | None]:

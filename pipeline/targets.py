@@ -121,6 +121,15 @@ class Variables:
         if target in stages and self.init and "SIZE" not in self.given and self.preset:
             found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
                          "its recipe, or SIZE= and RUNS=folder for none")
+        if target == "experiment" and "HUB" in self.given:
+            found.append("HUB is the m0 of one model, and an experiment compares two: give INIT_LLM and INIT_STACK")
+        if target == "experiment" and self.get("LAUNCHER") and "NPROC" in self.given:
+            found.append("NPROC is for this machine: LAUNCHER says how many processes there are, for Slurm "
+                         'ARGS="--gpus N"')
+        if target != "experiment" and self.get("LAUNCHER"):
+            found.append("LAUNCHER is for make experiment: for other targets give NPROC")
+        if target == "pretrain" and self.hub and self.args:
+            found.append(f"ARGS are for pretraining, and the m0 of {self.size} is downloaded: give HUB= to pretrain it")
         if target == "experiment" and self.init:
             found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
@@ -162,9 +171,12 @@ def data_commands(v: Variables, tasks: Iterable[str]) -> list[Command]:
 
 
 def text_commands(v: Variables) -> list[Command]:
-    """Makes the token shards if they are missing."""
+    """Makes the token shards of the size if they are missing. Raises UserError if TEXT is."""
     if Path(v.text).exists():
         return []
+    if v.get("TEXT"):
+        raise UserError(f"TEXT={v.text} does not exist: make token shards there with data_prep.py text, or leave "
+                        "it out for those of the size")
     return [[PYTHON, "data_prep.py", "text", "--size", v.size, "--output_path", v.text]]
 
 

@@ -10,6 +10,7 @@ import experiment
 from common.files import UserError, write_json
 from common.settings import load
 from model.config import ModelConfig
+from pipeline import experiment_jobs
 from pipeline.costs import Pace
 from pipeline.experiment_config import ExperimentConfig
 from pipeline.experiment_jobs import arms, pair_jobs
@@ -178,6 +179,9 @@ def test_costs_follow_the_settings_of_the_jobs(checkpoint, tasks, suite_file, tm
     evaluation, training, after = flops()
     assert flops(train_args="--num_train_epochs 6") == close(evaluation, 2 * training, after)
     assert flops(methods=("finetune:num_train_epochs=1.5",)) == close(evaluation, training / 2, after)
+    six, three = (flops(train_args=f"--max_steps {steps} --global_batch_size 4") for steps in (6, 3))
+    assert six == close(evaluation, 2 * three[1], after)
+    assert flops(train_args="--max_steps 3 --global_batch_size 8") == close(*six)
     text = tmp_path / "text.txt"
     text.write_text("A text.")
     with_text = flops(text=str(text), evaluate_args="--text_tokens 3000")
@@ -185,6 +189,14 @@ def test_costs_follow_the_settings_of_the_jobs(checkpoint, tasks, suite_file, tm
     assert with_text == close(evaluation + 3000 * of_a_token, training, after + 2 * 3000 * of_a_token)
     few = flops(train_args="--max_train_samples 2", evaluate_args="--limit=1")
     assert all(0 < less < all_items / 9 for less, all_items in zip(few, flops()))
+
+
+def test_a_plan_downloads_no_weights(checkpoint, tasks, suite_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.hub.download", lambda name: pytest.fail(f"{name} was downloaded"))
+    monkeypatch.setattr(experiment_jobs, "published_config", lambda name: ModelConfig.read(checkpoint / "config.json"))
+    monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
+    experiment.main(ExperimentConfig(init_llm="owner/name", models=("llm",), order=("simp",), data=str(tasks),
+                                     out=str(tmp_path), suite=str(suite_file), dry_run=True))
 
 
 def test_a_changed_recipe_repeats_a_job(checkpoint, tasks, tmp_path):
@@ -301,6 +313,8 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--gpus", "9" * 30], "expected a whole number below 2**63"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
     (["--seeds", "1,1"], "seeds names one twice"), (["--rates", "1e-3,0.001"], "rates names one twice"),
+    (["--rates", "1e-3", "--train_args", "--learning_rate 1e-4"], "rates replaces the learning_rate of train_args"),
+    (["--rates", "1e-3", "--methods", "vcl:learning_rate=0.2"], "rates replaces the learning_rate of the method 'vcl:"),
     (["--rates", "0"], "rates is 0.0, expected a number above 0"), (["--pairs=-1"], "pairs is -1, expected at least 0"),
     (["--controls", "loss"], "controls lacks flops"),
     (["--models", "llm,base", "--controls", "flops,loss"], "which needs the models llm and stack"),
@@ -358,6 +372,7 @@ def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(check
     (["--train_args", "--deepspeed gone.json"], "gone.json does not exist"),
     (["--train_args", "--max_source_length 1800"], "samples may have 2056 tokens, more than the model's max_position_"),
     (["--evaluate_args", "--max_source_length 2000"], "samples may have 2184 tokens, more than the model's"),
+    (["--methods", "replay", "--text", "FOLDER/file"], "file is a file, and text is replayed from token shards: make"),
     (["--evaluate_args", "--bertscore_model ENCODER --bertscore_layer 2"], "pip install bert-score")])
 def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, tasks, suite_file, tmp_path, monkeypatch,
                                                                 refusal, flags, said):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from common.files import UserError
+from common.files import UserError, digest
 from model.lora import AdaptedLinear
 from model.parameter_files import (
     FISHER,
@@ -263,6 +263,12 @@ def find_side_files(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> 
         raise UserError(f"{source} has no Fisher information of {lineage['tasks'][-1]['task']}, which it was trained "
                         "on: train it with --ewc_strength as well")
     return paths
+
+
+def side_digest(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> dict[str, str]:
+    """The entry of run.json that identifies the side files which a run reads; empty if it reads none."""
+    paths = find_side_files(cfg, source, lineage)
+    return {"side_digest": digest(paths)} if paths else {}
 
 
 def read_fragments(run: "Run", files: ParameterFiles, fragments: Iterable[Fragment],

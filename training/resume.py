@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.files import UserError, digest, explain_os_errors, parsing, sync
+from common.provenance import read_record
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_weights
 from training.run import Run
@@ -125,10 +126,10 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
         state.check()
     load_state(run, engine, folder)
     run.dist.print0(f"resuming after step {state.step}, from {folder}")
-    record = run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))
-    if record.get("held_out_digest") != run.record.get("held_out_digest"):  # not to be compared with the loss after
+    before = run.dist.on_rank0(lambda: read_record(run.directory).get("held_out_digest"))
+    if before != run.record.get("held_out_digest"):  # not to be compared with the loss after
         state.text_loss_before = None
-    return replace(run, record=record), state
+    return replace(run, record=run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))), state
 
 
 def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> None:

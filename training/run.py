@@ -25,7 +25,7 @@ from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer, tokenizer_digest
 from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
 from training.distillation import start_digest
-from training.methods import find_side_files, side_file
+from training.methods import find_side_files, side_digest, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run_directory import drop_state, is_finished, partial_directory
 from training.selection import Shapes, count_elements, selected_shapes
@@ -162,7 +162,8 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     if cfg.replay_share:
         facts["replay_digest"] = text_digest("replay_text", str(cfg.replay_text), cfg, source)
     facts |= start_digest(cfg, lineage)
-    parent = checkpoint_digest(source, side_file(cfg)) if cfg.init else None
+    facts |= side_digest(cfg, source, lineage)
+    parent = checkpoint_digest(source) if cfg.init else None
     record = describe(settings, parent, digest, **facts)
     if is_finished(cfg.out, record, defaults):
         return None

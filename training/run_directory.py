@@ -108,8 +108,10 @@ def unused_name(path: Path) -> Path:
 
 
 def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Records in run.json that the run was resumed after a step; returns the new content."""
-    recorded = read_record(directory)
+    """Records in run.json that the run was resumed after a step, with the settings and the held-out text from then on,
+    which may differ as far as they do not change the weights; returns the new content."""
+    recorded = {key: value for key, value in read_record(directory).items() if key != "held_out_digest"}
+    recorded |= {key: record[key] for key in ("settings", "held_out_digest") if key in record}
     resumed = {"after_step": step} | {key: record[key] for key in ("commit", "processes", "device")}
     recorded["resumed"] = [*recorded.get("resumed", []), resumed]
     write_record(directory, recorded)

@@ -197,5 +197,6 @@ def test_a_damaged_log_is_refused(runs, tmp_path, log, settings):
 def test_very_many_epochs_are_not_marked():
     log = [{"step": 1, "tokens": 100, "loss": 2.0}, {"step": 1, "eval_loss": None}]
     curve = {epochs: loss_curve(Stage("llm", 0, 1, "m1-simp", log=log, run={
-        "settings": {"task": "simp", "num_train_epochs": epochs}})) for epochs in (4.0, 1e308)}
-    assert curve == {4.0: ([(100, 2.0)], [], [25, 50, 75]), 1e308: ([(100, 2.0)], [], [])}
+        "settings": {"task": "simp", "num_train_epochs": epochs}})) for epochs in (4.0, 2.5, 1e308)}
+    assert curve == {4.0: ([(100, 2.0)], [], [25, 50, 75]), 2.5: ([(100, 2.0)], [], [40, 80]),
+                     1e308: ([(100, 2.0)], [], [])}

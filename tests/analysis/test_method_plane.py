@@ -201,6 +201,16 @@ def test_methods_without_a_common_loss(folder):
                for line in studies["llm"].all_left_out())
 
 
+def test_a_method_that_is_not_finished(folder):
+    """Has no result, which is another thing than no common loss, and no time of a chain."""
+    for stage in folder.glob("pair-*/llm/lora/rate-*/m2-*"):
+        shutil.rmtree(stage)
+    stages, studies = studies_of(folder)
+    _, (_, text) = plane_section(stages, studies["llm"], RISE)
+    assert "\n| lora | – | – | – | – | – |\n" in text
+    assert "no common new-task loss" not in text
+
+
 def test_pairs_without_a_common_loss_in_both_models(folder):
     """lora is matched in other pairs of stack than of llm."""
     for model, pairs in (("stack", (1, 2)), ("llm", (3, 4))):

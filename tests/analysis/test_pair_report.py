@@ -118,6 +118,18 @@ def test_a_pair_that_only_one_model_has_changes_no_comparison(tmp_path):
     assert "| stack | 0.0003 | 2 |" in text
 
 
+def test_the_answer_rests_on_one_set_of_pairs(tmp_path):
+    """A pair that is not fine-tuned yet changes neither the losses of m0 nor what remains of the control."""
+    runs = write_study(tmp_path / "runs", pairs=(1, 2, 3), models=("llm", "stack", "llm-level"))
+    expected = first_lines(make_report(tmp_path / "out", runs=runs))
+    for model, loss in (("llm", 5.0), ("stack", 5.8), ("llm-level", 5.1)):
+        shutil.copytree(runs / "pair-3" / model / "m0", runs / "pair-4" / model / "m0")
+        write_losses(runs / "pair-4" / model / "m0/eval", "text", "text", losses_of(loss, "x"), {
+            "dtype": "fp32", "limit": None, "data_digest": "d", "tokenizer_digest": "t"})
+    found = first_lines(make_report(tmp_path / "out", runs=runs))
+    assert [line.replace("; left out: pair 4, see What is missing.", ".") for line in found] == expected
+
+
 def test_unequal_flops_are_told(tmp_path):
     runs = write_study(tmp_path / "runs", pairs=(1, 2), rates=RATES[:1])
     for flops, said in ((2.0e15, True), (1.01e15, False)):

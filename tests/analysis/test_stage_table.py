@@ -53,7 +53,7 @@ def test_all_differences_are_those_of_the_runs(runs, table):
 def test_a_report_from_the_table_has_the_same_answer(runs, table, tmp_path):
     text = make_report(tmp_path / "one", runs=runs)
     again = make_report(tmp_path / "two", results=table)
-    items = re.compile(r"24 items, | The items are \d+% of the variance between pairs\.")
+    items = re.compile(r"24 items, | The sample of items explains \d+% of the variance between pairs\.")
     assert first_lines(again) == [items.sub("", line) for line in first_lines(text)]
     assert "## Items that flipped" in text
     assert "## Items that flipped" not in again
@@ -111,7 +111,7 @@ def test_a_limit_matters_only_where_the_number_of_items_is_unknown(runs, tmp_pat
         study = Study(stages, "stack", "llm")
         assert list(study.main_difference("rise of held-out loss").of_pairs) == [1, 2, 3, 4]
         assert study.start_flops("stack", study.pairs) == 2e13
-        assert not has_equal_flops(study)
+        assert not has_equal_flops(study, study.pairs)
 
 
 def test_a_table_that_a_spreadsheet_has_saved(table):

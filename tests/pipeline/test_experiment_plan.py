@@ -39,6 +39,21 @@ def test_items_needed_by_hand():
     assert items_needed(VarianceComponents(0.0, 1.0, 10)) is None
 
 
+def test_the_pilot_has_one_method(tmp_path, refusal, capsys):
+    runs = write_study(tmp_path / "study", pairs=(1, 2, 3), rates=RATES[:1])
+    for stage in list(runs.glob("pair-*/*/m[12]-*")):
+        for method in ("ewc", "finetune"):
+            other = shutil.copytree(stage, stage.parent / method / stage.name)
+            record = json.loads((other / "run.json").read_text())
+            (other / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"method": method}}))
+        shutil.rmtree(stage)
+    line = refusal((ExperimentPlanConfig, print_plan), "--runs", runs)
+    assert "has stages of several methods, ewc, finetune: give --method, one of them" in line
+    for method in ("ewc", "finetune"):
+        print_plan(ExperimentPlanConfig(runs=str(runs), method=method))
+        assert "pilot: 3 pairs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("options", "flags", "message"), [
     ({"pairs": (1,)}, (), "has 1 pairs with the rise of held-out loss of stack and llm after m2-empd, expected at"),
     ({"pairs": (1, 2), "models": ("llm",)}, (), "has 0 pairs with"),

@@ -52,6 +52,13 @@ def test_time_is_a_range_of_what_published_runs_reach(capsys):
     assert "speed" not in rows(device="cpu")
 
 
+def test_the_recipe_gives_depth_and_dtype():
+    base, settings = read_plan(PlanConfig(size="7b", recipe="base"))
+    assert (base.config.num_hidden_layers, settings["dtype"]) == (8, "bf16")
+    assert read_plan(PlanConfig(size="study"))[0].dtype == "fp32"
+    assert read_plan(PlanConfig(size="study", dtype="bf16"))[0].dtype == "bf16"
+
+
 @pytest.mark.parametrize(("method", "said"), [
     ("finetune", False), ("lora", False), ("input_kl", True), ("replay", True)])
 def test_time_of_a_method_that_takes_more_is_not_planned(capsys, method, said):
@@ -69,6 +76,7 @@ def test_time_of_a_method_that_takes_more_is_not_planned(capsys, method, said):
     (["--size", "7b", "--sample_tokens", "9223372036854775806"], "sample_tokens is 9223372036854775806, expected"),
     (["--size", "7b", "--max_tokens_per_microbatch", "9223372036854775806"], "expected a number from 1 to 1073741824"),
     (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
+    (["--size", "410m"], "gives no model shape, since this size starts from published weights: give them with --init"),
     (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
 def test_invalid_plans(refusal, flags, said):
     assert said in refusal((PlanConfig, main), *flags)

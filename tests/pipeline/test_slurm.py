@@ -95,14 +95,14 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_p
         with pytest.raises(UserError, match="sbatch cannot be started"):
             experiment.main(cfg)
     experiment.main(cfg)
-    place = tmp_path / "runs/slurm"
+    place, kill = tmp_path / "runs/slurm", "--kill-on-invalid-dep=yes"  # else they would wait for ever
     assert f"6 jobs submitted; their scripts and logs: {place}" in capsys.readouterr().out
     assert cluster.read_text().splitlines() == [
         f"sbatch --parsable {place}/llm-m0-eval.sh", f"sbatch --parsable {place}/llm-m1-simp.sh",
-        f"sbatch --parsable --dependency=afterok:2 {place}/llm-m1-simp-eval.sh",
-        f"sbatch --parsable --dependency=afterok:2 {place}/llm-m2-empd.sh",
-        f"sbatch --parsable --dependency=afterok:4 {place}/llm-m2-empd-eval.sh",
-        f"sbatch --parsable --dependency=afterany:1:2:3:4:5 {place}/report.sh"]
+        f"sbatch --parsable --dependency=afterok:2 {kill} {place}/llm-m1-simp-eval.sh",
+        f"sbatch --parsable --dependency=afterok:2 {kill} {place}/llm-m2-empd.sh",
+        f"sbatch --parsable --dependency=afterok:4 {kill} {place}/llm-m2-empd-eval.sh",
+        f"sbatch --parsable --dependency=afterany:1:2:3:4:5 {kill} {place}/report.sh"]
     config, = place.glob("settings-*.toml")
     assert replace(load(ExperimentConfig, ["--config", str(config)]), launcher="slurm") == cfg
     for script in place.glob("*.sh"):

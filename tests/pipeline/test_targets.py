@@ -43,12 +43,13 @@ def scripts(target, **variables):
     return [(script[1] or script[2], out[1] if out else "") for script, out in found]
 
 
-def test_everything_missing_is_built_in_order(tmp_path):
-    out, text = tmp_path / "stack", tmp_path / "text"
-    assert scripts("train", TASK="empd", OUT=f"{out}", TEXT=f"{text}") == [
+def test_everything_missing_is_built_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = "stack"
+    assert scripts("train", TASK="empd", OUT=out) == [
         ("data_prep", "data/prepared/sample/simp.json"), ("data_prep", "data/prepared/sample/empd.json"),
-        ("data_prep", f"{text}"), ("pretrain", f"{out}"), ("train", f"{out}/m1-simp"), ("train", f"{out}/m2-empd")]
-    assert ("data_prep", "a/text") in scripts("pretrain", TEXT="a/text", OUT=f"{out}")
+        ("data_prep", "data/text/tiny"), ("pretrain", out), ("train", f"{out}/m1-simp"), ("train", f"{out}/m2-empd")]
+    assert ("data_prep", "data/text/small") in scripts("pretrain", SIZE="small", OUT=out)
 
 
 def test_a_task_outside_the_default_order_is_a_chain_of_its_own(tmp_path, monkeypatch):
@@ -95,8 +96,8 @@ def test_a_task_may_come_again():
 
 
 def test_pretraining_and_the_study_call_their_scripts(tmp_path):
-    text = commands("pretrain", MODEL="llm", NPROC="2", ARGS="--seed 3", TEXT="my/text")[-1]
-    assert "pretrain.py --size tiny --model llm --data my/text --out runs/tiny/llm" in text
+    text = commands("pretrain", MODEL="llm", NPROC="2", ARGS="--seed 3", TEXT=f"{tmp_path}")[-1]
+    assert f"pretrain.py --size tiny --model llm --data {tmp_path} --out runs/tiny/llm" in text
     assert "--launcher '.venv/bin/torchrun --standalone --nproc_per_node 2' '--args=--seed 3'" in text
     text = commands("growth-study", SIZE="small", SEEDS="1,2", ARGS="--dry_run")[-1]
     assert ("-m pipeline.growth_study --size small --data data/text/small --out runs/small/growth-study --seeds 1,2 "
@@ -208,6 +209,11 @@ def test_tests_and_style():
     ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
     ("plan", {"NPROC": "x"}, "NPROC is 'x', expected a whole number of at least 1"),
     ("train", {"ARGS": "'x"}, 'ARGS: "\'x" is not a command line: No closing quotation'),
+    ("pretrain", {"TEXT": "no/shards"}, "TEXT=no/shards does not exist: make token shards there with data_prep.py"),
+    ("pretrain", {"SIZE": "7b", "ARGS": "--seed 1"}, "the m0 of 7b is downloaded: give HUB= to pretrain it"),
+    ("experiment", {"SIZE": "7b", "HUB": ""}, "an experiment compares two: give INIT_LLM and INIT_STACK"),
+    ("experiment", {"LAUNCHER": "slurm", "NPROC": "4"}, 'for Slurm ARGS="--gpus N"'),
+    ("growth-study", {"LAUNCHER": "slurm"}, "LAUNCHER is for make experiment: for other targets give NPROC"),
     ("trian", {}, "unknown target 'trian', expected one of train, pretrain"),
     ("train", {"MODEL": "big", "TASK": "smp", "NPROC": "-1"}, f"unknown MODEL 'big', {MODELS}; "
      "unknown TASK 'smp', expected one of simp, empd, inqqg, exp, hgen; NPROC is '-1'")])
@@ -270,10 +276,11 @@ def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
     ("train", "--learning_rat 1", "error: unknown flag '--learning_rat'"),
     ("evaluate", "--limit few", "error: limit is 'few', expected a whole number"),
     ("experiment", "--seeds=-1", "error: seeds is -1, expected at least 0")])
-def test_arguments_are_checked_before_the_first_command(monkeypatch, capfd, target, arguments, said):
+def test_arguments_are_checked_before_the_first_command(monkeypatch, tmp_path, capfd, target, arguments, said):
     monkeypatch.setattr(targets, "PYTHON", sys.executable)
     monkeypatch.setattr(targets, "run_command", lambda words: pytest.fail(f"{words} was run"))
-    for name, value in {"ARGS": arguments, "OUT": "/nonexistent", "TEXT": "/nonexistent", "NPROC": "2"}.items():
+    monkeypatch.setattr(targets, "SAMPLE_SUITE", tmp_path / "suite")
+    for name, value in {"ARGS": arguments, "OUT": "/nonexistent", "TEXT": f"{tmp_path}", "NPROC": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DRY_RUN", raising=False)
     monkeypatch.chdir(ROOT)

@@ -94,6 +94,9 @@ def test_losses_on_two_texts_are_not_compared(train, make_shards, shards, tmp_pa
     printed = train(tmp_path / "m1", "--held_out_text", other).stdout
     assert "resuming after step 3" in printed
     assert [line.partition("  ")[0] for line in loss_lines_of(printed)] == ["loss on simp"]
+    run = json.loads((tmp_path / "m1/run.json").read_text())  # names the text of the loss that it holds
+    assert run["held_out_digest"] == digest([other / "meta.json"])
+    assert run["settings"]["held_out_text"] == str(other)
 
 
 def test_what_is_measured_does_not_identify_a_run(train, finished):

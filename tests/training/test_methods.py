@@ -20,7 +20,7 @@ from model.posterior import standard_normal
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, losses, read_metrics
 from training.batches import sample_indices
-from training.methods import find_side_files, side_file
+from training.methods import find_side_files, side_digest, side_file
 from training.optimizers import AnchoredAdamW
 from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed_items
 from training.train_config import TrainConfig
@@ -175,15 +175,15 @@ def test_the_prior_is_the_tempered_fp32_posterior_of_the_stage_before(run, tmp_p
         torch.testing.assert_close(precision, 1e7 * 1e-3 + 0.3 * before[name])
 
 
-def test_the_parent_digest_covers_the_side_files_that_a_run_reads(ivon_stage, tmp_path):
+def test_the_side_files_that_a_run_reads_are_identified(ivon_stage, tmp_path):
     copy = shutil.copytree(ivon_stage, tmp_path / "copy")
     path, = find_parameter_files(copy, "posterior")
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     ivon, ewc = TrainConfig(optimizer="ivon"), TrainConfig(ewc_strength=1.0)
-    assert checkpoint_digest(copy, side_file(ivon)) != checkpoint_digest(ivon_stage, side_file(ivon))
+    assert side_digest(ivon, copy, {})["side_digest"] != side_digest(ivon, ivon_stage, {})["side_digest"]
     for cfg in (ewc, TrainConfig(), dataclasses.replace(ivon, prior="weights")):
-        assert checkpoint_digest(copy, side_file(cfg)) == checkpoint_digest(ivon_stage, side_file(cfg))
+        assert side_digest(cfg, copy, {}) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ anchored
@@ -206,6 +206,9 @@ def test_fisher_information_wise_ft_and_l2_sp_under_other_zero_stages(run, check
             expected[name] += parameter.grad.view(-1) ** 2 / 5
     assert close(fisher, expected, 1e-3)
     m2 = run(tmp_path / "m2", *flags, init=m1, steps=2)
+    record = json.loads((m2 / "run.json").read_text())
+    assert record["parent_digest"] == checkpoint_digest(m1)  # as evaluate.py and the report know m1
+    assert record["side_digest"] == side_digest(TrainConfig(ewc_strength=1.0), m1, {})["side_digest"]
     m2_zero2 = run(tmp_path / "m2-zero2", *flags, "--zero", "2", init=m1, steps=2, launcher=2)
     assert losses(m2_zero2) == pytest.approx(losses(m2), rel=2e-6)
     total = read_values(m2, "fisher", "fisher")  # the sum over both tasks
