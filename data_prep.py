@@ -70,11 +70,17 @@ class TextDataConfig:
     max_documents: int | None = setting(None, "read only the first N documents", at_least=1)
 
     def problems(self) -> list[str]:
-        """Rejects a size without a model shape, which has no vocabulary size."""
-        if self.size not in known("size") or "model" in read_config("size", self.size):
-            return []
-        return [f"the size {self.size} starts from published weights: give their directory as --tokenizer instead of "
-                "--size"]
+        """Rejects a size without a model shape, which has no vocabulary size, and settings without an effect."""
+        found = []
+        if self.size in known("size") and "model" not in read_config("size", self.size):
+            found.append(f"the size {self.size} starts from published weights: give their directory as --tokenizer "
+                         "instead of --size")
+        given = [name for name in ("size", "vocab_size") if getattr(self, name) != getattr(TextDataConfig, name)]
+        if self.tokenizer and given:
+            found.append(f"{' and '.join(given)} would change nothing, since --tokenizer gives the vocabulary")
+        elif len(given) > 1:
+            found.append("vocab_size would change nothing, since --size gives it")
+        return found
 
 
 def prepare_text(cfg: TextDataConfig) -> None:

@@ -137,7 +137,8 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
         from evaluation.lm_eval_tasks import read_suite
         sampled = {"posterior_samples": cfg.posterior_samples, "seed": cfg.seed, "posterior_digest": digest(posterior)}
         given = (sampled if posterior else {}) | ({"template": "chat"} if cfg.template == "chat" else {})
-        suite = prepare_suite(read_suite(cfg.suite, cfg.suite_files), out, run | given, [
+        suite = prepare_suite(read_suite(cfg.suite, cfg.suite_files), out, run | given,
+                              config.max_position_embeddings, [
             (source, ("weights", cfg.seed, number)) for number in range(cfg.posterior_samples)])
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 

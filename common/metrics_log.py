@@ -58,13 +58,13 @@ def lines_until(path: Path, step: int) -> Iterator[str]:
     """The lines of a log up to a step. Stops at the first invalid line, such as one truncated by a crash."""
     if not step or not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if parse_json(line, path)["step"] > step:
                 return
         except (UserError, KeyError, TypeError):
             return
-        yield line
+        yield line + "\n"
 
 
 def open_services(cfg: Any, directory: Path, record: dict[str, Any]) -> list[Service]:

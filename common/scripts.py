@@ -54,10 +54,11 @@ def dispatch(commands: Commands, description: str) -> None:
     try:
         if isinstance(commands, dict):
             if not argv or argv[0] not in commands:
-                asked = argv and argv[0] in ("-h", "--help")
-                print(f"{description}\ncommands: {', '.join(commands)}; `{prog} COMMAND --help` lists the settings",
-                      file=sys.stdout if asked else sys.stderr)
-                sys.exit(0 if asked else 2)
+                if not argv or argv[0] not in ("-h", "--help"):
+                    raise UserError((f"unknown command {argv[0]!r}" if argv else "no command given") + ", expected one "
+                                    f"of {', '.join(commands)}; `{prog} --help` describes them")
+                print(f"{description}\ncommands: {', '.join(commands)}; `{prog} COMMAND --help` lists the settings")
+                sys.exit(0)
             prog, (cls, function), argv = f"{prog} {argv[0]}", commands[argv[0]], argv[1:]
         else:
             cls, function = commands

@@ -60,7 +60,9 @@ class PromptTemplate:
     def truncate(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
         """Returns prompts with bos, cut to `max_length` tokens."""
         self.check_length(max_length)
-        ending, prompts = self.tokenizer.encode(self.ending), [[*self.bos, *ids] for ids in prompts]
+        start, whole = self.tokenizer.encode_batch(["x", "x" + self.ending])  # the ending as it follows a source
+        ending = whole[len(start):] if whole[:len(start)] == start else self.tokenizer.encode(self.ending)
+        prompts = [[*self.bos, *ids] for ids in prompts]
         return [ids if len(ids) <= max_length else ids[:max_length - len(ending)] + ending for ids in prompts]
 
 

@@ -64,9 +64,6 @@ def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, s
     """Writes the shards of both splits and meta.json into a folder; returns the content of meta.json."""
     if tokenizer.eos_id is None:
         raise UserError(f"{tokenizer.directory} names no end-of-text token, which has to separate the documents")
-    if tokenizer.eos_id not in range(tokenizer.vocab_size):
-        raise UserError(f"{tokenizer.directory}: the end-of-text token {tokenizer.eos_id} is not one of the "
-                        f"{tokenizer.vocab_size} tokens of the vocabulary")
     writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
     remaining, count = iter(documents), 0
     with tqdm(desc="writing tokens", unit="doc", disable=None) as progress:
@@ -140,7 +137,8 @@ def check_shards(directory: str | Path, rank: int = 0, world_size: int = 1, spli
 class ShardDataset:
     """One split ("train" or "val") of memory-mapped token shards, as at most `limit` samples (token ids, first target).
 
-    A sample has `seq_length` + 1 tokens. Every token of a shard but the first is a target once. The headers of the
+    A sample has `seq_length` + 1 tokens. Every token of a shard is a target
+    once, but for the first and fewer than `seq_length` at its end. The headers of the
     shards are checked here, their content by `check_shards`.
     """
 

@@ -46,9 +46,10 @@ class SuiteRun:
     missing: dict[str, str]  # reasons by name, of benchmarks whose datasets are not available
 
 
-def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
+def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any], max_length: int,
                   posterior_samples: Sequence[PosteriorSample] = ()) -> SuiteRun:
-    """Loads the tasks of a suite that are missing in the results of the same run in `out`.
+    """Loads the tasks of a suite that are missing in the results of the same run in `out`, for a model with a context
+    of `max_length` tokens.
 
     Raises UserError for benchmarks that cannot be run, and for damaged results in `out`.
     """
@@ -69,7 +70,7 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any],
                 measured |= same
     with quiet():
         return SuiteRun(suite, run, posterior_samples, existing, *load_suite(
-            [benchmark for benchmark in suite if benchmark.name not in measured]))
+            [benchmark for benchmark in suite if benchmark.name not in measured], max_length))
 
 
 def value_settings(entry: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,11 @@ def task_conditions(results: dict[str, Any], metric: str) -> Conditions:
     found["template"] = run.get("template") or "alpaca"
     found |= {"version": run["sari"]} if metric == "sari" and "sari" in run else {}
     found |= {name: results[key] for name, key in (("items", "samples"), ("prompts", "prompts")) if key in results}
-    return found | {f"decoding {name}": value for name, value in run.get("decoding", {}).items()}
+    if metric == "bertscore":
+        found |= {name: run[name] for name in ("bertscore_model", "bertscore_layer") if name in run}
+    decoding = run.get("decoding", {})
+    return found | {f"decoding {name}": value for name, value in decoding.items()
+                    if name != "seed" or decoding.get("do_sample")}
 
 
 def short_digest(texts: list[str]) -> str:

@@ -34,7 +34,7 @@ class EvaluateConfig:
     template: TemplateName | None = setting(None, "prompts: alpaca, or chat, the tokenizer's chat template, which "
                                                   "benchmarks use as well; none: plain benchmarks, and for tasks the "
                                                   "template of the checkpoint's fine-tuning, or alpaca")
-    seed: int = setting(42, "seed for decoding by sampling, and for posterior samples", at_least=0)
+    seed: int = setting(42, "seed for decoding of the tasks by sampling, and for posterior samples", at_least=0)
     posterior_samples: int = setting(0, "number of weight samples from the checkpoint's posterior; adds benchmark "
                                      "results with the options' probabilities averaged over them", at_least=0,
                                      at_most=1000)
@@ -50,6 +50,8 @@ class EvaluateConfig:
             problems.append("there is nothing to evaluate: give --text, --tasks or --suite")
         if self.reference and not self.tasks and not self.text:
             problems.append("--reference needs --text or --tasks")
+        problems += [f"{name} is for benchmarks: give --suite" for name in ("posterior_samples", "suite_files")
+                     if getattr(self, name) and not self.suite]
         if (self.bertscore_model is None) != (self.bertscore_layer is None):
             problems.append("bertscore_model and bertscore_layer must be given together")
         if self.bertscore_model is not None and not Path(self.bertscore_model, "config.json").is_file():

@@ -16,7 +16,7 @@ from evaluation.test_sets import make_generation_config
 from model.chat_template import ChatTemplate
 from model.generation import GenerationConfig
 
-MAX_NEW_TOKENS = 256  # the default of lm-eval's Hugging Face backend
+MAX_NEW_TOKENS, TOP_K = 256, 50  # defaults of lm-eval's Hugging Face backend, and of transformers if it samples
 TOKENIZER_BATCH = 1000  # texts
 
 
@@ -124,23 +124,30 @@ class HarnessModel(TemplateLM):
         return [sum((next(scores)[0] for _ in text), 0.0) for text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generated texts, each up to the first of its stop strings. Requests with equal settings form one batch."""
+        """Generated texts, each up to the first of its stop strings. Requests of a task with equal settings form one
+        batch, so that sampled texts do not depend on the other tasks."""
         texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str | None, str], list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+            settings = json.dumps(request.args[1], sort_keys=True, default=str)
+            groups.setdefault((request.task_name, settings), []).append(index)
         for indices in groups.values():
             config, stops = generation_settings(requests[indices[0]].args[1])
             stops = handle_stop_sequences(stops, self.text_tokenizer.token(self.eot_token_id))
+            check_room(config, self.max_length)
             max_prompt = self.max_length - config.max_new_tokens
-            if max_prompt < 1:
-                raise UserError(f"{config.max_new_tokens:,} new tokens leave no room for a prompt in the model's "
-                                f"context of {self.max_length:,}")
             prompts = [ids[-max_prompt:] or [self.prefix_token_id]
                        for ids in self.encode([requests[index].args[0] for index in indices])]
             for index, ids in zip(indices, self.parallel_model.generate(prompts, config, tuple(stops))):
                 texts[index] = postprocess_generated_text(self.text_tokenizer.decode(ids), stops, None)
         return texts
+
+
+def check_room(config: GenerationConfig, max_length: int | None) -> None:
+    """Raises UserError if the new tokens leave no room for a prompt in the model's context; None: any length."""
+    if max_length is not None and config.max_new_tokens >= max_length:
+        raise UserError(f"{config.max_new_tokens:,} new tokens leave no room for a prompt in the model's context of "
+                        f"{max_length:,}")
 
 
 def generation_settings(kwargs: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
@@ -150,6 +157,8 @@ def generation_settings(kwargs: dict[str, Any]) -> tuple[GenerationConfig, list[
     """
     options = {name: value for name, value in normalize_gen_kwargs(kwargs, MAX_NEW_TOKENS).items() if value is not None}
     stops, options["max_new_tokens"] = options.pop("until"), options.pop("max_gen_toks")
-    if not options["do_sample"]:
+    if options["do_sample"]:
+        options.setdefault("top_k", TOP_K)
+    else:
         options.pop("temperature", None)
     return make_generation_config(options, "lm-eval's generation settings"), stops

@@ -13,12 +13,13 @@ from typing import Any
 import datasets
 import huggingface_hub
 import lm_eval
+from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from common.files import UserError, first_line, read_json_lines
 from common.settings import Resolved
-from evaluation.harness import generation_settings
+from evaluation.harness import check_room, generation_settings
 from evaluation.suites import Benchmark, open_suite
 
 # name of a benchmark -> (the task or group that simple_evaluate takes, all tasks in it)
@@ -30,6 +31,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "target_delimiter": (str,), "fewshot_delimiter": (str,), "gen_prefix": (str,)}
 
 METRICS = ("acc", "acc_norm", "acc_mutual_info")  # of local files without `pairs`
+NO_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter")
 MAX_NAME_BYTES = 200  # file systems allow 255 for samples_<name>_<date>.jsonl
 
 
@@ -146,10 +148,10 @@ def quiet() -> Iterator[None]:
             lm_eval.api.task.tqdm = bar
 
 
-def load_suite(suite: list[Benchmark]) -> tuple[Loaded, dict[str, str]]:
+def load_suite(suite: list[Benchmark], max_length: int) -> tuple[Loaded, dict[str, str]]:
     """Returns the loaded benchmarks, and {name: reason} for benchmarks whose datasets are not available.
 
-    Raises UserError for benchmarks that lm-eval cannot run as the suite describes them.
+    max_length: the model's context. Raises UserError for benchmarks that cannot be run as the suite describes them.
     """
     loaded: Loaded = {}
     missing = {}
@@ -163,6 +165,9 @@ def load_suite(suite: list[Benchmark]) -> tuple[Loaded, dict[str, str]]:
             continue
         try:
             found = task_manager().load(benchmark.name)
+        except ImportError as error:
+            raise UserError(f"{benchmark.name} needs a Python package: {error}. Install it, or leave the benchmark "
+                            "out") from None
         except Exception as error:  # of datasets, huggingface_hub or its HTTP library
             missing[benchmark.name] = first_line(error)
             if isinstance(error, ConnectionError):  # avoids retries of 20 s for each dataset that is not in the cache
@@ -172,7 +177,7 @@ def load_suite(suite: list[Benchmark]) -> tuple[Loaded, dict[str, str]]:
         for task in tasks:
             task.set_config(key="num_fewshot", value=benchmark.num_fewshot)
         loaded[benchmark.name] = next(iter((found["groups"] or found["tasks"]).values())), tasks
-    check_tasks(suite, loaded)
+    check_tasks(suite, loaded, max_length)
     return loaded, missing
 
 
@@ -233,18 +238,18 @@ def item_problem(task: ConfigurableTask, item: dict[str, Any]) -> str:
     return ""
 
 
-def build_first_request(task: Any) -> None:
+def build_first_request(task: Any, max_length: int | None = None) -> None:
     """Builds the request of a task's first item as simple_evaluate does, to find what is wrong with the task."""
     task.set_fewshot_seed(0)  # simple_evaluate sets its own
     task.build_all_requests(limit=1)
     for request in task.instances:
         if request.request_type == "generate_until":
-            generation_settings(request.args[1])
+            check_room(generation_settings(request.args[1])[0], max_length)
 
 
-def check_tasks(suite: list[Benchmark], loaded: Loaded) -> None:
-    """Raises UserError for tags, for tasks in two benchmarks, for metrics that a task does not have, and for tasks that
-    cannot run here."""
+def check_tasks(suite: list[Benchmark], loaded: Loaded, max_length: int) -> None:
+    """Raises UserError for tags, for tasks in two benchmarks, for metrics that a task or a group does not have, and for
+    tasks that cannot run here."""
     problems: list[str] = []
     owners: dict[str, str] = {}
     for benchmark in (benchmark for benchmark in suite if benchmark.name in loaded):
@@ -255,20 +260,34 @@ def check_tasks(suite: list[Benchmark], loaded: Loaded) -> None:
         for task in tasks:
             if (owner := owners.setdefault(task.task_name, benchmark.name)) != benchmark.name:
                 problems.append(f"{task.task_name} is in both {owner} and {benchmark.name}: leave one out")
-            if benchmark.metric.partition(",")[0] not in task.aggregation():
-                problems.append(f"{task.task_name} has no metric {benchmark.metric!r}, expected one of "
-                                + ", ".join(task.aggregation()))
-            problems += name_problems(task.task_name) + task_problems(task)
+            problems += metric_problems(task, benchmark.metric)
+            problems += name_problems(task.task_name) + task_problems(task, max_length)
+        if isinstance(root, Group) and benchmark.metric.partition(",")[0] not in (means := [
+                mean.metric for mean in root.aggregate_metric_list or []]):
+            problems.append(f"the group {benchmark.name} has no mean of {benchmark.metric!r} over its tasks"
+                            + (f", expected one of {', '.join(means)}" if means else ": list its tasks"))
     if problems:
         raise UserError("; ".join(problems))
 
 
-def task_problems(task: Any) -> list[str]:
+def metric_problems(task: Any, metric: str) -> list[str]:
+    """A list with the sentence that rejects a metric, which may name a filter: acc, or exact_match,strict-match."""
+    name, _, given = metric.partition(",")
+    if name not in task.aggregation():
+        return [f"{task.task_name} has no metric {metric!r}, expected one of {', '.join(task.aggregation())}"]
+    if name in NO_SHARES:
+        return [f"{task.task_name}: {name} is no share, of which a report shows percentages: choose another metric"]
+    filters = [one.name for one in getattr(task, "_filters", [])] or ["none"]
+    return [] if (given or "none") in filters else [
+        f"{task.task_name} has the metric {name} with the filters {', '.join(filters)}: give {name},{filters[0]}"]
+
+
+def task_problems(task: Any, max_length: int) -> list[str]:
     """A list with the sentence that rejects a task that cannot run here; empty if it can."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         return [f"{task.task_name} runs code that a model has written, or has images or sound: not supported"]
     try:
-        build_first_request(task)
+        build_first_request(task, max_length)
     except Exception as error:  # of lm-eval: few-shot examples that are not there, generation settings
         return [f"{task.task_name} cannot be run: {first_line(error)}"]
     return []

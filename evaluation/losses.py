@@ -80,8 +80,8 @@ def open_text(cfg: EvaluateConfig, checkpoint: Checkpoint, facts: dict[str, Any]
 def shard_windows(directory: Path, tokenizer: Tokenizer, limit: int | None, settings: dict[str, Any]) -> LossSet:
     """The first windows of the held-out split of token shards; each is an item.
 
-    The bytes of a window are those of its decoded targets. Special tokens count nothing. Of a character that a window
-    cuts, each side counts as the replacement character, which has three.
+    The bytes of a window are those of its decoded targets. Special tokens count nothing. Of a character that the edge
+    of a window cuts, each side may count up to a few bytes more or less.
     """
     check_shards(directory, split="val")
     seq_length = settings["seq_length"]
@@ -140,8 +140,8 @@ def task_references(test_set: TaskTestSet, tokenizer: Tokenizer, max_target_leng
 def existing_losses(loss_set: LossSet, out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """The content of the losses file in `out` if it is of the same run, else None.
 
-    Losses with a KL divergence also serve a run without a reference. Raises UserError if the file is damaged, or if it
-    is of more items, which would be lost.
+    Losses with a KL divergence also serve a run without a reference. Raises UserError if the file is damaged, or if
+    more items, another text or a KL divergence would be lost.
     """
     path = losses_file(out, loss_set.name, loss_set.kind)
     if not path.exists():
@@ -153,7 +153,14 @@ def existing_losses(loss_set: LossSet, out: Path, run: dict[str, Any]) -> dict[s
                             f"{len(loss_set.num_bytes)}")
     recorded = existing["run"] if loss_set.settings["reference_digest"] else existing["run"] | {
         "reference_digest": None}
-    return existing if is_same_run(recorded, run | loss_set.settings) else None
+    if is_same_run(recorded, run | loss_set.settings):
+        return existing
+    if loss_set.kind == "text" and existing["run"].get("data_digest") != loss_set.settings["data_digest"]:
+        raise UserError(f"{path} has the losses of another text, which would be replaced: choose another --out, or "
+                        "remove it")
+    if existing["kl"] is not None and not loss_set.settings["reference_digest"]:
+        raise UserError(f"{path} has a KL divergence, which would be lost: give --reference, or choose another --out")
+    return None
 
 
 def evaluate_losses(loss_set: LossSet, model: ParallelModel, out: Path, run: dict[str, Any]) -> dict[str, Any]:

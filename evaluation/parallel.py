@@ -130,9 +130,10 @@ class ParallelModel:
 
 
 def partition_by_prefix(sequences: Sequence, num_shares: int) -> list[list[int]]:
-    """Divides sequences into shares with about the same number of tokens to compute. Returns their indices.
+    """Divides sequences into shares, in sorted order, by the tokens to compute. Returns their indices.
 
-    Sequences with a common prefix stay together, since the prefix is computed once in each share.
+    Sequences with a common prefix are neighbours, and a prefix is computed once in each share that has it: a share that
+    begins within a group of them has more to compute than the others.
     """
     unique, places = sort_sequences(sequences)
     new = [len(ids) - (common_prefix(unique[place - 1], ids) if place else 0) for place, ids in enumerate(unique)]

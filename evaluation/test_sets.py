@@ -52,6 +52,8 @@ def task_decoding(task: str, seed: int) -> GenerationConfig:
 def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
     """What the results of a test set depend on: `run`, extended by its settings."""
     facts = dataclasses.asdict(dataclasses.replace(test_set, items=[]))
+    if not test_set.decoding.do_sample:
+        facts["decoding"]["seed"] = None
     return run | {name: value for name, value in facts.items() if name not in ("task", "items")} | {
         "template": recorded_template(test_set.template)}
 
@@ -77,8 +79,10 @@ def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> d
                 raise UserError(f"{metrics_file} has results of {existing['samples']} items, which would be replaced "
                                 f"by those of {len(test_set.items)}")
             lines = read_json_lines(predictions_file) if predictions_file.exists() else []
-            is_whole = len(lines) == existing["samples"]
-            return existing if is_whole and is_same_run(existing["run"], record(test_set, run)) else None
+            is_whole, recorded = len(lines) == existing["samples"], existing["run"]
+            if not recorded["decoding"].get("do_sample"):  # earlier versions recorded a seed that was not used
+                recorded = recorded | {"decoding": recorded["decoding"] | {"seed": None}}
+            return existing if is_whole and is_same_run(recorded, record(test_set, run)) else None
 
 
 def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, run: dict[str, Any]) -> dict[str, Any]:

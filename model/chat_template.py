@@ -41,9 +41,9 @@ class ChatTemplate:
                                                     extensions=[GenerationTag, loopcontrols])
         environment.filters["tojson"] = to_json
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": CHAT_DATE.strftime}
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id,
-               "unk_token": tokenizer.unk_id}
-        self.variables = {name: tokenizer.token(index) for name, index in ids.items() if index is not None}
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
+        ids |= {name: own for name in ("eos", "pad", "unk") if (own := tokenizer.own_id(name)) is not None}
+        self.variables = {f"{name}_token": tokenizer.token(index) for name, index in ids.items() if index is not None}
         try:
             self.template = environment.from_string(self.source)
         except Exception as error:  # of any kind, such as recursion

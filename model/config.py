@@ -257,10 +257,10 @@ def rope_values(raw: dict) -> dict:
         raise UserError(f"rope_scaling is {scaling!r:.80}, expected an object")
     scaling = {name: value for name, value in scaling.items()
                if value is not None and (name, value) not in NEUTRAL_OPTIONS.items()}
-    if scaling.get("rope_type", scaling.get("type")) == "yarn" and "max_position_embeddings" in raw:
+    old_name = scaling.pop("type", "default")  # transformers prefers rope_type
+    if scaling.setdefault("rope_type", old_name) == "yarn" and "max_position_embeddings" in raw:
         scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
     theta = {"rope_theta": scaling.pop("rope_theta")} if "rope_theta" in scaling else {}
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
     return theta | {"rope_scaling": None if scaling["rope_type"] == "default" else scaling}
 
 

@@ -92,7 +92,7 @@ def lidas(depth: int, target: int) -> list[int]:
 def block_size(depth: int, target: int, operator: str) -> int:
     """Returns the layers that one stage of growth adds: a block, of which the base is a whole number."""
     size = target - depth
-    if depth % size:
+    if size < 1 or depth % size:
         raise UserError(f"{operator} adds a block of which {depth} layers are a whole number, and cannot make "
                         f"{target}: choose {depth} plus a divisor of {depth}")
     return size

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.configs import known, read_config
 from common.distributed import resolve_dtype
-from common.files import ExistsError, UserError, first_line, new_directory
+from common.files import ExistsError, UserError, first_line, new_directory, read_json, write_json
 from common.scripts import run
 from common.settings import setting
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
@@ -26,6 +26,7 @@ from model.lora import ADAPTER_CONFIG
 from model.tokenizer import TOKENIZER_FILES
 from model.transformer import Transformer, parameter_shapes
 
+SOURCE = "source.json"  # next to a copied checkpoint: where it is from
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -117,11 +118,16 @@ def main(cfg: HubConfig) -> None:
         try:
             with new_directory(cfg.out) as folder:
                 copy_checkpoint(folder, checkpoint, cfg.dtype)
+                write_json(folder / SOURCE, {"source": cfg.source})
             print(f"{cfg.out}: {checkpoint.config.num_parameters:,} parameters")
             return print_cache(cfg.source, checkpoint.directory)
         except ExistsError:
             if not (Path(cfg.out) / "config.json").exists():  # not a checkpoint that another process has made
                 raise
+    record = Path(cfg.out) / SOURCE
+    if record.exists() and (recorded := read_json(record, dict).get("source")) != cfg.source:
+        raise UserError(f"{cfg.out} is there already and was made from {recorded}, not from {cfg.source}: remove it, "
+                        "or choose another --out")
     made = open_checkpoint(cfg.out)
     found = {made.weights.dtype(name) for name in parameter_shapes(made.config)}
     if cfg.dtype != "auto" and found != {DTYPES[cfg.dtype]}:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import UserError
 from model.logits import finite_logits
 from model.loss import chunk_rows
 from model.prefix_packing import packed_passes, sort_sequences, tree_rows
@@ -40,8 +41,14 @@ class Targets:
 def plan_targets(inputs: Sequence[Ids], targets: Sequence[Ids]) -> tuple[list[np.ndarray], Targets]:
     """Returns the sorted sequences to compute for requests, and their targets.
 
-    inputs: token ids of each request. targets: ids of the tokens that its last positions predict.
+    inputs: token ids of each request. targets: ids of the tokens that its last positions predict. Raises UserError for
+    a request with more targets than positions, or with none.
     """
+    if wrong := [index for index, (ids, predicted) in enumerate(zip(inputs, targets))
+                 if not 0 < len(predicted) <= len(ids)]:
+        raise UserError(f"request {wrong[0]} has {len(targets[wrong[0]])} tokens to predict from "
+                        f"{len(inputs[wrong[0]])} positions: expected at least one, after a context, and room for all "
+                        "in the model's context")
     sequences, places = sort_sequences(inputs)
     by_sequence: list[list[int]] = [[] for _ in sequences]
     for request, place in enumerate(places):

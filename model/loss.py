@@ -69,6 +69,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.gradients
+        ctx.gradients = None  # they are changed in place, so that a second call has to fail
         return hidden_grad.mul_(gradient), weight_grad if weight_grad is None else weight_grad.mul_(gradient), \
             None, None, None
 

@@ -13,6 +13,10 @@ from model.config import special_id_problems
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 
+# Classes of tokenizer_config.json whose tokenizers have no bos unless the file names one, whatever config.json says:
+# transformers writes `bos_token_id` 1 into the config.json of models whose tokenizer has none.
+GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+
 # The trainer cuts longer words: its time is quadratic in the length of a word.
 MAX_TRAINING_WORD = 256
 
@@ -23,8 +27,9 @@ class Tokenizer:
     `bos_id`, `eos_id`, `pad_id` and `unk_id` are None if the directory names no such token. `eos_ids` are all ids that
     end a text: those in `generation_config.json` and `config.json` precede the token in `tokenizer_config.json`,
     because decoding stops at them. `eos_id` is the tokenizer's own token if it is one of them, otherwise the first.
-    `bos_id` is the tokenizer's own token, too. If `tokenizer_config.json` says null, as with Qwen, it is None, or what
-    the post-processor of tokenizer.json puts before a text. Raises UserError if there is no tokenizer file or it cannot
+    `bos_id` is the tokenizer's own token, too. If `tokenizer_config.json` says null, as with Qwen, or says nothing and
+    names a class without a bos of its own, it is None, or what the post-processor of tokenizer.json puts before a text.
+    Raises UserError if there is no tokenizer file or it cannot
     be read.
     """
 
@@ -47,16 +52,18 @@ class Tokenizer:
         ids = {name: self._special_ids(name) for name in ("bos", "eos", "pad", "unk")}
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (values[0] if values else None for values in ids.values())
         self.eos_ids = set(ids["eos"])
-        if (own := self._own_id("eos")) in self.eos_ids:
+        if (own := self.own_id("eos")) in self.eos_ids:
             self.eos_id = own
-        if "bos_token" in self._read("tokenizer_config.json"):
-            self.bos_id = self._first_id() if (own := self._own_id("bos")) is None else own
+        config = self._read("tokenizer_config.json")
+        if "bos_token" in config or fast.exists() and config.get("tokenizer_class") in GENERAL_CLASSES:
+            self.bos_id = self._first_id() if (own := self.own_id("bos")) is None else own
         self._special = {index for values in ids.values() for index in values}
 
     @property
     def adds_bos(self) -> bool:
-        """Whether transformers prepends bos to the ids of a text: by the post-processor of tokenizer.json, or for a
-        tokenizer.model by `add_bos_token` in tokenizer_config.json, which defaults to true."""
+        """Whether bos is prepended to the ids of a text, as by transformers: by the post-processor of tokenizer.json,
+        or for a tokenizer.model by `add_bos_token` in tokenizer_config.json, which defaults to true, as in
+        transformers 4, with which models of this kind were made (in transformers 5 to false)."""
         if self.fast:
             return self.bos_id is not None and self._first_id() == self.bos_id
         return self.bos_id is not None and self._entry("tokenizer_config.json", "add_bos_token", bool) is not False
@@ -84,7 +91,8 @@ class Tokenizer:
         with library_errors(f"{self.directory}: the tokenizer fails"):
             if self.fast:
                 return self.fast.decode(ids, skip_special_tokens=True)
-            return self.spm.decode([index for index in ids if index < self.spm.vocab_size()])
+            return self.spm.decode([index for index in ids
+                                    if index < self.spm.vocab_size() and index not in self._special])
 
     def token(self, index: int) -> str:
         """Returns the text of one token, which may be a special token. Raises UserError if there is no such token."""
@@ -134,7 +142,7 @@ class Tokenizer:
                     raise UserError(f"{self.directory / file}: {name}_token {token!r:.80} is not in the vocabulary")
                 yield file, token
 
-    def _own_id(self, name: str) -> int | None:
+    def own_id(self, name: str) -> int | None:
         """Returns the id of a special token that the tokenizer's files name; None for one that is not in the
         vocabulary."""
         return next((self._token_id(token) for _, token in self._own_tokens(name)), None)

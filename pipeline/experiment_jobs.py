@@ -123,9 +123,10 @@ def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: 
     out = (Path(checkpoint) if m0 else arm.folder / "m0") / "eval"
     path, entries, folder = open_suite(cfg.suite, cfg.suite_files)
     files = [folder / name for name in dict.fromkeys(entry["file"] for entry in entries if "file" in entry)]
-    suite = optional_flags(suite=cfg.suite, suite_files=cfg.suite_files) if whole else ["--decode", "false"]
+    suite = [*optional_flags(suite=cfg.suite, suite_files=cfg.suite_files), *sampled] if whole else \
+        ["--decode", "false"]
     command = chain.evaluate_command(launcher_words(cfg), checkpoint, out, cfg.data, tasks, [
-        *optional_flags(text=cfg.text, reference=m0), *suite, *sampled, *split_words(cfg.evaluate_args)])
+        *optional_flags(text=cfg.text, reference=m0), *suite, *split_words(cfg.evaluate_args)])
     suite_files = [path, *files] if whole else []
     inputs: list[str | Path] = [checkpoint, *([m0] if m0 else []), *([Path(cfg.text)] if cfg.text else [])]
     inputs += [file for task in tasks for file in (data / f"{task}.json", CONFIGS / f"task/{task}.toml")]

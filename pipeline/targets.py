@@ -190,7 +190,8 @@ def suite_commands(suite: str) -> list[Command]:
 def m0_commands(v: Variables, args: str = "") -> list[Command]:
     """Makes m0. pretrain.py notices if it is finished. args: flags for the last run of train.py."""
     if v.hub:
-        return [] if v.m0.exists() else [chain.download_command(PYTHON, v.hub, v.m0)]
+        exists = v.m0.exists() and "HUB" not in v.given  # of a given one, it is checked that m0 is the one
+        return [] if exists else [chain.download_command(PYTHON, v.hub, v.m0)]
     command = chain.pretrain_command(PYTHON, v.size, v.model, v.text, v.out, shlex.join(v.torchrun))
     return [*([] if v.m0.exists() else text_commands(v)), [*command, *([f"--args={args}"] if args else [])]]
 

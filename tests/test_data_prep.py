@@ -169,6 +169,9 @@ def test_bad_flags(raw, tmp_path, flags, said):
 
 @pytest.mark.parametrize(("command", "flags", "said"), [
     ("text", ["--vocab_size", "10000000000000"], "vocab_size is 10000000000000, expected a number from 300 to 1048576"),
+    ("text", ["--tokenizer", "x", "--size", "tiny"], "size would change nothing, since --tokenizer gives the"),
+    ("text", ["--size", "tiny", "--vocab_size", "999"], "vocab_size would change nothing, since --size gives it"),
+    ("text", ["--source", "missing.txt"], "missing.txt does not exist"),
     ("hub", ["--task", "hgen", "--max_samples", 2 ** 62], "expected a number from 1 to 1000000000"),
     ("hub", ["--task", "hgen", "--max_test_samples", 2 ** 62], "expected a number from 1 to 1000000000")])
 def test_limits_of_settings(refusal, tmp_path, command, flags, said):

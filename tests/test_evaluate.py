@@ -263,7 +263,7 @@ def test_bertscore_is_tried_before_the_model_is_loaded(refused, monkeypatch, tmp
 
 
 def test_the_tasks_of_lm_eval_are_loaded_before_the_model(refused, suite_file, monkeypatch, tmp_path):
-    def load_suite(_):
+    def load_suite(*_):
         raise UserError("piqa cannot be run")
 
     monkeypatch.setattr(benchmarks, "load_suite", load_suite)

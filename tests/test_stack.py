@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from common.files import UserError
 from common.provenance import git_commit
 from model.checkpoint import CheckpointReader, checkpoint_digest
-from model.growth import grow_model, interleave, middle, partial, solar, stack
+from model.growth import OPERATORS, grow_model, interleave, middle, partial, solar, stack
 from model.hub import load_model
 from pipeline.growth_timing import growth_timing
 from stack import COMMANDS, GrowConfig, grow, layer_map_of
@@ -45,6 +45,12 @@ def test_growth_that_does_not_divide_evenly():
             operator(6, target)
     with pytest.raises(UserError, match="block 4,6 is not a block of the base's layers 0 to 5"):
         partial(6, 12, 4, 6)
+
+
+@pytest.mark.parametrize("operator", ["midas", "lidas"])
+def test_a_block_of_no_layers(operator):
+    with pytest.raises(UserError, match=f"{operator} adds a block of which 4 layers are a whole number, and cannot "):
+        OPERATORS[operator](4, 4)
 
 
 def test_how_deep():

@@ -16,6 +16,9 @@ def test_a_resumed_log_is_cut_back_to_its_step(tmp_path):
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n' \
                                '{"step": 3, "loss": 1}\n'
     assert read_log(path)[3:] == [{"step": 2, "eval_loss": 1}, {"step": 3, "loss": 1}]
+    path.write_text('{"step": 1}\n{"step": 2}')  # without its newline
+    MetricsLog(tmp_path, 2).write(step=3)
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
     MetricsLog(tmp_path)
     assert path.read_text() == ""
     assert read_log(tmp_path / "none.jsonl") == []

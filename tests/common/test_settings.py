@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
+import stack
 from common import configs
 from common.configs import CONFIGS, known, read_config, read_toml
 from common.files import UserError
@@ -234,6 +235,9 @@ def test_every_script_has_help(words):
 
 def test_a_script_prints_errors_in_one_line(refusal, tmp_path):
     assert "unknown flag '--nonsense'" in error_line(run_script("train.py", "--nonsense", "1", check=False))
+    assert "error: unknown command 'gorw', expected one of grow, plan; `script.py --help`" in refusal(
+        stack.COMMANDS, "gorw")
+    assert "error: no command given, expected one of grow, plan" in refusal(stack.COMMANDS)
     script = TrainConfig, pytest.fail
     assert "expected one argument" in refusal(script, "--task")
     (tmp_path / "c.toml").write_text("learning_rat = 1\n")

@@ -138,12 +138,10 @@ def test_shards_with_other_settings_are_not_taken(folder):
         shards_exist(folder, {"source": "y"})
 
 
-@pytest.mark.parametrize(("eos", "said"), [(None, "names no end-of-text token"),
-                                           (70_000, "token 70000 is not one of the 512 tokens")])
-def test_documents_need_an_end_of_text_token(tmp_path, tokenizer_dir, eos, said):
+def test_documents_need_an_end_of_text_token(tmp_path, tokenizer_dir):
     tokenizer = Tokenizer(tokenizer_dir)
-    tokenizer.eos_id = eos
-    with pytest.raises(UserError, match=said):
+    tokenizer.eos_id = None
+    with pytest.raises(UserError, match="names no end-of-text token"):
         write_shards(tmp_path, DOCUMENTS, tokenizer, {"source": "x"})
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@ import json
 
 import datasets
 import pytest
+import sentencepiece
 
 from common.configs import read_config
 from common.files import UserError
@@ -21,7 +22,7 @@ from corpus.raw_tasks import (
 )
 from corpus.tasks import SFTDataset, read_task, split_indices, write_task
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, sample_texts
 from training.data import TrainData
 
 
@@ -310,3 +311,18 @@ def test_long_prompts_keep_the_response_marker(tokenizer_dir):
     short, long = open_template("alpaca", tokenizer).encode_prompts(["a", "b " * 500], 120)
     assert len(short) < 120 == len(long)
     assert tokenizer.decode(long).endswith(RESPONSE)
+
+
+def test_a_cut_prompt_ends_as_a_whole_one(tmp_path):
+    """SentencePiece encodes a text alone with a space before it, and not where it follows another."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample_texts()), model_prefix=str(tmp_path / "tokenizer"), vocab_size=800,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2)
+    tokenizer = Tokenizer(tmp_path)
+    short, long = open_template("alpaca", tokenizer).encode_prompts(["a b", "b " * 500], 200)
+    ending = short[[tokenizer.token(index) for index in short].index("▁b") + 1:]
+    assert tokenizer.decode(ending) == "\n\n" + RESPONSE
+    assert len(short) < 200 == len(long)
+    assert tokenizer.token(long[-len(ending) - 1]) == "▁b"
+    assert long[-len(ending):] == ending

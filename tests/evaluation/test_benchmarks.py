@@ -28,8 +28,17 @@ from evaluation.benchmarks import (
     own_results,
     run_suite,
 )
-from evaluation.harness import HarnessModel, generation_settings
-from evaluation.lm_eval_tasks import load_suite, local_task, quiet, read_suite, task_manager, with_parts
+from evaluation.harness import HarnessModel, check_room, generation_settings
+from evaluation.lm_eval_tasks import (
+    check_tasks,
+    load_suite,
+    local_task,
+    metric_problems,
+    quiet,
+    read_suite,
+    task_manager,
+    with_parts,
+)
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import write_results
 from evaluation.suites import Benchmark, open_suite
@@ -69,7 +78,7 @@ def model(checkpoint, dist):
 def run(suite, model, **options):
     """Loads and runs a suite: (results, answers, benchmarks without datasets)."""
     with quiet():
-        loaded, missing = load_suite(suite)
+        loaded, missing = load_suite(suite, 2048)
     return *run_suite(loaded, model, **options), missing
 
 
@@ -117,10 +126,23 @@ def test_continuation_longer_than_the_context_is_rejected(models):
         models[0].generate_until(instances("generate_until", [("a", {"until": ["."], "max_gen_toks": 96})]))
 
 
+def test_sampled_texts_do_not_depend_on_other_tasks(models):
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": True}
+
+    def generate(**tasks):
+        found = instances("generate_until", [(prompt, settings) for prompts in tasks.values() for prompt in prompts])
+        for request, task in zip(found, [task for task, prompts in tasks.items() for _ in prompts]):
+            request.task_name = task
+        return models[0].generate_until(found)
+
+    assert generate(a=["zero"], b=["one", "two"])[1:] == generate(b=["one", "two"])
+
+
 def test_generation_settings():
     config, stops = generation_settings({"until": "x", "max_gen_toks": 9, "do_sample": False, "temperature": 0.0})
     assert (config, stops) == (GenerationConfig(9), ["x"])
-    assert generation_settings({"do_sample": True, "top_p": 0.5})[0] == GenerationConfig(256, do_sample=True, top_p=0.5)
+    assert generation_settings({"do_sample": True, "top_p": 0.5})[0] == GenerationConfig(
+        256, do_sample=True, top_p=0.5, top_k=50)
     for wrong, said in (({"repetition_penalty": 2.0}, "unknown setting 'repetition_penalty' in lm-eval's generation"),
                         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0, expected at least 0.001"),
                         ({"num_beams": [2]}, r"num_beams is \[2\], expected a whole number"),
@@ -367,7 +389,7 @@ def test_group_and_missing_dataset(model, monkeypatch, tmp_path):
                        (Benchmark("mmlu_stem", "DK", "r@1"), "mmlu_anatomy has no metric 'r@1', expected one of acc"),
                        (Benchmark("mmlu_stem", "DK", num_fewshot=9), "mmlu_anatomy cannot be run: ")):
         with pytest.raises(UserError, match=said):
-            load_suite([*suite, more])
+            load_suite([*suite, more], 2048)
 
 
 def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model):
@@ -394,6 +416,44 @@ def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model)
     assert evaluate(2, a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}]
     assert {path.name[:9] for path in tmp_path.iterdir()} == {"results_m", "results_2", "samples_a", "samples_b",
                                                               "samples_c"}
+
+
+class FakeTask:
+    """A task with two filters, as gsm8k."""
+    task_name = "sums"
+    _filters = (SimpleNamespace(name="strict-match"), SimpleNamespace(name="flexible-extract"))
+
+    def aggregation(self):
+        return {"exact_match": None, "word_perplexity": None}
+
+
+@pytest.mark.parametrize(("metric", "said"), [
+    ("exact_match,flexible-extract", []),
+    ("exact_match", ["sums has the metric exact_match with the filters strict-match, flexible-extract: give "]),
+    ("word_perplexity", ["sums: word_perplexity is no share, of which a report shows percentages: choose another"]),
+    ("acc", ["sums has no metric 'acc', expected one of exact_match, word_perplexity"])])
+def test_metrics_of_a_task(metric, said):
+    found = metric_problems(FakeTask(), metric)
+    assert [problem[:len(start)] for problem, start in zip(found, said, strict=True)] == said
+
+
+def test_a_group_without_means_and_a_task_without_its_package(monkeypatch):
+    group = lm_eval.api.group.Group("many")
+    with pytest.raises(UserError, match="the group many has no mean of 'acc' over its tasks: list its tasks"):
+        check_tasks([Benchmark("many", "DK")], {"many": (group, [])}, 2048)
+
+    def load(_):
+        raise ModuleNotFoundError("No module named 'langdetect'")
+
+    monkeypatch.setattr("evaluation.lm_eval_tasks.task_manager", lambda: SimpleNamespace(load=load))
+    with pytest.raises(UserError, match="ifeval needs a Python package: No module named 'langdetect'. Install it, or"):
+        load_suite([Benchmark("ifeval", "DK")], 2048)
+
+
+def test_new_tokens_need_room_in_the_context():
+    with pytest.raises(UserError, match="2,048 new tokens leave no room for a prompt in the model's context of 2,048"):
+        check_room(GenerationConfig(2048), 2048)
+    check_room(GenerationConfig(2047), 2048)
 
 
 def test_errors_of_lm_eval(monkeypatch, model):

@@ -272,6 +272,12 @@ def test_losses_that_would_be_lost(done, refused, checkpoint, tmp_path):
         shutil.copy(path, tmp_path)
     assert "losses-text.json has results of 7 items, which would be replaced by those of 3: remove this file, or" in \
         refused(limit=3)
+    text = tmp_path / "other.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Text {number} of eight."}) + "\n" for number in range(8)))
+    assert "losses-text.json has the losses of another text, which would be replaced: choose another --out" in \
+        refused(text=str(text))
+    assert "losses-text.json has a KL divergence, which would be lost: give --reference, or choose another" in \
+        refused(reference=None, text_length=WINDOW // 2)
     other = shutil.copytree(checkpoint, tmp_path / "other")
     save_file(dict(random_model(seed=2).named_parameters()), other / "model.safetensors")
     assert "has results of other weights: remove this file, or choose another --out" in refused(checkpoint=str(other))
@@ -311,3 +317,6 @@ def test_contradictions(refusal):
     line = refusal((EvaluateConfig, None), "--checkpoint", "x", "--reference", "y", "--text_length", "0")
     assert "--reference needs --text or --tasks" in line
     assert "text_length is 0" in line
+    line = refusal((EvaluateConfig, None), "--checkpoint", "x", "--text", "y", "--posterior_samples", "2",
+                   "--suite_files", "z")
+    assert "posterior_samples is for benchmarks: give --suite; suite_files is for benchmarks: give --suite" in line

@@ -140,6 +140,17 @@ def test_a_long_source_is_cut_and_keeps_what_ends_it_and_a_long_target_has_no_en
         open_template("chat", tokenizer).encode_prompts(["x"], 16)
 
 
+def test_special_tokens_of_a_template_are_those_of_the_tokenizer(chat_dir):
+    """Not those whose ids the files of the model name."""
+    config = json.loads((chat_dir / "tokenizer_config.json").read_text())
+    (chat_dir / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|im_start|>"}))
+    (chat_dir / "config.json").write_text(json.dumps({"model_type": "llama", "pad_token_id": 0, "eos_token_id": 2}))
+    (chat_dir / "generation_config.json").unlink()
+    (chat_dir / "chat_template.jinja").write_text("{{ bos_token }} {{ eos_token }} {{ pad_token }} {{ unk_token }}")
+    theirs = AutoTokenizer.from_pretrained(chat_dir).apply_chat_template([USER], tokenize=False)
+    assert ChatTemplate(Tokenizer(chat_dir)).render([USER]) == theirs == "<s> <|im_end|> <|im_start|> <unk>"
+
+
 def test_the_date_does_not_change(chat_dir):
     (chat_dir / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}")
     assert ChatTemplate(Tokenizer(chat_dir)).render([USER]) == "26 July 2024"

@@ -96,6 +96,17 @@ def test_options_without_effect_are_ignored(tmp_path):
     assert ModelConfig.read(written(tmp_path, **notes)) == ModelConfig.read(written(tmp_path))
 
 
+def test_both_names_of_the_kind_of_rope_scaling(tmp_path):
+    """transformers prefers rope_type."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}
+    one = ModelConfig.read(written(tmp_path, rope_scaling=scaling))
+    assert one.rope_scaling == scaling
+    assert ModelConfig.read(written(tmp_path, rope_scaling=scaling | {"type": "default"})) == one
+    with pytest.raises(UserError, match="rope_scaling type 'dynamic' is not implemented"):
+        ModelConfig.read(written(tmp_path, rope_scaling={"rope_type": "dynamic", "type": "linear", "factor": 2.0}))
+
+
 def test_special_ids_up_to_the_vocabulary(tmp_path):
     config = ModelConfig.read(written(tmp_path, eos_token_id=[511, 0], bos_token_id=511))
     assert (config.eos_token_id, config.bos_token_id) == ([511, 0], 511)

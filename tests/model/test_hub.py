@@ -35,13 +35,19 @@ def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path):
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "out")(IDS), load_model(checkpoint)(IDS))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        "config.json", "model.safetensors", "source.json", "tokenizer.json", "tokenizer_config.json"]
     assert not list(cache.rglob("*.safetensors"))
     names = [path.rsplit("/", 1)[1] for method, path in hub.requests if method == "GET" and "/resolve/" in path]
     assert names.count("pytorch_model.bin") == 1
     assert "README.md" not in names
     shutil.rmtree(cache)
     assert fetch(hub, tmp_path).stdout == f"{tmp_path}/out is there already\n"
+
+
+def test_a_copy_of_another_source_is_not_taken_for_the_one_asked_for(hub, checkpoint, tmp_path):
+    fetch(hub, tmp_path)
+    line = error_line(fetch(hub, tmp_path, checkpoint, check=False))
+    assert f"out is there already and was made from {ID}, not from {checkpoint}: remove it, or choose another" in line
 
 
 def test_safetensors_are_preferred(hub, checkpoint, tmp_path):

@@ -69,6 +69,16 @@ def test_sentencepiece_equals_transformers(spm_dir, texts):
     assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, None, 800)
 
 
+def test_a_bos_that_only_config_json_names(tokenizer_dir, tmp_path):
+    """transformers writes bos_token_id 1 for every Llama, and no key into the file of a tokenizer without bos."""
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    for added, expected in (({}, None), ({"bos_token": "<s>"}, 1)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | added))
+        assert Tokenizer(tmp_path).bos_id == AutoTokenizer.from_pretrained(tmp_path).bos_token_id == expected
+
+
 def test_bos_of_the_post_processor(tokenizer_dir, tmp_path):
     """It precedes texts in transformers even if no file calls it bos."""
     fast = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
@@ -115,10 +125,12 @@ def test_special_tokens_that_are_not_pieces(spm_dir, tmp_path):
 
 
 def test_ids_beyond_the_tokenizer_are_skipped(spm_dir):
-    """Fine-tuned checkpoints of the original tool have an additional token for padding."""
-    ours = Tokenizer(spm_dir)
+    """Fine-tuned checkpoints of the original tool have an additional token for padding. So are special tokens."""
+    ours, theirs = Tokenizer(spm_dir), LlamaTokenizer.from_pretrained(spm_dir)
     ids = ours.encode("a small house")
     assert ours.decode([*ids, 800]) == "a small house"
+    special = [1, *ids, 0, 2]
+    assert ours.decode(special) == theirs.decode(special, skip_special_tokens=True) == "a small house"
 
 
 @pytest.mark.parametrize(("file", "value", "said"), [

@@ -167,6 +167,7 @@ def test_published_weights_come_from_the_hub(tmp_path):
     assert "pretrain.py --size 7b" in commands("pretrain", SIZE="7b", HUB="")[-1]
     (tmp_path / "7b/m0").mkdir(parents=True)
     assert commands("pretrain", SIZE="7b", OUT=f"{tmp_path}/7b") == []
+    assert "--source my/own" in commands("pretrain", SIZE="7b", OUT=f"{tmp_path}/7b", HUB="my/own")[-1]  # is it that?
 
 
 def test_the_stages_of_a_method_have_a_folder(tmp_path):
