@@ -9,6 +9,7 @@ import pytest
 from analysis.results import add_results
 from analysis.stages import Stage
 from common.files import UserError
+from evaluation.conditions import task_conditions, unlike
 from evaluation.result_files import (
     metric_value,
     read_results_file,
@@ -93,3 +94,20 @@ def test_brackets_in_a_name_are_no_pattern(tmp_path):
     (tmp_path / "samples_a_[1].jsonl").write_text("")
     (tmp_path / "samples_a_1.jsonl").write_text("")
     assert sample_files(tmp_path / "results_[1].json") == {"a": tmp_path / "samples_a_[1].jsonl"}
+
+
+def test_the_seed_is_a_condition_of_sampling_alone():
+    def found(seed, do_sample):
+        decoding = {"num_beams": 3, "do_sample": do_sample, "seed": seed}
+        return task_conditions({"run": {"decoding": decoding}}, "rougeL")
+
+    assert unlike(found(1, False), found(2, False)) == []
+    assert unlike(found(1, True), found(2, True)) == ["decoding seed"]
+
+
+def test_bertscores_of_other_encoders_are_unlike():
+    def found(layer):
+        return task_conditions({"run": {"bertscore_model": "encoder", "bertscore_layer": layer}}, "bertscore")
+
+    assert unlike(found(2), found(9)) == ["bertscore_layer"]
+    assert "bertscore_layer" not in task_conditions({"run": {"bertscore_layer": 2}}, "rougeL")
