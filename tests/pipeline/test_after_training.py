@@ -14,6 +14,7 @@ def held_out_texts(**variables):
 
 def test_stages_measure_the_text_of_m0_where_it_exists(tmp_path):
     out, text = str(tmp_path / "stack"), tmp_path / "text"
+    text.mkdir()
     assert held_out_texts(TASK="empd", OUT=out) == ["data/text/tiny"] * 2  # made before m0
     assert held_out_texts(OUT=out, TEXT=str(text)) == [str(text)]
     assert held_out_texts(OUT=out, SIZE="410m") == [None]  # m0 from the Hub
