@@ -207,8 +207,9 @@ def test_functions_in_the_reading_guide_are_in_the_files_it_names():
     assert missing == []
 
 
-def test_the_answer_is_that_of_its_table():
-    study = Study(read_stage_table(ROOT / "docs/answer/stages.csv"), "stack", "llm")
+@pytest.mark.parametrize("table", ["stages.csv", "larger.csv"])
+def test_the_answer_is_that_of_its_table(table):
+    study = Study(read_stage_table(ROOT / "docs/answer" / table), "stack", "llm")
     text = " ".join((ROOT / "docs/answer.md").read_text().split())
     lines = answer(study, PRIMARY, ReportConfig().effect)
     assert len(lines) == 5
@@ -227,9 +228,11 @@ def written(difference):
     return f"{estimate.mean:+.2f} [{estimate.interval[0]:+.2f}, {estimate.interval[1]:+.2f}]"
 
 
-def test_the_differences_in_the_answer_are_those_of_its_table():
-    study = Study(read_stage_table(ROOT / "docs/answer/stages.csv"), "stack", "llm")
-    text = (ROOT / "docs/answer.md").read_text().split("## Pairs 1 to ")[1]
+@pytest.mark.parametrize(("table", "title"), [("stages.csv", "## Pairs 1 to "),
+                                              ("larger.csv", "## Models of 0.96M parameters")])
+def test_the_differences_in_the_answer_are_those_of_its_table(table, title):
+    study = Study(read_stage_table(ROOT / "docs/answer" / table), "stack", "llm")
+    text = (ROOT / "docs/answer.md").read_text().split(title)[1]
     plain, level = study.contrasts
     rows = table_rows(text)
     assert rows.pop(1)[:2] == ["the same, m0 at equal held-out loss", written(study.difference(level, PRIMARY, 3))]
@@ -237,10 +240,15 @@ def test_the_differences_in_the_answer_are_those_of_its_table():
     for name, *cells in rows:
         found = [study.difference(plain, name.removesuffix(" (primary)"), 3, rate) for rate in (None, "0.001")]
         assert cells == [cell for one in found for cell in (written(one), f"{one.estimate.smallest_detectable:.2f}")]
-    rows = table_rows(text.split("## What the difference depends on")[1])
+
+
+def test_the_differences_by_stage_are_those_of_their_table():
+    study = Study(read_stage_table(ROOT / "docs/answer/stages.csv"), "stack", "llm")
+    rows = table_rows((ROOT / "docs/answer.md").read_text().split("## What the difference depends on")[1])
     assert [name for name, *_ in rows] == ["simp", "empd", "inqqg"]
     for number, (_, *cells) in enumerate(rows, 1):
-        assert cells == [written(study.difference(plain, PRIMARY, number, rate)) for rate in (None, *study.rates)]
+        assert cells == [written(study.difference(study.contrasts[0], PRIMARY, number, rate))
+                         for rate in (None, *study.rates)]
 
 
 def test_differences_of_grown_models_are_those_of_their_table():
