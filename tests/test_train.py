@@ -74,6 +74,14 @@ def test_a_stage_of_the_original_tool_continues(simp_file, tmp_path):
     assert Tokenizer(tmp_path / "m1-simp").pad_id == 400
 
 
+def test_an_evaluation_in_parts(train, tmp_path):
+    """A split that is larger than what is evaluated between two updates of the progress bar."""
+    for name, patch in (("whole", ""), ("parts", "train.EVAL_SAMPLES = 2")):
+        train(tmp_path / name, "--max_steps", "1", patch=patch)
+    whole, parts = (read_metrics(tmp_path / name)[1] for name in ("whole", "parts"))
+    assert [line["eval_loss"] for line in parts] == pytest.approx([line["eval_loss"] for line in whole], rel=1e-6)
+
+
 def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_file):
     """The plain loop uses transformers' model and tokenizer, PyTorch's AdamW and clipping, and one sample at a time."""
     logged, evaluated = read_metrics(finished[0])

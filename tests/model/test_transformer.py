@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import model.loss
 import model.transformer
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import Transformer, additive_mask, attention, initial_weights
+from model.transformer import RMSNorm, Transformer, additive_mask, attention, initial_weights, rotary_table
 from tests.conftest import SHAPE, random_model
 from training.engine import compile_blocks
 
@@ -259,6 +260,23 @@ def test_parameter_count():
     published = ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                             num_attention_heads=32, num_key_value_heads=8)
     assert published.num_parameters == 5_933_109_248
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_rotation_equal_transformers_bit_for_bit(dtype):
+    """Both are computed in fp32, whatever the dtype of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 700, 32), (32,)))
+    ours, theirs = RMSNorm(32, 1e-5).to(dtype), LlamaRMSNorm(32, 1e-5).to(dtype)
+    for norm in (ours, theirs):
+        norm.weight.data.copy_(weight)
+    assert torch.equal(ours(x), theirs(x))
+    positions = torch.arange(700)
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_theta=10_000.0)
+    expected = LlamaRotaryEmbedding(config)(x, positions[None])
+    found = rotary_table(ModelConfig(**SHAPE | {"hidden_size": 64, "num_attention_heads": 2,
+                                                "num_key_value_heads": 2}), positions, dtype)
+    assert all(torch.equal(one, two[0]) for one, two in zip(found, expected))
 
 
 def test_new_weights():
