@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from evaluation import benchmarks
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.metrics import sari, sari_hf
 from evaluation.result_files import is_same_run, sample_files
-from evaluation.test_sets import task_decoding
+from evaluation.test_sets import TaskTestSet, evaluate_test_set, task_decoding
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, TORCHRUN, error_line, random_model, run_script, sample_texts
 
@@ -354,3 +355,17 @@ def test_decoding_and_source_field_of_every_task():
 
 def sample_infos(folder):
     return [info for path in (ROOT / "data/sample" / folder).glob("*.json") for info in read_json(path)["src_info"]]
+
+
+def test_the_references_of_an_item_and_the_brackets_of_its_source(tokenizer_dir, tmp_path):
+    """The prediction is the second of two references; the source field has brackets as in the Penn Treebank."""
+    tokenizer, text = Tokenizer(tokenizer_dir), "the ( big ) cat sat"
+    references = ["a cat sat here", text]
+    items = [{"input": "x", "output": "a cat sat", "references": references, "index": 0,
+              "src_info": {"normal_sentence": "the -LRB- big -RRB- cat sat down", "prompt_name": "p"}}]
+    test_set = TaskTestSet("simp", items, "d", task_decoding("simp", 1), 256, "normal_sentence", "EASSE", None, None)
+    model = SimpleNamespace(tokenizer=tokenizer, generate=lambda prompts, config: [tokenizer.encode(text)])
+    found = evaluate_test_set(test_set, model, tmp_path, {})["metrics"]
+    assert found["rougeL"]["mean"] == 100
+    expected, _ = sari(["the ( big ) cat sat down"], [text], [references])
+    assert found["sari"]["mean"] == pytest.approx(expected["mean"])

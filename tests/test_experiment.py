@@ -1,8 +1,11 @@
 """The experiment: its jobs, and that it runs those that are missing and none twice."""
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,6 +142,9 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     assert ledger.unchanged(make("torchrun", "--nproc", "2", "a/train.py", "--seed", "1"))  # the same result
     assert not ledger.unchanged(make("python", "a/train.py", "--seed", "2"))
     data.write_text("{} ")
+    assert not ledger.unchanged(job)
+    os.utime(data, ns=(1, 1))  # a file of the same size, written again
+    data.write_text("[]")
     assert not ledger.unchanged(job)
     data.write_text("{}")
     (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
@@ -386,3 +392,42 @@ def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, task
              *(word.replace("FOLDER", str(tmp_path)).replace("ENCODER", str(checkpoint)) for word in flags)]
     assert said.replace("FOLDER", str(tmp_path)) in refusal((ExperimentConfig, experiment.main), *words)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link", "suite.toml"}
+
+
+def test_a_failure_is_not_an_incomplete_evaluation(tmp_path, monkeypatch):
+    """missing.json of an earlier run does not excuse this one."""
+    def fail(words):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(experiment, "run_command", fail)
+    job = Job(tmp_path / "llm/m0/eval", ["evaluate.py"], 1.0, "evaluate.py")
+    job.out.mkdir(parents=True)
+    (job.out / "missing.json").write_text("{}")
+    os.utime(job.out / "missing.json", (1, 1))
+    with pytest.raises(SystemExit):
+        experiment.run_unfinished([job], [job], Ledger(tmp_path), SimpleNamespace(seconds=lambda jobs: 1.0))
+
+
+def test_the_loss_control_trains_the_model_that_is_behind(tasks, suite_file, tmp_path, monkeypatch):
+    """The commands are replaced: stack ends its pretraining at a loss of 4.0, llm at 3.9."""
+    made, text = [], tmp_path / "text"
+
+    def run(words):
+        out = Path(words[words.index("--out") + 1])
+        out = out / "m0" if words[1].endswith("pretrain.py") else out
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "meta.json").write_text("{}")
+        loss = 4.0 if "stack" in str(out) else 3.9
+        write_json(out / "run.json", {"settings": {}, "result": {"eval_loss_after": loss}})
+        made.append(str(out))
+
+    for name, replacement in (("run_command", run), ("machine_speed", lambda: 1e9),
+                              ("check_before_running", lambda *_: None)):
+        monkeypatch.setattr(experiment, name, replacement)
+    text.mkdir()
+    (text / "meta.json").write_text("{}")
+    experiment.main(ExperimentConfig(size="tiny", text=str(text), data=str(tasks), suite=str(suite_file),
+                                     out=str(tmp_path / "runs"), order=("simp",), controls=("flops", "loss"),
+                                     models=("llm", "stack", "base")))
+    assert {name for name in ("llm-level", "stack-level", "base-level") if any(name in out for out in made)} == {
+        "stack-level"}

@@ -13,11 +13,24 @@ from transformers import AutoModelForCausalLM
 from common.files import UserError
 from common.provenance import git_commit
 from model.checkpoint import CheckpointReader, checkpoint_digest
-from model.growth import OPERATORS, grow_model, interleave, middle, partial, solar, stack
+from model.config import ModelConfig
+from model.growth import (
+    OPERATORS,
+    WholeParameter,
+    grow_model,
+    interleave,
+    middle,
+    partial,
+    solar,
+    stack,
+    write_moments,
+)
 from model.hub import load_model
+from model.parameter_files import MOMENTS, SIDE_FILES, parameter_file_name, write_parameter_file
+from model.transformer import parameter_shapes
 from pipeline.growth_timing import growth_timing
 from stack import COMMANDS, GrowConfig, grow, layer_map_of
-from tests.conftest import error_line, random_model, run_script
+from tests.conftest import SHAPE, error_line, random_model, run_script
 
 
 def test_layer_maps_of_six_layers_by_hand():
@@ -278,3 +291,18 @@ def test_a_plan_by_hand():
     (["--size", "410m", "--tokens", "1e9"], "410m.toml gives no model shape")])
 def test_invalid_plans(refusal, flags, said):
     assert said in refusal(COMMANDS, "plan", *flags)
+
+
+def test_moments_of_more_than_ten_layers(tmp_path):
+    """Layer 1 is new and 11 is not, although its name begins alike."""
+    base = ModelConfig(**SHAPE | {"num_hidden_layers": 11})
+    for name in ("base", "grown"):
+        (tmp_path / name).mkdir()
+    name, values = parameter_file_name(MOMENTS, 0, 1), {kind: lambda part: torch.ones(part.count)
+                                                        for kind in SIDE_FILES[MOMENTS]}
+    parts = [WholeParameter(key, math.prod(shape)) for key, shape in parameter_shapes(base).items()]
+    write_parameter_file(tmp_path / "base" / name, parts, values)
+    write_moments(tmp_path / "grown", tmp_path / "base", base, [0, 0, *range(1, 11)], zero=True)
+    found = load_file(tmp_path / "grown" / name)
+    assert {int(key.split("layers.")[1].split(".")[0]) for key, tensor in found.items()
+            if "layers." in key and not tensor.any()} == {1}

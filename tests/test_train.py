@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from common.distributed import free_port, resolve_dtype
 from corpus.prompts import PROMPT
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
+from model.config import ModelConfig
 from model.tokenizer import Tokenizer
+from model.transformer import initial_weights
 from tests.conftest import SHAPE, TORCHRUN, TRAIN_FLAGS, error_line, losses, read_metrics, run_script, sample_texts
 from train import learning_rate, main
 from training.batches import count_tokens, make_microbatches, sample_indices
+from training.engine import run_weights
+from training.run import num_samples
 from training.run_directory import prune_checkpoints, start_run
 from training.train_config import TrainConfig
 
@@ -557,3 +562,28 @@ def test_the_loss_on_the_prompt(train, checkpoint, simp_file, tmp_path):
         nll = sum(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in batch)
     assert read_metrics(tmp_path / "run")[0][0]["loss"] == pytest.approx(
         nll / sum(ids.shape[1] - 1 for ids in batch), rel=1e-5)
+
+
+def test_new_weights_follow_the_seed():
+    config = ModelConfig(**SHAPE)
+    for seed in (1, 2):
+        found = dict(run_weights(SimpleNamespace(cfg=TrainConfig(seed=seed), model_config=config)))
+        assert all(torch.equal(found[name], tensor) for name, tensor in initial_weights(config, seed))
+
+
+def test_fractions_of_epochs():
+    counts = [num_samples(TrainConfig(num_train_epochs=epochs), None, 10, {}, {}) for epochs in (0.01, 1.5, 2)]
+    assert counts == [1, 15, 20]
+
+
+def test_the_last_epoch_has_no_checkpoint_of_its_own(train, tmp_path):
+    train(tmp_path / "run", "--max_steps", "none", "--num_train_epochs", "2", "--max_train_samples", "16",
+          "--save_total_limit", "9")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_evaluation_is_on_the_targets_alone(train, tmp_path):
+    for name, flags in (("targets", ()), ("sources", ("--train_on_source",))):
+        train(tmp_path / name, "--max_steps", "1", *flags)
+    targets, sources = (read_metrics(tmp_path / name)[1][0]["eval_loss"] for name in ("targets", "sources"))
+    assert targets == sources

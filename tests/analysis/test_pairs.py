@@ -1,16 +1,20 @@
 """Pairs of models: measures, matched learning, controls, on folders with known effects."""
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from analysis.inference import variance_components
 from analysis.matching import efficient_branch, match, mean_weights
-from analysis.pairs import Contrast, Study
+from analysis.measures import earlier_tasks
+from analysis.pairs import Contrast, Study, rates_of
 from analysis.results import read_runs
+from analysis.stages import ItemLosses, Stage
 from common.files import read_json
 from evaluation.result_files import total_losses
-from tests.analysis.studies import RATES, SLOPE, TASKS, write_study
+from tests.analysis.studies import RATES, SLOPE, TASKS, TOKENS, write_study
 
 
 def study_of(folder):
@@ -215,3 +219,29 @@ def test_seeds_of_a_pair_are_averaged(tmp_path):
     study = study_of(tmp_path / "study")
     assert study.values(name, 1, "llm", "", 2) is None
     assert list(study.main_difference(name).of_pairs) == [2]
+
+
+def test_rates_ascend_as_numbers():
+    stages = [Stage("llm", 42, 1, "m1", rate=rate) for rate in ("0.0001", "2e-05", "0.001", "5e-05")]
+    assert rates_of(stages) == ["2e-05", "5e-05", "0.0001", "0.001"]
+
+
+def test_items_count_by_their_tokens(study):
+    found = study.main_difference("rise of held-out loss")
+    values = np.array([one.values for one in found.of_pairs.values()])
+    assert found.components.of_item == pytest.approx(variance_components(values, TOKENS / TOKENS.mean()).of_item)
+    assert found.components.of_item != pytest.approx(variance_components(values).of_item)
+
+
+def test_losses_of_earlier_tasks_by_hand():
+    def losses(loss, items):
+        return ItemLosses(np.full(items, 2 * loss), np.full(items, 2.0), None, {})
+
+    chain, items = {0: Stage("llm", 42, 0, "m0")}, {"a": 2, "b": 4}
+    for number, measured in ((1, {"a": 2.0}), (2, {"a": 2.4, "b": 3.0}), (3, {"a": 2.1, "b": 3.3})):
+        chain[number] = Stage("llm", 42, number, f"m{number}", " abc"[number],
+                              losses={name: losses(loss, items[name]) for name, loss in measured.items()})
+    assert earlier_tasks(chain, 3).value == pytest.approx((0.1 + 0.3) / 2)
+    assert earlier_tasks(chain | {3: dataclasses.replace(chain[3], task="a")}, 3).value == pytest.approx(0.3)
+    del chain[2].losses["b"]
+    assert earlier_tasks(chain, 3) is None

@@ -8,9 +8,11 @@ from unittest import mock
 import pytest
 
 import report
+from analysis.stages import Stage
 from common import settings
 from common.files import UserError
-from report import ReportConfig
+from pipeline.experiment_config import ExperimentConfig
+from report import ReportConfig, shared_rate
 from tests.analysis.conftest import VALUES, write_stage
 from tests.conftest import run_script
 
@@ -270,3 +272,11 @@ def test_the_report_does_not_import_lm_eval():
     """It takes seconds."""
     assert run_script("-c", "import report, sys; print('lm_eval' in sys.modules)",
                       launcher=[sys.executable]).stdout == "False\n"
+
+
+@pytest.mark.parametrize("rates", [(1e-3,), (1e-3, 3e-4), (1e-3, 3e-4, 1e-4), (1e-3, 3e-4, 1e-4, 2e-5)])
+def test_the_report_shows_the_rate_whose_stages_are_evaluated(rates):
+    stages = [Stage("llm", 42, 1, "m1", rate=f"{rate:g}") for rate in rates]
+    shared = sorted(rates)[(len(rates) - 1) // 2]
+    assert ExperimentConfig(rates=rates).shared_rate == shared
+    assert float(shared_rate(stages, ReportConfig())) == shared

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from common.files import UserError, digest
-from corpus.shards import ShardDataset, check_shards, shards_exist, write_shards
+from corpus import shards as module
+from corpus.shards import ShardDataset, check_shards, is_held_out, shards_exist, write_shards
 from model.tokenizer import Tokenizer, copy_tokenizer
 
 DOCUMENTS = [f"Document number {n} tells of {n * n}." for n in range(400)]
@@ -160,3 +161,18 @@ def test_too_few_documents_are_an_error(tmp_path, tokenizer_dir):
     for texts in ([], ["A text."]):
         with pytest.raises(UserError, match=f"x holds {len(texts)} documents, too few to hold out 10 per thousand"):
             write_shards(tmp_path, texts, Tokenizer(tokenizer_dir), {"source": "x"})
+
+
+def test_documents_are_distributed_over_shards(tmp_path, tokenizer_dir, monkeypatch):
+    """A shard ends with the 1,000 documents that reach its size."""
+    monkeypatch.setattr(module, "SHARD_TOKENS", 5000)
+    texts, tokenizer = [f"Document number {n} tells of {n * n}." for n in range(2500)], Tokenizer(tokenizer_dir)
+    meta = write_shards(tmp_path, texts, tokenizer, {"source": "x"})
+    shards = [np.load(path) for path in sorted(tmp_path.glob("train-*.npy"))]
+    ids = np.concatenate(shards)
+    ends = [-1, *np.flatnonzero(ids == tokenizer.eos_id).tolist()]
+    found = [tokenizer.decode(ids[start + 1:end].tolist()) for start, end in zip(ends, ends[1:])]
+    assert found == [text for text in texts if not is_held_out(text)]
+    assert [int((shard == tokenizer.eos_id).sum()) for shard in shards] == [
+        sum(not is_held_out(text) for text in texts[start:start + 1000]) for start in (0, 1000, 2000)]
+    assert meta["documents"] == 2500

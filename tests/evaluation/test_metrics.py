@@ -151,3 +151,22 @@ def test_bertscore(monkeypatch):
     package.score = score
     with pytest.raises(UserError, match="layer 3 of the encoder in some/encoder: num_layers should be between 1 and 2"):
         metrics.bertscore(["a"], [["b"]], "some/encoder", 3)
+
+
+def test_intervals_of_sari_and_bleu_have_the_width_of_the_jackknifes():
+    sources = sample_texts()[:60]
+    references = [[text] for text in sources]
+    predictions = [" ".join(source.split()[i % 4:]) for i, source in enumerate(sources)]
+
+    def half_width(values):
+        return 1.96 * (59 / 60 * np.sum((np.array(values) - np.mean(values)) ** 2)) ** 0.5
+
+    def without(texts, left_out):
+        return texts[:left_out] + texts[left_out + 1:]
+
+    found, contributions = metrics.sari([f"well {source}" for source in sources], predictions, references)
+    expected = 1.96 * np.std(contributions, ddof=1) / 60 ** 0.5
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(expected, rel=0.15)
+    found = metrics.bleu(predictions, references)
+    expected = half_width([corpus_bleu(without(predictions, i), [without(sources, i)]).score for i in range(60)])
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(expected, rel=0.15)

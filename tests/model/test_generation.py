@@ -1,4 +1,5 @@
 """Decoding compared with transformers' generate and logits warpers."""
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -12,6 +13,7 @@ from common.files import UserError
 from model import generation as module
 from model.generation import BatchOptions, GenerationConfig, filter_logits, generate, rows_to_keep
 from model.hub import load_model
+from tests.conftest import random_model
 
 LENGTHS = (1, 5, 23, 40, 8, 31, 23)
 
@@ -181,3 +183,19 @@ def test_several_end_tokens(models, prompts, options):
         new = other.generate(torch.tensor([prompt]), eos_token_id=sorted(ends), pad_token_id=0, do_sample=False,
                              max_new_tokens=20, **options)[0, len(prompt):].tolist()
         assert ids == new[:next((place for place, token in enumerate(new) if token in ends), 20)]
+
+
+def test_each_step_of_sampling_draws_its_own_number():
+    """Of 512 equally likely tokens, eight draws repeat one in few texts; one number for all repeats it in each."""
+    model = random_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    texts = generate(model, [[5]] * 50, GenerationConfig(8, do_sample=True))
+    assert np.mean([len(set(ids)) for ids in texts]) > 7
+
+
+def test_seed_and_number_of_a_sample_are_not_added():
+    one, two = (generate(random_model(), [[5, 6]], GenerationConfig(12, do_sample=True, temperature=3.0, seed=seed),
+                         options=BatchOptions([sample])) for seed, sample in ((7, 1), (8, 0)))
+    assert one != two

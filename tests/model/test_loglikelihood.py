@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.files import UserError
 from evaluation.parallel import partition_by_prefix, restore_order
 from model import prefix_packing
 from model.checkpoint import write_checkpoint
@@ -91,3 +92,8 @@ def test_shares_keep_prefixes_together_and_balance_new_tokens():
     assert restore_order(shares, [[f"a{i}" for i in share] for share in shares]) == [f"a{i}" for i in range(110)]
     shares = partition_by_prefix([[1]], 3)
     assert restore_order(shares, [["only"], [], []]) == ["only"] or shares[2] == [0]
+
+
+def test_a_continuation_without_tokens_is_refused():
+    with pytest.raises(UserError, match="expected at least one"):
+        log_likelihoods(random_model(), [([5, 6], [])])

@@ -1,7 +1,10 @@
 """Jobs of a Slurm cluster, run with replacements of Slurm's commands (tests/slurm)."""
 import os
+import random
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +21,23 @@ from tests.conftest import ROOT, TRAIN_FLAGS, losses, run_script
 FLAGS = [*TRAIN_FLAGS, "--max_steps", "9"]
 
 
+def free_job_id():
+    """The number of a job whose port (configs/slurm/launch.sh) is free on this machine."""
+    for number in random.sample(range(10_000), 10_000):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", 20_000 + number))
+            return number
+    raise OSError("no port from 20000 to 29999 is free")
+
+
+JOB = free_job_id()
+
+
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """The commands of a cluster with one node of two tasks. Returns the file that records their calls."""
     asked = tmp_path / "asked"
-    for name, value in {"PATH": f"{ROOT}/tests/slurm:{os.environ['PATH']}", "ASKED": asked, "SLURM_JOB_ID": 7,
+    for name, value in {"PATH": f"{ROOT}/tests/slurm:{os.environ['PATH']}", "ASKED": asked, "SLURM_JOB_ID": JOB,
                         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2,
                         "PYTHON": sys.executable, "LOGS": tmp_path / "logs", "WAIT": 5}.items():
         monkeypatch.setenv(name, str(value))
@@ -54,13 +69,13 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, chec
     out = tmp_path / "m1"
     stopped = batch(*words, "--out", out, "--save_minutes", "0", TERM_WHEN=f"{out}.partial/resume")
     assert stopped.returncode == 75
-    assert cluster.read_text() == "scontrol requeue 7\n"
-    logs = [(tmp_path / f"logs/job-7-rank{rank}.log").read_text() for rank in (0, 1)]
+    assert cluster.read_text() == f"scontrol requeue {JOB}\n"
+    logs = [(tmp_path / f"logs/job-{JOB}-rank{rank}.log").read_text() for rank in (0, 1)]
     assert "of 9: the same command resumes from there" in logs[0]
     assert "Traceback" not in logs[0] + logs[1]
     assert batch(*words, "--out", out).returncode == 0
-    assert cluster.read_text() == "scontrol requeue 7\n"
-    assert "resuming after step" in (tmp_path / "logs/job-7-rank0.log").read_text()
+    assert cluster.read_text() == f"scontrol requeue {JOB}\n"
+    assert "resuming after step" in (tmp_path / f"logs/job-{JOB}-rank0.log").read_text()
     assert losses(out) == losses(tmp_path / "whole")
 
 
@@ -69,17 +84,17 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, chec
 def test_each_task_gets_the_cores_of_the_job(cluster, tmp_path, given, expected):
     code = "import os; print(os.environ.get('SRUN_CPUS_PER_TASK'))"
     assert batch("configs/slurm/launch.sh", "-c", code, **given).returncode == 0
-    assert (tmp_path / "logs/job-7-rank1.log").read_text() == f"{expected}\n"
+    assert (tmp_path / f"logs/job-{JOB}-rank1.log").read_text() == f"{expected}\n"
 
 
 def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_path):
     """The other process gives up after its timeout, also in DeepSpeed's collectives, and says so on one line. srun ends
     the rest."""
     result = batch("configs/slurm/launch.sh", "tests/interrupted.py", "3", "SIGSTOP", "1", "train.py", "--init",
-                   checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.1",
+                   checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.3",
                    "--zero", "2", "--max_tokens_per_microbatch", "200")
     assert result.returncode > 0
-    lines = (tmp_path / "logs/job-7-rank0.log").read_text().splitlines()
+    lines = (tmp_path / f"logs/job-{JOB}-rank0.log").read_text().splitlines()
     errors = [line for line in lines if "rror" in line]
     assert len(errors) == 1
     assert errors[0].startswith("error: lost the connection to another process, which has died or hangs")
@@ -112,7 +127,7 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_p
     result = batch(place / "llm-m0-eval.sh", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", WAIT="60")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the Slurm job has recorded its job
-    assert "2 × cpu" in (place / "job-7-rank0.log").read_text()
+    assert "2 × cpu" in (place / f"job-{JOB}-rank0.log").read_text()
     assert not (tmp_path / "report").exists()
 
 

@@ -101,3 +101,8 @@ def test_a_row_longer_than_the_limit_is_a_microbatch_of_its_own():
     assert plan_microbatches([900, 30, 20], 100, 32) == [0, 1, 3]
     assert collate([])[1].tolist() == [[IGNORE_INDEX]]
     assert torch.equal(*collate([(np.array([5, 5]), 1)]))
+
+
+def test_the_order_of_samples_stays_as_it_is():
+    """An update that changed it would resume runs on other samples."""
+    assert sample_indices(42, 10, 0, 20) == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8, 0, 8, 7, 4, 3, 1, 2, 9, 6, 5]

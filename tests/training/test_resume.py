@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -21,6 +22,7 @@ from common.provenance import differences
 from model.parameter_files import ParameterFiles
 from tests.conftest import TORCHRUN, error_line, losses, read_metrics
 from train import main
+from training import resume
 from training.batches import GlobalBatch
 from training.engine import StepResult
 from training.run import compare_digests
@@ -364,3 +366,25 @@ def test_the_limit_of_a_loss_spike_by_hand():
     assert limit([(2.0, 1.0)] * 9) == math.inf
     assert limit([(2.0, 1.0)] * 10 + [(99.0, math.nan)]) == pytest.approx(6.0)  # a skipped step does not count
     assert limit([(9.0, 1.0)] * 50 + [(1.0, 1.0)] * 50) == pytest.approx(3.0)  # of the last 50 steps
+
+
+def test_the_state_is_saved_so_many_minutes_after_the_last_save(monkeypatch):
+    clock, saved = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(resume.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(resume, "save_state", lambda *_: saved.append(clock.now))
+    dist = SimpleNamespace(rank=0, all_reduce_sum=lambda *values: list(values))
+    run = SimpleNamespace(cfg=TrainConfig(save_minutes=15.0), dist=dist, request=SimpleNamespace(signal=None))
+    saver = resume.StateSaver(run, None)
+    for clock.now in (890.0, 901.0, 902.0, 1790.0, 1802.0):
+        saver.check(SimpleNamespace(step=1), 9)
+    assert saved == [901, 1802]
+
+
+def test_a_resumed_run_counts_the_updates_and_not_the_skipped_steps(train, tmp_path):
+    flags = "--max_steps", "16", "--skip_loss_above", "0.98", "--learning_rate", "1e-3"
+    train(tmp_path / "whole", *flags)
+    first = next(entry["step"] for entry in read_metrics(tmp_path / "whole")[0] if "skipped_samples" in entry)
+    assert first < 14
+    train(tmp_path / "m1", *flags, interrupted=(first + 1, "SIGTERM", "all"))
+    train(tmp_path / "m1", *flags)
+    assert losses(tmp_path / "m1") == losses(tmp_path / "whole")
