@@ -43,6 +43,7 @@ from training.methods import Method, make_method
 from training.resume import StateSaver, optimizer_updates, resume
 from training.run import Run, open_run
 from training.run_directory import claim, finish_run, last_checkpoint, open_log, print_result, start_run
+from training.selection import training_flops
 from training.train_config import TrainConfig
 from training.train_state import TrainState
 
@@ -122,7 +123,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
             abort(run, step, batch, result)
 
         seconds = time.perf_counter() - began
-        state.add_step(batch, result, seconds, run.model_config.flops(batch.num_tokens, run.num_trained))
+        state.add_step(batch, result, seconds, training_flops(batch.num_tokens, run.model_config, run.trained))
         log.write(**state.log_entry(batch, result, lr, seconds), **divergences)
         if not result.applied:
             dist.print0(f"step {step + 1} skipped: loss {result.loss:.4f} > {max_loss:.4f}; samples {batch.indices}")

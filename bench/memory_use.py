@@ -77,7 +77,7 @@ def main(cfg):
                 continue
             grown, trained = trained_parameters(config, method)
             plan = MemoryPlan(grown, processes, zero, False, dtype, cfg.max_tokens_per_microbatch, False, "cpu", method,
-                              tokens, trained)
+                              tokens, trained=trained)
             measured = measured_memory(cfg, checkpoint, zero, processes, dtype, method)
             error = plan.total() / measured - 1
             largest = max(largest, abs(error))

@@ -182,12 +182,10 @@ class ModelConfig:
         layer += {None: 0, "head": 2 * D, "projection": query + key}[self.family.qk_norm]
         return self.num_hidden_layers * layer + (2 - self.tie_word_embeddings) * self.vocab_size * C + C
 
-    def flops(self, tokens: float, trained: int | None = None) -> float:
-        """Returns the FLOPs of training on a number of tokens: C = 6 N D (Kaplan et al., arXiv 2001.08361, section
-        2.1), without attention scores, as in the papers on growth. Of the 6, 2 are the gradients of the weights: they
-        count for the `trained` parameters only; None: all."""
-        gradients = self.num_parameters if trained is None else trained
-        return (4 * self.num_parameters + 2 * gradients) * tokens
+    def flops(self, tokens: float) -> float:
+        """Returns the FLOPs of training all parameters on a number of tokens: C = 6 N D (Kaplan et al., arXiv
+        2001.08361, section 2.1), without attention scores, as in the papers on growth. N includes the embeddings."""
+        return 6 * self.num_parameters * tokens
 
     @classmethod
     def read(cls, path: str | Path) -> "ModelConfig":

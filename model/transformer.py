@@ -162,7 +162,9 @@ class SharedPrefix:
         prefix, rows = zip(*map(self.split, (query, key, value)))
         keys_values = (torch.cat((x.expand(len(y), -1, -1, -1), y), 2) for x, y in zip(prefix[1:], rows[1:]))
         y = of_rows(rows[0], *keys_values)  # B H T D, over keys and values B K P+T D
-        return torch.cat((of_prefix(*prefix), y.transpose(0, 1).flatten(1, 2)[None]), 2)
+        query, *others = prefix
+        copies = (x.clone() for x in others)  # the backward pass would keep the rows of what the prefix is a part of
+        return torch.cat((of_prefix(query, *copies), y.transpose(0, 1).flatten(1, 2)[None]), 2)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits x [1, H, P + B·T, D] into the prefix [1, H, P, D] and the rows [B, H, T, D]."""

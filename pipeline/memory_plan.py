@@ -4,6 +4,7 @@ bench/memory_use.py compares the plan with measured runs.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from common.configs import CONFIGS
 from common.files import read_json
@@ -11,12 +12,14 @@ from model.config import ModelConfig
 from model.lora import A, is_adapter
 from model.loss import chunk_rows
 from model.transformer import keeps_probabilities
-from training.selection import Shapes, count_elements
+from training.selection import Shapes, count_elements, num_reached
 
 GIB = 1 << 30
 RUNTIME = {"cpu": 0.4 * GIB, "cuda": 0.6 * GIB}  # of the process itself: Python and libraries, or the CUDA context
 # Elements: DeepSpeed's reduce_bucket_size, and its stage3_max_live_parameters and sub_group_size, which are equal.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
+FILLED = 0.95  # share of a GPU's memory that a plan may fill: NCCL's buffers and fragmentation take some
+PREFIX_TOKENS = 40  # with which the prompts of a task begin alike, roughly
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,18 @@ class MemoryPlan:
     device: str = "cuda"
     method: str | None = None
     sample_tokens: int = 128
+    prefix_tokens: int = 0  # with which the samples of a micro-batch begin, computed once for all of them
     trained: Shapes | None = None  # the parameters that are trained, name -> shape; None: all
 
     @property
     def num_trained(self) -> int:
         """Number of parameters that are trained."""
         return self.config.num_parameters if self.trained is None else count_elements(self.trained)
+
+    @property
+    def num_reached(self) -> int:
+        """Number of parameters that the backward pass reaches."""
+        return self.config.num_parameters if self.trained is None else num_reached(self.config, self.trained)
 
     @property
     def num_frozen(self) -> int:
@@ -96,6 +105,10 @@ class MemoryPlan:
         freed = rows["logits"] + (rows["activations"] if self.device == "cpu" else 0)
         return sum(rows.values()) - min(freed, rows["buffers"])
 
+    def fits(self, memory: float) -> bool:
+        """Whether the run fits a device with so many GiB."""
+        return self.total() <= FILLED * memory * GIB
+
     def gradients(self) -> float:
         """Accumulated gradients; with ZeRO-1 also those of a backward pass, with ZeRO-3 those of a sub-group's step."""
         trained, shards = self.num_trained, self.processes
@@ -106,12 +119,14 @@ class MemoryPlan:
         return 4 * trained / shards + (4 * min(trained / shards, LIVE) if self.zero == 3 else 0)
 
     def buffers(self) -> float:
-        """Where ZeRO collects the gradients to reduce, in the dtype of the weights and as fp32."""
-        if self.zero == 0:
-            return 0
+        """Where gradients are collected to be reduced, in the dtype of the weights and as fp32. Under ZeRO 1 and 2 a
+        part that several processes own is copied once more."""
         bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.num_trained)
+        if self.zero == 0:
+            return 4 * min(bucket, self.num_trained) if self.processes > 1 else 0
         # one is filled while the other is reduced; on a CPU, memory that was never written does not count
         in_turn = 2 if self.overlaps and self.device == "cuda" else 1
+        in_turn += self.zero < 3 and self.processes > 1
         return bucket * (in_turn * self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
 
     @property
@@ -125,9 +140,10 @@ class MemoryPlan:
 
         Each norm keeps its input in fp32, the normalized input and a root. Its output is kept by the projections after
         it; where the norm follows attention or MLP, these keep their own input of the same size. The attention keeps
-        query, key, value, output, and the log-sum-exp or the probabilities. The feed-forward keeps gate, up, the
-        activation and the product. What only the gradient of a weight needs is not kept if the weight is frozen: the
-        normalized input, the norm's output and the product. Adapters need the latter two, and keep their own hidden
+        query, key, value, output, and the log-sum-exp or the probabilities. Where samples share a prefix, each has a
+        copy of its keys and values, and the output is kept twice, in parts and whole. The feed-forward keeps gate, up,
+        the activation and the product. What only the gradient of a weight needs is not kept if the weight is frozen:
+        the normalized input, the norm's output and the product. Adapters need the latter two, and keep their own hidden
         values.
         """
         c, width = self.config, self.weight_bytes
@@ -136,11 +152,15 @@ class MemoryPlan:
         norms = 2 * ((4 + inputs * width) * c.hidden_size + 4)
         adapted = width * sum(shape[0] for name, shape in adapters.items() if name.startswith("model.layers.0.")
                               and name.endswith(A))
-        attention = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        attention: float = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
         if c.family.qk_norm:
             heads = c.num_attention_heads + c.num_key_value_heads
             norms += (4 + trained * (not adapters) * width) * heads * c.head_dim
             norms += 4 * (heads if c.family.qk_norm == "head" else 2)
+        if self.prefix_tokens:
+            tokens, prefix = self.max_tokens_per_microbatch, self.prefix_tokens
+            copies = (tokens - prefix) / (self.sample_tokens - prefix) * prefix / tokens  # of the prefix, for a token
+            attention += width * (2 * copies * c.num_key_value_heads + c.num_attention_heads) * c.head_dim
         probabilities = c.num_attention_heads * self.sample_tokens  # of a token
         materialized = keeps_probabilities(self.device, width, self.max_tokens_per_microbatch * probabilities)
         attention += width * probabilities if materialized else 4 * c.num_attention_heads
@@ -188,8 +208,9 @@ class MemoryPlan:
 
 def alternatives(plan: MemoryPlan) -> Iterator[MemoryPlan]:
     """Plans that need less memory, ordered by how much time they cost."""
-    for offload in (False, True):
-        for tokens in (plan.max_tokens_per_microbatch, 4096, 2048):
-            for zero in range(max(plan.zero, 2 * offload), 4):
-                yield replace(plan, zero=zero, offload=offload, gradient_checkpointing=True,
-                              max_tokens_per_microbatch=min(tokens, plan.max_tokens_per_microbatch))
+    most = plan.max_tokens_per_microbatch
+    smaller = [(False, most), (False, 4096), (True, most), (True, 4096), (True, 2048)]
+    for offload, (checkpointing, tokens) in product((False, True), smaller):
+        for zero in range(max(plan.zero, 2 * offload), 4):
+            yield replace(plan, zero=zero, offload=offload, max_tokens_per_microbatch=min(tokens, most),
+                          gradient_checkpointing=checkpointing or plan.gradient_checkpointing)

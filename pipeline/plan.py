@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.growth import new_layers
 from model.hub import fetch_checkpoint
 from pipeline.jobs import optional_flags
-from pipeline.memory_plan import GIB, MemoryPlan, alternatives
+from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alternatives
 from pipeline.pretraining import size_config
 from pipeline.step_time import GPUS, plan_step
 from training.run import expansion
@@ -76,7 +76,8 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     config, trained = trained_parameters(config, cfg.method)
     plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, settings["dtype"],
                       settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device, cfg.method,
-                      recipe.get("seq_length", cfg.sample_tokens), trained)
+                      recipe.get("seq_length", cfg.sample_tokens),
+                      0 if "seq_length" in recipe else min(PREFIX_TOKENS, cfg.sample_tokens // 2), trained)
     return plan, settings
 
 
@@ -111,8 +112,8 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
     if cfg.network:
         gpu = replace(gpu, network=cfg.network * 1e9)
     slow, fast = (cfg.utilisation, cfg.utilisation) if cfg.utilisation else gpu.utilisation
-    step = plan_step(plan, settings["global_batch_size"] * plan.sample_tokens)
-    tokens = step.processes * step.micro_steps * step.tokens
+    step = plan_step(plan, settings["global_batch_size"])
+    tokens = settings["global_batch_size"] * plan.sample_tokens
 
     def print_values(name: str, unit: str, digits: int, *values: float) -> None:
         """Prints the values that differ."""
@@ -127,7 +128,7 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
     communication = step.micro_steps * step.micro_communication(gpu) + step.final_communication(gpu)
     print_values("communication, in part hidden", "s", 2, communication)
     print_values("step", "s", 2, step.seconds(gpu, fast), step.seconds(gpu, slow))
-    speeds = [step.tokens_per_second(gpu, share) for share in (slow, fast)]
+    speeds = [tokens / step.seconds(gpu, share) for share in (slow, fast)]
     print_values("speed", "tokens/s", 0, *speeds)
     print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
     samples = (settings["max_train_samples"] or 0) * settings["num_train_epochs"]
@@ -159,16 +160,18 @@ def main(cfg: PlanConfig) -> None:
     print_row("disk", f"{plan.disk(settings['save_total_limit']) / GIB:.2f}", "GiB")
     if cfg.device == "cuda":
         print_time(plan, settings, cfg)
-    available = gpu_memory * GIB
-    if plan.total() <= available:
-        return print(f"it fits, with {(available - plan.total()) / GIB:.1f} GiB to spare")
+    if plan.fits(gpu_memory):
+        print(f"it fits, with {gpu_memory - plan.total() / GIB:.1f} GiB to spare")
+        return
+    limit = f"it does not fit in {FILLED:.0%} of the memory"
     for fitting in alternatives(plan):
-        if fitting.total() <= available:
+        if fitting.fits(gpu_memory):
             flags = " ".join(f"--{name} {str(getattr(fitting, name)).lower()}" for name in
                              ("zero", "offload", "gradient_checkpointing", "max_tokens_per_microbatch")
                              if getattr(fitting, name) != getattr(plan, name))
-            return print(f"it does not fit: with {flags} it does, in {fitting.total() / GIB:.1f} GiB")
-    print("it does not fit: take more processes, or GPUs with more memory")
+            print(f"{limit}: with {flags} it does, in {fitting.total() / GIB:.1f} GiB")
+            return
+    print(f"{limit}: take more processes, or GPUs with more memory")
 
 
 if __name__ == "__main__":

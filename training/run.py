@@ -28,7 +28,7 @@ from training.distillation import start_digest
 from training.methods import find_side_files, side_digest, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run_directory import drop_state, is_finished, partial_directory
-from training.selection import Shapes, count_elements, selected_shapes
+from training.selection import Shapes, count_elements, selected_shapes, training_flops
 from training.train_config import TrainConfig
 
 
@@ -244,7 +244,7 @@ def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
 def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any], trained: Shapes) -> None:
     """Checks that the run has at least one step, and reports where in its text it starts."""
     if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):
-        step = config.flops(cfg.global_batch_size * cfg.seq_length, count_elements(trained))
+        step = training_flops(cfg.global_batch_size * cfg.seq_length, config, trained)
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
                         f"{lineage.get('flops', 0):.4g}: raise it")
     if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
@@ -302,7 +302,7 @@ def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, lineage: dict[
     if cfg.max_tokens:
         return cfg.max_tokens // cfg.seq_length
     if cfg.max_flops:  # whole batches
-        step_flops = config.flops(cfg.global_batch_size * cfg.seq_length, count_elements(trained))
+        step_flops = training_flops(cfg.global_batch_size * cfg.seq_length, config, trained)
         steps = (cfg.max_flops - lineage.get("flops", 0)) // step_flops
         return max(0, int(steps)) * cfg.global_batch_size
     return max(1, round(cfg.num_train_epochs * size))

@@ -53,6 +53,28 @@ def count_elements(shapes: Shapes) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
+def training_flops(tokens: float, config: ModelConfig, chosen: Shapes) -> float:
+    """The FLOPs of training some parameters on a number of tokens; of all parameters, `config.flops(tokens)`.
+
+    The forward pass takes 2 of the 6 FLOPs per parameter. The gradients of the inputs take 2 for those that the
+    backward pass reaches (`num_reached`), and the gradients of the weights 2 for those that are trained.
+    """
+    return 2 * (config.num_parameters + num_reached(config, chosen) + count_elements(chosen)) * tokens
+
+
+def num_reached(config: ModelConfig, chosen: Shapes) -> int:
+    """The number of parameters that the backward pass reaches, from the head down to the first layer with a parameter
+    that is trained."""
+    def depth(name: str) -> int:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return int(layer[1]) if layer else -1 if "embed_tokens" in name else config.num_hidden_layers
+
+    first = min(map(depth, chosen))
+    is_head = {"model.embed_tokens.weight"} if config.tie_word_embeddings else set()
+    return sum(math.prod(shape) for name, shape in parameter_shapes(config).items()
+               if depth(name) >= first or name in is_head)
+
+
 def describe_selection(chosen: Shapes, config: ModelConfig) -> str:
     """Which layers and other parameters are trained: "layers 2, 5 and model.norm.weight"."""
     layers = layer_names(chosen, config)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from model.config import ModelConfig
 from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
-from model.transformer import Block, Transformer, attention, rotary_table
-from pipeline.memory_plan import GIB, MemoryPlan, alternatives
+from model.transformer import Block, SharedPrefix, Transformer, attention, rotary_table
+from pipeline.memory_plan import MemoryPlan, alternatives
 from pipeline.plan import trained_parameters
 from pipeline.pretraining import size_config
 from pipeline.step_time import plan_step
@@ -46,6 +46,20 @@ def test_activations_equal_those_that_autograd_keeps(device, dtype, heads, token
     plan = MemoryPlan(config, 1, 1, False, dtype, tokens, False, device, sample_tokens=tokens)
     assert plan.block_activations() == kept_for_backward(config, torch.bfloat16 if dtype == "bf16" else torch.float32,
                                                          fused if device == "cuda" else attention, tokens)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_activations_of_samples_that_share_a_prefix(dtype, heads):
+    """Eight rows of 24 tokens after a prefix of 16."""
+    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)  # keeps the same with any mask
+    config, kind = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}), \
+        torch.bfloat16 if dtype == "bf16" else torch.float32
+    shared = SharedPrefix(config, 16, torch.Size((8, 24)), torch.zeros(1, dtype=kind))
+    shared.of_prefix = shared.of_rows = {None: fused}
+    plan = MemoryPlan(config, 1, 1, False, dtype, 16 + 8 * 24, False, "cuda", sample_tokens=40, prefix_tokens=16)
+    kept = kept_for_backward(config, kind, shared.of_layer(0), 16 + 8 * 24)
+    assert plan.block_activations() == pytest.approx(kept, rel=1e-12)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -114,8 +128,7 @@ def test_the_published_7b_by_hand():
     short = dataclasses.replace(plan, max_tokens_per_microbatch=1000)
     assert short.logits() == 8 * 1000 * 32_000
     assert dataclasses.replace(plan, dtype="fp32").logits() == 8 * 1048 * 32_000
-    attention = 2 * 32 * 128 * 4096
-    assert plan_step(plan, 8).flops() == 8 * parameters + 4 * attention
+    assert plan_step(plan, 8).recomputed == 1
     assert plan.disk(1) == parameters * (2 + 2 + 24)
     later = dataclasses.replace(plan, method="vcl")  # with the prior's mean and precision
     assert later.memory()["fp32 weights and moments"] == parameters * 20 / 8
@@ -132,14 +145,20 @@ def test_the_published_7b_by_hand():
 
 def test_gradients_are_collected_in_two_buffers_while_reductions_overlap():
     plan = MemoryPlan(size_config("7b"), 8, 2, False, "bf16", 8192, False)
-    assert plan.buffers() == 500_000_000 * (2 * 2 + 4)
-    assert dataclasses.replace(plan, offload=True).buffers() == 500_000_000 * (2 + 4)
+    assert plan.buffers() == 500_000_000 * (3 * 2 + 4)  # and a copy of what several processes own
+    assert dataclasses.replace(plan, processes=1).buffers() == 500_000_000 * (2 * 2 + 4)
+    assert dataclasses.replace(plan, offload=True).buffers() == 500_000_000 * (2 * 2 + 4)
+    assert dataclasses.replace(plan, zero=0, dtype="fp32").buffers() == 500_000_000 * 4
+    assert dataclasses.replace(plan, zero=0, dtype="fp32", processes=1).buffers() == 0
     assert dataclasses.replace(plan, zero=3).buffers() == 500_000_000 * (2 + 4)
 
 
 def test_alternatives_need_at_most_as_much():
     plan = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 16_384, False)
     assert all(one.total() <= plan.total() for one in alternatives(plan))
-    assert plan.total() / GIB > 80
+    assert not plan.fits(80)
+    assert dataclasses.replace(plan, zero=2, gradient_checkpointing=True).fits(80)
+    assert next(one for one in alternatives(dataclasses.replace(plan, zero=2)) if one.fits(79)) == \
+        dataclasses.replace(plan, zero=2, max_tokens_per_microbatch=4096)  # before checkpointing
     small = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 1024, False)
     assert {one.max_tokens_per_microbatch for one in alternatives(small)} == {1024}

@@ -15,7 +15,9 @@ def test_defaults_come_from_the_recipe():
     plan, _ = read_plan(PlanConfig(size="tiny", dtype="fp32", zero=0, max_tokens_per_microbatch=99))
     assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (0, 99, False)
     assert plan.sample_tokens == 128
-    assert read_plan(PlanConfig(size="small", recipe="llm"))[0].sample_tokens == 256
+    assert plan.prefix_tokens == 40
+    pretraining, _ = read_plan(PlanConfig(size="small", recipe="llm"))
+    assert (pretraining.sample_tokens, pretraining.prefix_tokens) == (256, 0)
 
 
 def test_it_suggests_what_to_change(capsys):
@@ -26,11 +28,11 @@ def test_it_suggests_what_to_change(capsys):
     assert "gradient checkpointing off, reduction of gradients overlapped, blocks not compiled\n" in printed
     assert "it fits, with " in printed
     main(PlanConfig(size="7b", processes=8, zero=1, gpu_memory=60, gradient_checkpointing=True))
-    assert "it does not fit: with --zero 2 it does" in capsys.readouterr().out
+    assert "it does not fit in 95% of the memory: with --zero 2 it does" in capsys.readouterr().out
     main(PlanConfig(size="7b", processes=1, zero=2, gradient_checkpointing=True))
-    assert "it does not fit: with --offload true it does" in capsys.readouterr().out
+    assert "it does not fit in 95% of the memory: with --offload true it does" in capsys.readouterr().out
     main(PlanConfig(size="7b", processes=1, zero=2, gpu_memory=4))
-    assert "it does not fit: take more processes, or GPUs with more memory" in capsys.readouterr().out
+    assert "95% of the memory: take more processes, or GPUs with more memory" in capsys.readouterr().out
 
 
 def test_time_is_a_range_of_what_published_runs_reach(capsys):
@@ -39,17 +41,19 @@ def test_time_is_a_range_of_what_published_runs_reach(capsys):
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
         return {line[2:32].strip(): re.findall(r"[\d,.]*\d", line[32:]) for line in lines}
 
-    step = plan_step(read_plan(PlanConfig(size="7b", processes=16))[0], 256 * 128)
+    step = plan_step(read_plan(PlanConfig(size="7b", processes=16))[0], 256)
     slow, fast = GPUS["h100"].utilisation
     printed = rows(processes=16)
     assert printed["computation, 1 × 2,048 tokens"] == [f"{step.computation(GPUS['h100'], share):.2f}"
                                                         for share in (fast, slow)]
-    assert printed["speed"] == [f"{step.tokens_per_second(GPUS['h100'], share):,.0f}" for share in (slow, fast)]
+    assert printed["speed"] == [f"{256 * 128 / step.seconds(GPUS['h100'], share):,.0f}" for share in (slow, fast)]
     one = rows(processes=16, gpu="a100", network=10, utilisation=0.5)
     gpu = replace(GPUS["a100"], network=1e10)
     assert one["step"] == [f"{step.seconds(gpu, 0.5):.2f}"]
-    assert one["each GPU"] == [f"{step.tokens_per_second(gpu, 0.5) / 16:,.0f}"]
+    assert one["each GPU"] == [f"{256 * 128 / step.seconds(gpu, 0.5) / 16:,.0f}"]
     assert "speed" not in rows(device="cpu")
+    idle = plan_step(read_plan(PlanConfig(size="7b", processes=512))[0], 256)  # half of the GPUs have no sample
+    assert rows(processes=512)["speed"][0] == f"{256 * 128 / idle.seconds(GPUS['h100'], slow):,.0f}"
 
 
 def test_the_recipe_gives_depth_and_dtype():

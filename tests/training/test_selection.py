@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import stack
@@ -19,10 +20,10 @@ from model.hub import load_model
 from model.lora import LoRA, adapted_tensors, adapter_shapes, insert_adapters
 from model.loss import FusedLinearLoss
 from model.tokenizer import Tokenizer
-from model.transformer import parameter_shapes
+from model.transformer import Transformer, parameter_shapes
 from tests.conftest import SHAPE, error_line, losses, random_model, read_metrics
 from training.batches import count_tokens, sample_indices
-from training.selection import selected_shapes
+from training.selection import selected_shapes, training_flops
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_train_samples", "60", "--max_steps", "4", "--max_grad_norm", "1", "--weight_decay", "0.1"]
@@ -365,3 +366,24 @@ def test_a_selection_in_model_order():
     chosen = selected_shapes(["lm_head.weight", "new_layers"], config, None, {"new_layers": [1]}, "it")
     assert list(chosen) == [*(name for name in parameter_shapes(config) if name.startswith("model.layers.1.")),
                             "lm_head.weight"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("patterns", [["all"], ["model.layers.2.*"], ["*.q_proj.weight"], ["lm_head.weight"],
+                                      ["model.embed_tokens.weight", "model.layers.3.*"]])
+def test_flops_equal_those_that_pytorch_counts(patterns, tied):
+    """In matrix products, apart from attention. Norms have parameters and no products, the input embedding neither."""
+    if tied and "lm_head.weight" in patterns:
+        patterns = ["model.norm.weight"]  # the head is the embedding
+    config = ModelConfig(512, 64, 176, 4, 4, tie_word_embeddings=tied)
+    model, tokens = Transformer(config), torch.arange(3, 67).view(2, 32)
+    chosen = selected_shapes(patterns, config, None, {}, "it")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(tokens, tokens.roll(-1, 1)).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operator, count in counts.items() if "attention" not in str(operator))
+    lookups = 0 if tied else 2 * (1 + 2 * ("model.embed_tokens.weight" in chosen)) * 512 * 64 * 64
+    assert products == pytest.approx(training_flops(64, config, chosen) - lookups, rel=0.03)  # by layers
