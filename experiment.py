@@ -66,12 +66,16 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
         if settings.replay_share and cfg.text and not Path(cfg.text).is_dir():
             raise UserError(f"{cfg.text} is a file, and text is replayed from token shards: make a directory of them "
                             "with data_prep.py text, and give it as --text")
-    lengths = [settings.max_source_length + settings.max_target_length for settings in training] + [
-        evaluate_settings(cfg).max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
+    evaluated = evaluate_settings(cfg)
+    lengths = [settings.max_source_length + settings.max_target_length for settings in training]
+    lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
+    if evaluated.decode:
+        lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
     limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
     if max(lengths) > limit:
         raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
-                        f"{limit}: lower max_source_length in train_args or evaluate_args")
+                        f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
+                        "evaluate_args")
     if any(job.script == "evaluate.py" for job in to_do):
         from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
         for benchmark in read_suite(cfg.suite, cfg.suite_files):
@@ -97,8 +101,9 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
     unfinished = [str(arm.folder / "m0") for pair in cfg.pairs or (None,) for arm in arms(cfg, pair)
                   if arm.model in PAIR and not arm.level_with and not (arm.folder / "m0").exists()]
     if "loss" in cfg.controls and unfinished:
-        raise UserError(f"the loss control trains the model on that is behind, and {unfinished[0]} is not finished: "
-                        "submit with --controls flops, and when these jobs have ended again with flops,loss")
+        raise UserError("the loss control trains the model with the higher loss further, and "
+                        f"{unfinished[0]} is not finished: submit with --controls flops, and when these jobs have "
+                        "ended again with flops,loss")
     template, folder = read_slurm_template(cfg.slurm_file), Path(cfg.out) / "slurm"
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "slurm_file"
               and getattr(cfg, field.name) != field.default}

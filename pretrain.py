@@ -38,7 +38,7 @@ from pipeline.pretraining import (
 from training.train_config import TrainConfig
 
 RUN_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "local_rank"}  # what identifies the last run
-LEVEL_EVAL_STEPS = 10  # a run that trains m0 on ends at an evaluation
+LEVEL_EVAL_STEPS = 10  # a run that continues to train m0 ends at an evaluation
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def pretraining_jobs(cfg: PretrainConfig) -> list[Job]:
 
 
 def level_job(cfg: PretrainConfig, flags: Sequence[object]) -> Job:
-    """A run that trains m0 on, at the rate with which its schedule ended, until its held-out loss is that of another
-    m0, for at most as many FLOPs again."""
+    """A run that continues to train m0, at the rate with which its schedule ended, until its held-out loss is that of
+    another m0, for at most as many FLOPs again."""
     assert cfg.init  # see problems()
     assert cfg.level_with
     recipe = load(TrainConfig, ["--config", str(CONFIGS / "train/pretrain.toml"), "--size", cfg.size, "--phase",

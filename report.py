@@ -96,11 +96,15 @@ def shared_rate(stages: Sequence[Stage], cfg: ReportConfig) -> str:
 
 def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None, rate: str) -> dict[str, Record]:
     """{method: Record}, the baseline first, of the runs at one learning rate. Differences between models are those of
-    a single pair; of several pairs only the means are shown, since the study compares them."""
+    a single pair; of several pairs only the means are shown, since the study compares them. Raises UserError if there
+    are no runs of a requested baseline."""
     is_single = len({stage.pair for stage in stages}) == 1
-    return records_by_method([stage for stage in stages if not stage.number or (stage.rate or "") == rate],
-                             cfg.categories, cfg.baseline, pair if is_single else None,
-                             () if cfg.constant else constant_benchmarks(stages))
+    records = records_by_method([stage for stage in stages if not stage.number or (stage.rate or "") == rate],
+                                cfg.categories, cfg.baseline, pair if is_single else None,
+                                () if cfg.constant else constant_benchmarks(stages))
+    if cfg.baseline not in records and cfg.baseline != ReportConfig.baseline:
+        raise UserError(f"unknown baseline {cfg.baseline!r}, expected one of {', '.join(records)}")
+    return records
 
 
 def describe(records: dict[str, Record], record: Record, study: Study | None, primary: str, effect: float, rate: str,

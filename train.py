@@ -22,11 +22,11 @@ import torch
 from tqdm import tqdm
 
 from common import scripts
-from common.distributed import Distributed, StopRequest, to_device
+from common.distributed import Distributed, StopRequest
 from common.files import UserError
 from common.formatting import format_loss
 from common.metrics_log import MetricsLog
-from training.batches import GlobalBatch, Microbatch, Sample, SampleDataset, count_tokens, make_microbatches
+from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, rank_microbatches, to_inputs
 from training.data import TrainData, load_data
 from training.engine import (
     REMEDY,
@@ -50,13 +50,14 @@ from training.train_state import TrainState
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-EVAL_SAMPLES = 64  # per rank, between two updates of the evaluation's progress bar
+EVAL_SAMPLES = 64  # per rank, which are cut into micro-batches together, between two updates of the progress bar
 
 
 def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
     """Learning rate of a step (0 ≤ step < steps): linear warm-up, then constant, cosine, linear or WSD decay.
 
-    The final rate is `min_lr_ratio` times the peak. WSD (warm-up, stable, decay): Hu et al., arXiv 2404.06395.
+    The decaying schedules approach `min_lr_ratio` times the peak. WSD (warm-up, stable, decay): Hu et al., arXiv
+    2404.06395.
     """
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     progress = max(0, step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)  # after the warm-up, in [0, 1)
@@ -153,7 +154,8 @@ def abort(run: Run, step: int, batch: GlobalBatch, result: StepResult) -> NoRetu
 
 def train_step(run: Run, engine: "DeepSpeedEngine", groups: Sequence[Sequence[Sample]],
                max_loss: float = math.inf) -> StepResult:
-    """Takes one optimizer step on a global batch, whose samples are in groups that share no micro-batch.
+    """Takes one optimizer step on a global batch, whose samples are in groups. Those of different groups are never in
+    one micro-batch.
 
     Each micro-batch adds the gradient of its summed negative log-likelihood, divided by the number of targets of the
     global batch. DeepSpeed averages gradients over the ranks, which the factor `world_size` undoes. The weights do not
@@ -161,14 +163,13 @@ def train_step(run: Run, engine: "DeepSpeedEngine", groups: Sequence[Sequence[Sa
     """
     cfg, dist = run.cfg, run.dist
     num_targets = sum(count_tokens(samples)[1] for samples in groups)
-    microbatches = [microbatch for samples in groups for microbatch in make_microbatches(
-        samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens, dist.rank, dist.world_size)]
+    microbatches = [microbatch for samples in groups for microbatch in rank_microbatches(cfg, dist, samples)]
     computed = float(sum(len(prefix) + input_ids.numel() for input_ids, _, prefix in microbatches))
     nll, scale, rejected = torch.zeros((), device=dist.device), dist.world_size / num_targets, False
     for index, microbatch in enumerate(microbatches):
         last = index == len(microbatches) - 1
         engine.set_gradient_accumulation_boundary(last)
-        microbatch_nll = engine(*inputs(microbatch, dist.device))
+        microbatch_nll = engine(*to_inputs(microbatch, dist.device))
         nll += microbatch_nll.detach()
         if last:  # the loss is known before the last gradient: a rejected loss sets the gradients to NaN
             total, computed = dist.all_reduce_sum(nll, computed)
@@ -178,24 +179,16 @@ def train_step(run: Run, engine: "DeepSpeedEngine", groups: Sequence[Sequence[Sa
     return StepResult(loss, optimizer_step(engine, cfg.max_grad_norm, rejected), computed)
 
 
-def inputs(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """The arguments of the model. The targets stay in host memory, see Transformer."""
-    input_ids, targets, prefix = microbatch
-    return to_device(input_ids, device), targets, to_device(prefix, device)
-
-
 @torch.no_grad()
 def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> float | None:
     """Mean negative log-likelihood of all target tokens of a split, in nats; None if it is empty."""
     cfg, dist = run.cfg, run.dist
     nll, num_targets, share = torch.zeros((), device=dist.device), 0, EVAL_SAMPLES * dist.world_size
-    hidden = None if dist.rank == 0 else True
-    for start in tqdm(range(0, len(dataset), share), "evaluating", leave=False, disable=hidden):
+    for start in tqdm(range(0, len(dataset), share), "evaluating", leave=False, disable=dist.hides_progress):
         samples = [dataset[index] for index in range(start, min(start + share, len(dataset)))]
         num_targets += count_tokens(samples)[1]
-        for microbatch in make_microbatches(samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens,
-                                            dist.rank, dist.world_size):
-            nll += engine.module(*inputs(microbatch, dist.device))
+        for microbatch in rank_microbatches(cfg, dist, samples):
+            nll += engine.module(*to_inputs(microbatch, dist.device))
     if not num_targets:
         return None
     loss = dist.all_reduce_sum(nll)[0] / num_targets

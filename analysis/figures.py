@@ -1,8 +1,11 @@
 """The style, the layout and the files of all figures. Sizes are in inches: a figure grows with what it shows."""
 import functools
+import itertools
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -14,6 +17,9 @@ from common.files import explain_os_errors
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
+MODELS = ["llm", "stack", "base", "interleave", "stack-level", "llm-level"]  # have the same style in all figures
+LINES: list[dict[str, Any]] = [{"color": color, "ls": style, "marker": marker, "ms": 4}
+                               for color, style, marker in zip(PALETTE, ["-", "--", ":", "-."] * 2, "os^DvPX*")]
 FONT = 8.0  # size of all text but the legend, in points
 PAGE = 10.0  # width of a figure, unless a single panel is wider
 
@@ -24,6 +30,12 @@ styled = matplotlib.rc_context({
     "xtick.labelsize": FONT, "ytick.labelsize": FONT, "figure.labelsize": FONT, "text.parse_math": False,
     "axes.formatter.useoffset": False, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
     "svg.hashsalt": "report"})
+
+
+def model_styles(names: Iterable[str], styles: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{name: its style} for some models. Those that are not in MODELS get the styles that MODELS leave, then all."""
+    others = itertools.chain(styles[len(MODELS):], itertools.cycle(styles))
+    return {name: styles[MODELS.index(name)] if name in MODELS else next(others) for name in names}
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

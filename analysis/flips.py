@@ -21,7 +21,7 @@ OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "m
            "copa": 2, "wsc273": 2}
 
 
-FEWEST_EQUAL = 4  # results with one value that are no coincidence
+FEWEST_EQUAL = 4  # fewest equal results that are not taken for coincidence
 
 
 @dataclass(frozen=True)

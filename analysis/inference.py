@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.05  # of two-sided tests; intervals cover 1 - LEVEL
-POWER = 0.8  # probability with which a design shall find its smallest detectable difference
+POWER = 0.8  # probability with which a design finds its smallest detectable difference
 MOST = 10_000  # units beyond which the normal distribution stands for Student's t
 
 NORMAL_CDF = np.vectorize(statistics.NormalDist().cdf, otypes=[float])

@@ -104,7 +104,7 @@ def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
 def difference_of(study: Study, method: str, measure: str) -> Difference | None:
     """The difference of a method to the baseline of its study after the last stage, in each pair that has it."""
     return study.difference(Contrast(method, study.pair[1], of=study.contrasts[0].of), measure, study.last,
-                            None if study.matches_learning else study.rates[0])
+                            study.main_rate)
 
 
 def over_items(found: ItemValues) -> PairedDifference:
@@ -157,8 +157,8 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
                          + ", ".join(dict.fromkeys(point.method for point in front)) + ".")
     of_what = f"over the {study.unit}s" if len(study.pairs) > 1 else \
         "over the items, which tells how well these runs are measured"
-    note = (f"After {study.stages[-1]}: {measure} in {unit}, less that of {baseline} at {where}, with the 95% interval "
-            f"{of_what}; each method over the losses that both reach, taken as measured. "
+    note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}, with the 95% "
+            f"interval {of_what}; each method over the losses that both reach, taken as measured. "
             + "p is corrected for the number of methods (Holm). " * bool(corrected)
             + "On the Pareto front: the learning rates at which no other method and rate learned more and forgot less, "
             "by the measured values. Minutes of training are those of a chain.\n\n")

@@ -9,15 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures import FONT, PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
+from analysis.figures import FONT, LINES, add_legend, fold, make_panels, model_styles, save_figure, styled, text_height
 from analysis.inference import PairedDifference
 from analysis.loss_curves import draw_loss_curves
 from analysis.measures import LEARNING
 from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
-from analysis.record_figures import LINES, use_few_ticks
+from analysis.record_figures import use_few_ticks
 
-MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5}
-                               for color, marker in zip(PALETTE[1:] + PALETTE[:1], "osD^vPX*")]  # of the contrasts
+# Of the contrasts, in other colours than the models.
+MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5} for color, marker in zip(
+    ["#000000", "#8A8A00", "#6A3D9A", "#8C510A", "#008080", "#B2182B", "#4D4D4D", "#C51B7D"], "osD^vPX*")]
+MIN_PAIRS = 3  # the intervals of contrasts with fewer do not set the range of the axis
 GREY = "#888888"
 
 
@@ -26,9 +28,11 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
     """Plots the figures for which a study has results. Returns {file name without suffix: caption}."""
     figures: dict[str, tuple[Callable[[Study, str], Figure | None], str]] = {
         "differences": (plot_differences, f"Differences after {study.stages[-1]}: mean over the pairs and 95% interval."
-                        " Positive is more forgetting by the first model. The measure of the answer is on top."),
+                        " Positive is more forgetting by the first model. The measure of the answer is on top. "
+                        f"Intervals of fewer than {MIN_PAIRS} pairs may leave the panel."),
         "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for the "
-                     "mean over the pairs that all models have, a point for each learning rate."),
+                     "mean over the pairs of the two models that are compared, where a model has all of these. A point "
+                     "is a learning rate."),
         "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate (learning not matched)."),
         "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
         "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the held-out losses "
@@ -39,11 +43,6 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
     for name, figure in plotted.items():
         save_figure(figure, folder / name)
     return {name: figures[name][1] for name in plotted}
-
-
-def setting_of(study: Study) -> str | None:
-    """The rate of the differences in figures: None for those at equal learning, or else the single rate."""
-    return None if study.matches_learning else study.rates[0]
 
 
 def contrast_styles(study: Study) -> list[tuple[Contrast, dict[str, Any]]]:
@@ -62,12 +61,11 @@ def plot_differences(study: Study, primary: str) -> Figure | None:
 
     Like the functions below, returns None without results.
     """
-    setting = setting_of(study)
     rows: dict[str, dict[str, list[tuple[int, Difference]]]] = {}  # unit -> measure -> (contrast, difference)
     for name in dict.fromkeys([primary, *study.measures]):
         found = [(place, one) for place, contrast in enumerate(study.contrasts[:len(MARKS)])
-                 if (name != LEARNING or setting is not None)
-                 and (one := study.difference(contrast, name, study.last, setting))]
+                 if (name != LEARNING or study.main_rate is not None)
+                 and (one := study.difference(contrast, name, study.last, study.main_rate))]
         if found:
             rows.setdefault(study.measures[name].unit, {})[name] = found
     if not rows:
@@ -104,6 +102,10 @@ def draw_forest(panel: Axes, rows: Sequence[Sequence[tuple[int, Difference]]], p
     panel.axvline(0, color="#000000", lw=0.8)
     panel.grid(axis="x")
     use_few_ticks(panel.xaxis)
+    estimates = [difference.estimate for found in rows for _, difference in found]
+    if several := [one for one in estimates if len(one.values) >= MIN_PAIRS]:
+        extent = 1.1 * max(max(abs(one.mean) + one.half_width, one.smallest_detectable) for one in several)
+        panel.set_xlim(-extent or None, extent or None)
 
 
 def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates: Sequence[PairedDifference],
@@ -116,7 +118,7 @@ def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates
 
 def plot_learning(study: Study, primary: str) -> Figure | None:
     """Forgetting over the loss on the new task, a panel for each stage and a curve for each model."""
-    styles = dict(zip(study.models, LINES))
+    styles = model_styles(study.models, LINES)
     curves: dict[int, dict[str, dict[int, np.ndarray]]] = {}  # stage -> model -> pair -> (x, y) [2, R]
     for number in range(1, study.last + 1):
         for model in styles:
@@ -129,13 +131,14 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
     figure, panels = make_panels(len(curves), 3.2, 2.4 + text_height(*titles))
     for panel, title, of_models in zip(panels, titles, curves.values()):
         most = max(curve.shape[1] for found in of_models.values() for curve in found.values())
-        common = set.intersection(*({pair for pair, curve in found.items() if curve.shape[1] == most}
-                                    for found in of_models.values()))
+        complete = {model: {pair for pair, curve in found.items() if curve.shape[1] == most}
+                    for model, found in of_models.items()}
+        common = set.intersection(*(complete.get(model, set()) for model in study.pair))
         for model, found in of_models.items():
             style = styles[model]
             for curve in found.values():
                 panel.plot(*curve, lw=0.6, alpha=0.5, marker=".", ms=3, color=style["color"], ls=style["ls"])
-            if common:
+            if common and common <= complete[model]:
                 panel.plot(*np.mean([found[pair] for pair in common], axis=0), lw=2, **style)
         panel.set_title(title)
         panel.invert_xaxis()
@@ -159,7 +162,7 @@ def plot_by_rate(study: Study, primary: str) -> Figure | None:
 def plot_by_stage(study: Study, primary: str) -> Figure | None:
     """The primary difference after each stage."""
     labels = ["\n".join(fold(part, 0.9) for part in name.split("-", 1)) for name in study.stages[1:]]
-    return plot_over(study, primary, labels, [(number, setting_of(study)) for number in range(1, study.last + 1)],
+    return plot_over(study, primary, labels, [(number, study.main_rate) for number in range(1, study.last + 1)],
                      "stage") if study.last > 1 else None
 
 
@@ -201,7 +204,7 @@ def plot_by_start(study: Study, primary: str) -> Figure | None:
     points: dict[Contrast, list[tuple[float, float]]] = {}
     for contrast, _ in contrast_styles(study):
         starts = study.start_losses(contrast)
-        found = study.difference(contrast, primary, study.last, setting_of(study))
+        found = study.difference(contrast, primary, study.last, study.main_rate)
         both = [(starts[pair][0] - starts[pair][1], one.value) for pair, one in found.of_pairs.items()
                 if pair in starts] if found else []
         if both:
@@ -225,7 +228,7 @@ def plot_by_start(study: Study, primary: str) -> Figure | None:
 
 def plot_pretraining(study: Study, primary: str) -> Figure | None:
     """The held-out loss of each m0 over its training FLOPs."""
-    styles = {model: style | {"marker": ""} for model, style in zip(study.models, LINES)}
+    styles = {model: style | {"ms": 2} for model, style in model_styles(study.models, LINES).items()}
     curves = {model: found for model in styles if not model.endswith(LEVEL_ENDING)
               and (found := [curve for pair in study.pairs if (curve := study.pretraining_curve(pair, model))])}
     if not curves:

@@ -135,8 +135,8 @@ def with_interval(estimate: PairedDifference) -> str:
 
 
 def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | None, list[Difference]]:
-    """The primary difference, None if it is none, and all others after the last stage: at equal new-task loss where
-    learning is matched, and those of the first contrast also at the shared rate."""
+    """The primary difference, None if `primary` is not the primary measure, and all others after the last stage: at
+    equal new-task loss where learning is matched, and those of the first contrast also at the shared rate."""
     first = study.main_difference(primary) if study.is_primary(primary) else None
     others = []
     for contrast in study.contrasts:
@@ -169,7 +169,7 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
             "(negative log-likelihood) of right options is normalised over the options.\n\n")
     table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
                             "detectable", f"pairs for {effect:g}"], rows)
-    return [("Differences between the models", note + table), *stage_section(study, primary, rate),
+    return [("Differences between the models", note + table), *stage_section(study, primary),
             *match_section(study), *pretraining_section(study), *start_section(study), level_section(study, primary),
             *flip_section(study, rate)]
 
@@ -179,7 +179,7 @@ def learning_text(found: Difference) -> str:
     return "equal new-task loss" if found.rate is None else f"rate {found.rate}" if found.rate else "not matched"
 
 
-def stage_section(study: Study, primary: str, rate: str) -> list[Section]:
+def stage_section(study: Study, primary: str) -> list[Section]:
     """The primary difference of each contrast by stage and by rate."""
     settings, rows = [*([None] if study.matches_learning else []), *study.rates], []
     for contrast, number, setting in itertools.product(study.contrasts, range(1, study.last + 1), settings):

@@ -20,7 +20,7 @@ from common.files import UserError
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two models that are compared: values of `one` less those of `two`.
+    """Two models that are compared: values of `one` minus those of `two`.
 
     equal_loss: the control at equal held-out loss. In each pair, whichever of the two was trained further until its
     held-out loss was that of the other, <model>-level, stands for its model. of: the model whose methods are compared,
@@ -212,8 +212,12 @@ class Study:
     def main_difference(self, name: str, number: int | None = None) -> Difference | None:
         """The difference of the first contrast by a measure, after the last stage unless another is given: at equal
         loss on the new task, or, if there is a single rate, at this rate."""
-        return self.difference(self.contrasts[0], name, self.last if number is None else number,
-                               None if self.matches_learning else self.rates[0])
+        return self.difference(self.contrasts[0], name, self.last if number is None else number, self.main_rate)
+
+    @property
+    def main_rate(self) -> str | None:
+        """The rate of the main differences; None if learning is matched."""
+        return None if self.matches_learning else self.rates[0]
 
     def start_loss(self, pair: int, model: str) -> ItemValues | None:
         """The held-out loss of m0."""

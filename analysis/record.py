@@ -135,7 +135,7 @@ class Record:
         return list(dict.fromkeys(benchmark.category for benchmark in self.benchmarks))
 
     def benchmarks_of(self, category: str, parts: bool = False) -> list[Benchmark]:
-        """The benchmarks of a category that are no parts of others, or with `parts` those that are."""
+        """The benchmarks of a category that are not part of another; with `parts`, only those that are."""
         return [b for b in self.benchmarks if b.category == category and bool(b.part_of) == parts]
 
     def counted_in(self, category: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The figures of a report, plotted from a record."""
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height, text_width
+from analysis.figures import (
+    LINES,
+    PALETTE,
+    add_legend,
+    fold,
+    make_panels,
+    model_styles,
+    save_figure,
+    styled,
+    text_height,
+    text_width,
+)
+from analysis.flips import chance_of
 from analysis.record import Record
 from analysis.results import task_metric
 from analysis.stages import Stage
@@ -22,12 +33,10 @@ from analysis.tables import BIAS
 from common.files import parsing
 from evaluation.suites import Benchmark
 
-# Lines and bars of the models, in order: a model has the same colour in all figures.
-LINES: list[dict[str, Any]] = [{"color": color, "ls": style, "marker": marker, "ms": 4}
-                               for color, style, marker in zip(PALETTE, ["-", "--", ":", "-."] * 2, "os^DvPX*")]
 BARS: list[dict[str, Any]] = [{"facecolor": color, "hatch": hatch, "edgecolor": "white"}
                               for color, hatch in zip(PALETTE, ["", "//", "..", "xx"] * 2)]
 MOST_EPOCHS = 50  # with more, their ends are not marked
+SPAN = 10.0  # smallest range of the colour scale of a task's metric, in points
 
 Points = list[tuple[float, float]]
 Cells = dict[str, np.ndarray]  # model -> a heat map [rows, columns], NaN where nothing was measured
@@ -45,10 +54,12 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
         "forgetting": (plot_forgetting, "FG by category, with 95% intervals."),
         "bias": (plot_bias,
                  "Share of pairs in which the stereotype is the more probable sentence (%); 50 is balanced."),
-        "tasks": (plot_tasks, "Each task's metric at every stage; each column has its own colour scale."),
+        "tasks": (plot_tasks, "Each task's metric at every stage; each column has its own colour scale, "
+                  f"of at least {SPAN:.0f} points."),
         "losses": (plot_losses, f"Loss over tokens, a panel per stage{first_seed}."),
         "calibration": (plot_calibration,
-                        f"Accuracy against expected calibration error, stages joined in order{first_seed}.")}
+                        "Accuracy against expected calibration error, stages joined in order, with growing marks"
+                        f"{first_seed}.")}
     plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(record))}
     for name, figure in plotted.items():
         save_figure(figure, folder / name)
@@ -67,7 +78,7 @@ def plot_benchmarks(record: Record) -> Figure | None:
     width = max(1.9, len(stages) * (text_width(*stages) + 0.08))
     titles = [benchmark_title(benchmark, width, f", {benchmark.metric} (%)") for benchmark in benchmarks]
     figure, panels = make_panels(len(benchmarks), width + 0.45, 1.2 + text_height(*stages) + text_height(*titles))
-    styles = model_styles(record, LINES)
+    styles = model_styles(record.chains, LINES)
     for panel, benchmark, title in zip(panels, benchmarks, titles):
         for index, (model, style) in enumerate(styles.items()):
             values = [record.benchmark_value(model, number, benchmark.name) for number in range(record.last + 1)]
@@ -77,11 +88,15 @@ def plot_benchmarks(record: Record) -> Figure | None:
                 x, y, error = zip(*points)
                 panel.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=2, lw=1.2, elinewidth=0.6,
                                **style)
+        measured = [stage for seeds in record.chains.values() for chain in seeds.values() for stage in chain.values()]
+        if (chance := chance_of(benchmark.name, measured)) is not None:
+            panel.axhline(100 * chance, color="#777777", lw=0.8, ls="--")
         panel.set(title=title, xlim=(-0.5, record.last + 0.5))
         panel.set_xticks(range(record.last + 1), stages)
         use_few_ticks(panel.yaxis)
         panel.grid()
-    add_legend(figure, [Line2D([], [], label=model, **style) for model, style in styles.items()])
+    add_legend(figure, [*(Line2D([], [], label=model, **style) for model, style in styles.items()),
+                        Line2D([], [], color="#777777", lw=0.8, ls="--", label="by guessing")])
     return figure
 
 
@@ -94,7 +109,7 @@ def plot_forgetting(record: Record) -> Figure | None:
         return None
     group = max(0.2 * len(models), text_height(*categories)) + 0.16
     figure, (panel,) = make_panels(1, 7.0, 0.6 + max(0.6, group * len(categories)))
-    styles = model_styles(record, BARS)
+    styles = model_styles(record.chains, BARS)
     for (place, index), estimate in bars.items():
         width = 0.8 / len(models)
         y = place + (index - (len(models) - 1) / 2) * width
@@ -135,10 +150,10 @@ def plot_tasks(record: Record) -> Figure | None:
                               for number in range(record.last + 1)]) for model in record.chains}
     values = np.concatenate(list(cells.values()))
     low, high = np.fmin.reduce(values), np.fmax.reduce(values)  # of each column
-    shades = {model: (matrix - low) / np.where(high > low, high - low, 1) for model, matrix in cells.items()}
+    shades = {model: (matrix - low) / np.maximum(high - low, SPAN) for model, matrix in cells.items()}
     figure, _ = plot_heat_maps(cells, shades, record.stages, [f"{task}\n{task_metric(task)}" for task in record.tasks],
                                "{:z.1f}", cmap="cividis", vmin=0, vmax=1)
-    figure.supxlabel("colours: lowest to highest value of a column")
+    figure.supxlabel(f"colours: from the lowest value of a column to its highest, at least {SPAN:.0f} points")
     return figure
 
 
@@ -188,7 +203,7 @@ def plot_losses(record: Record) -> Figure | None:
         return None
     titles = [fold(name, 2.7) for name in curves]
     figure, panels = make_panels(len(curves), 3.2, 2.0 + text_height(*titles))
-    styles = model_styles(record, LINES)
+    styles = model_styles(record.chains, LINES)
     for panel, title, by_model in zip(panels, titles, curves.values()):
         for model, (steps, evals, _) in by_model.items():
             if steps:
@@ -202,7 +217,7 @@ def plot_losses(record: Record) -> Figure | None:
         use_few_ticks(panel.xaxis, panel.yaxis)
         panel.grid()
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("tokens")
+    figure.supxlabel("tokens of the stage, without those of a grown model's base")
     figure.supylabel("loss (nats per target token)")
     handles = [Line2D([], [], label=f"{model}: eval loss", **style) for model, style in styles.items()]
     add_legend(figure, [*handles, Line2D([], [], color="#777777", lw=0.7, label="training loss"),
@@ -225,7 +240,8 @@ def loss_curve(stage: Stage) -> tuple[Points, Points, list[float]]:
 
 
 def plot_calibration(record: Record) -> Figure | None:
-    """Accuracy over expected calibration error, a panel per benchmark: stages joined in order, the last one filled."""
+    """Accuracy over expected calibration error, a panel per benchmark: stages joined in order, with marks that grow,
+    the last one filled."""
     curves: dict[str, dict[str, Points]] = {}
     benchmarks = {benchmark.name: benchmark for benchmark in record.benchmarks if not benchmark.part_of}
     for name in benchmarks:
@@ -238,12 +254,13 @@ def plot_calibration(record: Record) -> Figure | None:
         return None
     titles = [benchmark_title(benchmarks[name], 1.9) for name in curves]
     figure, panels = make_panels(len(curves), 2.4, 1.5 + text_height(*titles))
-    styles = model_styles(record, LINES)
+    styles = model_styles(record.chains, LINES)
     for panel, title, by_model in zip(panels, titles, curves.values()):
         for model, points in by_model.items():
-            x, y = zip(*points)
-            panel.plot(x, y, lw=0.8, mfc="white", **styles[model])
-            panel.plot(x[-1:], y[-1:], **styles[model])
+            panel.plot(*zip(*points), lw=0.8, **styles[model] | {"marker": ""})
+            for number, (x, y) in enumerate(points, 1):
+                panel.plot(x, y, mfc=None if number == len(points) else "white",
+                           **styles[model] | {"ms": 2 + 5 * number / len(points)})
         panel.set_title(title)
         use_few_ticks(panel.xaxis, panel.yaxis)
         panel.grid()
@@ -252,11 +269,6 @@ def plot_calibration(record: Record) -> Figure | None:
     handles = [Line2D([], [], mfc="white", label=model, **style) for model, style in styles.items()]
     add_legend(figure, [*handles, Line2D([], [], color="#444444", ls="", marker="o", ms=4, label="last stage")])
     return figure
-
-
-def model_styles(record: Record, styles: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{model: its style} for all models of a record."""
-    return dict(zip(record.chains, itertools.cycle(styles)))
 
 
 def benchmark_title(benchmark: Benchmark, width: float, ending: str = "") -> str:

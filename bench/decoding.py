@@ -2,14 +2,15 @@
 
     python bench/decoding.py --checkpoint DIR --data data/prepared/raw/simp.json          greedy and two beam searches
 
-Both decode the same prompts, the first test items of a task, in alternation. transformers decodes batches of
+Both decode the same prompts, the first test items of a task, in turn. transformers decodes batches of
 `batch_size` prompts, and all prompts at once, padded on the left. This project decodes batches of the same size, and
 batches as large as its token budget allows. Each difference between outputs is measured by a forward pass of
 transformers over the texts: for greedy decoding the difference between the logits of the first two different tokens,
 for beam search the difference between the scores of the texts.
 
-The bound is the time that reading the weights and the used columns of the cache takes, once in each step, at the rate
-at which this machine reads memory. The pass over the prompts and the computation come on top of it.
+The memory's bound is the time that reading the weights and the used columns of the cache takes, once in each step, at
+the rate at which this machine reads memory. The bound of both is at least the time of each step's products at the rate
+of large ones. The pass over the prompts, attention and all else come on top.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.timing import read_rate, timed
+from bench.timing import matrix_rate, read_rate, timed
 from bench.workload import split_batches
 from common.scripts import run
 from common.settings import setting
@@ -65,19 +66,28 @@ def transformers_generate(model, decoding, eos, batch_size, prompts):
     return outputs
 
 
-class Traffic:
-    """Counts the bytes that decoding has to read: in each step the weights and the used columns of the cache."""
+class Bounds:
+    """Adds up the least seconds of decoding: in each step the weights and the used columns of the cache are read
+    (`memory`), and the products of the rows with the weights computed, whichever takes longer (`both`).
 
-    def __init__(self, model):
-        read = [*model.model.layers.parameters(), *model.lm_head.parameters()]
-        self.bytes, self.weights = 0, sum(weight.numel() * weight.element_size() for weight in read)
+    read_rate: bytes per second. matrix_rate: FLOP per second.
+    """
+
+    def __init__(self, model, read_rate, matrix_rate):
+        self.rates, self.memory, self.both = (read_rate, matrix_rate), 0.0, 0.0
+        self.weights = [*model.model.layers.parameters(), *model.lm_head.parameters()]
         model.model.register_forward_hook(self.count)
 
     def count(self, decoder, inputs, output):
         """A hook of the decoder: counts a step, which is a pass over the cache."""
         if len(inputs) > 1 and isinstance(inputs[1], KVCache):
-            columns = inputs[1].keys[0][:len(inputs[0]), :, :inputs[1].length]
-            self.bytes += self.weights + 2 * len(inputs[1].keys) * columns.numel() * columns.element_size()
+            rows, cache = len(inputs[0]), inputs[1]
+            columns = cache.keys[0][:rows, :, :cache.length]
+            size = sum(weight.numel() for weight in self.weights)
+            elements = size + 2 * len(cache.keys) * columns.numel()
+            reading, computing = elements * columns.element_size() / self.rates[0], 2 * size * rows / self.rates[1]
+            self.memory += reading
+            self.both += max(reading, computing)
 
 
 @torch.no_grad()
@@ -108,9 +118,10 @@ def main(cfg):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(cfg.checkpoint, dtype, device)
     baseline = AutoModelForCausalLM.from_pretrained(cfg.checkpoint, dtype=dtype).to(device)
-    traffic, rate = Traffic(model), read_rate()
+    bounds = Bounds(model, read_rate(), matrix_rate(device, dtype))
     print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {cfg.dtype} on "
-          f"{device}, {torch.get_num_threads()} threads; memory is read at {rate / 1e9:.1f} GB/s")
+          f"{device}, {torch.get_num_threads()} threads; memory is read at {bounds.rates[0] / 1e9:.1f} GB/s, large "
+          f"products run at {bounds.rates[1] / 1e9:.0f} GFLOP/s")
     for name, mode in MODES.items():
         decoding = replace(mode, max_new_tokens=cfg.max_new_tokens)
         columns = max(map(len, prompts)) + decoding.num_beams * cfg.max_new_tokens
@@ -122,22 +133,23 @@ def main(cfg):
             "transformers, all at once": partial(transformers_generate, baseline, decoding, eos, len(prompts)),
             same: partial(generate, model, config=decoding, eos_ids=tokenizer.eos_ids, options=options),
             full: partial(generate, model, config=decoding, eos_ids=tokenizer.eos_ids)}
-        seconds, outputs, bounds = dict.fromkeys(variants, 0.0), {}, {}
+        seconds, outputs, least = dict.fromkeys(variants, 0.0), {}, {}
         for decode in variants.values():
             decode(prompts[:1])
         for _ in range(cfg.repeats):
             for variant, decode in variants.items():
-                traffic.bytes = 0
+                bounds.memory = bounds.both = 0.0
                 took, outputs[variant] = timed(decode, prompts)
                 seconds[variant] += took / cfg.repeats
-                bounds[variant] = traffic.bytes / rate
+                least[variant] = bounds.memory, bounds.both
         print(name)
         for variant in variants:
             tokens = sum(map(len, outputs[variant]))
             ratio = tokens / seconds[variant] / (sum(map(len, outputs[first])) / seconds[first])
+            memory, both = (f"{one / seconds[variant]:.0%}" for one in least[variant])
+            shares = f", {memory} of the memory's bound, {both} of both" if "ours" in variant else ""
             print(f"  {variant}: {tokens} new tokens in {seconds[variant]:.1f} s, {tokens / seconds[variant]:.1f} "
-                  f"tokens/s, ratio {ratio:.2f}"
-                  + (f", {bounds[variant] / seconds[variant]:.0%} of the bound" if bounds[variant] else ""), flush=True)
+                  f"tokens/s, ratio {ratio:.2f}{shares}", flush=True)
         different = [i for i in range(len(prompts)) if outputs[first][i] != outputs[same][i]]
         print(f"  equal to transformers: {len(prompts) - len(different)} of {len(prompts)}; equal in both of our "
               f"batchings: {sum(a == b for a, b in zip(outputs[same], outputs[full]))}")

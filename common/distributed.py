@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -81,6 +81,11 @@ class Distributed:
         torch_dist.all_reduce(sums)
         return sums.tolist()
 
+    @property
+    def hides_progress(self) -> bool | None:
+        """`disable` of a progress bar: shown on rank 0 if its output is a terminal."""
+        return None if self.rank == 0 else True
+
     def scatter(self, shares: list[T] | None = None) -> T:
         """This rank's item of rank 0's list, which has one picklable item for each rank."""
         share: list[Any] = [None]
@@ -94,11 +99,11 @@ class Distributed:
         return values if self.rank == 0 else []
 
     def local_rank0_first(self, function: Callable[[], T]) -> T:
-        """Calls a function on local rank 0 of each node, then on the other ranks; returns its result."""
-        if self.local_rank == 0:
-            result = function()
-        torch_dist.barrier()
-        return result if self.local_rank == 0 else function()
+        """Calls a function on local rank 0 of each node, then on the other ranks; returns its result. If any rank
+        raises UserError, all ranks exit."""
+        results = [self.on_all_ranks(lambda: function() if self.local_rank == 0 else None),
+                   self.on_all_ranks(lambda: None if self.local_rank == 0 else function())]
+        return cast("T", results[self.local_rank > 0])
 
     def on_all_ranks(self, function: Callable[[], T]) -> T:
         """Calls a function on every rank and returns its result. If any rank raises UserError, all ranks exit."""

@@ -39,7 +39,9 @@ class MetricsLog:
                 log(values)
 
     def close(self) -> None:
-        """Closes the services."""
+        """Closes the file and the services."""
+        if self.file:
+            self.file.close()
         for _, close in self.services:
             close()
 

@@ -154,13 +154,12 @@ def out_of_bounds(name: str, value: float, bounds: Mapping[str, float]) -> list[
     if (low is None or value >= low) and (above is None or value > above) and \
             (high is None or value <= high) and (below is None or value < below):
         return []
-    lower = f"above {above}" if above is not None else ""
-    upper = f"at most {high}" if high is not None else f"below {below}" if below is not None else ""
-    if low is not None:
-        expected = f"a number from {low} to {upper.removeprefix('at most ')}" if upper else f"at least {low}"
-    else:
-        expected = f"a number {' and '.join(filter(None, (lower, upper)))}"
-    return [f"{name} is {value}, expected {expected}"]
+    if low is not None and high is not None:
+        return [f"{name} is {value}, expected a number from {low} to {high}"]
+    limits = (("at least", low), ("above", above), ("at most", high), ("below", below))
+    expected = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
+    number = "" if expected == f"at least {low}" else "a number "
+    return [f"{name} is {value}, expected {number}{expected}"]
 
 
 class Parser(argparse.ArgumentParser):

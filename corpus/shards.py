@@ -67,7 +67,7 @@ def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, s
     writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
     remaining, count = iter(documents), 0
     with tqdm(desc="writing tokens", unit="doc", disable=None) as progress:
-        while batch := list(islice(remaining, 1000)):  # a text of any length fits in memory
+        while batch := list(islice(remaining, 1000)):  # so that few documents are in memory at a time
             for split, writer in writers.items():
                 writer.add([text for text in batch if is_held_out(text) == (split == "val")])
             count += len(batch)

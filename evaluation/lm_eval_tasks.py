@@ -131,7 +131,8 @@ def with_parts(benchmark: Benchmark) -> list[Benchmark]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences messages of lm-eval and datasets, and shows their progress bars only on a terminal."""
+    """Silences lm-eval within the block, and datasets and huggingface_hub from then on. lm-eval's progress bar is
+    shown on a terminal only."""
     datasets.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -276,7 +277,7 @@ def metric_problems(task: Any, metric: str) -> list[str]:
     if name not in task.aggregation():
         return [f"{task.task_name} has no metric {metric!r}, expected one of {', '.join(task.aggregation())}"]
     if name in NO_SHARES:
-        return [f"{task.task_name}: {name} is no share, of which a report shows percentages: choose another metric"]
+        return [f"{task.task_name}: {name} is not a share; reports show shares in percent: choose another metric"]
     filters = [one.name for one in getattr(task, "_filters", [])] or ["none"]
     return [] if (given or "none") in filters else [
         f"{task.task_name} has the metric {name} with the filters {', '.join(filters)}: give {name},{filters[0]}"]

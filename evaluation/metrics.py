@@ -16,10 +16,10 @@ SARI_VERSION = "EASSE 0.2"  # whose figures `sari` gives
 CALIBRATION_METRICS = ("ece", "nll", "brier")
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+def bootstrap_interval(values: Sequence[float]) -> dict[str, float]:
     """Returns {"mean", "low", "high"}: the mean and its 95% interval from the percentile bootstrap (Efron, 1979)."""
     sample = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(sample), size=(RESAMPLES, len(sample)))
+    picks = np.random.default_rng(0).integers(len(sample), size=(RESAMPLES, len(sample)))
     low, high = np.percentile(sample[picks].mean(1), (2.5, 97.5))
     return {"mean": float(sample.mean()), "low": float(low), "high": float(high)}
 

@@ -37,7 +37,7 @@ class ParallelModel:
     def log_likelihoods(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[float, bool]]:
         """(log p(continuation | context) in nats, whether greedy decoding gives it) of each pair.
 
-        A pair is (context, continuation), both lists or both arrays of token ids.
+        A pair is (context, continuation), both lists or both `array`s of token ids, which are joined by +.
         """
         if not pairs:
             return []
@@ -125,8 +125,7 @@ class ParallelModel:
             parameter.view(-1).copy_(sample_posterior(mean, precision, key, name))
 
     def _progress(self, description: str, total: int, unit: str) -> tqdm:
-        return tqdm(desc=description, total=total, unit=unit, leave=False,
-                    disable=None if self.dist.rank == 0 else True)
+        return tqdm(desc=description, total=total, unit=unit, leave=False, disable=self.dist.hides_progress)
 
 
 def partition_by_prefix(sequences: Sequence, num_shares: int) -> list[list[int]]:

@@ -5,7 +5,6 @@ function operator(depth, target) that returns the layer map from `depth` to `tar
 cannot make that many. To add one, write the function and list it in OPERATORS.
 """
 import functools
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,8 +113,7 @@ OPERATORS: dict[str, Callable[..., list[int]]] = {
     operator.__name__: operator for operator in (stack, interleave, middle, partial, solar, midas, lidas, expand)}
 
 # The operators that also need a block of layers, `first` and `last`.
-BLOCK_OPERATORS = [name for name, operator in OPERATORS.items() if "first" in inspect.signature(operator).parameters]
-
+BLOCK_OPERATORS = ["partial"]
 
 # The operators whose new layers add nothing at first.
 ZERO_OPERATORS = ["expand"]

@@ -5,6 +5,7 @@
 import common.interrupts
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -53,12 +54,12 @@ def download(repo_id: str) -> Path:
     """Downloads a model from the Hub and returns its directory. Fetches .bin weights only if there are no others."""
     from huggingface_hub import snapshot_download
     patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
+    # Mistral's repositories also hold the weights in a layout of their own, consolidated.safetensors.
+    fetch = functools.partial(snapshot_download, repo_id, ignore_patterns="consolidated*")
     with explain_hub_errors(repo_id):
-        # Mistral's repositories also hold the weights in a layout of their own, consolidated.safetensors.
-        directory = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns="consolidated*"))
+        directory = Path(fetch(allow_patterns=patterns))
         if not list(directory.glob("*.safetensors")):
-            patterns += ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
-            directory = Path(snapshot_download(repo_id, allow_patterns=patterns))
+            directory = Path(fetch(allow_patterns=[*patterns, "pytorch_model*.bin", "pytorch_model*.bin.index.json"]))
     return directory
 
 

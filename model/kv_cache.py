@@ -12,6 +12,8 @@ from torch import Tensor
 from model.prefix_packing import Segment, packed_passes, sort_sequences
 from model.transformer import Attend, Transformer, additive_mask, attention, within_window
 
+PREFILL_TOKENS = 4096  # of a pass over the prompts
+
 
 class KVCache:
     """Keys and values of all layers, [B, K, S, D] each. All rows fill the same columns. An AttentionContext."""
@@ -43,12 +45,12 @@ class KVCache:
         keys[:, :, -query.shape[2]:], values[:, :, -query.shape[2]:] = key, value
         return attention(query, keys, values, self.masks[self.model.config.window(layer)])
 
-    def prefill(self, prompts: Sequence[list[int]], max_tokens: int = 4096) -> Tensor:
+    def prefill(self, prompts: Sequence[list[int]]) -> Tensor:
         """Fills the cache with prompts and returns the hidden state of the last token of each, [B, C]."""
         sequences, places = sort_sequences(prompts)
         last: dict[int, Tensor] = {}
         self.length = max(map(len, prompts))
-        for segments, hidden in packed_passes(self.model, sequences, max_tokens, keep=True):
+        for segments, hidden in packed_passes(self.model, sequences, PREFILL_TOKENS, keep=True):
             for segment in segments:
                 if segment.stop == len(sequences[segment.sequence]):
                     for row in np.flatnonzero(np.equal(places, segment.sequence)).tolist():

@@ -150,7 +150,7 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
 
 
 def check_primary(cfg: ExperimentConfig) -> None:
-    """Raises UserError if the primary measure is none that the report of this experiment has."""
+    """Raises UserError if the primary measure is not one that the report of this experiment has."""
     entries = open_suite(cfg.suite, cfg.suite_files)[1]
     names = measure_names(list(dict.fromkeys(entry.get("category", "") for entry in entries
                                              if entry.get("metric", "acc") in CHOICE_METRICS)))

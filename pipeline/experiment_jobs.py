@@ -44,7 +44,7 @@ def pair_jobs(cfg: ExperimentConfig, pair: int | None) -> list[Job]:
 
 
 def arms(cfg: ExperimentConfig, pair: int | None) -> list[Arm]:
-    """The models of a pair, and with the loss control the one of llm and stack that is behind, trained further.
+    """The models of a pair, and with the loss control the one of llm and stack with the higher loss, trained further.
 
     Which of them is behind is known only when both m0 are finished; before that it is taken to be llm.
     """

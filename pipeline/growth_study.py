@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from matplotlib.lines import Line2D
 
@@ -53,8 +53,9 @@ OF_STAGES = "stages", "alpha"  # of growth in stages alone
 TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
 LABELS = {TRAINED_ON: "base, trained further"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
-COLOURS = dict(zip(DEPTH_OPERATORS, [color for color in PALETTE if color != "#000000"]))
-COLOURS |= {"scratch": "#000000", "base": "#777777", TRAINED_ON: "#777777"}
+# As in the report's figures (MODELS in analysis/figures.py), where scratch is llm.
+COLOURS = dict(zip(dict.fromkeys(["scratch", "stack", "base", "interleave", *DEPTH_OPERATORS]), [*PALETTE, "#777777"]))
+COLOURS[TRAINED_ON] = COLOURS["base"]
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def conclusion(rows: Sequence[dict]) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def style_of(name: str) -> dict[str, str]:
+def style_of(name: str) -> dict[str, Any]:
     """Colour and line of a model: those of its operator and of its policy for the moments."""
     operator, _, policy = name.partition("-")
     lines = {"base": "--", "copied": "--", "zero": ":"}
@@ -278,7 +279,7 @@ def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) 
     figure, (panel,) = make_panels(1, 7.2, 4.6)
     names = list(next(iter(runs.values())))
     curves = {LABELS.get(name, name): [of_seed[name] for of_seed in runs.values() if name in of_seed] for name in names}
-    styles = {LABELS.get(name, name): style_of(name) for name in names}
+    styles = {LABELS.get(name, name): style_of(name) | {"marker": "o", "ms": 2} for name in names}
     handles = draw_loss_curves(panel, curves, styles)
     goal = mean_curve(curves["scratch"])[-1][1]
     panel.axhline(goal, color=COLOURS["scratch"], lw=0.8, ls=":")

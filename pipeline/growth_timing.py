@@ -93,6 +93,6 @@ def print_growth_plan(cfg: GrowthPlanConfig) -> None:
     if base_flops >= same_loss:
         print(f"warning: the base alone would cost {base_flops:.4g} FLOPs, so that growing saves nothing; {fitted} and "
               "does not extend to this model: spend a quarter of the FLOPs on the base instead, as "
-              "configs/size/small.toml does")
+              "configs/size/study.toml does")
     elif not FITTED[0] <= params <= FITTED[1]:
         print(f"note: {fitted}; this N is outside that range")

@@ -171,7 +171,8 @@ def data_commands(v: Variables, tasks: Iterable[str]) -> list[Command]:
 
 
 def text_commands(v: Variables) -> list[Command]:
-    """Makes the token shards of the size if they are missing. Raises UserError if TEXT is, unless nothing is run."""
+    """Makes the token shards of the size if they are missing. Raises UserError if TEXT does not exist, except
+    in a dry run."""
     if Path(v.text).exists() or v.get("TEXT") and v.get("DRY_RUN"):
         return []
     if v.get("TEXT"):

@@ -47,15 +47,16 @@ def test_steps_from_a_checkpoint(tmp_path):
     assert ours[1] < ours[0] - 0.05
 
 
-def test_the_bytes_that_decoding_reads():
+def test_the_bounds_of_decoding():
     """Two prompts of 3 tokens, 4 new tokens: after the pass over the prompts three steps over 4, 5 and 6 columns."""
-    from bench.decoding import Traffic  # imports transformers
+    from bench.decoding import Bounds  # imports transformers
     model = random_model()
-    traffic, shape = Traffic(model), model.config
+    bounds, shape = Bounds(model, read_rate=100.0, matrix_rate=10.0), model.config
     generate(model, [[5, 6, 7], [8, 9, 10]], GenerationConfig(max_new_tokens=4))
     weights = shape.num_parameters - shape.vocab_size * shape.hidden_size - shape.hidden_size  # no embedding, last norm
     column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    assert traffic.bytes == 4 * (3 * weights + 2 * column * (4 + 5 + 6))
+    assert bounds.memory == pytest.approx(4 * (3 * weights + 2 * column * (4 + 5 + 6)) / 100)
+    assert bounds.both == pytest.approx(3 * 2 * weights * 2 / 10)  # computing takes longer
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):

@@ -377,7 +377,9 @@ def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(check
     (["--train_args", "--wandb x"], "--wandb needs the package wandb"),
     (["--train_args", "--deepspeed gone.json"], "gone.json does not exist"),
     (["--train_args", "--max_source_length 1800"], "samples may have 2056 tokens, more than the model's max_position_"),
-    (["--evaluate_args", "--max_source_length 2000"], "samples may have 2184 tokens, more than the model's"),
+    (["--evaluate_args", "--max_source_length 2000"], "samples may have 2256 tokens, more than the model's"),
+    (["--evaluate_args", "--max_target_length 1500"], "samples may have 2524 tokens, more than the model's"),
+    (["--evaluate_args", "--text_length 3000"], "samples may have 3000 tokens, more than the model's"),
     (["--methods", "replay", "--text", "FOLDER/file"], "file is a file, and text is replayed from token shards: make"),
     (["--evaluate_args", "--bertscore_model ENCODER --bertscore_layer 2"], "pip install bert-score")])
 def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, tasks, suite_file, tmp_path, monkeypatch,

@@ -13,9 +13,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from common.distributed import Distributed, to_device
 from model.loss import IGNORE_INDEX
 from model.prefix_packing import common_prefix
 from model.token_losses import Sample
+from training.train_config import TrainConfig
 
 Microbatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input_ids [B, T], targets [B, T], prefix [P]
 
@@ -38,7 +40,7 @@ class GlobalBatch:
 
     @property
     def groups(self) -> list[list[Sample]]:
-        """The samples in groups that share no micro-batch: those of one kind have a common prefix."""
+        """The samples of the task and the replayed windows, apart: in one group they would have no common prefix."""
         return [self.samples, self.replay] if self.replay else [self.samples]
 
     @cached_property
@@ -114,6 +116,18 @@ def shared_prefix(samples: Sequence[Sample]) -> np.ndarray:
     tokens, first = min(samples, key=lambda sample: sample[1])
     prompt = tokens[:first - 1]
     return prompt[:min(common_prefix(prompt, other) for other, _ in samples) if len(samples) > 1 else 0]
+
+
+def rank_microbatches(cfg: TrainConfig, dist: Distributed, samples: Sequence[Sample]) -> list[Microbatch]:
+    """This rank's micro-batches of some samples."""
+    return make_microbatches(samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens, dist.rank,
+                             dist.world_size)
+
+
+def to_inputs(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """The arguments of the model. The targets stay in host memory, see Transformer."""
+    input_ids, targets, prefix = microbatch
+    return to_device(input_ids, device), targets, to_device(prefix, device)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

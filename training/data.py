@@ -101,7 +101,7 @@ def load_held_out(run: Run) -> list[Sample]:
     path = run.cfg.held_out_text
     if path is None:
         return []
-    check_shards(path, split="val")
+    check_shards(path, run.dist.local_rank, run.dist.local_world_size, split="val")
     dataset = ShardDataset(path, "val", window_tokens(run), HELD_OUT_WINDOWS)
     return [dataset[index] for index in range(len(dataset))]
 

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from common.distributed import to_device
 from common.files import UserError, read_json, write_json
 from model.checkpoint import checkpoint_digest
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import fetch_checkpoint, load_model
 from model.tokenizer import Tokenizer
-from training.batches import Sample, count_tokens, make_microbatches, replay_indices
+from training.batches import Sample, count_tokens, rank_microbatches, replay_indices, to_inputs
 from training.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -61,11 +60,10 @@ class Distillation:
     def add_term(self, engine: "DeepSpeedEngine", samples: Sequence[Sample], weight: float) -> float:
         """Adds `weight` times the gradient of the mean divergence over the targets of some samples, over all ranks.
         Returns the divergence."""
-        cfg, dist = self.run.cfg, self.run.dist
+        dist = self.run.dist
         num_targets, total = count_tokens(samples)[1], torch.zeros((), device=dist.device)
-        for input_ids, targets, prefix in make_microbatches(samples, cfg.max_tokens_per_microbatch,
-                                                            cfg.microbatch_overhead_tokens, dist.rank, dist.world_size):
-            inputs = to_device(input_ids, dist.device), targets, to_device(prefix, dist.device)
+        for microbatch in rank_microbatches(self.run.cfg, dist, samples):
+            inputs = to_inputs(microbatch, dist.device)
             with torch.no_grad():
                 states, _ = self.model.target_states(*inputs)
             engine.set_gradient_accumulation_boundary(False)

@@ -118,8 +118,8 @@ class Anchored(Method):
     def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
         """EWC: measures the diagonal Fisher information, adds that of the earlier tasks, and writes the sum.
 
-        It is the empirical Fisher information: the mean over samples of the squared gradient of a target's
-        log-likelihood.
+        It is the empirical Fisher information: the mean over samples of the squared gradient of the sample's
+        log-likelihood, which is a sum over its target tokens.
         """
         if not self.run.cfg.ewc_strength:
             return
@@ -128,8 +128,7 @@ class Anchored(Method):
             {flat: torch.zeros_like(flat) for flat in flat_tensors(local_fragments(self.engine))}
         unclipped = dataclasses.replace(self.run, cfg=dataclasses.replace(self.run.cfg, max_grad_norm=0.0))
         with accumulating_squares(self.engine, squares):
-            hidden = None if self.run.dist.rank == 0 else True
-            for sample in tqdm(samples, "Fisher information", leave=False, disable=hidden):
+            for sample in tqdm(samples, "Fisher information", leave=False, disable=self.run.dist.hides_progress):
                 num_targets = count_tokens([sample])[1]  # the loss of a step is a mean over them
                 optimizer.square_weight = num_targets ** 2 / len(samples)
                 loss, grad_norm, _ = train_step(unclipped, self.engine, [[sample]])

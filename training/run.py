@@ -78,7 +78,7 @@ class Run:
 
     @property
     def task_seed(self) -> int:
-        """Seed of what is drawn anew at each task of a chain: replayed text, adapters, and noise of the weights."""
+        """Seed of what is drawn again at each task of a chain: replayed text, adapters, and noise of the weights."""
         return self.cfg.seed + len(self.lineage.get("tasks", []))
 
     def lineage_after(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def held_out_digest(cfg: TrainConfig, source: Path) -> dict[str, str]:
 
 
 def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
-    """The digest of a directory of token shards that a setting names. Raises UserError if it is none, or if its
+    """The digest of a directory of token shards that a setting names. Raises UserError if it is not one, or if its
     tokenizer is not the model's."""
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file, expected a directory of token shards: make it with data_prep.py "

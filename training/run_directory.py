@@ -64,7 +64,7 @@ def claim(out: str | Path) -> Iterator[None]:
 def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     """Whether this run is finished. Raises UserError if its directory belongs to a run with other settings.
 
-    An unfinished run of which there is nothing to keep, neither a saved state nor a checkpoint, may have had any.
+    The settings of an unfinished run that has neither a saved state nor a checkpoint are not compared.
     """
     out, partial = Path(out), partial_directory(out)
     if out.exists() and not read_record(out):
@@ -141,9 +141,7 @@ def drop_state(out: str | Path) -> None:
 
 def epoch_checkpoints(directory: Path) -> list[Path]:
     """The complete epoch checkpoints of an unfinished run, oldest first."""
-    steps = {path: int(match[1]) for path in directory.glob("checkpoint-*")
-             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    return sorted(steps, key=steps.__getitem__)
+    return numbered(directory, "checkpoint-")
 
 
 def prune_checkpoints(directory: Path, limit: int) -> None:
@@ -161,9 +159,14 @@ def last_checkpoint(directory: Path) -> str:
 
 def saved_states(directory: Path) -> list[Path]:
     """The saved states of an unfinished run, oldest first."""
-    steps = {path: int(match[1]) for path in (directory / "resume").glob("step-*")
-             if (match := re.fullmatch(r"step-(\d+)", path.name))}
-    return sorted(steps, key=steps.__getitem__)
+    return numbered(directory / "resume", "step-")
+
+
+def numbered(folder: Path, prefix: str) -> list[Path]:
+    """The paths in a folder whose names are a prefix and a number, in order of the numbers."""
+    found = {path: int(match[1]) for path in folder.glob(f"{prefix}*")
+             if (match := re.fullmatch(rf"{prefix}(\d+)", path.name))}
+    return sorted(found, key=found.__getitem__)
 
 
 def fingerprint(record: Mapping[str, Any]) -> str:

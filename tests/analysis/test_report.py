@@ -144,6 +144,8 @@ def test_the_method_and_the_baseline_can_be_chosen(method_runs, tmp_path):
     assert cfg.method == "ewc"  # configs/method/ewc.toml, which has settings of training, is not read
     with pytest.raises(UserError, match="unknown method 'best', expected one of finetune, ewc, vcl-tau=0.5"):
         make_report(tmp_path / "out", runs=method_runs, method="best")
+    with pytest.raises(UserError, match="unknown baseline 'finetnue', expected one of ewc, finetune, vcl-tau=0.5"):
+        make_report(tmp_path / "out", runs=method_runs, baseline="finetnue")
 
 
 def test_methods_are_compared_only_where_both_were_measured(method_runs, tmp_path):

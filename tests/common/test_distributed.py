@@ -27,15 +27,17 @@ with Distributed() as dist:
     assert dist.on_all_ranks(lambda: dist.rank) == dist.rank
     assert dist.local_rank0_first(lambda: dist.rank == 0 and (time.sleep(0.2) or path.touch()) or path.exists())
     dist.print0(f"{dist.world_size} processes")
-    dist.on_all_ranks(fail if dist.rank == 1 else str)
+    LAST
 """
 
 
-def test_collectives_and_an_error_of_one_rank(tmp_path):
-    result = run_script("-c", COLLECTIVES, tmp_path / "file", check=False,
+@pytest.mark.parametrize(("last", "rank"), [("dist.on_all_ranks(fail if dist.rank == 1 else str)", 1),
+                                            ("dist.local_rank0_first(fail)", 0)])
+def test_collectives_and_an_error_of_one_rank(tmp_path, last, rank):
+    result = run_script("-c", COLLECTIVES.replace("LAST", last), tmp_path / "file", check=False,
                         launcher=[*TORCHRUN, "--no_python", sys.executable])
     assert (result.stdout, result.returncode) == ("2 processes\n", 1), result.stderr
-    assert re.findall("UserError: .*", result.stderr) == ["UserError: the disk is full (on rank 1)"]
+    assert re.findall("UserError: .*", result.stderr) == [f"UserError: the disk is full (on rank {rank})"]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -86,7 +86,7 @@ def test_all_problems_in_one_message(tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--out", ""], "--out is missing"), (["--out", "none"], "--out is missing"),
     (["--share", "1.1"], "share is 1.1, expected a number from 0 to 1"),
-    (["--beta", "1"], "beta is 1.0, expected a number from 0 to below 1"),
+    (["--beta", "1"], "beta is 1.0, expected a number at least 0 and below 1"),
     (["--tau", "0"], "tau is 0.0, expected a number above 0 and at most 1"),
     (["--rate", "0"], "rate is 0.0, expected a number above 0"),
     (["--rate", "inf"], "rate is inf, expected a finite number"),

@@ -430,7 +430,7 @@ class FakeTask:
 @pytest.mark.parametrize(("metric", "said"), [
     ("exact_match,flexible-extract", []),
     ("exact_match", ["sums has the metric exact_match with the filters strict-match, flexible-extract: give "]),
-    ("word_perplexity", ["sums: word_perplexity is no share, of which a report shows percentages: choose another"]),
+    ("word_perplexity", ["sums: word_perplexity is not a share; reports show shares in percent: choose another"]),
     ("acc", ["sums has no metric 'acc', expected one of exact_match, word_perplexity"])])
 def test_metrics_of_a_task(metric, said):
     found = metric_problems(FakeTask(), metric)

@@ -28,8 +28,11 @@ def fetch(hub, tmp_path, source=ID, *flags, **options):
 
 
 def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path):
+    """Without weights in a layout of the publisher's own."""
+    hub.add("models", ID, dict(hub.repos["models", ID]["main"]) | {"consolidated.safetensors": b"weights"})
     result = fetch(hub, tmp_path, ID, "--dtype", "fp32")
     cache = tmp_path / "cache/hub/models--llm-stacking--StackLLM_410M_750BToken"
+    assert not any("consolidated" in path for method, path in hub.requests if method == "GET")
     assert result.stdout.splitlines() == [f"{tmp_path}/out: 48,288 parameters",
                                           f"the download is not needed any more: {cache} (0.0 GB)"]
     with torch.no_grad():
