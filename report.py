@@ -173,8 +173,9 @@ def main(cfg: ReportConfig) -> None:
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(shown, cfg.runs) if cfg.runs else []
-    title = f"Forgetting: {', '.join(record.chains)}; {record.stages[0]} to {record.stages[-1]}" + \
-        f"; method {method}" * (len(records) > 1)
+    title = f"Forgetting: {', '.join(record.chains)}; {record.stages[0]} to {record.stages[-1]}"
+    if len(records) > 1:
+        title += f"; method {method}"
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything

@@ -90,8 +90,9 @@ def noise_flags(stages: Sequence[Stage]) -> dict[str, str]:
                                   for stage, estimate in measured
                                   if chance and not stage.number and is_at_chance([estimate], chance, two_sided))
         if is_constant(name, measured):
-            found[name] = f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages" \
-                + "; it is not counted in its category unless --constant is true" * (kind == BENCHMARKS)
+            found[name] = f"{name}: its forgetting is noise, since it is {numbers[0]:.4g} for all models and stages"
+            if kind == BENCHMARKS:
+                found[name] += "; it is not counted in its category unless --constant is true"
         elif chance and is_at_chance([estimate for _, estimate in measured], chance, two_sided):
             found[name] = f"{name}: its forgetting is noise, since it {relation} ({chance:.4g}) for any model and " \
                 f"stage; the values are {min(numbers):.4g} to {max(numbers):.4g}"

@@ -48,7 +48,7 @@ def draw_loss_curves(panel: Axes, curves: Mapping[str, Sequence[Curve]],
     for name, runs in curves.items():
         for curve in runs if len(runs) > 1 else ():
             panel.plot(*zip(*curve), lw=0.5, alpha=0.5, color=styles[name]["color"])
-        average, several = mean_curve(runs), f", mean of {len(runs)}" * (len(runs) > 1)
+        average, several = mean_curve(runs), f", mean of {len(runs)}" if len(runs) > 1 else ""
         label = f"{name}: {average[-1][1]:.3f} at the end{several}"
         handles += panel.plot(*zip(*average), lw=1.8, label=label, **styles[name])
     visible = [loss for runs in curves.values() for curve in runs

@@ -159,7 +159,7 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
         "over the items, which tells how well these runs are measured"
     note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}, with the 95% "
             f"interval {of_what}; each method over the losses that both reach, taken as measured. "
-            + "p is corrected for the number of methods (Holm). " * bool(corrected)
+            + ("p is corrected for the number of methods (Holm). " if corrected else "")
             + "On the Pareto front: the learning rates at which no other method and rate learned more and forgot less, "
             "by the measured values. Minutes of training are those of a chain.\n\n")
     head = ["method", "new-task loss", f"{measure}, difference to {baseline}", "p", "on the front", "minutes"]

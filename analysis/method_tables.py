@@ -42,7 +42,7 @@ def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str
                                 (f"{model}, {method}", f"{model}, {baseline}"))
             gaps[method] = measure_gaps(common, found[method], found[baseline], model)
             left_out += common.left_out
-            of_one_run = " in one run of each" * (len(common.one) == 1)
+            of_one_run = " in one run of each" if len(common.one) == 1 else ""
             sentences += [f"{model}, {method} compared with {baseline}{of_one_run}: "
                           f"{describe_gaps(gaps[method], names)}."] if names else []
         sections.append((f"Methods: {model}", NOTE + level_table(found, model, names, gaps)))

@@ -26,8 +26,8 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
     lines = [ONE_PAIR.format(one, two)] if len(study.pairs) == 1 else []
     if found is None:
         if study.has_losses or len(study.pairs) > 1:
-            lines.append(f"There is no answer by the {named(study, primary)}: no pair has it for both models"
-                         + " at an equal new-task loss" * study.matches_learning + ".")
+            where = " at an equal new-task loss" if study.matches_learning else ""
+            lines.append(f"There is no answer by the {named(study, primary)}: no pair has it for both models{where}.")
         return lines
     estimate, unit = found.estimate, found.measure.unit
     if estimate.n > 1:
@@ -63,7 +63,7 @@ def conditions(study: Study, found: Difference) -> str:
     """What is equal for both models in a difference."""
     rate = f"learning rate {found.rate}" if found.rate else "one learning rate"
     learning = "equal new-task loss" if found.rate is None else f"{rate} (learning not matched)"
-    return f"at {'equal FLOPs and ' * has_equal_flops(study, found.of_pairs)}{learning}"
+    return f"at equal FLOPs and {learning}" if has_equal_flops(study, found.of_pairs) else f"at {learning}"
 
 
 def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
@@ -86,15 +86,16 @@ def data_of(study: Study, found: Difference) -> str:
     """The sentence on the data behind the answer."""
     items = len(next(iter(found.of_pairs.values())).values)
     left = [study.name_of(pair) for pair in study.pairs if pair not in found.of_pairs]
-    seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" * any(found.of_pairs)
+    seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" if any(found.of_pairs) else ""
+    sampled = f", {items} items" if items > 1 else ""
     rates = f", learning rates {', '.join(study.rates)}" if study.matches_learning else ""
-    return (f"Data: {count(len(found.of_pairs), 'pair')}{seeds}{f', {items} items' * (items > 1)}{rates}"
+    return (f"Data: {count(len(found.of_pairs), 'pair')}{seeds}{sampled}{rates}"
             + (f"; left out: {', '.join(left)}, see What is missing." if left else "."))
 
 
 def count(number: int, noun: str) -> str:
     """A number with a noun."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def start_losses(study: Study, pairs: Collection[int]) -> list[str]:
@@ -156,8 +157,9 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
         return flip_section(study, rate)
     corrected = [math.nan, *holm([one.estimate.p for one in others])] if first else \
         holm([one.estimate.p for one in others])
-    rows = [[one.measure.name + " (primary)" * (one is first), one.measure.unit, str(one.contrast), learning_text(one),
-             one.estimate.n, with_interval(one.estimate), p_text(one.estimate.p), p_text(p),
+    rows = [[f"{one.measure.name} (primary)" if one is first else one.measure.name, one.measure.unit,
+             str(one.contrast), learning_text(one), one.estimate.n, with_interval(one.estimate),
+             p_text(one.estimate.p), p_text(p),
              "–" if one.estimate.n < 2 else f"{one.estimate.smallest_detectable:.3g}",
              one.estimate.units_needed(effect) or "–"] for one, p in zip(found, corrected)]
     note = (f"After {study.stages[-1]}; mean over the pairs, in brackets the 95% interval by Student's t. Positive is "
@@ -276,10 +278,11 @@ def flip_section(study: Study, rate: str) -> list[Section]:
                     (one.items, one.forgotten, one.learned) for one in found))),
                     p_text(found[0].p) if len(found) == 1 else "–",
                     share_text([mean(one.net for one in flips) for flips in of_pairs])])
-    note = (f"From m0 to {study.stages[-1]}" + f" at the rate {rate}" * bool(rate) + ": items that were right and are "
-            "wrong, and the reverse, summed over pairs and seeds. p: McNemar's exact test, of a single chain. "
-            "Forgotten, net: the decrease in the share of items that are known rather than guessed, in percent, with "
-            "the 95% interval from the pairs, or from the items of a single one.\n\n")
+    where = f" at the rate {rate}" if rate else ""
+    note = (f"From m0 to {study.stages[-1]}{where}: items that were right and are wrong, and the reverse, summed over "
+            "pairs and seeds. p: McNemar's exact test, of a single chain. Forgotten, net: the decrease in the share of "
+            "items that are known rather than guessed, in percent, with the 95% interval from the pairs, or from the "
+            "items of a single one.\n\n")
     return [("Items that flipped", note + markdown_table(
         ["benchmark", "model", "items", "right, then wrong", "wrong, then right", "p", "forgotten, net"],
         rows))] if rows else []

@@ -33,7 +33,9 @@ class Contrast:
 
     def __str__(self) -> str:
         what = f"{self.one} − {self.two}"
-        return f"{what} of {self.of}" if self.of else what + ", m0 of equal loss" * self.equal_loss
+        if self.of:
+            return f"{what} of {self.of}"
+        return f"{what}, m0 of equal loss" if self.equal_loss else what
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
 
     Nothing is written if one of them cannot be plotted.
     """
-    first_seed = " (the first seed)" * record.several_seeds
+    first_seed = " (the first seed)" if record.several_seeds else ""
     figures = {
         "benchmarks": (plot_benchmarks, "Each benchmark over the stages, with 95% intervals."),
         "forgetting": (plot_forgetting, "FG by category, with 95% intervals."),

@@ -61,10 +61,14 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
                          caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.pair else []
     names = [f"{short}: {name}" for short, name in CATEGORIES.items() if short in record.categories]
+    units = " and the pairs or seeds" if record.several_seeds else ""
     note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
-            "from the benchmarks' standard errors" + " and the pairs or seeds" * record.several_seeds + "."
-            + f" {'; '.join(names)}." * bool(names)
-            + " Do not compare columns that are means over different pairs." * record.several_pairs + "\n\n")
+            f"from the benchmarks' standard errors{units}.")
+    if names:
+        note += f" {'; '.join(names)}."
+    if record.several_pairs:
+        note += " Do not compare columns that are means over different pairs."
+    note += "\n\n"
     return sentences, [
         ("Forgetting by category", note + model_table("category", record, by_category.items())),
         ("Forgetting by benchmark", model_table("benchmark", record, by_benchmark))]
@@ -117,7 +121,7 @@ def verdict(title: str, pair: Pair, comparison: Comparison, claim: str = FORGETS
     gap = comparison.difference
     if gap is None:
         return f"{title}: not compared, {grown} and {reference} have no results in common (see What is missing)."
-    of_part = ", of what both have, see What is missing" * comparison.is_part
+    of_part = ", of what both have, see What is missing" if comparison.is_part else ""
     value, low, high = rounded(gap, sign="+")
     if math.isnan(gap.error):
         return f"{title}: the difference is {value}, without standard errors to judge it by{of_part}."

@@ -112,7 +112,7 @@ class Variables:
                   (("data",), "TASK", [self.task], known("task")),
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
-                  (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] * bool(self.method),
+                  (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
                    known("method"))]
         unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
         found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []

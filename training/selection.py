@@ -87,4 +87,6 @@ def layer_names(names: Iterable[str], config: ModelConfig) -> str:
     layers = sorted({int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.", name))})
     if len(layers) == config.num_hidden_layers:
         return f"all {len(layers)} layers"
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else ""
+    if not layers:
+        return ""
+    return f"{'layers' if len(layers) > 1 else 'layer'} {', '.join(map(str, layers))}"

@@ -177,8 +177,9 @@ class TrainConfig:
     def method_problems(self) -> list[str]:
         """Contradictions between the settings of methods against forgetting."""
         found, anchored, ivon = [], self.anchored, self.optimizer == "ivon"
+        optimizer = ["optimizer ivon"] if ivon else []
         used = anchored + [name for name in ("rehearsal", "replay_share", "self_replay_kl", "input_kl")
-                           if getattr(self, name)] + ["optimizer ivon"] * ivon
+                           if getattr(self, name)] + optimizer
         if used and self.task is None:
             found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
         if self.lora and self.task is None:
@@ -187,7 +188,7 @@ class TrainConfig:
             found.append("train lora adapts the layers of --init: set new_layers to 0")
         if len(self.train) > 1 and {"all", "lora"} & set(self.train):
             found.append(f"train is {', '.join(self.train)}: give all or lora alone, or what else is to be trained")
-        of_all = ["ewc_strength"] * bool(self.ewc_strength) + ["optimizer ivon"] * ivon
+        of_all = (["ewc_strength"] if self.ewc_strength else []) + optimizer
         if of_all and self.new_layers:
             found.append(f"{' and '.join(of_all)} is about the weights of --init: set new_layers to 0")
         if of_all and self.train != ("all",):
