@@ -174,7 +174,7 @@ def main(cfg: ExperimentConfig) -> None:
     if cfg.launcher == "slurm":
         return submit(cfg, to_do, ledger)
     incomplete: list[str] = []
-    for pair in cfg.pairs or (None,) if not cfg.only else ():
+    for pair in () if cfg.only else cfg.pairs or (None,):
         if "loss" in cfg.controls:  # which model has to be trained further is known when both m0 are finished
             run_unfinished([m0_job(cfg, arm) for arm in arms(cfg, pair) if not arm.level_with], jobs, ledger, pace)
             jobs = all_jobs(cfg)

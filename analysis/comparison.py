@@ -135,8 +135,9 @@ class CommonPart:
 
 def same(one: Estimate | None, two: Estimate | None) -> bool:
     """Whether two estimates have the same value and error."""
-    return one is two is None or one is not None and two is not None and np.array_equal(
-        [one.value, one.error], [two.value, two.error], equal_nan=True)
+    if one is None or two is None:
+        return one is two
+    return np.array_equal([one.value, one.error], [two.value, two.error], equal_nan=True)
 
 
 def pair_name(pair: int, unit: str = "pair") -> str:

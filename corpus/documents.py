@@ -76,11 +76,13 @@ def read_text_file(path: Path, column: str) -> Iterator[str]:
         raise UserError(f"{path} is {'a link to something that is ' if path.is_symlink() else ''}not a file")
     try:
         with open(path, encoding="utf-8") as file:
-            while path.suffix == ".txt" and (lines := file.readlines(DOCUMENT_CHARACTERS)):
-                yield "".join(lines)
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                yield text_field(parse_json(line, where), column, where) if line.strip() else ""
+            if path.suffix == ".txt":
+                while lines := file.readlines(DOCUMENT_CHARACTERS):
+                    yield "".join(lines)
+            else:
+                for number, line in enumerate(file, 1):
+                    where = f"{path}, line {number}"
+                    yield text_field(parse_json(line, where), column, where) if line.strip() else ""
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
     except OSError as error:

@@ -263,8 +263,8 @@ def check_tasks(suite: list[Benchmark], loaded: Loaded, max_length: int) -> None
                 problems.append(f"{task.task_name} is in both {owner} and {benchmark.name}: leave one out")
             problems += metric_problems(task, benchmark.metric)
             problems += name_problems(task.task_name) + task_problems(task, max_length)
-        if isinstance(root, Group) and benchmark.metric.partition(",")[0] not in (means := [
-                mean.metric for mean in root.aggregate_metric_list or []]):
+        means = [mean.metric for mean in root.aggregate_metric_list or []] if isinstance(root, Group) else []
+        if isinstance(root, Group) and benchmark.metric.partition(",")[0] not in means:
             problems.append(f"the group {benchmark.name} has no mean of {benchmark.metric!r} over its tasks"
                             + (f", expected one of {', '.join(means)}" if means else ": list its tasks"))
     if problems:

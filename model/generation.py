@@ -195,7 +195,7 @@ class Sampling(Search):
         if self.config.do_sample:
             logits = filter_logits(logits, self.config.temperature, self.config.top_k, self.config.top_p)
             cumulative = logits.double().softmax(-1).cumsum(-1)  # B 1 V
-            thresholds = self.uniform[:, None, step, None] * cumulative[:, :, -1:]
+            thresholds = self.uniform[:, step, None, None] * cumulative[:, :, -1:]
             tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, :, 0].clamp_(max=logits.shape[-1] - 1)
         else:
             tokens = logits.argmax(-1)
