@@ -32,10 +32,11 @@ train pretrain data evaluate experiment experiment-plan report growth-study plan
 bench test lint: $(DEV)
 	@$(RUN) $@
 
+CLEANED := $(VENV) $(VENV).lock data/prepared .pytest_cache .ruff_cache .mypy_cache
+
 clean:
-	rm -rf $(VENV) $(VENV).lock data/prepared data/text data/eval .pytest_cache .ruff_cache .mypy_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	@echo 'runs/ and data/raw are kept'
+	$(if $(DRY),@echo) rm -rf $(CLEANED)
+	$(if $(DRY),@echo) find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define check_python
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

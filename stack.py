@@ -116,7 +116,7 @@ def grow(cfg: GrowConfig) -> None:
     dtypes = {name: checkpoint.weights.dtype(copied) for name, copied in base_names(config, layer_map).items()}
     with new_directory(cfg.out) as folder:
         tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.adds_nothing, cfg.noise, cfg.seed)
-        with tqdm(tensors, "growing", len(dtypes), leave=False, unit="tensor") as progress:
+        with tqdm(tensors, "growing", len(dtypes), leave=False, unit="tensor", disable=None) as progress:
             write_checkpoint(folder, config, progress, source, dtypes)
         if cfg.moments != "reset":
             write_moments(folder, source, base, layer_map, cfg.moments == "zero")

@@ -1,6 +1,7 @@
 """Running a script: its settings are parsed, errors become one line and an exit status, and the process ends."""
 from common.interrupts import end_if_interrupted
 
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ def run(commands: Commands, description: str | None) -> NoReturn:
     threads still at work then (gloo's, holding the tensors of the last collective; pyarrow's, apache/arrow issue
     45214) sometimes abort it, and a finished run would count as failed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an encoding that lacks a character must not end a run
     status: Any = 0
     try:
         dispatch(commands, description or "")

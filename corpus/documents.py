@@ -2,7 +2,10 @@
 import ast
 import glob
 import os
+import signal
 import sysconfig
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -110,13 +113,28 @@ def read_installed_docs() -> list[str]:
              if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
     seen: set[str] = set()
     documents = [topics[name] for name in sorted(topics)]
-    with ProcessPoolExecutor() as pool:
-        modules = pool.map(read_docstrings, files, chunksize=64)
-        for docstrings in tqdm(modules, "reading documentation", len(files), unit="file", disable=None):
-            new = [text for text in dict.fromkeys(docstrings) if text not in seen]
-            seen.update(new)
-            documents.append("\n\n".join(new))
+    with ProcessPoolExecutor(initializer=follow_parent, initargs=(os.getpid(),)) as pool:
+        try:
+            modules = pool.map(read_docstrings, files, chunksize=64)
+            for docstrings in tqdm(modules, "reading documentation", len(files), unit="file", disable=None):
+                new = [text for text in dict.fromkeys(docstrings) if text not in seen]
+                seen.update(new)
+                documents.append("\n\n".join(new))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return documents
+
+
+def follow_parent(parent: int) -> None:
+    """Makes a worker leave Ctrl-C, which reaches all processes, to its parent, and end when the parent has ended."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def read_docstrings(path: Path) -> list[str]:

@@ -5,9 +5,12 @@ import functools
 import json
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -17,6 +20,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from common.configs import ROOT
 from common.files import UserError, first_line, read_json_lines
 from common.settings import Resolved
 from evaluation.harness import check_room, generation_settings
@@ -129,6 +133,36 @@ def with_parts(benchmark: Benchmark) -> list[Benchmark]:
         for value in sorted(set(values), key=str)]
 
 
+class EvaluateLibrary:
+    """Within the block, `import evaluate` is the library of this name, which some tasks of lm-eval import, instead of
+    this project's script. A finder for `sys.meta_path`."""
+
+    def __init__(self) -> None:
+        self.library: ModuleType | None = None
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """The library, where the project's folder comes first in sys.path."""
+        folders = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
+        return PathFinder.find_spec(name, folders) if name == "evaluate" else None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        script = sys.modules.pop("evaluate", None)
+        if self.library:
+            sys.modules["evaluate"] = self.library
+        sys.meta_path.insert(0, self)
+        try:
+            yield
+        finally:
+            sys.meta_path.remove(self)
+            self.library = sys.modules.pop("evaluate", None)
+            if script:
+                sys.modules["evaluate"] = script
+
+
+evaluate_library = EvaluateLibrary()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences lm-eval within the block, and datasets and huggingface_hub from then on. lm-eval's progress bar is
@@ -140,7 +174,7 @@ def quiet() -> Iterator[None]:
     level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = functools.partial(bar, desc="building requests", leave=False, disable=None)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), evaluate_library():
         warnings.simplefilter("ignore")
         try:
             yield

@@ -140,7 +140,7 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
 def main(cfg: PlanConfig) -> None:
     """Prints the memory, disk and time of the run, and whether it fits."""
     plan, settings = read_plan(cfg)
-    gpu_memory = cfg.gpu_memory or GPUS[cfg.gpu].memory
+    gpu_memory, has_limit = cfg.gpu_memory or GPUS[cfg.gpu].memory, cfg.device == "cuda" or bool(cfg.gpu_memory)
     on_or_off = {True: "on", False: "off"}
     print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
           f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
@@ -149,17 +149,21 @@ def main(cfg: PlanConfig) -> None:
           f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled")
     if plan.trained is not None:
         print(f"{plan.num_trained:,} parameters are trained: {describe_selection(plan.trained, plan.config)}")
-    print("\nmemory of each process")
+    phase = "fine-tuning" if cfg.recipe == "finetune" else f"pretraining of {cfg.recipe}"
+    print(f"\n{phase}, samples of {plan.sample_tokens:,} tokens\nmemory of each process")
     other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"
     for name, size in plan.memory().items():
         print_row(name, f"{size / GIB:.2f}", "GiB", note if name == "activations" else "")
-    print_row("peak", f"{plan.total() / GIB:.2f}", "GiB", f"of {gpu_memory:.0f}")
+    print_row("peak", f"{plan.total() / GIB:.2f}", "GiB", f"of {gpu_memory:.0f}" if has_limit else "")
     print("elsewhere")
     print_row("host memory, all processes", f"{plan.host() / GIB:.2f}", "GiB")
     print_row("disk", f"{plan.disk(settings['save_total_limit']) / GIB:.2f}", "GiB")
     if cfg.device == "cuda":
         print_time(plan, settings, cfg)
+    if not has_limit:
+        print(f"all processes together: {cfg.processes * plan.total() / GIB:.1f} GiB of this machine's memory")
+        return
     if plan.fits(gpu_memory):
         print(f"it fits, with {gpu_memory - plan.total() / GIB:.1f} GiB to spare")
         return

@@ -112,6 +112,8 @@ class Variables:
                   (("data",), "TASK", [self.task], known("task")),
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
+                  (("evaluate",), "SUITE", [] if self.suite.endswith(".toml") else [self.suite],
+                   [*known("eval"), "none"]),
                   (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
                    known("method"))]
         unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
@@ -134,6 +136,8 @@ class Variables:
             found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
             found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
+        if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.pairs):
+            found.append(f"PAIRS is {self.pairs!r}, expected a number of pairs, or seeds divided by commas")
         try:
             split_words(self.args)
         except UserError as error:
@@ -229,9 +233,10 @@ def next_commands(v: Variables) -> list[str]:
     elif v.init:
         lines = [("evaluate", {"TASK": v.task} | given, "its results")]
     else:
-        lines = [("experiment", {"SIZE": v.size} | {name: given[name] for name in ("RUNS", "METHOD") if name in given},
-                  "the models compared")]
-    if not v.hub and not v.init:
+        kept = {name: value for name, value in given.items() if name not in ("MODEL", "SIZE", "INIT", "HUB", "OUT")}
+        own_order = {} if v.order == list(chain.ORDER) else {"ORDER": " ".join(v.order)}
+        lines = [("experiment", {"SIZE": v.size} | kept | own_order, "the models compared")]
+    if not v.hub and not v.init and v.task in chain.ORDER:
         lines.append(("train", {"TASK": v.task, "MODEL": "stack", "SIZE": "410m"}, "weights from the Hugging Face Hub"))
     return [f"{shlex.join(['make', target, *(f'{name}={value}' for name, value in values.items())])}  # {comment}"
             for target, values, comment in lines]
@@ -324,15 +329,16 @@ def check_arguments(command: Sequence[str]) -> None:
 
 
 def main(target: str) -> None:
-    """Runs a target: prints and runs each of its commands. ARGS are checked first if more than the preparation of
-    tasks, which takes seconds, precedes the command that gets them."""
+    """Runs a target: prints and runs each of its commands. ARGS and the settings of a method are checked
+    first if more than the preparation of tasks, which takes seconds, precedes the command that gets them."""
     v = Variables(os.environ)
     if target == "help":
         return print(HELP.format(
             order=" ".join(chain.ORDER), sizes=" ".join(known("size")), methods=" ".join(known("method")),
             suites=", ".join(known("eval")), size=v.size, out=v.out, runs=v.runs, tasks=" ".join(v.tasks)))
     commands, dry_run = target_commands(target, os.environ), os.environ.get("DRY_RUN")
-    if v.args and any(words[1:3] != ["data_prep.py", "task"] for words in commands[:-1]) and not dry_run:
+    takes_long = any(words[1:3] != ["data_prep.py", "task"] for words in commands[:-1])
+    if (v.args or ":" in v.method) and takes_long and not dry_run:
         check_arguments(commands[-1])
     for command in commands:
         print(shlex.join(command), flush=True)

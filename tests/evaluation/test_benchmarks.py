@@ -1,4 +1,5 @@
 """Benchmarks compared with lm-eval's Hugging Face backend, on random weights and local items."""
+import importlib
 import json
 import math
 import shutil
@@ -577,3 +578,15 @@ def test_invalid_local_file(suite_file):
         local_task(suite[-1])
     with pytest.raises(UserError, match="unknown suite 'smple', expected one of local, paper, sample"):
         read_suite("smple")
+
+
+def test_tasks_import_the_library_evaluate_and_not_the_script():
+    import evaluate as script
+    for _ in range(2):  # the library is not loaded again
+        with quiet():
+            import evaluate as library
+            assert hasattr(library, "load")
+            assert importlib.import_module("evaluate.loading").load is library.load
+    import evaluate
+    assert evaluate is script
+    assert hasattr(script, "prepare_evaluation")

@@ -273,15 +273,16 @@ def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
     assert "error: a b'$(touch x) is neither a checkpoint directory nor a Hub id" in printed.err
 
 
-@pytest.mark.parametrize(("target", "arguments", "said"), [
-    ("train", "--learning_rat 1", "error: unknown flag '--learning_rat'"),
-    ("evaluate", "--limit few", "error: limit is 'few', expected a whole number"),
-    ("experiment", "--seeds=-1", "error: seeds is -1, expected at least 0")])
-def test_arguments_are_checked_before_the_first_command(monkeypatch, tmp_path, capfd, target, arguments, said):
+@pytest.mark.parametrize(("target", "given", "said"), [
+    ("train", {"ARGS": "--learning_rat 1"}, "error: unknown flag '--learning_rat'"),
+    ("train", {"METHOD": "ewc:foo=1"}, "error: unknown flag '--foo'"),
+    ("evaluate", {"ARGS": "--limit few"}, "error: limit is 'few', expected a whole number"),
+    ("experiment", {"ARGS": "--seeds=-1"}, "error: seeds is -1, expected at least 0")])
+def test_arguments_are_checked_before_the_first_command(monkeypatch, tmp_path, capfd, target, given, said):
     monkeypatch.setattr(targets, "PYTHON", sys.executable)
     monkeypatch.setattr(targets, "run_command", lambda words: pytest.fail(f"{words} was run"))
     monkeypatch.setattr(targets, "SAMPLE_SUITE", tmp_path / "suite")
-    for name, value in {"ARGS": arguments, "OUT": "/nonexistent", "TEXT": f"{tmp_path}", "NPROC": "2"}.items():
+    for name, value in {"OUT": "/nonexistent", "TEXT": f"{tmp_path}", "NPROC": "2", **given}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DRY_RUN", raising=False)
     monkeypatch.chdir(ROOT)
@@ -358,6 +359,9 @@ def test_the_next_commands_keep_the_folders():
         "make train TASK=empd MODEL=llm SIZE=410m EVAL_SIZE=0.2 HUB= RUNS=my/runs  # the next task")
     assert targets.next_commands(Variables({"TASK": "hgen", "RUNS": "my/runs", "METHOD": "ewc"}))[0] == (
         "make experiment SIZE=tiny RUNS=my/runs METHOD=ewc  # the models compared")
+    given = {"TASK": "hgen", "ORDER": "simp hgen", "MODEL": "llm", "RAW": "my/raw", "TEXT": "my/text", "OUT": "my/out", "NPROC": "2"}
+    assert targets.next_commands(Variables(given))[0] == (
+        "make experiment SIZE=tiny RAW=my/raw TEXT=my/text 'ORDER=simp hgen' NPROC=2  # the models compared")
 
 
 def test_help_needs_no_packages():
@@ -383,3 +387,19 @@ def test_defaults():
     assert Variables({"INIT": "a/b/"}).size == "b"
     assert [Variables(given).source for given in ({"SIZE": "410m"}, {"SIZE": "7b", "RAW": "r"}, {"SIZE": "small"})] == [
         "hub", "raw", "sample"]
+
+
+@pytest.mark.parametrize(("target", "variables", "said"), [
+    ("evaluate", {"SUITE": "nope"}, "unknown SUITE 'nope', expected one of local, paper, sample, none"),
+    ("experiment", {"PAIRS": "0"}, "PAIRS is '0', expected a number of pairs, or seeds divided by commas"),
+    ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected")])
+def test_values_that_would_be_refused_only_after_pretraining(target, variables, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        commands(target, **variables)
+
+
+def test_cleaning_removes_what_is_made_again_in_seconds():
+    """A dry run prints it."""
+    printed = make("clean", DRY_RUN="1").stdout.splitlines()
+    assert printed[0] == "rm -rf .venv .venv.lock data/prepared .pytest_cache .ruff_cache .mypy_cache"
+    assert printed[1].startswith("find . -name __pycache__")

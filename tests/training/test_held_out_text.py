@@ -128,4 +128,5 @@ def test_lines_of_losses_by_hand():
     assert line.startswith("loss on held-out text  before 5.0000  after 5.5000  +0.5000  ")
     assert line.endswith("  worse")
     assert loss_lines({"eval_loss_before": None, "eval_loss_after": None}, "simp") == []
-    assert "+0.0000                        " in loss_lines({"eval_loss_before": 5.0, "eval_loss_after": 5.0}, "x")[0]
+    line, = loss_lines({"eval_loss_before": 5.00001, "eval_loss_after": 5.0}, "x")
+    assert line.endswith("+0.0000                        unchanged")
