@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from common.configs import known, model_shape, read_config
-from common.files import ExistsError, new_directory
+from common.files import ExistsError, UserError, new_directory
 from common.scripts import Commands, run
 from common.settings import setting
 from corpus.documents import read_documents
@@ -121,6 +121,9 @@ class HubDataConfig:
 def prepare_hub(cfg: HubDataConfig) -> None:
     """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
     spec = read_config("task", cfg.task)
+    if lacking := [f"[{name}]" for name in ("hub", "prompts") if name not in spec]:
+        raise UserError(f"configs/task/{cfg.task}.toml has no {' and no '.join(lacking)}, which say what to download: "
+                        "give your own raw files with --folder_path, or RAW")
     folder = Path(cfg.output_path) / spec["folder"]
     settings = {name: value for name, value in asdict(cfg).items() if name != "output_path"}
     if raw_task_exists(folder, settings):

@@ -1,12 +1,16 @@
 """The TOML files in configs/: sizes, tasks, methods and others, each found by its name."""
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.files import UserError, first_line, read_text
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+TASK_KEYS: dict[str, type] = {"folder": str, "source": str, "decoding": dict, "target": str, "measure": str,
+                              "sari": bool, "test_prompt": list, "hub": dict, "prompts": dict}
+REQUIRED_TASK_KEYS = ["folder", "source", "decoding"]
+SHAPE_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 
 
 def below_root(path: str | Path) -> str:
@@ -38,14 +42,30 @@ def read_toml(path: str | Path) -> dict:
 
 
 def read_config(kind: str, name: str) -> dict:
-    """The tables of configs/<kind>/<name>.toml."""
+    """The tables of configs/<kind>/<name>.toml. Raises UserError for a task that lacks a key or has an unknown one."""
     if problem := unknown_name(kind, name):
         raise UserError(problem[0])
-    return read_toml(CONFIGS / kind / f"{name}.toml")
+    path = CONFIGS / kind / f"{name}.toml"
+    tables = read_toml(path)
+    if kind == "task":
+        check_task(path, tables)
+    return tables
+
+
+def check_task(path: Path, tables: Mapping[str, object]) -> None:
+    """Raises UserError unless the tables are those of a task (docs/reference.md)."""
+    problems = [f"{key} is missing" for key in REQUIRED_TASK_KEYS if key not in tables]
+    problems += [f"unknown key {key!r}" for key in tables if key not in TASK_KEYS]
+    problems += [f"{key} is {value!r:.80}, expected {'a table' if TASK_KEYS[key] is dict else TASK_KEYS[key].__name__}"
+                 for key, value in tables.items() if key in TASK_KEYS and not isinstance(value, TASK_KEYS[key])]
+    if problems:
+        raise UserError(f"{below_root(path)}: {'; '.join(problems)}")
 
 
 def model_shape(size: str, depth: int | None = None) -> dict:
     """The fields of ModelConfig that a size preset gives, with `depth` layers instead of its own if given."""
     if (shape := read_config("size", size).get("model")) is None:
         raise UserError(f"configs/size/{size}.toml gives no model shape: this size starts from published weights")
+    if missing := [name for name in SHAPE_KEYS if name not in shape]:
+        raise UserError(f"configs/size/{size}.toml: [model] lacks {', '.join(missing)}")
     return shape | ({} if depth is None else {"num_hidden_layers": depth})

@@ -359,7 +359,8 @@ def test_the_next_commands_keep_the_folders():
         "make train TASK=empd MODEL=llm SIZE=410m EVAL_SIZE=0.2 HUB= RUNS=my/runs  # the next task")
     assert targets.next_commands(Variables({"TASK": "hgen", "RUNS": "my/runs", "METHOD": "ewc"}))[0] == (
         "make experiment SIZE=tiny RUNS=my/runs METHOD=ewc  # the models compared")
-    given = {"TASK": "hgen", "ORDER": "simp hgen", "MODEL": "llm", "RAW": "my/raw", "TEXT": "my/text", "OUT": "my/out", "NPROC": "2"}
+    given = {"TASK": "hgen", "ORDER": "simp hgen", "MODEL": "llm", "RAW": "my/raw", "TEXT": "my/text", "OUT": "my/out",
+             "NPROC": "2"}
     assert targets.next_commands(Variables(given))[0] == (
         "make experiment SIZE=tiny RAW=my/raw TEXT=my/text 'ORDER=simp hgen' NPROC=2  # the models compared")
 
