@@ -112,7 +112,7 @@ class Variables:
                   (("data",), "TASK", [self.task], known("task")),
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
-                  (("evaluate",), "SUITE", [] if self.suite.endswith(".toml") else [self.suite],
+                  (("evaluate", "experiment"), "SUITE", [] if self.suite.endswith(".toml") else [self.suite],
                    [*known("eval"), "none"]),
                   (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
                    known("method"))]
@@ -243,12 +243,17 @@ def next_commands(v: Variables) -> list[str]:
 
 
 def evaluate_commands(v: Variables) -> list[Command]:
-    """Evaluates CHECKPOINT or the stage of TASK, which is made if it is missing."""
-    checkpoint = v.get("CHECKPOINT") or v.stages[-1].out
-    commands = data_commands(v, v.tasks)
-    if not v.get("CHECKPOINT") and not v.stages[-1].out.exists():
+    """Evaluates CHECKPOINT or the stage of TASK, which is made if it is missing: a stage also on the text of m0, and in
+    comparison with m0, as in an experiment."""
+    is_stage, commands = not v.get("CHECKPOINT"), data_commands(v, v.tasks)
+    checkpoint = v.stages[-1].out if is_stage else v.get("CHECKPOINT")
+    if is_stage and not v.stages[-1].out.exists():
         commands += [command for command in train_commands(v) if command not in commands]
-    flags = optional_flags(suite=v.suite if v.suite != "none" else "", suite_files=v.files)
+    pretrains = [command for command in m0_commands(v) if command in commands]
+    own_text = is_stage and not (v.init or v.hub) and (pretrains or v.m0.exists() and Path(v.text).exists())
+    text = v.text if v.get("TEXT") or own_text else ""
+    flags = optional_flags(text=text, reference=v.init or v.m0 if text and is_stage else "",
+                           suite=v.suite if v.suite != "none" else "", suite_files=v.files)
     return [*commands, *suite_commands(v.suite), chain.evaluate_command(
         v.torchrun or [PYTHON], checkpoint, None, v.data, v.tasks, [*flags, *split_words(v.args)])]
 
@@ -259,7 +264,7 @@ def experiment_commands(v: Variables) -> list[Command]:
     pretrains = not (v.hub or v.get("INIT_LLM") and v.get("INIT_STACK"))
     return [*data_commands(v, order or chain.SAMPLE_ORDER), *(text_commands(v) if pretrains else []),
             *suite_commands(v.suite), script_command(
-                v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite,
+                v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite if v.suite != "none" else "",
                 text=v.text if pretrains else v.get("TEXT"), order=",".join(order), init_llm=v.get("INIT_LLM"),
                 init_stack=v.get("INIT_STACK"), pairs=v.pairs, rates=v.get("RATES"), controls=v.get("CONTROLS"),
                 seeds=v.get("SEEDS"), methods=v.method, suite_files=v.files,

@@ -123,14 +123,20 @@ def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
     assert any(f"--out {tmp_path}/m2-empd " in line for line in before)  # trained first, since it is missing
     assert len(set(before)) == len(before)
     assert text.endswith(f"evaluate.py --checkpoint {tmp_path}/m2-empd --data data/prepared/sample --tasks "
-                         "simp,empd,inqqg,exp,hgen --suite sample --limit 3")
+                         f"simp,empd,inqqg,exp,hgen --text data/text/tiny --reference {tmp_path}/m0 --suite sample "
+                         "--limit 3")
     (tmp_path / "m2-empd").mkdir()
     assert "train" not in dict(scripts("evaluate", TASK="empd", OUT=f"{tmp_path}"))
+    assert "--text" not in commands("evaluate", TASK="empd", OUT=f"{tmp_path}")[-1]  # nor is there m0
+    (tmp_path / "m0").mkdir()
+    assert f"--text {tmp_path} --reference {tmp_path}/m0 " in commands("evaluate", TASK="empd", OUT=f"{tmp_path}",
+                                                                     TEXT=f"{tmp_path}")[-1]
     ran = scripts("evaluate", CHECKPOINT="some/dir", SUITE="local", FILES="my/files", TASKS="", NPROC="2")
     assert ran == [("evaluate", "")]
     text = commands("evaluate", CHECKPOINT="some/dir", SUITE="none", TASKS="simp", NPROC="2")[-1]
     assert "torchrun --standalone --nproc_per_node 2 evaluate.py --checkpoint some/dir" in text
     assert "--suite" not in text
+    assert "--text" not in text
 
 
 def test_the_experiment_and_its_report():
@@ -146,6 +152,7 @@ def test_the_experiment_and_its_report():
     text = commands("experiment", PAIRS="3", RATES="3e-4,1e-3", CONTROLS="flops,loss")[-1]
     assert text.endswith("--pairs 1,2,3 --rates 3e-4,1e-3 --controls flops,loss")
     assert commands("experiment", PAIRS="4,6")[-1].endswith("--pairs 4,6")
+    assert "--suite" not in commands("experiment", SUITE="none")[-1]
     assert commands("report", SIZE="small") == [".venv/bin/python report.py --runs runs/small"]
 
 
