@@ -237,9 +237,9 @@ def loss_lines(result: Mapping[str, Any], task: str | None) -> list[str]:
             ("loss on held-out text", "text_loss", "forgot")]
     losses = [(label, worse, result[f"{name}_before"], result[f"{name}_after"]) for label, name, worse in rows
               if result.get(f"{name}_before") is not None and result.get(f"{name}_after") is not None]
-    losses = [(label, worse, round(before, 4), round(after, 4)) for label, worse, before, after in losses]
-    largest = max((abs(after - before) for *_, before, after in losses), default=0.0) or 1.0
-    return [f"{label:<21}  before {before:.4f}  after {after:.4f}  {after - before:+.4f}  "
-            f"{'█' * round(BAR * abs(after - before) / largest):<{BAR}}  "
-            f"{'unchanged' if after == before else 'learned' if after < before else worse}"
-            for label, worse, before, after in losses]
+    changes = [round(after - before, 4) for *_, before, after in losses]
+    largest = max(map(abs, changes), default=0.0) or 1.0
+    return [f"{label:<21}  before {before:.4f}  after {after:.4f}  {change:+z.4f}  "
+            f"{'█' * round(BAR * abs(change) / largest):<{BAR}}  "
+            f"{'unchanged' if not change else 'learned' if change < 0 else worse}"
+            for (label, worse, before, after), change in zip(losses, changes)]
