@@ -97,7 +97,8 @@ def evaluate(evaluation: PreparedEvaluation, model: ParallelModel) -> None:
     print(f"results: {out}", flush=True)
     if missing:
         names = {reason: [name for name in missing if missing[name] == reason] for reason in missing.values()}
-        raise UserError(f"the datasets of {len(missing)} benchmarks are not available, the others were run: "
+        others = "the others were run" if results["results"] else "no benchmark was run"
+        raise UserError(f"the datasets of {len(missing)} benchmarks are not available, {others}: "
                         + "; ".join(f"{', '.join(group)} ({reason})" for reason, group in names.items())
                         + ". To run without a network, evaluate once on a machine with one, copy its cache of "
                           "datasets (HF_HOME) here and set HF_DATASETS_OFFLINE=1; or use a suite with local files")

@@ -47,7 +47,7 @@ def read_documents(source: str, text_column: str = "text", dataset_config: str |
         if not files:
             raise UserError(f"{source}: expected a .txt or .jsonl file, or a folder of them")
         documents = chain.from_iterable(read_text_file(file, text_column) for file in files)
-    elif path.suffix in TEXT_SUFFIXES:
+    elif path.suffix in TEXT_SUFFIXES or path.is_absolute() or str(source).startswith("."):
         raise UserError(f"{source} does not exist")
     else:
         rows = load_hub_dataset(source, "train", [text_column], dataset_config, streaming=True)

@@ -31,7 +31,8 @@ def read_mutual(folder: str | Path) -> list[dict[str, Any]]:
     paths = sorted(Path(folder).glob("*_*.txt"), key=lambda path: (int((re.findall(r"\d+", path.stem) or [0])[-1]),
                                                                    path.name))
     if not paths:
-        raise UserError(f"{folder} holds no files such as dev_1.txt: expected a split of the published MuTual, such as "
+        found = "holds no files such as dev_1.txt" if Path(folder).is_dir() else "is not a folder"
+        raise UserError(f"{folder} {found}: expected a split of the published MuTual, such as "
                         "MuTual/data/mutual/dev")
     return [read_item(path) for path in paths]
 

@@ -103,7 +103,7 @@ def expand(depth: int, target: int) -> list[int]:
     0 1 2 3 -> 0 1 1 2 3 3."""
     if target > 2 * depth:
         raise UserError(f"expand inserts at most one layer behind each of {depth} and cannot make {target}: choose at "
-                        f"most {2 * depth}")
+                        f"most {2 * depth} layers")
     added = target - depth
     copied = {(place + 1) * depth // added - 1 for place in range(added)}
     return [layer for layer in range(depth) for _ in range(1 + (layer in copied))]
