@@ -10,7 +10,7 @@ from model.config import ModelConfig
 from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
 from model.transformer import Block, SharedPrefix, Transformer, attention, rotary_table
-from pipeline.memory_plan import MemoryPlan, alternatives
+from pipeline.memory_plan import GIB, MemoryPlan, alternatives
 from pipeline.plan import trained_parameters
 from pipeline.pretraining import size_config
 from pipeline.step_time import plan_step
@@ -157,6 +157,8 @@ def test_alternatives_need_at_most_as_much():
     plan = MemoryPlan(size_config("7b"), 8, 1, False, "bf16", 16_384, False)
     assert all(one.total() <= plan.total() for one in alternatives(plan))
     assert not plan.fits(80)
+    assert plan.fits(plan.total() / GIB / 0.949)  # 95% of the memory may be filled
+    assert not plan.fits(plan.total() / GIB / 0.951)
     assert dataclasses.replace(plan, zero=2, gradient_checkpointing=True).fits(80)
     assert next(one for one in alternatives(dataclasses.replace(plan, zero=2)) if one.fits(79)) == \
         dataclasses.replace(plan, zero=2, max_tokens_per_microbatch=4096)  # before checkpointing
