@@ -16,7 +16,7 @@ from analysis.measures import LEARNING
 from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
 from analysis.record_figures import use_few_ticks
 
-# Of the contrasts, in other colours than the models.
+# Of the contrasts, in other colours than the MODELS.
 MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5} for color, marker in zip(
     ["#000000", "#8A8A00", "#6A3D9A", "#8C510A", "#008080", "#B2182B", "#4D4D4D", "#C51B7D"], "osD^vPX*")]
 MIN_PAIRS = 3  # the intervals of contrasts with fewer do not set the range of the axis
@@ -106,7 +106,8 @@ def draw_forest(panel: Axes, rows: Sequence[Sequence[tuple[int, Difference]]], p
     estimates = [difference.estimate for found in rows for _, difference in found]
     if several := [one for one in estimates if len(one.values) >= MIN_PAIRS]:
         extent = 1.1 * max(max(abs(one.mean) + one.half_width, one.smallest_detectable) for one in several)
-        panel.set_xlim(-extent or None, extent or None)
+        if extent:
+            panel.set_xlim(-extent, extent)
 
 
 def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates: Sequence[PairedDifference],

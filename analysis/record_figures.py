@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -36,6 +37,7 @@ from evaluation.suites import Benchmark
 BARS: list[dict[str, Any]] = [{"facecolor": color, "hatch": hatch, "edgecolor": "white"}
                               for color, hatch in zip(PALETTE, ["", "//", "..", "xx"] * 2)]
 MOST_EPOCHS = 50  # with more, their ends are not marked
+GUESSING: dict[str, Any] = {"color": "#777777", "lw": 0.8, "ls": "--"}
 SPAN = 10.0  # smallest range of the colour scale of a task's metric, in points
 
 Points = list[tuple[float, float]]
@@ -78,7 +80,7 @@ def plot_benchmarks(record: Record) -> Figure | None:
     width = max(1.9, len(stages) * (text_width(*stages) + 0.08))
     titles = [benchmark_title(benchmark, width, f", {benchmark.metric} (%)") for benchmark in benchmarks]
     figure, panels = make_panels(len(benchmarks), width + 0.45, 1.2 + text_height(*stages) + text_height(*titles))
-    styles = model_styles(record.chains, LINES)
+    styles, with_chance = model_styles(record.chains, LINES), False
     for panel, benchmark, title in zip(panels, benchmarks, titles):
         for index, (model, style) in enumerate(styles.items()):
             values = [record.benchmark_value(model, number, benchmark.name) for number in range(record.last + 1)]
@@ -90,13 +92,16 @@ def plot_benchmarks(record: Record) -> Figure | None:
                                **style)
         measured = [stage for seeds in record.chains.values() for chain in seeds.values() for stage in chain.values()]
         if (chance := chance_of(benchmark.name, measured)) is not None:
-            panel.axhline(100 * chance, color="#777777", lw=0.8, ls="--")
+            panel.axhline(100 * chance, **GUESSING)
+            with_chance = True
         panel.set(title=title, xlim=(-0.5, record.last + 0.5))
         panel.set_xticks(range(record.last + 1), stages)
         use_few_ticks(panel.yaxis)
         panel.grid()
-    add_legend(figure, [*(Line2D([], [], label=model, **style) for model, style in styles.items()),
-                        Line2D([], [], color="#777777", lw=0.8, ls="--", label="by guessing")])
+    handles: list[Artist] = [Line2D([], [], label=model, **style) for model, style in styles.items()]
+    if with_chance:
+        handles.append(Line2D([], [], label="by guessing", **GUESSING))
+    add_legend(figure, handles)
     return figure
 
 

@@ -240,7 +240,8 @@ def check_writable(folder: str | Path) -> None:
 def is_part(name: str | Path, path: str | Path) -> bool:
     """Whether a file is `path`, lies in it, or is named after it."""
     siblings = f".{Path(path).name}.", f"{Path(path).name}."  # a temporary file, and a file with an ending
-    return Path(name).is_relative_to(path) or Path(name).name.startswith(siblings)
+    return Path(name).is_relative_to(path) or \
+        Path(name).parent == Path(path).parent and Path(name).name.startswith(siblings)
 
 
 def named(path: str | Path) -> Path:

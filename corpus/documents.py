@@ -113,7 +113,7 @@ def read_installed_docs() -> list[str]:
              if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
     seen: set[str] = set()
     documents = [topics[name] for name in sorted(topics)]
-    with ProcessPoolExecutor(initializer=follow_parent, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(initializer=follow_parent) as pool:
         try:
             modules = pool.map(read_docstrings, files, chunksize=64)
             for docstrings in tqdm(modules, "reading documentation", len(files), unit="file", disable=None):
@@ -126,8 +126,10 @@ def read_installed_docs() -> list[str]:
     return documents
 
 
-def follow_parent(parent: int) -> None:
+def follow_parent() -> None:
     """Makes a worker leave Ctrl-C, which reaches all processes, to its parent, and end when the parent has ended."""
+    parent = os.getppid()  # of a forked worker the pool's process, else a server, which ends with it
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)

@@ -163,7 +163,7 @@ class SharedPrefix:
         keys_values = (torch.cat((x.expand(len(y), -1, -1, -1), y), 2) for x, y in zip(prefix[1:], rows[1:]))
         y = of_rows(rows[0], *keys_values)  # B H T D, over keys and values B K P+T D
         query, *others = prefix
-        copies = (x.clone() for x in others)  # the backward pass would keep the rows of what the prefix is a part of
+        copies = (x.clone() for x in others)  # views would make autograd keep the memory of the rows, too
         return torch.cat((of_prefix(query, *copies), y.transpose(0, 1).flatten(1, 2)[None]), 2)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

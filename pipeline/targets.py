@@ -36,7 +36,7 @@ make growth-study SIZE=small            loss over FLOPs, from scratch and grown:
 make plan SIZE=7b NPROC=8               whether a run fits, how long it takes (ZERO METHOD TOKENS GPU_MODEL GPU_MEMORY)
 make growth-plan SIZE=7b TOKENS=300e9   when to grow, and what it saves (PARAMS=7e9 instead of SIZE)
 make bench                              speed compared with other programs: bench/RESULTS.md (INIT, RAW, FILES)
-make test | lint | clean                run the tests; check style and types; remove the environment and prepared data
+make test | lint | clean                run the tests; check style and types; remove the environment and data/prepared
 
 TASK    {order} (ORDER: the order of the stages)
 MODEL   stack, interleave, middle or solar (grown), llm (full size from the start), or base (shallow, trained further)
@@ -113,7 +113,7 @@ class Variables:
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
                   (("evaluate", "experiment"), "SUITE", [] if self.suite.endswith(".toml") else [self.suite],
-                   [*known("eval"), "none"]),
+                   [*known("eval"), *(["none"] if target == "evaluate" else [])]),
                   (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
                    known("method"))]
         unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
@@ -264,7 +264,7 @@ def experiment_commands(v: Variables) -> list[Command]:
     pretrains = not (v.hub or v.get("INIT_LLM") and v.get("INIT_STACK"))
     return [*data_commands(v, order or chain.SAMPLE_ORDER), *(text_commands(v) if pretrains else []),
             *suite_commands(v.suite), script_command(
-                v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite if v.suite != "none" else "",
+                v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite,
                 text=v.text if pretrains else v.get("TEXT"), order=",".join(order), init_llm=v.get("INIT_LLM"),
                 init_stack=v.get("INIT_STACK"), pairs=v.pairs, rates=v.get("RATES"), controls=v.get("CONTROLS"),
                 seeds=v.get("SEEDS"), methods=v.method, suite_files=v.files,

@@ -85,7 +85,8 @@ def test_a_plan_cuts_a_step_into_micro_steps():
 
 
 def test_published_runs():
-    """The shapes have the published numbers of parameters, and the model is within 10% on average."""
+    """The shapes have the published numbers of parameters, and the model is within 6% of the runs on average,
+    and within 8% of those with long texts or many GPUs."""
     runs = read_runs()
     published = {"MPT-7B": 6_658_859_008, "MPT-13B": 12_853_954_560, "MPT-30B": 29_975_214_080,
                  "MPT-70B": 64_862_437_376, "LLaMA-7B": 6_738_415_616, "Llama-3-8B": 8_030_261_248}

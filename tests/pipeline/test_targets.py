@@ -152,7 +152,6 @@ def test_the_experiment_and_its_report():
     text = commands("experiment", PAIRS="3", RATES="3e-4,1e-3", CONTROLS="flops,loss")[-1]
     assert text.endswith("--pairs 1,2,3 --rates 3e-4,1e-3 --controls flops,loss")
     assert commands("experiment", PAIRS="4,6")[-1].endswith("--pairs 4,6")
-    assert "--suite" not in commands("experiment", SUITE="none")[-1]
     assert commands("report", SIZE="small") == [".venv/bin/python report.py --runs runs/small"]
 
 
@@ -399,6 +398,7 @@ def test_defaults():
 
 @pytest.mark.parametrize(("target", "variables", "said"), [
     ("evaluate", {"SUITE": "nope"}, "unknown SUITE 'nope', expected one of local, paper, sample, none"),
+    ("experiment", {"SUITE": "none"}, "unknown SUITE 'none', expected one of local, paper, sample"),
     ("experiment", {"PAIRS": "0"}, "PAIRS is '0', expected a number of pairs, or seeds divided by commas"),
     ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected")])
 def test_values_that_would_be_refused_only_after_pretraining(target, variables, said):
