@@ -78,8 +78,8 @@ def plot_differences(study: Study, primary: str) -> Figure | None:
     for index, (unit, measures) in enumerate(rows.items()):
         panel = figure.add_subplot(grid[index])
         draw_forest(panel, list(measures.values()), sorted(shown))
-        is_primary = primary if study.is_primary(primary) else None
-        labels = [fold(f"{name} (primary)" if name == is_primary else name, 2.2) for name in measures]
+        labels = [fold(f"{name} (primary)" if name == primary and study.is_primary(name) else name, 2.2)
+                  for name in measures]
         panel.set_yticks(range(len(measures)), labels)
         for label, name in zip(panel.get_yticklabels(), measures):
             label.set_fontweight("bold" if name == primary else "normal")

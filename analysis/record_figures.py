@@ -81,6 +81,7 @@ def plot_benchmarks(record: Record) -> Figure | None:
     titles = [benchmark_title(benchmark, width, f", {benchmark.metric} (%)") for benchmark in benchmarks]
     figure, panels = make_panels(len(benchmarks), width + 0.45, 1.2 + text_height(*stages) + text_height(*titles))
     styles, with_chance = model_styles(record.chains, LINES), False
+    measured = [stage for seeds in record.chains.values() for chain in seeds.values() for stage in chain.values()]
     for panel, benchmark, title in zip(panels, benchmarks, titles):
         for index, (model, style) in enumerate(styles.items()):
             values = [record.benchmark_value(model, number, benchmark.name) for number in range(record.last + 1)]
@@ -90,7 +91,6 @@ def plot_benchmarks(record: Record) -> Figure | None:
                 x, y, error = zip(*points)
                 panel.errorbar(x, y, [0 if math.isnan(e) else e for e in error], capsize=2, lw=1.2, elinewidth=0.6,
                                **style)
-        measured = [stage for seeds in record.chains.values() for chain in seeds.values() for stage in chain.values()]
         if (chance := chance_of(benchmark.name, measured)) is not None:
             panel.axhline(100 * chance, **GUESSING)
             with_chance = True

@@ -8,7 +8,6 @@ Imports the standard library only, since `make help` runs it before the packages
 import common.interrupts
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -19,9 +18,10 @@ from common.configs import below_root, known, read_config, unknown_name
 from common.files import UserError
 from pipeline import chain
 from pipeline.jobs import optional_flags, run_command, split_words
+from pipeline.make_variables import Variables
 
 Command = list[object]
-PYTHON, TORCHRUN, RUFF = ".venv/bin/python", ".venv/bin/torchrun", ".venv/bin/ruff"
+PYTHON, RUFF = ".venv/bin/python", ".venv/bin/ruff"
 SAMPLE_SUITE = Path("data/eval/sample")
 
 HELP = """\
@@ -62,100 +62,6 @@ ARGS    more flags for the script of the target: ARGS="--learning_rate 1e-5". Wi
         stages, with pretrain to its last run. `.venv/bin/python train.py --help` lists the flags of train.py.
 PYTHON  interpreter that the environment is made with; SMOLLM2: directory of SmolLM2-135M, for the tests that need it
 DRY_RUN 1: print the commands and run none"""
-
-
-# All variables of make.
-VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE", "FILES", "GPU_MEMORY", "GPU_MODEL",
-             "HUB", "INIT", "INIT_LLM", "INIT_STACK", "LAUNCHER", "METHOD", "MODEL", "NPROC", "ORDER", "OUT", "PAIRS",
-             "PARAMS", "PYTHON", "RATES", "RAW", "RUNS", "SEEDS", "SIZE", "SMOLLM2", "SOURCE", "STUDY", "SUITE", "TASK",
-             "TASKS", "TEXT", "TOKENS", "ZERO")
-
-
-class Variables:
-    """The variables of make, with their defaults."""
-
-    def __init__(self, environ: Mapping[str, str]):
-        self.given = environ
-        self.task, self.model, self.init = self.get("TASK", "simp"), self.get("MODEL", "stack"), self.get("INIT")
-        self.size = self.get("SIZE", Path(self.init).name or "tiny")
-        self.preset = self.size if self.size in known("size") else None
-        self.hub = self.get("HUB", chain.hub_id(self.preset, self.model) or "")  # HUB= forces pretraining
-        published = any(chain.hub_id(self.preset, model) for model in chain.PAIR)
-        self.source = self.get("SOURCE") or ("raw" if self.get("RAW") else "hub" if published else "sample")
-        self.raw = self.get("RAW") or "data/raw"
-        self.data = Path("data/prepared", self.source)
-        self.text = self.get("TEXT") or str(Path("data/text", self.size))
-        self.runs = self.get("RUNS") or str(Path("runs", self.size))
-        self.out = Path(self.get("OUT") or Path(self.runs, self.model))
-        self.m0 = self.out / "m0"
-        is_own = self.task in known("task") and self.task not in chain.ORDER  # then its chain has no other stage
-        self.order = self.get("ORDER").split() or ([self.task] if is_own else list(chain.ORDER))
-        self.tasks = self.get("TASKS", " ".join(self.order)).split()
-        self.method, self.suite, self.files = self.get("METHOD"), self.get("SUITE", "sample"), self.get("FILES")
-        pairs = self.get("PAIRS")
-        self.pairs = ",".join(map(str, range(1, int(pairs) + 1))) if re.fullmatch("[1-9][0-9]{0,3}", pairs) else pairs
-        self.nproc, self.args = self.get("NPROC") or "1", self.get("ARGS")
-
-    def get(self, name: str, default: str = "") -> str:
-        """The value of a variable; the default if it is not set."""
-        return self.given.get(name, default)
-
-    def problems(self, target: str) -> list[str]:
-        """What is wrong with the variables that a target uses, as sentences."""
-        stages = "train", "data", "evaluate"
-        building = *stages, "experiment", "pretrain", "growth-study"
-        has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
-        checks = [(building, "MODEL", [self.model], chain.MODELS),
-                  (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
-                  (building, "SIZE", [] if has_init else [self.size], known("size")),
-                  ((*stages, "experiment"), "ORDER", self.order, known("task")),
-                  (("data",), "TASK", [self.task], known("task")),
-                  (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
-                  (("evaluate",), "TASKS", self.tasks, known("task")),
-                  (("evaluate", "experiment"), "SUITE", [] if self.suite.endswith(".toml") else [self.suite],
-                   [*known("eval"), *(["none"] if target == "evaluate" else [])]),
-                  (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
-                   known("method"))]
-        unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
-        found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
-        found += [problem for targets, variable, values, accepted in checks if target in targets
-                  for value in values for problem in unknown_name(variable, value, accepted)]
-        if target in stages and self.init and "SIZE" not in self.given and self.preset:
-            found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
-                         "its recipe, or SIZE= and RUNS=folder for none")
-        if target == "experiment" and "HUB" in self.given:
-            found.append("HUB is the m0 of one model, and an experiment compares two: give INIT_LLM and INIT_STACK")
-        if target == "experiment" and self.get("LAUNCHER") and "NPROC" in self.given:
-            found.append("NPROC is for this machine: LAUNCHER says how many processes there are, for Slurm "
-                         'ARGS="--gpus N"')
-        if target != "experiment" and self.get("LAUNCHER"):
-            found.append("LAUNCHER is for make experiment: for other targets give NPROC")
-        if target == "pretrain" and self.hub and self.args:
-            found.append(f"ARGS are for pretraining, and the m0 of {self.size} is downloaded: give HUB= to pretrain it")
-        if target == "experiment" and self.init:
-            found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
-        if not self.nproc.isdecimal() or int(self.nproc) < 1:
-            found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
-        if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.pairs):
-            found.append(f"PAIRS is {self.pairs!r}, expected a number of pairs, or seeds divided by commas")
-        try:
-            split_words(self.args)
-        except UserError as error:
-            found.append(f"ARGS: {error}")
-        return found
-
-    @property
-    def torchrun(self) -> list[str]:
-        """The words before a script that several processes run; empty for one process."""
-        return [] if int(self.nproc) == 1 else [TORCHRUN, "--standalone", "--nproc_per_node", self.nproc]
-
-    @property
-    def stages(self) -> list[chain.FinetuneStage]:
-        """The stages of the chain, up to the last one of TASK."""
-        stages = chain.finetune_stages(self.order, self.init or self.m0, chain.chain_folder(self.out, self.method))
-        while stages[-1].task != self.task:
-            stages.pop()
-        return stages
 
 
 def script_command(v: Variables, *script: str, **flags: object) -> Command:

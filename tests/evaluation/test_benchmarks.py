@@ -582,7 +582,7 @@ def test_invalid_local_file(suite_file):
 
 def test_tasks_import_the_library_evaluate_and_not_the_script():
     import evaluate as script
-    for _ in range(2):  # the library is not loaded again
+    for _ in range(2):
         with quiet():
             import evaluate as library
             assert hasattr(library, "load")

@@ -10,10 +10,13 @@ import pytest
 
 from common.configs import known
 from common.files import UserError
-from pipeline import targets
+from pipeline import make_variables, targets
 from pipeline.jobs import run_command
-from pipeline.targets import COMMANDS, Variables, target_commands
+from pipeline.make_variables import VARIABLES, Variables
+from pipeline.targets import COMMANDS, target_commands
 from tests.conftest import ROOT, accept_interrupts
+
+SOURCES = "".join((ROOT / f"pipeline/{name}.py").read_text() for name in ("targets", "make_variables"))
 
 # `make test` exports variables to this process that would change the targets.
 ENVIRON = {name: value for name, value in os.environ.items()
@@ -53,12 +56,14 @@ def test_everything_missing_is_built_in_order(tmp_path, monkeypatch):
 
 
 def test_a_task_outside_the_default_order_is_a_chain_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "known", lambda kind: [*known(kind), "mine"])
+    monkeypatch.setattr(make_variables, "known", lambda kind: [*known(kind), "mine"])
     chain = [("data_prep", "data/prepared/sample/mine.json"), ("train", f"{tmp_path}/m1-mine")]
     (tmp_path / "m0").mkdir()
     assert scripts("train", TASK="mine", OUT=f"{tmp_path}") == chain
     assert [where for _, where in scripts("train", TASK="mine", ORDER="simp mine", OUT=f"{tmp_path}")][-2:] == [
         f"{tmp_path}/m1-simp", f"{tmp_path}/m2-mine"]
+    assert targets.next_commands(Variables({"TASK": "mine", "RAW": "my/raw"})) == [
+        "make experiment SIZE=tiny RAW=my/raw ORDER=mine  # the models compared"]
 
 
 def test_what_exists_is_not_built_again(tmp_path):
@@ -344,8 +349,7 @@ def test_a_variable_that_make_does_not_know():
     result = make("experiment", "SEED=3", "METHODS=ewc", "SEEDS=3", check=False)
     assert result.returncode == 2
     assert "error: unknown variable METHODS, SEED: `make help` lists the variables" in result.stderr
-    assert not set(re.findall(r'get\("([A-Z0-9_]+)"', (ROOT / "pipeline/targets.py").read_text())) - {
-        *targets.VARIABLES, "GIVEN"}
+    assert not set(re.findall(r'get\("([A-Z0-9_]+)"', SOURCES)) - {*VARIABLES, "GIVEN"}
 
 
 def test_a_checkpoint_with_the_name_of_a_size():
@@ -378,7 +382,7 @@ def test_help_needs_no_packages():
     assert make("help").stdout == result.stdout
     for name in (*COMMANDS, *known("size"), *known("method"), *known("eval"), *known("task")):
         assert re.search(rf"\b{name}\b", result.stdout), name
-    names = re.findall(r'get\("(\w+)"', (ROOT / "pipeline/targets.py").read_text())
+    names = re.findall(r'get\("(\w+)"', SOURCES)
     assert not {name for name in names if name not in result.stdout} - {"GIVEN"}
 
 
