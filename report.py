@@ -11,19 +11,26 @@ then left out. The rows of several tables can be put into one file.
 """
 import common.interrupts
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.comparison import drop_unevaluated, drop_wrong_parents
+from analysis.comparison import usable_stages
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY, read_primary
-from analysis.method_plane import gap_of, left_out_of_plane, method_study, plane_section, plot_planes, profit_section
+from analysis.method_plane import (
+    finished_methods,
+    left_out_of_plane,
+    method_study,
+    plane_section,
+    plot_planes,
+    profit_section,
+)
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
 from analysis.pair_tables import answer, pair_sections
-from analysis.pairs import Study, rates_of
+from analysis.pairs import Study, middle_rate, rates_of
 from analysis.record import Pair, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import read_results, read_runs
@@ -48,8 +55,8 @@ class ReportConfig:
     baseline: str = setting("finetune", "the method to compare the other methods with")
     primary: str | None = setting(None, "the measure that answers the question; all others are secondary; none: the "
                                         f"one that experiment.py recorded before the first run, or else {PRIMARY}")
-    rate: float | None = setting(None, "learning rate at which models are compared without matching their learning; "
-                                       "none: the middle one", above=0)
+    rate: float | None = setting(None, "learning rate at which models and methods are compared without matching their "
+                                       "learning; none: the middle one of each method", above=0)
     effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
     constant: bool = setting(False, "count benchmarks in their categories that have the same value for all models and "
                                     "stages, as in published figures")
@@ -82,61 +89,80 @@ def pair_of(stages: Sequence[Stage], cfg: ReportConfig) -> Pair | None:
     return None if missing else (cfg.grown, cfg.reference)
 
 
-def shared_rate(stages: Sequence[Stage], cfg: ReportConfig) -> str:
-    """The learning rate at which models are compared without matching. Raises UserError if there is no such rate."""
-    rates = rates_of(stages)
+def shared_rates(stages: Sequence[Stage], cfg: ReportConfig) -> dict[str, str]:
+    """{method: the learning rate at which it is compared without matching}, of the methods that have this rate. Raises
+    UserError if no method has the requested rate."""
+    methods = {method: rates_of([stage for stage in stages if stage.method_name == method])
+               for method in dict.fromkeys(stage.method_name for stage in stages if stage.number)}
     if cfg.rate is None:
-        return rates[(len(rates) - 1) // 2]
-    found = [rate for rate in rates if rate and float(rate) == cfg.rate]
+        return {method: middle_rate(rates) for method, rates in methods.items()}
+    found = {method: rate for method, rates in methods.items() for rate in rates if rate and float(rate) == cfg.rate}
     if not found:
-        raise UserError(f"unknown rate {cfg.rate:g}, expected one of {', '.join(filter(None, rates)) or 'none'}: the "
-                        "runs of a rate are in folders rate-<rate>")
-    return found[0]
+        known = ", ".join(filter(None, rates_of(stages))) or "none"
+        raise UserError(f"unknown rate {cfg.rate:g}, expected one of {known}: the runs of a rate are in folders "
+                        "rate-<rate>")
+    return found
 
 
-def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None, rate: str) -> dict[str, Record]:
-    """{method: Record}, the baseline first, of the runs at one learning rate. Differences between models are those of
-    a single pair; of several pairs only the means are shown, since the study compares them. Raises UserError if there
-    are no runs of a requested baseline."""
+def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None,
+                 rates: Mapping[str, str]) -> dict[str, Record]:
+    """{method: Record}, the baseline first, of the runs of each method at one learning rate. Differences between models
+    are those of a single pair; of several pairs only the means are shown, since the study compares them. Raises
+    UserError if there are no runs of a requested baseline."""
     is_single = len({stage.pair for stage in stages}) == 1
-    records = records_by_method([stage for stage in stages if not stage.number or (stage.rate or "") == rate],
-                                cfg.categories, cfg.baseline, pair if is_single else None,
-                                () if cfg.constant else constant_benchmarks(stages))
+    records = records_by_method(
+        [stage for stage in stages if not stage.number or (stage.rate or "") == rates.get(stage.method_name)],
+        cfg.categories, cfg.baseline, pair if is_single else None, () if cfg.constant else constant_benchmarks(stages))
     if cfg.baseline not in records and cfg.baseline != ReportConfig.baseline:
         raise UserError(f"unknown baseline {cfg.baseline!r}, expected one of {', '.join(records)}")
     return records
 
 
-def describe(records: dict[str, Record], record: Record, study: Study | None, primary: str, effect: float, rate: str,
+def describe(records: dict[str, Record], method: str, study: Study | None, planes: Mapping[str, Study], primary: str,
+             effect: float, rates: Mapping[str, str],
              noise: Collection[str]) -> tuple[list[str], list[Section], list[str]]:
-    """The sentences and sections of a report, the answer first, and sentences on what is missing.
+    """The sentences and sections of a report, the answers first, and sentences on what is missing.
 
-    record: of the method that is shown. study: the pairs of models with this method. noise: the metrics whose
-    forgetting is noise.
+    method: the one that is shown. study: the pairs of models with this method. planes: the methods of each model.
+    rates: of the records. noise: the metrics whose forgetting is noise.
     """
+    record = records[method]
     sentences, sections, missing = [], [], []
     if study is None:
         hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
         sentences.append(f"The models are {', '.join(record.chains)}{hint}.")
     else:
         sentences += answer(study, primary, effect)
-        sections += pair_sections(study, primary, rate, effect)
+        sections += pair_sections(study, primary, rates[method], effect)
         missing += study.all_left_out()
+    for plane in planes.values():
+        plane_sentences, section = plane_section(plane, primary)
+        sentences, sections = sentences + plane_sentences, [*sections, section]
+        missing += [*left_out_of_plane(plane, primary), *plane.all_left_out()]
+    sections += profit_section(planes, study.compared, primary) if study else []
     more_sentences, tables = result_tables(record, noise)
     missing += [line for one in records.values() for line in one.missing]
     if len(records) > 1:
-        method_sentences, method_sections, left_out = compare_methods(records, next(iter(records)))
+        matched = [model for model, plane in planes.items() if plane.matches_learning]
+        method_sentences, method_sections, left_out = compare_methods(records, next(iter(records)), rates, matched)
         more_sentences, tables, missing = more_sentences + method_sentences, method_sections + tables, \
             missing + left_out
+        missing += [f"the methods of {model} are not compared at equal learning, since {next(iter(records))} and "
+                    f"another one have no {primary} after {record.stages[-1]}"
+                    for model in record.chains if model not in planes]
     return sentences + more_sentences, sections + tables + change_tables(record), missing
 
 
-def method_studies(stages: Sequence[Stage], records: dict[str, Record], measure: str) -> dict[str, Study]:
-    """{model: the study of its methods}, for the models whose methods were measured by losses."""
-    baseline, models = next(iter(records)), dict.fromkeys(stage.model for stage in stages)
-    studies = {model: method_study(stages, model, baseline) for model in models}
-    return {model: study for model, study in studies.items()
-            if study and measure in study.measures and any(gap_of(study, method, measure) for method in study.models)}
+def method_studies(stages: Sequence[Stage], baseline: str, primary: str, recorded: str | None) -> dict[str, Study]:
+    """{model: the study of its methods}, for the models of which the baseline and another method have losses after the
+    last stage. Raises UserError if the primary measure is unknown. recorded: the one named before the first run."""
+    found = {}
+    for model in dict.fromkeys(stage.model for stage in stages):
+        if study := method_study(stages, model, baseline, recorded):
+            study.check_measure(primary)
+            if baseline in (finished := finished_methods(study, primary)) and len(finished) > 1:
+                found[model] = study
+    return found
 
 
 def main(cfg: ReportConfig) -> None:
@@ -144,10 +170,9 @@ def main(cfg: ReportConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
-    stages, without_results = drop_unevaluated(read_stages(cfg))
-    stages, wrong_parents = drop_wrong_parents(stages)
-    pair, rate = pair_of(stages, cfg), shared_rate(stages, cfg)
-    records = make_records(stages, cfg, pair, rate)
+    stages, unusable = usable_stages(read_stages(cfg))
+    pair, rates = pair_of(stages, cfg), shared_rates(stages, cfg)
+    records = make_records(stages, cfg, pair, rates)
     method = next(iter(records)) if cfg.method is None else cfg.method
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
@@ -158,21 +183,15 @@ def main(cfg: ReportConfig) -> None:
     study = Study(shown, *pair, named=recorded) if pair else None
     if study:
         study.check_measure(primary)
-    noise = noise_flags(stages)
-    sentences, sections, missing = describe(records, record, study, primary, cfg.effect, rate, noise)
-    missing += [*wrong_parents, *without_results]
+    noise, planes = noise_flags(stages), method_studies(stages, next(iter(records)), primary, recorded)
+    sentences, sections, missing = describe(records, method, study, planes, primary, cfg.effect, rates, noise)
+    missing += unusable
     if str(cfg.results).endswith(".csv"):
         missing.append("single items are not in a table of stages: intervals of FG and over the tasks take the values "
                        "before and after, and those of both models, as independent, and are wider than from the runs")
-    planes = method_studies(stages, records, primary)
-    for of_methods in planes.values():
-        more, section = plane_section(stages, of_methods, primary)
-        sentences, sections, missing = sentences + more, [*sections, section], [
-            *missing, *left_out_of_plane(of_methods, primary), *of_methods.all_left_out()]
-    sections += profit_section(planes, pair, primary) if pair else []
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
-    sections += reproduction_sections(shown, cfg.runs) if cfg.runs else []
+    sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []
     title = f"Forgetting: {', '.join(record.chains)}; {record.stages[0]} to {record.stages[-1]}"
     if len(records) > 1:
         title += f"; method {method}"

@@ -7,6 +7,7 @@ import numpy as np
 
 from analysis.stages import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
 from analysis.statistics import Estimate, over_seeds
+from common.files import UserError
 from evaluation.conditions import Conditions, shown, unlike
 
 Chain = dict[int, Stage]  # the stages of one model, method and seed, by number
@@ -24,6 +25,24 @@ def key_of(stage: Stage) -> Key:
 def key_name(key: Key) -> str:
     """How sentences call a chain of a model."""
     return f"pair {key[0]}, seed {key[1]}" if key[0] else f"seed {key[1]}"
+
+
+def stage_names(stages: Iterable[Stage]) -> list[str]:
+    """The names of the stages 0 to the last. Raises UserError if chains are not of the same tasks in the same order."""
+    found: dict[int, Stage] = {}
+    for stage in stages:
+        first = found.setdefault(stage.number, stage)
+        if first.name != stage.name:
+            raise UserError(f"stage {stage.number} is {first.name} of {first.model}, but {stage.name} of "
+                            f"{stage.model}: compare chains of the same tasks in the same order")
+    return [found[number].name if number in found else f"m{number}" for number in range(max(found, default=-1) + 1)]
+
+
+def training_minutes(chains: Sequence[Chain], last: int) -> float:
+    """The mean minutes of training of chains up to a stage; NaN if they are not known of all stages of all chains."""
+    if not chains or not all(number in chain for chain in chains for number in range(1, last + 1)):
+        return math.nan
+    return math.fsum(chain[number].seconds for chain in chains for number in range(1, last + 1)) / len(chains) / 60
 
 
 def places_of(chain: Chain) -> set[Place]:
@@ -154,6 +173,13 @@ def title_of(stage: Stage, unit: str = "pair") -> str:
 def chain_of(stage: Stage) -> tuple:
     """What identifies the chain of a stage; of m0, which all chains of a model share, its model."""
     return (stage.pair, stage.model, *((stage.method, stage.rate, stage.seed) if stage.number else ()))
+
+
+def usable_stages(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
+    """The stages without those that drop_unevaluated and drop_wrong_parents drop, and their sentences."""
+    evaluated, without_results = drop_unevaluated(stages)
+    kept, wrong_parents = drop_wrong_parents(evaluated)
+    return kept, wrong_parents + without_results
 
 
 def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:

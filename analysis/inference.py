@@ -31,9 +31,9 @@ def within(t: float, df: int) -> float:
 
 
 @functools.cache
-def t_quantile(df: int, level: float = LEVEL) -> float:
-    """The t that |T| exceeds with probability `level`, such as 2.571 for 5 degrees of freedom and 5%."""
-    return solve(lambda t: within(t, df) - (1 - level))
+def t_quantile(df: int) -> float:
+    """The t that |T| exceeds with probability LEVEL, such as 2.571 for 5 degrees of freedom."""
+    return solve(lambda t: within(t, df) - (1 - LEVEL))
 
 
 def solve(function: Callable[[float], float]) -> float:
@@ -46,13 +46,13 @@ def solve(function: Callable[[float], float]) -> float:
     return middle
 
 
-def power(noncentrality: float, df: int, level: float = LEVEL) -> float:
+def power(noncentrality: float, df: int) -> float:
     """The probability that a two-sided t test finds a difference: P(|T| > t) of the noncentral t.
 
     T = (Z + noncentrality) / S with Z standard normal and df·S² chi-squared (26.7.5), integrated over S.
     noncentrality: the difference over its standard error.
     """
-    critical, spread = t_quantile(df, level), 8 / math.sqrt(2 * df)
+    critical, spread = t_quantile(df), 8 / math.sqrt(2 * df)
     ends = np.linspace(max(0.0, 1 - spread), 1 + spread, 401)
     scale = (ends[1:] + ends[:-1]) / 2
     log_density = (df - 1) * np.log(scale) - df * scale ** 2 / 2
@@ -62,20 +62,20 @@ def power(noncentrality: float, df: int, level: float = LEVEL) -> float:
 
 
 @functools.cache
-def detectable(count: int, level: float = LEVEL, target: float = POWER) -> float:
-    """The smallest difference, in standard deviations, that a t test of `count` units finds with the target power."""
-    return solve(lambda size: power(size * math.sqrt(count), count - 1, level) - target) if count > 1 else math.inf
+def detectable(count: int) -> float:
+    """The smallest difference, in standard deviations, that a t test of `count` units finds with the power POWER."""
+    return solve(lambda size: power(size * math.sqrt(count), count - 1) - POWER) if count > 1 else math.inf
 
 
-def units_needed(deviation: float, effect: float, level: float = LEVEL, target: float = POWER) -> int:
-    """The number of units that a t test needs to find the difference `effect` with the target power.
+def units_needed(deviation: float, effect: float) -> int:
+    """The number of units that a t test needs to find the difference `effect` with the power POWER.
 
     deviation: the standard deviation between units. A normal approximation beyond MOST units.
     """
     normal = statistics.NormalDist()
-    quantiles = normal.inv_cdf(1 - level / 2) + normal.inv_cdf(target)
+    quantiles = normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)
     count = max(2, math.ceil((quantiles * deviation / effect) ** 2))  # never more than Student's t needs
-    while count <= MOST and detectable(count, level, target) * deviation > effect:
+    while count <= MOST and detectable(count) * deviation > effect:
         count += 1
     return count
 

@@ -34,22 +34,27 @@ class Match:
     """Two curves over learning rates, at equal loss on the new task.
 
     ranges: (lowest, highest) x of each efficient branch. weights: of the rates of each curve, [R], such that the
-    difference of both weighted sums of y is the mean difference over the x that both branches reach; None if there is
-    no such x.
+    difference of both weighted sums of y is the mean difference over `common`, the x that both branches reach; None if
+    there is no such x.
     """
     ranges: tuple[tuple[float, float], tuple[float, float]]
     weights: tuple[np.ndarray, np.ndarray] | None
+
+    @property
+    def common(self) -> tuple[float, float]:
+        """(lowest, highest) x that both branches reach; the first is the higher one if there is none."""
+        (low_1, high_1), (low_2, high_2) = self.ranges
+        return max(low_1, low_2), min(high_1, high_2)
 
 
 def match(one: np.ndarray, two: np.ndarray) -> Match:
     """Matches two curves, given the x [R] of each, which may be of different rates."""
     branches = efficient_branch(one), efficient_branch(two)
-    (low_1, high_1), (low_2, high_2) = ((float(x[branch[0]]), float(x[branch[-1]]))
-                                        for x, branch in zip((one, two), branches))
-    low, high, ranges = max(low_1, low_2), min(high_1, high_2), ((low_1, high_1), (low_2, high_2))
-    if low > high:
-        return Match(ranges, None)
+    first, second = ((float(x[branch[0]]), float(x[branch[-1]])) for x, branch in zip((one, two), branches))
     weights = np.zeros(len(one)), np.zeros(len(two))
-    for found, x, branch in zip(weights, (one, two), branches):
-        found[branch] = mean_weights(x[branch], low, high)
-    return Match(ranges, weights)
+    found = Match((first, second), weights)
+    if found.common[0] > found.common[1]:
+        return Match(found.ranges, None)
+    for own, x, branch in zip(weights, (one, two), branches):
+        own[branch] = mean_weights(x[branch], *found.common)
+    return found

@@ -6,17 +6,20 @@ of a difference is over the pairs, with several seeds of a single one over the s
 verdict, since runs that differ only in their seed differ, too; its interval is over the items.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from analysis.comparison import training_minutes
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import LEVEL, PairedDifference, holm
-from analysis.measures import LEARNING, ItemValues
+from analysis.matching import efficient_branch
+from analysis.measures import LEARNING, ItemValues, losses_at, task_at
 from analysis.pair_tables import p_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
 from analysis.record import Pair
@@ -25,7 +28,8 @@ from analysis.stages import Stage
 from analysis.tables import Section
 from common.formatting import markdown_table
 
-MARKERS = "osD^vPX*<>hd"
+START = "m0"  # a point of the plane, where nothing was learned or forgotten
+HOLLOW: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4, "mfc": "white"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,16 @@ class Point:
     """A method at a learning rate: the loss on the new task and the forgetting, means over the pairs or seeds."""
     method: str
     rate: str
-    learned: float
-    forgotten: float
+    loss: float
+    forgetting: float
 
 
-def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | None:
+def method_study(stages: Sequence[Stage], model: str, baseline: str, named: str | None = None) -> Study | None:
     """The study of the methods of a model, in which methods stand for models, and the seeds of a single pair for pairs.
-    None without two methods."""
+    None without the baseline and another method. named: the primary measure named before the first run.
+
+    A method whose tasks are in another order than those of the baseline is compared up to the first that differs.
+    """
     own = [stage for stage in stages if stage.model == model]
     seeds = sorted({stage.seed for stage in own if stage.number})
     unit = "seed" if len(seeds) > 1 and len({stage.pair for stage in own}) == 1 else "pair"
@@ -49,30 +56,58 @@ def method_study(stages: Sequence[Stage], model: str, baseline: str) -> Study | 
     if baseline not in methods or len(methods) < 2:
         return None
     methods.sort(key=lambda method: method != baseline)
+    names = {stage.number: stage.name for stage in own if stage.method_name == baseline}
+    others = sorted({(stage.method_name, stage.number, stage.name) for stage in own
+                     if stage.number and stage.name != names.get(stage.number, stage.name)}, reverse=True)
+    ends = {method: (number, name) for method, number, name in others}  # the first stage that differs
+    own = [stage for stage in own if stage.number < ends.get(stage.method_name, (math.inf, ""))[0]]
     starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
     trained = [replace(stage, model=stage.method_name, method=None) for stage in own if stage.number]
-    return Study(starts + trained, methods[1], baseline, of=model, unit=unit)
+    study = Study(starts + trained, methods[1], baseline, of=model, named=named, unit=unit)
+    study.left_out += [f"{model}, {method}: not compared at equal learning from stage {number} on, which is {name}, "
+                       f"and {names[number]} with {baseline}" for method, (number, name) in ends.items()]
+    return study
+
+
+def has_results(study: Study, measure: str, pair: int, method: str) -> bool:
+    """Whether a method has results after the last stage in a pair, at any learning rate."""
+    return len(study.curve(measure, pair, method, study.last)[0]) > 0
+
+
+def finished_methods(study: Study, measure: str) -> list[str]:
+    """The methods that have results after the last stage in any pair."""
+    return [method for method in study.models if any(has_results(study, measure, pair, method) for pair in study.pairs)]
 
 
 def common_pairs(study: Study, measure: str) -> list[int]:
-    """The pairs in which all methods have results after the last stage."""
+    """The pairs in which all finished methods have results after the last stage."""
     return [pair for pair in study.pairs
-            if all(len(study.curve(measure, pair, method, study.last)[0]) for method in study.models)]
+            if all(has_results(study, measure, pair, method) for method in finished_methods(study, measure))]
 
 
 def left_out_of_plane(study: Study, measure: str) -> list[str]:
-    """A sentence on the pairs that the plane leaves out."""
-    common = common_pairs(study, measure)
-    left = [study.name_of(pair) for pair in study.pairs if pair not in common]
-    return [f"the Pareto front of {study.contrasts[0].of} is without {', '.join(left)}, in which not all methods have "
-            f"results after {study.stages[-1]}"] if left else []
+    """Sentences on the methods and the pairs that the plane leaves out."""
+    finished, common = finished_methods(study, measure), common_pairs(study, measure)
+    methods = [method for method in study.models if method not in finished]
+    pairs = [study.name_of(pair) for pair in study.pairs if pair not in common]
+    return [f"the Pareto front of {study.of} is without {', '.join(left)}, {why} after {study.stages[-1]}"
+            for left, why in ((methods, "without results"), (pairs, "in which not all methods have results")) if left]
+
+
+def start_point(study: Study, measure: str) -> list[Point]:
+    """m0 on the plane: its loss on the last task, mean over the common pairs. Empty if it is unknown."""
+    found = [losses_at(chains[0], 0, task_at(chains[0], study.last)) for pair in common_pairs(study, measure)
+             if (chains := [chain for rate in study.rates for chain in study.chains(pair, study.reference, rate)
+                            if study.last in chain])]
+    known = [losses.loss for losses in found if losses]
+    return [Point(START, "", float(np.mean(known)), 0.0)] if known and len(known) == len(found) else []
 
 
 def points_of(study: Study, measure: str) -> list[Point]:
-    """The methods at all learning rates, after the last stage: means over the pairs in which all methods have results,
-    of the rates that a method has in all of them."""
+    """The methods at all learning rates, after the last stage: means over the pairs in which all finished methods have
+    results, of the rates that a method has in all of them."""
     found, pairs = [], common_pairs(study, measure)
-    for method in study.models:
+    for method in finished_methods(study, measure):
         curves = [study.curve(measure, pair, method, study.last) for pair in pairs]
         for rate in study.rates:
             of_pairs = [(x[rates.index(rate)], y[rates.index(rate)].value) for x, y, rates in curves if rate in rates]
@@ -85,9 +120,9 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     """The points than which no other learns at least as much and forgets less, or forgets as much and learns more, in
     the order of what they learn, the most first."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.learned, point.forgotten)):
-        place = point.learned, point.forgotten
-        if not front or point.forgotten < front[-1].forgotten or place == (front[-1].learned, front[-1].forgotten):
+    for point in sorted(points, key=lambda point: (point.loss, point.forgetting)):
+        place = point.loss, point.forgetting
+        if not front or point.forgetting < front[-1].forgetting or place == (front[-1].loss, front[-1].forgetting):
             front.append(point)
     return front
 
@@ -103,31 +138,42 @@ def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
 
 def difference_of(study: Study, method: str, measure: str) -> Difference | None:
     """The difference of a method to the baseline of its study after the last stage, in each pair that has it."""
-    return study.difference(Contrast(method, study.pair[1], of=study.contrasts[0].of), measure, study.last,
-                            study.main_rate)
+    return study.difference(contrast_of(study, method), measure, study.last, study.main_rate)
+
+
+def contrast_of(study: Study, method: str) -> Contrast:
+    """A method and the baseline."""
+    return Contrast(method, study.reference, of=study.of)
 
 
 def over_items(found: ItemValues) -> PairedDifference:
     """The items of a single run as the units of a difference. The mean is that of the measure, a ratio of sums, and
     the deviations are those of a ratio: an item counts by its weight, such as its tokens."""
-    return PairedDifference(tuple((found.value + found.values - found.value * found.weights).tolist()))
+    values = found.value + found.values - found.value * found.weights
+    return PairedDifference(tuple(values.round(12).tolist()))  # smaller differences are rounding errors
 
 
-def minutes_of(stages: Sequence[Stage], model: str, method: str) -> float:
-    """The mean minutes of training of a chain of a method; NaN if they are not known of all stages of all chains."""
-    last = max(stage.number for stage in stages)
-    own = [stage for stage in stages if stage.number and (stage.model, stage.method_name) == (model, method)]
-    chains = {(stage.pair, stage.rate, stage.seed) for stage in own}
-    results = [stage.run.get("result", {}) for stage in own]
-    seconds = [result.get("seconds", math.nan) + result.get("seconds_after", 0.0) for result in results]
-    return math.fsum(seconds) / len(chains) / 60 if len(own) == last * len(chains) else math.nan
+def compared_at(study: Study, method: str, measure: str) -> str:
+    """The losses on the new task at which a method is compared with the baseline, as text; "–" if it is not. Over
+    several pairs the means of both ends."""
+    found = [study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs]
+    ends = [one.common for one in found if one and one.weights is not None]
+    if not ends or not study.matches_learning:
+        return "–"
+    return range_text(np.mean(ends, axis=0))
 
 
-def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[list[str], Section]:
+def range_text(ends: Iterable[float]) -> str:
+    """The lowest and the highest loss as text."""
+    low, high = (f"{end:.4f}" for end in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     """The sentences and the section on the methods of a model. Verdicts are corrected for their number."""
-    baseline, model, unit = study.pair[1], study.contrasts[0].of, study.measures[measure].unit
+    baseline, model, unit = study.reference, study.of, study.measures[measure].unit
     points = points_of(study, measure)
-    front, methods = pareto_front(points), study.models
+    front, methods = pareto_front([*points, *start_point(study, measure)]), study.models
     gaps = {method: gap_of(study, method, measure) for method in methods if method != baseline}
     known = {method: gap for method, gap in gaps.items() if gap}
     corrected = dict(zip(known, holm([gap.p for gap in known.values()]))) if len(study.pairs) > 1 else {}
@@ -136,11 +182,15 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
         if p < LEVEL:
             verdicts["less with" if known[method].mean < 0 else "more with"].append(method)
     apart = {method for method in methods if study.matches_learning and method not in (*known, baseline) and any(
-        study.match(Contrast(method, baseline, of=model), pair, study.last) for pair in study.pairs)}
+        found and found.weights is None for pair in study.pairs
+        for found in [study.match(contrast_of(study, method), pair, study.last, measure)])}
     rows = []
     for method in methods:
-        own, minutes = [point for point in points if point.method == method], minutes_of(stages, model, method)
-        rows.append([method, f"{min(p.learned for p in own):.4f} to {max(p.learned for p in own):.4f}" if own else "–",
+        losses = [point.loss for point in points if point.method == method]
+        minutes = training_minutes([chain for pair in study.pairs for rate in study.rates
+                                    for chain in study.chains(pair, method, rate)], study.last)
+        rows.append([method, range_text([min(losses), max(losses)]) if losses else "–",
+                     compared_at(study, method, measure) if method in known else "–",
                      with_interval(known[method]) if method in known else
                      "no common new-task loss" if method in apart else "–",
                      p_text(corrected[method]) if method in corrected else "–",
@@ -152,25 +202,28 @@ def plane_section(stages: Sequence[Stage], study: Study, measure: str) -> tuple[
         found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
     sentences = [f"{model}, {measure} at {where}, compared with {baseline}: "
                  f"{found or 'no method can be told apart from it'}."]
-    if front:
-        sentences.append(f"On the Pareto front of what {model} learned and forgot: "
-                         + ", ".join(dict.fromkeys(point.method for point in front)) + ".")
-    of_what = f"over the {study.unit}s" if len(study.pairs) > 1 else \
-        "over the items, which tells how well these runs are measured"
-    note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}, with the 95% "
-            f"interval {of_what}; each method over the losses that both reach, taken as measured. "
+    if on_front := dict.fromkeys(point.method for point in front if point.method != START):
+        sentences.append(f"On the Pareto front of what {model} learned and forgot: {', '.join(on_front)}.")
+    of_what = f" over the {study.unit}s" if len(study.pairs) > 1 else \
+        " over the items, which tells how well these runs are measured"
+    interval = f", with the 95% interval{of_what}" if any(gap.n > 1 for gap in known.values()) else ""
+    note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}{interval}. "
+            + ("Compared at: the losses on the last task that both reach, interpolated linearly between learning "
+               "rates and taken as measured; differences at other losses are not comparable. Forgetting is that of all "
+               "stages. " if study.matches_learning else "")
             + ("p is corrected for the number of methods (Holm). " if corrected else "")
-            + "On the Pareto front: the learning rates at which no other method and rate learned more and forgot less, "
-            "by the measured values. Minutes of training are those of a chain.\n\n")
-    head = ["method", "new-task loss", f"{measure}, difference to {baseline}", "p", "on the front", "minutes"]
+            + "On the Pareto front: the learning rates at which no other method and rate, nor m0, learned more and "
+            "forgot less, by the measured values. Minutes of training are those of a chain.\n\n")
+    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {baseline}", "p", "on the front",
+            "minutes"]
     return sentences, (f"Learned and forgotten: {model}", note + markdown_table(head, rows))
 
 
-def profit_section(studies: dict[str, Study], pair: Pair, measure: str) -> list[Section]:
+def profit_section(studies: Mapping[str, Study], pair: Pair, measure: str) -> list[Section]:
     """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
     if not all(model in studies and studies[model].unit == "pair" and len(studies[model].pairs) > 1 for model in pair):
         return []
-    baseline, rows = studies[pair[0]].pair[1], []
+    baseline, rows = studies[pair[0]].reference, []
     for method in studies[pair[0]].models:
         one, two = (difference_of(studies[model], method, measure)
                     if method != baseline and method in studies[model].models else None for model in pair)
@@ -189,33 +242,66 @@ def profit_section(studies: dict[str, Study], pair: Pair, measure: str) -> list[
 
 @styled
 def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[str, str]:
-    """Plots forgetting over the loss on the new task: a panel for each model, a curve for each method, and the Pareto
-    front. Returns {file name without suffix: caption}, empty without points."""
-    studies = {model: study for model, study in studies.items() if points_of(study, measure)}
-    if not studies:
+    """Plots forgetting over the loss on the new task: a panel for each method of each model, with the curve of the
+    baseline and the Pareto front of all methods. Returns {file name without suffix: caption}, empty without points."""
+    points = {model: points_of(study, measure) for model, study in studies.items()}
+    places = [(model, method) for model in studies
+              for method in dict.fromkeys(point.method for point in points[model])
+              if method != studies[model].reference]
+    if not places:
         return {}
-    methods = list(dict.fromkeys(method for study in studies.values() for method in study.models))
-    styles: dict[str, dict[str, Any]] = {method: {
-        "color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)], "ms": 4.5,
-                       "ls": ("-", "--", ":")[place // len(PALETTE) % 3]} for place, method in enumerate(methods)}
-    figure, panels = make_panels(len(studies), 6.0 if len(studies) == 1 else 4.8, 3.6 + text_height(*studies))
-    for panel, (model, study) in zip(panels, studies.items()):
-        points = points_of(study, measure)
-        front = pareto_front(points)
-        panel.step([point.learned for point in front], [point.forgotten for point in front], where="post",
-                   color="#BBBBBB", lw=5, zorder=0, solid_capstyle="round")
-        for method in study.models:
-            own = [(point.learned, point.forgotten) for point in points if point.method == method]
-            if own:
-                panel.plot(*zip(*own), lw=1.2, **styles[method])
-        panel.set_title(fold(model, 4.0))
+    titles = [fold(method if len(studies) == 1 else f"{model}: {method}", 2.2) for model, method in places]
+    figure, panels = make_panels(len(places), 2.4, 2.0 + text_height(*titles))
+    for panel, title, (model, method) in zip(panels, titles, places):
+        study, own = studies[model], points[model]
+        front = [point for point in pareto_front([*own, *start_point(study, measure)]) if point.method != START]
+        panel.plot(*coordinates(own), ls="", marker=".", ms=3, color="#BBBBBB", zorder=0)
+        panel.step(*coordinates(front), where="post", color="#DDDDDD", lw=5, zorder=-1)
+        draw_curve(panel, [point for point in own if point.method == study.reference], PALETTE[0])
+        draw_curve(panel, [point for point in own if point.method == method], PALETTE[1], with_rates=True)
+        efficient = [point for name in study.models for point in split_curve(own, name)[0]]
+        panel.set(**{limit: with_margin(values) for limit, values in zip(("xlim", "ylim"), coordinates(efficient))})
+        panel.set_title(title)
         panel.invert_xaxis()
         panel.grid()
         use_few_ticks(panel.xaxis, panel.yaxis)
     figure.supxlabel(f"{LEARNING} after the last stage (nats/token), to the right more was learned")
-    figure.supylabel(fold(f"{measure} ({next(iter(studies.values())).measures[measure].unit})", 2.6))
-    add_legend(figure, [*(Line2D([], [], label=method, **styles[method]) for method in methods),
-                        Line2D([], [], color="#BBBBBB", lw=5, label="Pareto front")])
+    figure.supylabel(fold(f"{measure} ({next(iter(studies.values())).measures[measure].unit})", 2.6 + 1.2 * (
+        len(places) > 4)))
+    baselines = " / ".join(dict.fromkeys(study.reference for study in studies.values()))
+    add_legend(figure, [Line2D([], [], color=PALETTE[0], marker="o", ms=4, lw=1.2, label=baselines),
+                        Line2D([], [], color=PALETTE[1], marker="o", ms=4, lw=1.2, label="the method, with its rates"),
+                        Line2D([], [], color="#666666", **HOLLOW, label="rate that learns no more than a smaller one"),
+                        Line2D([], [], color="#BBBBBB", ls="", marker=".", ms=3, label="all methods and rates"),
+                        Line2D([], [], color="#DDDDDD", lw=5, label="Pareto front")])
     save_figure(figure, folder / "methods")
-    return {"methods": f"{measure} over {LEARNING}: a curve for each method, a point for each learning rate, and the "
-                       "Pareto front."}
+    return {"methods": f"{measure} over {LEARNING}: a panel for each method, with its learning rates, {baselines} and "
+                       "the Pareto front of all methods. Points that others are better than by far may lie outside."}
+
+
+def coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """The losses and the forgetting of points."""
+    return [point.loss for point in points], [point.forgetting for point in points]
+
+
+def with_margin(values: Sequence[float]) -> tuple[float, float]:
+    """The limits of an axis that shows all values."""
+    margin = 0.12 * (max(values) - min(values)) or 0.1
+    return min(values) - margin, max(values) + margin
+
+
+def split_curve(points: Sequence[Point], method: str) -> tuple[list[Point], list[Point]]:
+    """The points of a method on its efficient branch, and the others."""
+    own = [point for point in points if point.method == method]
+    branch = efficient_branch(np.array([point.loss for point in own])).tolist() if own else []
+    return [own[place] for place in branch], [point for place, point in enumerate(own) if place not in branch]
+
+
+def draw_curve(panel: Axes, points: Sequence[Point], color: str, with_rates: bool = False) -> None:
+    """Draws the points of one method, joined where a larger learning rate learns more."""
+    joined, others = split_curve(points, points[0].method) if points else ([], [])
+    panel.plot(*coordinates(joined), color=color, lw=1.2, marker="o", ms=4)
+    panel.plot(*coordinates(others), color=color, **HOLLOW)
+    for point in points if with_rates else ():
+        panel.annotate(f"{float(point.rate):g}" if point.rate else "", (point.loss, point.forgetting), (4, 4),
+                       textcoords="offset points", fontsize=6, color=color, annotation_clip=True)

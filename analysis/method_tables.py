@@ -1,9 +1,9 @@
 """Comparison of methods against forgetting: the same model and tasks, trained with each method."""
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from analysis.comparison import CommonPart, same
+from analysis.comparison import CommonPart, same, training_minutes
 from analysis.record import Record
 from analysis.stages import Calibration
 from analysis.statistics import Estimate
@@ -15,7 +15,7 @@ HIGHER_IS_BETTER = ("average performance", "backward transfer")  # of the other 
 NOTE = ("FG in percent, positive is forgetting; measures over the tasks in points of the tasks' metrics; ECE (expected "
         "calibration error) and NLL (negative log-likelihood of the right option, in nats) are means over the "
         "benchmarks that all methods have after the last stage. In brackets 95% intervals: over the items, and the "
-        "pairs and seeds if there are several, not corrected for the number of measures.\n\n")
+        "pairs and seeds if there are several, not corrected for the number of measures.")
 
 PART_NOTE = ("\n(part): the method or the baseline lacks stages, benchmarks, test sets or seeds that the other has, "
              "see What is missing. The differences are without them.\n")
@@ -23,11 +23,15 @@ PART_NOTE = ("\n(part): the method or the baseline lacks stages, benchmarks, tes
 Gap = tuple[Estimate, bool]  # method minus baseline, whether one of them has more than was compared
 
 
-def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str], list[Section], list[str]]:
+def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[str, str],
+                    matched: Collection[str]) -> tuple[list[str], list[Section], list[str]]:
     """The sentences and sections that compare methods with a baseline, and sentences on what was left out.
 
-    records: {method: Record}.
+    records: {method: Record}. rates: {method: the learning rate of its record}. matched: the models whose methods are
+    also compared at equal learning; they get no sentences here, since a method may forget less by learning less.
     """
+    at_rates = f" At {', '.join(f'{method} {rates[method]}' for method in records)}: learning is not matched." \
+        if any(rates.values()) else ""
     sentences: list[str] = []
     sections: list[Section] = []
     left_out: list[str] = []
@@ -44,8 +48,8 @@ def compare_methods(records: dict[str, Record], baseline: str) -> tuple[list[str
             left_out += common.left_out
             of_one_run = " in one run of each" if len(common.one) == 1 else ""
             sentences += [f"{model}, {method} compared with {baseline}{of_one_run}: "
-                          f"{describe_gaps(gaps[method], names)}."] if names else []
-        sections.append((f"Methods: {model}", NOTE + level_table(found, model, names, gaps)))
+                          f"{describe_gaps(gaps[method], names)}."] if names and model not in matched else []
+        sections.append((f"Methods: {model}", f"{NOTE}{at_rates}\n\n" + level_table(found, model, names, gaps)))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
         if rows and names:
             sections.append((f"Methods minus {baseline}: {model}",
@@ -80,7 +84,9 @@ def level_table(records: dict[str, Record], model: str, names: Sequence[str],
         is_part = {name: method in gaps and levels.get(name) is not None and gaps[method].get(name, (None, True))[1]
                    for name in names}
         rows.append([method, *(format_estimate(levels.get(name), 2) + PART * is_part[name] for name in names),
-                     *calibration_cells(record, model, "calibration", calibrated), training_minutes(record, model)])
+                     *calibration_cells(record, model, "calibration", calibrated),
+                     "–" if math.isnan(minutes := training_minutes(list(record.own[model].values()), record.last))
+                     else f"{minutes:.1f}"])
         if method in sampled:
             shared = common_names([records[name] for name in sampled], model, "sampled")
             rows.append(["averaged over posterior samples", *["–"] * len(names),
@@ -133,13 +139,3 @@ def calibration_cells(record: Record, model: str, kind: str, names: set[str]) ->
     """Mean ECE and NLL over benchmarks and seeds after the last stage, as text."""
     found = [one[name] for one in calibrations(record, model, kind) for name in names & one.keys()]
     return [f"{statistics.fmean(values):.3f}" for values in zip(*((c.ece, c.nll) for c in found))] or ["–", "–"]
-
-
-def training_minutes(record: Record, model: str) -> str:
-    """Minutes of training of all stages, mean over the seeds, as text; "–" if they are not known of every stage."""
-    results = [[chain[number].run.get("result", {}) if number in chain else {} for number in range(1, record.last + 1)]
-               for chain in record.own[model].values()]
-    if not all("seconds" in result for chain in results for result in chain):
-        return "–"
-    seconds = [sum(result["seconds"] + result.get("seconds_after", 0.0) for result in chain) for chain in results]
-    return f"{statistics.fmean(seconds) / 60:.1f}"

@@ -135,7 +135,7 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
         most = max(curve.shape[1] for found in of_models.values() for curve in found.values())
         complete = {model: {pair for pair, curve in found.items() if curve.shape[1] == most}
                     for model, found in of_models.items()}
-        common = set.intersection(*(complete.get(model, set()) for model in study.pair))
+        common = set.intersection(*(complete.get(model, set()) for model in study.compared))
         for model, found in of_models.items():
             style = styles[model]
             for curve in found.values():

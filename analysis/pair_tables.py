@@ -22,7 +22,7 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
     """The first sentences of a report: the answer by the primary measure, its uncertainty, and where both models
     started. effect: the difference whose number of pairs is told."""
     found = study.main_difference(primary)
-    one, two = study.pair
+    one, two = study.compared
     lines = [ONE_PAIR.format(one, two)] if len(study.pairs) == 1 else []
     if found is None:
         if study.has_losses or len(study.pairs) > 1:
@@ -68,7 +68,7 @@ def conditions(study: Study, found: Difference) -> str:
 
 def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
     """Whether both m0 of some pairs were trained with the same FLOPs; False if they are unknown."""
-    one, two = (study.start_flops(model, pairs) or 0 for model in study.pair)
+    one, two = (study.start_flops(model, pairs) or 0 for model in study.compared)
     return 0 < max(one, two) <= (1 + FLOPS_TOLERANCE) * min(one, two)
 
 
@@ -103,12 +103,12 @@ def start_losses(study: Study, pairs: Collection[int]) -> list[str]:
     found = {pair: losses for pair, losses in study.start_losses(study.contrasts[0]).items() if pair in pairs}
     if not found:
         return []
-    texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.pair, zip(*found.values()))]
+    texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.compared, zip(*found.values()))]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
              f"{with_interval(start_difference(study, study.contrasts[0], pairs))}."]
-    one, two = (study.start_flops(model, pairs) for model in study.pair)
+    one, two = (study.start_flops(model, pairs) for model in study.compared)
     if one and two and not has_equal_flops(study, pairs):
-        lines.append(f"The FLOPs before fine-tuning are not equal: {study.pair[0]} {one:.3g}, {study.pair[1]} "
+        lines.append(f"The FLOPs before fine-tuning are not equal: {study.compared[0]} {one:.3g}, {study.compared[1]} "
                      f"{two:.3g}.")
     return lines
 
@@ -228,7 +228,7 @@ def start_section(study: Study) -> list[Section]:
 
 def pretraining_section(study: Study) -> list[Section]:
     """The pretraining of each m0 next to that of the reference in the same pair: final losses, and the speed-up."""
-    rows, reference = [], study.pair[1]
+    rows, reference = [], study.reference
     for model in study.models:
         both = [curves for pair in study.pairs
                 if all(curves := [study.pretraining_curve(pair, name) for name in (model, reference)])]

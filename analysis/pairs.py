@@ -5,10 +5,11 @@ Learning is matched: models are compared at equal loss on the new task, see matc
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
-from analysis.comparison import Chain, drop_unlike_items, pair_name, title_of
+from analysis.comparison import Chain, drop_unlike_items, pair_name, stage_names, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
 from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
@@ -16,6 +17,8 @@ from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, 
 from analysis.record import find_benchmarks, make_chains
 from analysis.stages import TEXT, Stage
 from common.files import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Study:
         stages: the name of each stage.
         contrasts: what is compared, that of the primary measure first.
         measures: by name.
-        pair: (grown, reference), the models of the first contrast.
+        compared: (grown, reference), the models of the first contrast.
+        of: the model whose methods stand for the models; "" if models are compared.
         has_losses: whether losses were measured at all.
         choice_benchmarks: names of the benchmarks whose answers are known by item.
         left_out: sentences on what is not used, and why.
@@ -82,9 +86,9 @@ class Study:
 
     def __init__(self, stages: Sequence[Stage], grown: str, reference: str, of: str = "", named: str | None = None,
                  unit: str = "pair"):
-        """stages: of all pairs, models and rates, with one method. grown, reference: the models of a pair. of: the
-        model whose methods stand for the models."""
-        self.named, self.unit = named, unit
+        """stages: of all pairs, models and rates, with one method. Raises UserError if their chains are not of the same
+        tasks in the same order."""
+        self.named, self.unit, self.of, self.compared = named, unit, of, (grown, reference)
         stages, self.left_out = drop_unlike_items(stages, unit)
         self.rates = rates_of(stages)
         self.left_out += [f"{title_of(stage, unit)}: not used, since it is not in the folder of a learning rate"
@@ -94,9 +98,8 @@ class Study:
         self._drop_other_starts()
         self.pairs = sorted({stage.pair or 0 for stage in stages})
         self.models = list(dict.fromkeys(stage.model for stage in stages))
-        names = {stage.number: stage.name for stage in stages}
-        self.stages = [names.get(number, f"m{number}") for number in range(max(names) + 1)]
-        self.measures, self.pair = make_measures(stages), (grown, reference)
+        self.stages = stage_names(stages)
+        self.measures = make_measures(stages)
         self.has_losses = any(stage.losses for stage in stages)
         self.choice_benchmarks = [benchmark.name for benchmark in find_benchmarks(stages)
                                   if any(benchmark.name in stage.choices and stage.choices[benchmark.name].has_items
@@ -106,7 +109,12 @@ class Study:
         if {level(grown), level(reference)} & set(self.models):
             self.contrasts.append(Contrast(grown, reference, equal_loss=True))
         self.contrasts += [Contrast(model, reference, of=of) for model in self.models
-                           if model not in self.pair and not model.endswith(LEVEL_ENDING)]
+                           if model not in self.compared and not model.endswith(LEVEL_ENDING)]
+
+    @property
+    def reference(self) -> str:
+        """The model, or the method, that all others are compared with."""
+        return self.compared[1]
 
     @property
     def last(self) -> int:
@@ -179,7 +187,7 @@ class Study:
     def _not_level(self) -> Iterator[str]:
         """Sentences on the models that were trained further to equal held-out loss and have not reached it."""
         for pair in self.pairs:
-            for model, other in (self.pair, self.pair[::-1]):
+            for model, other in (self.compared, self.compared[::-1]):
                 if abs(gap := self._start_gap(pair, level(model), other)) > LEVEL_TOLERANCE:
                     yield (f"{self.name_of(pair)}: {level(model)} is no control at equal held-out loss, since its m0 "
                            f"differs from that of {other} by {gap:+.3f} nats per token")
@@ -259,14 +267,18 @@ class Study:
                        f"no common loss on the new task ({one}, {two} nats per token)")
 
     def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
-        """Sentences on the pairs in which only one model of a contrast was measured at some of the learning rates."""
+        """Sentences on the pairs in which a model of a contrast was not measured at some of its learning rates: those
+        of both models. A method may have rates of its own."""
         for pair in self.pairs if self.matches_learning else ():
             models = self.models_of(contrast, pair) or ()
-            rates = [set(self.curve(LEARNING, pair, model, number)[2]) for model in models]
-            for model, own, other in zip(models, rates, reversed(rates)):
-                if own and (lacking := sorted(other - own, key=float)):
-                    yield (f"{self.name_of(pair)}, {contrast} after {self.stages[number]}: {model} lacks the rate "
-                           f"{', '.join(lacking)}, which the other model has")
+            started = {model: {rate for rate in self.rates for any_pair in self.pairs
+                               if self.chains(any_pair, model, rate)} for model in models}
+            for model in models:
+                own = set(self.curve(LEARNING, pair, model, number)[2])
+                expected = started[model] if contrast.of else set().union(*started.values())
+                if own and (lacking := sorted(expected - own, key=float)):
+                    yield (f"{self.name_of(pair)}, {contrast} after {self.stages[number]}: {model} lacks results at "
+                           f"the rate {', '.join(lacking)}")
 
     def without_model(self, contrast: Contrast) -> Iterator[str]:
         """Sentences on the pairs in which a model of a contrast has no fine-tuned stages."""
@@ -277,7 +289,7 @@ class Study:
 
     def all_left_out(self) -> list[str]:
         """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
-        without = self.without_model(self.contrasts[0])
+        without = [line for contrast in self.contrasts for line in self.without_model(contrast)]
         of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
                         for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
         return [*self.left_out, *without, *self._not_level(), *of_contrasts]
@@ -296,6 +308,11 @@ LEVEL_TOLERANCE = 0.05  # nats per token between the held-out losses of two m0 t
 def level(model: str) -> str:
     """The name of a model that was trained further to the held-out loss of the other model of its pair."""
     return model + LEVEL_ENDING
+
+
+def middle_rate(rates: Sequence[T]) -> T:
+    """The learning rate with which test sets are generated and benchmarks run. rates: ascending."""
+    return rates[(len(rates) - 1) // 2]
 
 
 def rates_of(stages: Sequence[Stage]) -> list[str]:

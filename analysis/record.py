@@ -15,6 +15,7 @@ from analysis.comparison import (
     places_of,
     restrict,
     same,
+    stage_names,
 )
 from analysis.results import shipped_benchmarks
 from analysis.stages import BENCHMARKS, Stage
@@ -73,7 +74,8 @@ class Record:
         self.several_pairs = len({key[0] for _, key, _ in self.all_chains()}) > 1
         self._uncounted = uncounted
         self.last = max([last, *(number for _, _, chain in self.all_chains() for number in chain)])
-        self.stages = self._stage_names()
+        names = stage_names([stage for _, _, chain in self.all_chains() for stage in chain.values()])
+        self.stages = [*names, *(f"m{number}" for number in range(len(names), self.last + 1))]
         self.benchmarks = find_benchmarks(stages)
         if unknown := sorted(set(categories) - set(self.categories)):
             raise UserError(f"unknown category {', '.join(unknown)}, expected some of {', '.join(self.categories)}")
@@ -93,15 +95,6 @@ class Record:
     def all_chains(self) -> Iterator[tuple[str, Key, Chain]]:
         """(model, (pair, seed), chain) of every chain."""
         return ((model, key, chain) for model, group in self.chains.items() for key, chain in group.items())
-
-    def _stage_names(self) -> list[str]:
-        stages: dict[int, Stage] = {}
-        for stage in (stage for _, _, chain in self.all_chains() for stage in chain.values()):
-            first = stages.setdefault(stage.number, stage)
-            if first.name != stage.name:
-                raise UserError(f"stage {stage.number} is {first.name} of {first.model}, but {stage.name} of "
-                                f"{stage.model}: compare models that learned the same tasks in the same order")
-        return [stages[number].name if number in stages else f"m{number}" for number in range(self.last + 1)]
 
     def _title(self, model: str, number: int = 1, key: Key | None = None) -> str:
         """How sentences call a chain. All methods share the stage 0."""

@@ -1,4 +1,5 @@
 """Stages of an experiment: a checkpoint each, with its results and how it was trained."""
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ class Stage:
         """The FLOPs of its training, those of the checkpoints that it was made from included; None if unknown."""
         flops = self.run.get("lineage", {}).get("flops")
         return float(flops) if is_number(flops) else None
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of its training and of what belongs to it, such as Fisher information; NaN if unknown."""
+        result = self.run.get("result", {})
+        return float(result.get("seconds", math.nan) + result.get("seconds_after", 0.0))
 
     @property
     def method_name(self) -> str:

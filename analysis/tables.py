@@ -180,7 +180,8 @@ def reproduction_sections(stages: Iterable[Stage], folder: str | Path) -> list[S
     settings: dict[str, dict[str, Any]] = {}
     for stage in sorted(stages, key=place_of):
         if stage.run:
-            chain = key_name(key_of(stage)) + (f", rate {stage.rate}" if stage.rate else "")
+            chain = ", ".join([key_name(key_of(stage)), *([stage.method] if stage.method and stage.number else []),
+                               *([f"rate {stage.rate}"] if stage.rate else [])])
             digests = (f"`{str(stage.run.get(key))[:12]}`" for key in ("commit", "data_digest", "parent_digest"))
             rows.append([stage.model, stage.name, chain, *digests])
             commands += stage_commands(stage, Path(folder))
@@ -200,7 +201,8 @@ def reproduction_sections(stages: Iterable[Stage], folder: str | Path) -> list[S
 
 def place_of(stage: Stage) -> tuple:
     """The place of a stage in the order of an experiment: by pair and model, m0 first, then chain by chain."""
-    return stage.pair or 0, stage.model, stage.number > 0, float(stage.rate or 0), stage.seed, stage.number
+    return (stage.pair or 0, stage.model, stage.number > 0, stage.method_name, float(stage.rate or 0), stage.seed,
+            stage.number)
 
 
 def stage_commands(stage: Stage, folder: Path) -> list[str]:

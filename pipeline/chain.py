@@ -47,6 +47,12 @@ def method_flags(method: str) -> list[str]:
     return ["--method", name, *(word for key, _, value in pairs for word in (f"--{key}", value))]
 
 
+def method_settings(method: str) -> set[str]:
+    """The names of the settings that a method with settings has."""
+    name, *settings = method.split(":")
+    return {*read_config("method", name), *(setting.partition("=")[0] for setting in settings)}
+
+
 def finetune_command(launcher: Sequence[str], stage: FinetuneStage, data: str | Path, size: str | None,
                      flags: Sequence[object]) -> list[object]:
     """The command of a stage. `launcher` holds the words before train.py; data: the preprocessed task file."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis.measures import OF_TEXT, PRIMARY, measure_names
+from analysis.pairs import middle_rate
 from analysis.stages import CHOICE_METRICS
 from common.configs import CONFIGS, known
 from common.files import UserError
@@ -78,7 +79,7 @@ class ExperimentConfig:
             found.append(f"controls has loss, which needs the models {' and '.join(chain.PAIR)}")
         if (self.pairs or "loss" in self.controls) and (self.init_llm or self.init_stack):
             found.append("pairs and the loss control pretrain m0: leave out --init_llm and --init_stack")
-        if self.primary in OF_TEXT and not self.text and len(self.models) > 1:
+        if self.primary in OF_TEXT and not self.text and (len(self.models) > 1 or len(self.methods) > 1):
             found.append(f"the primary measure, {self.primary}, needs a held-out text: give --text, or another "
                          "--primary")
         if self.rates and "--learning_rate" in " ".join([self.train_args, *self.stage_args]):
@@ -106,7 +107,7 @@ class ExperimentConfig:
     @property
     def shared_rate(self) -> float | None:
         """The learning rate with which test sets are generated and benchmarks run; None: all."""
-        return sorted(self.rates)[(len(self.rates) - 1) // 2] if self.rates else None
+        return middle_rate(sorted(self.rates)) if self.rates else None
 
 
 def method_flags(method: str) -> list[str]:

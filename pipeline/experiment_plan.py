@@ -8,10 +8,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.comparison import usable_stages
 from analysis.inference import LEVEL, POWER, VarianceComponents, units_needed
 from analysis.measures import PRIMARY, read_primary
 from analysis.pairs import Difference, Study
 from analysis.results import read_runs
+from common.configs import unknown_name
 from common.files import UserError
 from common.provenance import RUN, read_record
 from common.scripts import run
@@ -50,10 +52,14 @@ def items_needed(components: VarianceComponents) -> int | None:
 
 def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     """The primary difference of the pilot. Raises UserError if it has less than two pairs."""
-    stages = read_runs(cfg.runs)
+    stages, _ = usable_stages(read_runs(cfg.runs))
     methods = list(dict.fromkeys(stage.method_name for stage in stages if stage.number))
     if len(methods) > 1 and cfg.method is None:
         raise UserError(f"{cfg.runs} has stages of several methods, {', '.join(methods)}: give --method, one of them")
+    models = list(dict.fromkeys(stage.model for stage in stages))
+    if unknown := [*(unknown_name("method", cfg.method, methods) if cfg.method else []),
+                   *(line for model in (cfg.grown, cfg.reference) for line in unknown_name("model", model, models))]:
+        raise UserError(f"{cfg.runs}: {'; '.join(unknown)}")
     stages = [stage for stage in stages if not stage.number or cfg.method in (None, stage.method_name)]
     study = Study(stages, cfg.grown, cfg.reference)
     primary = cfg.primary or read_primary(cfg.runs) or PRIMARY

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from common.configs import below_root, known, read_config, unknown_name
+from common.configs import below_root, known, unknown_name
 from common.files import UserError
 from pipeline import chain
 from pipeline.jobs import optional_flags, run_command, split_words
@@ -116,11 +116,11 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     commands = m0_commands(v) if made < 0 and not v.init and not v.m0.exists() else []
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
     held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or own_text else "")
+    settings = chain.method_settings(v.method) if v.method else set()
     for stage in missing or stages[-1:]:
         method = chain.method_flags(v.method) if v.method else []
-        method += ["--rehearsal", "0"] if v.method and stage is stages[0] else []
-        if v.method and "replay_share" in read_config("method", v.method.partition(":")[0]):
-            method += ["--replay_text", v.text]
+        method += ["--rehearsal", "0"] if "rehearsal" in settings and stage is stages[0] else []
+        method += ["--replay_text", v.text] if "replay_share" in settings else []
         commands.append(chain.finetune_command(v.torchrun or [PYTHON], stage, v.data / f"{stage.task}.json", v.preset,
                                                [*held_out, *method, *args]))
     return data_commands(v, tasks) + commands

@@ -15,6 +15,7 @@ from common.files import read_json
 from tests.analysis.conftest import TASKS, VALUES, write_stage
 
 PAIR = ("stack", "llm")
+RATES = {"finetune": "", "ewc": ""}
 
 
 def change_json(path, **entries):
@@ -217,7 +218,7 @@ def test_methods_with_other_tasks_are_compared_until_they_differ(method_runs):
     stage = method_runs / "llm/ewc/m2-empd"
     stage.rename(stage.with_name("m2-inqqg"))
     records = records_by_method(read_runs(method_runs), (), "finetune")
-    sentences, sections, left_out = compare_methods(records, "finetune")
+    sentences, sections, left_out = compare_methods(records, "finetune", RATES, ())
     assert sentences[0].startswith("llm, ewc compared with finetune in one run of each: better by FG DK (-20.00 [")
     assert left_out == ["llm, ewc and llm, finetune are compared up to stage 1: the next one is m2-inqqg and m2-empd"]
 
@@ -228,7 +229,7 @@ def test_an_unfinished_method_has_no_measures_after_the_last_stage(method_runs):
     record = records["ewc"]
     assert record.own_value("llm", record.task_measure("average performance")) is None
     assert "llm, ewc: the stage m2 is missing" in record.missing
-    _, sections, _ = compare_methods(records, "finetune")
+    _, sections, _ = compare_methods(records, "finetune", RATES, ())
     ewc = row(dict(sections)["Methods: llm"], "ewc")
     assert ewc[1].endswith("(part)")
     assert ewc[-1] == "–"  # minutes of training
@@ -242,7 +243,7 @@ def test_calibration_is_averaged_over_benchmarks_that_all_methods_have(method_ru
         if method == "ewc":
             del results["continuation"]["ece,none"], results["passages"]["ece,none"]
         change_json(path, results=results)
-    _, sections, _ = compare_methods(records_by_method(read_runs(method_runs), (), "finetune"), "finetune")
+    _, sections, _ = compare_methods(records_by_method(read_runs(method_runs), (), "finetune"), "finetune", RATES, ())
     table = dict(sections)["Methods: llm"]
     assert row(table, "ewc")[-3] == "0.900"
     assert row(table, "finetune")[-3] == "0.600"

@@ -23,8 +23,10 @@ from analysis.method_plane import (
     plot_planes,
     points_of,
     profit_section,
+    start_point,
 )
 from analysis.results import read_runs
+from common.files import UserError
 from evaluation.result_files import total_losses
 from report import ReportConfig
 from tests.analysis.studies import SLOPE, write_study
@@ -84,10 +86,10 @@ def test_methods_are_compared_at_equal_learning(folder):
         for method, effects in EFFECTS.items():
             gap = gap_of(study, method, RISE)
             assert (gap.mean, gap.n) == (pytest.approx(effects[model], abs=0.02), 4)
-    sentences, (title, text) = plane_section(stages, studies["llm"], RISE)
+    sentences, (title, text) = plane_section(studies["llm"], RISE)
     assert title == "Learned and forgotten: llm"
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
-    assert row.startswith("| lora | 2.5000 to 2.9000 | -0.3")
+    assert row.startswith("| lora | 2.5000 to 2.9000 | 2.5000 to 2.8000 | -0.3")
     assert "| < 0.001 | 0.003, 0.001, 0.0003 |" in row
     assert sentences[1].startswith("On the Pareto front of what llm learned and forgot: ")
     assert method_study(stages, "llm", "none") is None
@@ -119,7 +121,7 @@ def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     assert (gap.n, single.n) == (2, 1)
     assert gap.mean == pytest.approx(-0.3, abs=0.03)
     assert math.isnan(single.p)
-    _, (_, text) = plane_section(stages, study, RISE)
+    _, (_, text) = plane_section(study, RISE)
     assert "with the 95% interval over the seeds" in text
     assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without seed 43, in which not all methods "
                                               "have results after m2-empd"]
@@ -138,7 +140,7 @@ def test_the_front_compares_the_same_pairs(folder):
     for record in folder.glob("pair-*/llm/finetune-copy/rate-*/*/run.json"):
         assert json.loads(record.read_text())["settings"]["method"] == "finetune"
     study = method_study(read_runs(folder), "llm", "finetune")
-    points = {(point.method, point.rate): (point.learned, point.forgotten) for point in points_of(study, RISE)}
+    points = {(point.method, point.rate): (point.loss, point.forgetting) for point in points_of(study, RISE)}
     for rate in study.rates:
         assert points["finetune-copy", rate] == points["finetune", rate]
     shutil.rmtree(folder / "pair-2/llm/finetune-copy/rate-0.003/m2-empd")  # a rate that not all of these pairs have
@@ -161,14 +163,14 @@ def test_methods_without_a_common_pair_are_still_compared_with_the_baseline(fold
     text = (tmp_path / "report/report.md").read_text()
     assert "- the Pareto front of llm is without pair 1, pair 2, pair 3, pair 4, in which not all methods have" in text
     section = text.partition("## Learned and forgotten: llm")[2]
-    assert re.search(r"^\| lora \| – \| -0\.(29|30)\d* \[", section, re.MULTILINE)
+    assert re.search(r"^\| lora \| – \| 2\.5000 to 2\.8000 \| -0\.(29|30)\d* \[", section, re.MULTILINE)
 
 
 def test_one_run_of_each_method_gives_no_verdict(folder, tmp_path):
     shutil.copytree(folder / "pair-1", tmp_path / "one")
     stages = read_runs(tmp_path / "one")
     study = method_study(stages, "llm", "finetune")
-    sentences, (_, text) = plane_section(stages, study, RISE)
+    sentences, (_, text) = plane_section(study, RISE)
     assert sentences[0] == ("llm, rise of held-out loss at equal new-task loss, compared with finetune: one run of "
                             "each method gives no verdict, since runs that differ only in their seed differ, too.")
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
@@ -185,6 +187,8 @@ def test_one_run_of_each_method_gives_no_verdict(folder, tmp_path):
         gap = over_items(ItemValues(values / tokens.mean(), tokens / tokens.mean()))
         covered += abs(gap.mean - 0.2) <= gap.half_width
     assert 0.92 < covered / 400 < 0.98
+    same = over_items(ItemValues(np.full(3, 3.5e-18), np.ones(3)))
+    assert (same.mean, same.interval) == (0.0, (0.0, 0.0))
     gap = over_items(ItemValues(np.array([1.0, 3.0, 5.0]), np.ones(3)))
     assert (gap.mean, gap.half_width) == (3.0, pytest.approx(t_quantile(2) * 2 / np.sqrt(3)))
     assert gap.p == pytest.approx(0.1217, abs=1e-3)  # t = 2.598 with two degrees of freedom
@@ -195,7 +199,7 @@ def test_methods_without_a_common_loss(folder):
         change(stage, "lora", 0.0, 1.0)
     stages, studies = studies_of(folder)
     assert gap_of(studies["llm"], "lora", RISE) is None
-    _, (_, text) = plane_section(stages, studies["llm"], RISE)
+    _, (_, text) = plane_section(studies["llm"], RISE)
     assert "| no common new-task loss |" in text
     assert any("is left out of lora − finetune of llm after m2-empd: the methods reach no common loss" in line
                for line in studies["llm"].all_left_out())
@@ -206,9 +210,68 @@ def test_a_method_that_is_not_finished(folder):
     for stage in folder.glob("pair-*/llm/lora/rate-*/m2-*"):
         shutil.rmtree(stage)
     stages, studies = studies_of(folder)
-    _, (_, text) = plane_section(stages, studies["llm"], RISE)
-    assert "\n| lora | – | – | – | – | – |\n" in text
+    _, (_, text) = plane_section(studies["llm"], RISE)
+    assert "\n| lora | – | – | – | – | – | – |\n" in text
     assert "no common new-task loss" not in text
+
+
+def test_an_unfinished_method_leaves_the_others_on_the_plane(folder):
+    shutil.copytree(folder / "pair-1", folder.parent / "one")
+    for stage in (folder.parent / "one").glob("llm/lora/rate-*/m2-*"):
+        shutil.rmtree(stage)
+    study = method_study(read_runs(folder.parent / "one"), "llm", "finetune")
+    assert {point.method for point in points_of(study, RISE)} == {"finetune", "replay"}
+    assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without lora, without results after m2-empd"]
+
+
+def test_tasks_in_another_order_are_compared_up_to_the_first_that_differs(folder):
+    for stage in folder.glob("pair-*/llm/lora/rate-*/m2-*"):
+        stage.rename(stage.with_name("m2-inqqg"))
+    study = method_study(read_runs(folder), "llm", "finetune")
+    assert study.left_out == ["llm, lora: not compared at equal learning from stage 2 on, which is m2-inqqg, and "
+                              "m2-empd with finetune"]
+    contrast = study.contrasts[0]
+    assert contrast.one == "lora"
+    assert study.difference(contrast, RISE, 1).estimate.mean == pytest.approx(-0.3, abs=0.02)
+    assert study.difference(contrast, RISE, 2) is None
+
+
+def test_a_measure_that_only_the_baseline_has(folder):
+    """Is no measure of the other method, which is another thing than no common loss."""
+    for path in folder.glob("pair-*/llm/lora/rate-*/m2-*/eval/losses-text.json"):
+        path.unlink()
+    _, studies = studies_of(folder)
+    _, (_, text) = plane_section(studies["llm"], RISE)
+    assert re.search(r"^\| lora \| – \| – \| – \| – \| – \| ", text, re.MULTILINE)
+
+
+def test_methods_with_learning_rates_of_their_own(folder):
+    """lora at larger rates than finetune: no rate is missing, but one that is not finished in one pair."""
+    for chain in folder.glob("pair-*/llm/lora/rate-0.003"):
+        chain.rename(chain.with_name("rate-0.01"))
+    for chain in folder.glob("pair-*/llm/lora/rate-0.0003"):
+        shutil.rmtree(chain)
+    _, studies = studies_of(folder)
+    assert gap_of(studies["llm"], "lora", RISE).mean == pytest.approx(-0.3, abs=0.02)
+    assert not [line for line in studies["llm"].all_left_out() if "lacks" in line]
+    shutil.rmtree(folder / "pair-2/llm/lora/rate-0.01/m2-empd")
+    _, studies = studies_of(folder)
+    assert [line for line in studies["llm"].all_left_out() if "lacks" in line] == [
+        "pair 2, lora − finetune of llm after m2-empd: lora lacks results at the rate 0.01"]
+
+
+def test_a_method_that_learned_nothing_is_not_on_the_front(folder):
+    """m0 learned nothing, either, and forgot nothing."""
+    for stage in folder.glob("pair-*/llm/replay/rate-*/m*"):
+        change(stage, "replay", int(stage.name[1]) * SLOPE * 5, 5.0)  # as much forgetting, at a loss above that of m0
+    _, studies = studies_of(folder)
+    start, = start_point(studies["llm"], RISE)
+    own = [point for point in points_of(studies["llm"], RISE) if point.method == "replay"]
+    assert start.loss == pytest.approx(3.2)
+    assert all(point.loss > start.loss for point in own)
+    _, (_, text) = plane_section(studies["llm"], RISE)
+    row, = (line for line in text.splitlines() if line.startswith("| replay |"))
+    assert row.split(" | ")[5] == "–"
 
 
 def test_pairs_without_a_common_loss_in_both_models(folder):
@@ -236,8 +299,22 @@ def test_the_report_of_methods(folder, tmp_path):
     text = (tmp_path / "report/report.md").read_text()
     assert "llm, rise of held-out loss at equal new-task loss, compared with finetune: less with lora." in text
     assert "## Do both models profit equally" in text
-    assert "![rise of held-out loss over new-task loss: a curve for each method" in text
+    assert "![rise of held-out loss over new-task loss: a panel for each method" in text
     assert (tmp_path / "report/methods.png").stat().st_size > 10_000
+    assert (tmp_path / "report/methods.svg").exists()
+
+
+def test_one_run_of_each_method_says_nothing_of_better_and_worse(folder, tmp_path):
+    """At one learning rate a method may forget less because it learned less."""
+    shutil.copytree(folder / "pair-1/llm", tmp_path / "one/llm")
+    with mock.patch("report.plot_record", return_value={}):
+        report.main(ReportConfig(runs=str(tmp_path / "one"), out=str(tmp_path / "report")))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "compared with finetune in one run of each" not in text
+    assert " At finetune 0.001, lora 0.001, replay 0.001: learning is not matched." in text
+    assert "| llm | m1-simp | seed 42, lora, rate 0.001 |" in text
+    with pytest.raises(UserError, match="unknown measure 'KL on text' of forgetting, expected one of rise of held-out"):
+        report.main(ReportConfig(runs=str(tmp_path / "one"), out=str(tmp_path / "report"), primary="KL on text"))
 
 
 def test_curves_of_the_figure(folder, tmp_path):
@@ -245,17 +322,31 @@ def test_curves_of_the_figure(folder, tmp_path):
     points = points_of(studies["llm"], RISE)
     assert [(point.method, point.rate) for point in points[:4]] == [
         ("finetune", "0.0003"), ("finetune", "0.001"), ("finetune", "0.003"), ("lora", "0.0003")]
-    assert [point.learned for point in points[:3]] == pytest.approx([2.8, 2.6, 2.4])
-    assert [point.forgotten for point in points[:3]] == pytest.approx([2 * SLOPE * (3.2 - x) for x in (2.8, 2.6, 2.4)])
-    assert list(plot_planes(studies, tmp_path, RISE)) == ["methods"]
-    assert (tmp_path / "methods.svg").exists()
+    assert [point.loss for point in points[:3]] == pytest.approx([2.8, 2.6, 2.4])
+    assert [point.forgetting for point in points[:3]] == pytest.approx([2 * SLOPE * (3.2 - x) for x in (2.8, 2.6, 2.4)])
+    with mock.patch.object(method_plane, "save_figure") as save:
+        assert list(plot_planes(studies, tmp_path, RISE)) == ["methods"]
+    panels = save.call_args.args[0].axes
+    assert [panel.get_title("left") for panel in panels] == ["llm: lora", "llm: replay", "stack: lora", "stack: replay"]
+    texts = [text.get_text() for text in panels[0].texts]
+    assert texts == ["0.0003", "0.001", "0.003"]
+    everything, front, baseline, _, method, _ = panels[0].lines
+    assert len(everything.get_xdata()) == 9
+    assert list(baseline.get_xdata()) == pytest.approx([2.4, 2.6, 2.8])
+    assert list(method.get_xdata()) == pytest.approx([2.5, 2.7, 2.9])
+
+
+def test_rates_that_learn_no_more_are_not_joined():
+    points = [Point("a", rate, x, y) for rate, x, y in (("1", 3.0, 0.1), ("2", 2.0, 0.3), ("3", 2.5, 0.9))]
+    joined, others = method_plane.split_curve(points, "a")
+    assert [point.rate for point in joined] == ["2", "1"]
+    assert [point.rate for point in others] == ["3"]
 
 
 def test_verdicts_are_corrected_for_the_number_of_methods(folder):
     _, studies = studies_of(folder)
     gap = PairedDifference((0.05, 0.3, 0.2, 0.35))  # p is 0.042, and 0.085 for two methods
-    with mock.patch.object(method_plane, "gap_of", return_value=gap), \
-            mock.patch.object(method_plane, "minutes_of", return_value=math.nan):
-        sentences, (_, text) = plane_section([], studies["llm"], RISE)
+    with mock.patch.object(method_plane, "gap_of", return_value=gap):
+        sentences, (_, text) = plane_section(studies["llm"], RISE)
     assert "no method can be told apart from it" in sentences[0]
     assert f"| {2 * gap.p:.3f} |" in text

@@ -113,7 +113,7 @@ def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     shutil.rmtree(folder / "pair-2/stack/rate-0.001")
     study = study_of(folder)
     assert list(study.lacking_rates(study.contrasts[0], 2)) == [
-        "pair 2, stack − llm after m2-empd: stack lacks the rate 0.001, which the other model has"]
+        "pair 2, stack − llm after m2-empd: stack lacks results at the rate 0.001"]
     assert set(study.lacking_rates(study.contrasts[0], 2)) < set(study.all_left_out())
 
 
@@ -139,7 +139,7 @@ def test_a_chain_outside_a_folder_of_a_rate_is_named_and_changes_nothing(tmp_pat
                               "stack, m1-simp: not used, since it is not in the folder of a learning rate"]
     shutil.rmtree(folder / "llm/rate-0.001")
     assert study_of(folder).all_left_out()[2:] == [
-        f"the pair, stack − llm after {stage}: llm lacks the rate 0.001, which the other model has"
+        f"the pair, stack − llm after {stage}: llm lacks results at the rate 0.001"
         for stage in ("m1-simp", "m2-empd")]
 
 

@@ -12,7 +12,7 @@ from analysis.stages import Stage
 from common import settings
 from common.files import UserError
 from pipeline.experiment_config import ExperimentConfig
-from report import ReportConfig, shared_rate
+from report import ReportConfig, shared_rates
 from tests.analysis.conftest import VALUES, write_stage
 from tests.conftest import run_script
 
@@ -281,4 +281,12 @@ def test_the_report_shows_the_rate_whose_stages_are_evaluated(rates):
     stages = [Stage("llm", 42, 1, "m1", rate=f"{rate:g}") for rate in rates]
     shared = sorted(rates)[(len(rates) - 1) // 2]
     assert ExperimentConfig(rates=rates).shared_rate == shared
-    assert float(shared_rate(stages, ReportConfig())) == shared
+    assert {method: float(rate) for method, rate in shared_rates(stages, ReportConfig()).items()} == {"none": shared}
+
+
+def test_each_method_is_shown_at_its_own_middle_rate():
+    stages = [Stage("llm", 42, 1, "m1", method=method, rate=rate)
+              for method, rates in (("finetune", ("3e-05", "0.0001", "0.0003")), ("lora", ("0.0003", "0.001", "0.003")),
+                                    ("vcl", ("0.0002",))) for rate in rates]
+    assert shared_rates(stages, ReportConfig()) == {"finetune": "0.0001", "lora": "0.001", "vcl": "0.0002"}
+    assert shared_rates(stages, ReportConfig(rate=3e-4)) == {"finetune": "0.0003", "lora": "0.0003"}

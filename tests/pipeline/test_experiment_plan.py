@@ -56,7 +56,8 @@ def test_the_pilot_has_one_method(tmp_path, refusal, capsys):
 
 @pytest.mark.parametrize(("options", "flags", "message"), [
     ({"pairs": (1,)}, (), "has 1 pairs with the rise of held-out loss of stack and llm after m2-empd, expected at"),
-    ({"pairs": (1, 2), "models": ("llm",)}, (), "has 0 pairs with"),
+    ({"pairs": (1, 2), "models": ("llm",)}, (), "unknown model 'stack', expected one of llm"),
+    ({"pairs": (1, 2)}, ("--method", "ewk"), "unknown method 'ewk', expected one of none"),
     ({"pairs": (1, 2)}, ("--primary", "accuracy"), "unknown measure 'accuracy'"),
     ({"pairs": (1, 2)}, ("--effect", "0"), "effect is 0.0, expected a number above 0")])
 def test_too_little_for_a_plan(tmp_path, refusal, options, flags, message):

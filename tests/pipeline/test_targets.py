@@ -183,7 +183,9 @@ def test_published_weights_come_from_the_hub(tmp_path):
 
 def test_the_stages_of_a_method_have_a_folder(tmp_path):
     own, = commands("train", METHOD="expansion:per_task=true:new_layers=4", OUT=f"{tmp_path}", INIT="x")[-1:]
-    assert "--method expansion --per_task true --new_layers 4 --rehearsal 0" in own
+    assert own.endswith("--method expansion --per_task true --new_layers 4")
+    replayed, = commands("train", METHOD="finetune:replay_share=0.01", TEXT="t", OUT=f"{tmp_path}", INIT="x")[-1:]
+    assert replayed.endswith("--method finetune --replay_share 0.01 --replay_text t")
     assert f"--out {tmp_path}/expansion-per_task=true-new_layers=4/m1-simp" in own
     replay, = commands("train", METHOD="replay", OUT=f"{tmp_path}", INIT="x", TEXT="shards")[-1:]
     assert "--replay_text shards" in replay
