@@ -128,7 +128,7 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     run: dict[str, Any] = {
         "checkpoint": cfg.checkpoint, "checkpoint_digest": checkpoint_digest(source),
         "tokenizer_digest": tokenizer_digest(source), "dtype": resolve_dtype(cfg.dtype), "limit": cfg.limit}
-    check_weights(out, run["checkpoint_digest"])
+    check_same_weights(out, run["checkpoint_digest"])
     for test_set in test_sets:
         existing_results(test_set, out, run)
     for loss_set in loss_sets:
@@ -144,7 +144,7 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 
 
-def check_weights(out: Path, checkpoint_digest: str) -> None:
+def check_same_weights(out: Path, checkpoint_digest: str) -> None:
     """Raises UserError if a folder holds results of other weights: all results of a stage are of the same ones."""
     patterns = "metrics-*.json", "results_*.json", "losses-*.json"
     for path in (path for pattern in patterns for path in sorted(out.glob(pattern))):

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from common.configs import CONFIGS, known, read_config
 from common.files import UserError
-from common.provenance import data_digest
+from common.provenance import data_digest, read_record
 from common.scripts import run
 from common.settings import load, setting
 from pipeline.chain import MODELS
@@ -120,12 +120,13 @@ def level_job(cfg: PretrainConfig, flags: Sequence[object]) -> Job:
     another m0, for at most as many FLOPs again."""
     assert cfg.init  # see problems()
     assert cfg.level_with
-    recipe = load(TrainConfig, ["--config", str(CONFIGS / "train/pretrain.toml"), "--size", cfg.size, "--phase",
-                                cfg.phase_of_m0, "--init", cfg.init, "--data", cfg.data, "--out", cfg.out])
-    flops = run_flops(cfg.size, "llm")
+    held_out_loss(cfg.init)  # it has to be a finished run of train.py
+    record = read_record(cfg.init)
+    used, flops = record["settings"], record["lineage"]["flops"]
+    rate = used["learning_rate"] * (1 if used["lr_scheduler_type"] == "constant" else used["min_lr_ratio"])
     return training_job(cfg, Path(cfg.out) / "m0", flops, [
         "--phase", cfg.phase_of_m0, "--init", cfg.init, "--max_tokens", "none", "--max_flops", 2 * flops,
-        "--lr_scheduler_type", "constant", "--learning_rate", recipe.learning_rate * recipe.min_lr_ratio,
+        "--lr_scheduler_type", "constant", "--learning_rate", rate,
         "--eval_steps", LEVEL_EVAL_STEPS, "--stop_at_eval_loss", held_out_loss(cfg.level_with), *flags])
 
 

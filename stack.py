@@ -33,6 +33,7 @@ from model.growth import (
     check_layer_map,
     grown_tensors,
     new_layers,
+    open_moments,
     write_moments,
 )
 from model.hub import fetch_checkpoint
@@ -113,13 +114,14 @@ def grow(cfg: GrowConfig) -> None:
     if cfg.moments == "reset":
         lineage.pop("updates", None)
     config = base.with_layers(layer_map)
+    moments = None if cfg.moments == "reset" else open_moments(source, base)
     dtypes = {name: checkpoint.weights.dtype(copied) for name, copied in base_names(config, layer_map).items()}
     with new_directory(cfg.out) as folder:
         tensors = grown_tensors(checkpoint.weights, config, layer_map, cfg.adds_nothing, cfg.noise, cfg.seed)
         with tqdm(tensors, "growing", len(dtypes), leave=False, unit="tensor", disable=None) as progress:
             write_checkpoint(folder, config, progress, source, dtypes)
-        if cfg.moments != "reset":
-            write_moments(folder, source, base, layer_map, cfg.moments == "zero")
+        if moments:
+            write_moments(folder, moments, base, layer_map, cfg.moments == "zero")
         write_record(folder, {
             "operator": "layers" if cfg.layers else cfg.operator, "layer_map": layer_map, "zero_init": cfg.adds_nothing,
             "noise": cfg.noise, "seed": cfg.seed, "moments": cfg.moments, "base": str(cfg.init),

@@ -26,6 +26,7 @@ from common.distributed import Distributed, StopRequest
 from common.files import UserError
 from common.formatting import format_loss
 from common.metrics_log import MetricsLog
+from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, rank_microbatches, to_inputs
 from training.data import TrainData, load_data
 from training.engine import (
@@ -75,9 +76,9 @@ def main(cfg: TrainConfig) -> None:
         dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
         if (run := open_run(cfg, dist, request)) is None:  # finished earlier
             return dist.on_rank0(lambda: print_result(cfg.out))
-        tokenizer, model = build_model(run)
+        tokenizer = Tokenizer(run.source)
         data = load_data(run, tokenizer)
-        engine = build_engine(run, model)
+        engine = build_engine(run, build_model(run))
         method = make_method(run, engine)
         run, state = resume(run, engine) or (run, TrainState(flops=run.lineage.get("flops", 0)))
         if not state.step:
@@ -89,8 +90,8 @@ def main(cfg: TrainConfig) -> None:
         examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
                                    cfg.max_target_length, cfg.template)
         save_checkpoint(run, engine, run.directory)
-        samples, began = data.sample(cfg.fisher_samples), time.perf_counter()
-        method.write_side_files(run.directory, samples, train_step)
+        began = time.perf_counter()
+        method.write_side_files(data, train_step)
         seconds = time.perf_counter() - began
         log.close()
         dist.on_rank0(lambda: finish_run(run, result | {"examples": examples, "seconds_after": seconds}))
@@ -107,6 +108,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         dist.print0(f"eval loss before: {format_loss(state.eval_loss_before)}")
         state.text_loss_before = evaluate_text(run, engine, data, state, log)
     saver.check(state, data.steps, save=False)
+    flops_per_token = training_flops(1, run.model_config, run.trained)
     for step in range(state.step, data.steps):
         if state.has_reached(cfg.stop_at_eval_loss):
             dist.print0(f"the eval loss is at most {cfg.stop_at_eval_loss}: ending after step {step}")
@@ -124,7 +126,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
             abort(run, step, batch, result)
 
         seconds = time.perf_counter() - began
-        state.add_step(batch, result, seconds, training_flops(batch.num_tokens, run.model_config, run.trained))
+        state.add_step(batch, result, seconds, flops_per_token * batch.num_tokens)
         log.write(**state.log_entry(batch, result, lr, seconds), **divergences)
         if not result.applied:
             dist.print0(f"step {step + 1} skipped: loss {result.loss:.4f} > {max_loss:.4f}; samples {batch.indices}")

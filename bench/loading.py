@@ -39,8 +39,8 @@ def main(cfg):
         import_deepspeed(dist.device)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = peak_rss(status.read_text())
-        _, model = build_model(make_run(TrainConfig(init=str(checkpoint), zero=3, dtype="bf16"), dist,
-                                        ModelConfig.read(checkpoint / "config.json")))
+        model = build_model(make_run(TrainConfig(init=str(checkpoint), zero=3, dtype="bf16"), dist,
+                                     ModelConfig.read(checkpoint / "config.json")))
         share = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters()) * 2
         lines = dist.gather(f"rank {dist.rank}: peak {(peak_rss(status.read_text()) - before) / 1e9:.2f} GB above "
                             f"{before / 1e9:.2f} GB before; its share of the weights {share / 1e9:.2f} GB of "

@@ -89,7 +89,7 @@ def make_run(cfg, dist, model_config):
 def our_model(run):
     """Our model, with the weights of the initial checkpoint or new ones."""
     if run.cfg.init:
-        return build_model(run)[1]
+        return build_model(run)
     model = materialize_model(run.model_config, random_weights(run.model_config, run.dist.device, run.dtype)).train()
     model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
     if run.cfg.compile:

@@ -50,7 +50,7 @@ def write_record(directory: str | Path, record: Mapping[str, Any], name: str = R
 RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
     "settings": dict, "result": dict, "lineage": dict, "parent_digest": (str, type(None)), "data_digest": str,
     "rehearsed": list, "replay_digest": str, "start_digest": str, "side_digest": str,
-    "tokenizer_digest": str, "resumed": list, "layer_map": list}
+    "tokenizer_digest": str, "resumed": list, "layer_map": list, "id": str}
 LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {
     "flops": (int, float), "text": dict, "tasks": list, "start": dict, "new_layers": list, "inserted": int,
     "updates": int}
@@ -126,13 +126,6 @@ def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults
     return found + [f"{what} differ ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
                     for key, what in DIGESTS.items()
                     if recorded.get(key) != record.get(key) and (key in recorded or key not in LATER)]
-
-
-def identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of run.json that determines the final weights, without what earlier versions did not record."""
-    settings = {name: value for name, value in record["settings"].items() if name not in OPERATIONAL}
-    keys = [key for key in DIGESTS if key not in LATER and (key != "side_digest" or key in record)]
-    return {"settings": settings} | {key: record.get(key) for key in keys}
 
 
 def data_digest(path: str | Path) -> str:

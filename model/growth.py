@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.parameter_files import (
     MOMENTS,
     SIDE_FILES,
+    ParameterFiles,
     find_parameter_files,
     open_side_files,
     parameter_file_name,
@@ -178,12 +179,18 @@ class WholeParameter:
     start: int = 0
 
 
-def write_moments(folder: Path, source: Path, base: ModelConfig, layer_map: Sequence[int], zero: bool) -> None:
-    """Writes the optimizer moments of a grown model, given those next to its base: each parameter has those of the one
-    that it copies, or with `zero` the new layers have zero. Raises UserError if the base has none."""
+def open_moments(source: Path, base: ModelConfig) -> ParameterFiles:
+    """The optimizer moments next to a checkpoint. Raises UserError if it has none."""
     moments = open_side_files(find_parameter_files(source, MOMENTS), MOMENTS, source, base)
     if moments is None:
         raise UserError(f"{source} has no optimizer moments: train it with --carry_moments, or leave out --moments")
+    return moments
+
+
+def write_moments(folder: Path, moments: ParameterFiles, base: ModelConfig, layer_map: Sequence[int],
+                  zero: bool) -> None:
+    """Writes the optimizer moments of a grown model, given those of its base: each parameter has those of the one that
+    it copies, or with `zero` the new layers have zero."""
     config = base.with_layers(layer_map)
     names = base_names(config, layer_map)
     new = [f"layers.{layer}." for layer in new_layers(layer_map)] if zero else []

@@ -122,7 +122,7 @@ class Tokenizer:
 
     def _special_ids(self, name: str) -> list[int]:
         for file in ("generation_config.json", "config.json"):
-            if (index := self._read(file).get(f"{name}_token_id")) is not None:
+            if (index := self._read(file).get(f"{name}_token_id")) not in (None, -1):  # -1: none, see ModelConfig
                 if problems := special_id_problems(f"{name}_token_id", index):
                     raise UserError(f"{self.directory / file}: {problems[0]}")
                 return index if isinstance(index, list) else [index]

@@ -79,7 +79,8 @@ class ExperimentConfig:
             found.append(f"controls has loss, which needs the models {' and '.join(chain.PAIR)}")
         if (self.pairs or "loss" in self.controls) and (self.init_llm or self.init_stack):
             found.append("pairs and the loss control pretrain m0: leave out --init_llm and --init_stack")
-        if self.primary in OF_TEXT and not self.text and (len(self.models) > 1 or len(self.methods) > 1):
+        if self.primary in OF_TEXT and not self.text and (
+                len(self.models) > 1 or len(self.methods) > 1 and self.rates):
             found.append(f"the primary measure, {self.primary}, needs a held-out text: give --text, or another "
                          "--primary")
         if self.rates and "--learning_rate" in " ".join([self.train_args, *self.stage_args]):

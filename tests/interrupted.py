@@ -5,6 +5,7 @@ The process whose rank is RANK, or every process if RANK is "all", sends SIGNAL 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,6 +21,7 @@ def interrupted_train_step(*args):
     calls.append(1)
     if len(calls) == int(interrupted_step) and rank in ("all", os.environ.get("RANK")):
         os.kill(os.getpid(), signal.Signals[signal_name])
+        time.sleep(0.2)  # until the listening thread has noticed, also on a busy machine
     return train_step(*args)
 
 

@@ -20,6 +20,7 @@ from model.growth import (
     grow_model,
     interleave,
     middle,
+    open_moments,
     partial,
     solar,
     stack,
@@ -302,7 +303,7 @@ def test_moments_of_more_than_ten_layers(tmp_path):
                                                         for kind in SIDE_FILES[MOMENTS]}
     parts = [WholeParameter(key, math.prod(shape)) for key, shape in parameter_shapes(base).items()]
     write_parameter_file(tmp_path / "base" / name, parts, values)
-    write_moments(tmp_path / "grown", tmp_path / "base", base, [0, 0, *range(1, 11)], zero=True)
+    write_moments(tmp_path / "grown", open_moments(tmp_path / "base", base), base, [0, 0, *range(1, 11)], zero=True)
     found = load_file(tmp_path / "grown" / name)
     assert {int(key.split("layers.")[1].split(".")[0]) for key, tensor in found.items()
             if "layers." in key and not tensor.any()} == {1}

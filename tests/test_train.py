@@ -326,7 +326,7 @@ def test_trains_on_a_file_of_the_original_tool(train, tmp_path):
     assert losses(tmp_path / "run")[3, "loss"] < losses(tmp_path / "run")[1, "loss"]
 
 
-def test_pretraining_a_base_and_its_grown_model(tmp_path, checkpoint):
+def test_pretraining_a_base_and_its_grown_model(tmp_path, checkpoint, simp_file):
     """The phases of the recipe on your own text. The grown model continues in the data where the base stopped."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{n} is a number; {n + 1} comes after it."}) + "\n"
@@ -370,6 +370,15 @@ def test_pretraining_a_base_and_its_grown_model(tmp_path, checkpoint):
     assert json.loads((tmp_path / "x/run.json").read_text())["result"]["first_sample"] == 0
     result = run_script(*common, "--phase", "stack", "--init", checkpoint, "--out", tmp_path / "y", check=False)
     assert "was made with a tokenizer other than that of" in error_line(result)
+    result = run_script("train.py", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "y", check=False)
+    assert "is a file, expected a directory of token shards: for a task file give --task" in error_line(result)
+
+
+def test_a_run_without_a_step_is_refused_before_its_weights_are_read(train, tmp_path):
+    """LoRA says how many parameters it trains when the model is there."""
+    result = train(tmp_path / "m1", "--train", "lora", "--schedule_steps", "1", check=False)
+    assert "schedule_steps 1: raise it" in error_line(result)
+    assert "parameters (" not in result.stdout
 
 
 def test_pretraining_ends_at_an_eval_loss(checkpoint, tmp_path):

@@ -64,7 +64,8 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # the optimizer is PyTorch's
         "zero_optimization": {"stage": cfg.zero},
     }
-    problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size})
+    problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size,
+                                            "gradient_clipping": cfg.max_grad_norm})
     given.pop("train_batch_size", None)  # DeepSpeed would derive from it how many micro-steps to wait for
     given.pop("steps_per_print", None)  # import_deepspeed silences these lines
     problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")

@@ -2,7 +2,6 @@
 import contextlib
 import math
 import resource
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +16,6 @@ from common.provenance import write_record
 from model.checkpoint import CheckpointReader, empty_model, is_finite, set_weights, write_checkpoint
 from model.growth import grown_tensors
 from model.lora import ADAPTER, AdaptedLinear, adapted_tensors, insert_adapters, is_adapter, write_adapter
-from model.tokenizer import Tokenizer
 from model.transformer import Transformer, initial_weights
 from training.deepspeed_config import deepspeed_config, import_deepspeed
 from training.optimizers import make_optimizer
@@ -52,8 +50,8 @@ class StepResult(NamedTuple):
         return max_loss < self.loss < math.inf
 
 
-def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
-    """The tokenizer and the model, on the device and in the dtype of the run.
+def build_model(run: "Run") -> Transformer:
+    """The model, on the device and in the dtype of the run.
 
     Weights are read or initialized one tensor at a time. Under ZeRO-3 only rank 0 does so, and each rank keeps its
     slice of a tensor before the next one is read, so that no rank ever holds the whole model.
@@ -69,10 +67,8 @@ def build_model(run: "Run") -> tuple[Tokenizer, Transformer]:
     freeze(model, run)
     model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
     if run.cfg.compile:
-        if not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
-            raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
         compile_blocks(model)
-    return Tokenizer(run.source), model.train()
+    return model.train()
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -172,7 +168,7 @@ def optimizer_step(engine: "DeepSpeedEngine", max_grad_norm: float, rejected: bo
     return norm
 
 
-def check_weights(run: "Run", engine: "DeepSpeedEngine") -> None:
+def check_finite_weights(run: "Run", engine: "DeepSpeedEngine") -> None:
     """Ends the run, on all ranks, if a weight is not finite: neither a checkpoint nor a state with it is saved."""
     def check() -> None:
         broken = [fragment.name for fragment in local_fragments(engine)
@@ -191,7 +187,7 @@ def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
     A directory that does not exist yet appears atomically. All ranks take part: under ZeRO-3 each tensor is gathered
     from all of them, one at a time.
     """
-    check_weights(run, engine)
+    check_finite_weights(run, engine)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in engine.module.named_parameters():
@@ -212,8 +208,9 @@ def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
             pass
 
 
-def save_adapter(run: "Run", engine: "DeepSpeedEngine", directory: Path) -> None:
-    """Writes the adapters in the format of PEFT to `adapter/` in an existing directory. All ranks take part."""
+def save_adapter(run: "Run", engine: "DeepSpeedEngine") -> None:
+    """Writes the adapters in the format of PEFT to `adapter/` in the directory of the run. All ranks take part."""
+    directory = run.directory
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in run.trained:
             parameter = engine.module.get_parameter(name)

@@ -48,6 +48,7 @@ from training.zero_shards import (
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from training.data import TrainData
     from training.run import Run
 
 TrainStep = Callable[["Run", "DeepSpeedEngine", Sequence[Sequence[Sample]]], StepResult]
@@ -76,14 +77,8 @@ class Method:
     def finish(self) -> None:
         """Called after the last step, before the final evaluation."""
 
-    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
-        """Writes what the next task needs next to the final checkpoint.
-
-        Args:
-            directory: the directory of the final checkpoint.
-            samples: training samples to measure on.
-            train_step: the function of train.py.
-        """
+    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
+        """Writes what the next task needs next to the final checkpoint. train_step: the function of train.py."""
 
 
 class Anchored(Method):
@@ -115,7 +110,7 @@ class Anchored(Method):
         if self.run.cfg.fapm_sparsity or self.run.cfg.wise_ft_alpha < 1:
             update_weights(self.engine)
 
-    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
+    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
         """EWC: measures the diagonal Fisher information, adds that of the earlier tasks, and writes the sum.
 
         It is the empirical Fisher information: the mean over samples of the squared gradient of the sample's
@@ -123,6 +118,7 @@ class Anchored(Method):
         """
         if not self.run.cfg.ewc_strength:
             return
+        samples = data.sample(self.run.cfg.fisher_samples)
         optimizer = base_optimizer(self.engine)
         squares = optimizer.fisher or \
             {flat: torch.zeros_like(flat) for flat in flat_tensors(local_fragments(self.engine))}
@@ -135,7 +131,7 @@ class Anchored(Method):
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     self.run.dist.fail(UserError(f"the Fisher information cannot be measured: loss {loss}, gradient "
                                                  f"norm {grad_norm} of a training sample"))
-        write_side_file(self.run, self.engine, directory, FISHER,
+        write_side_file(self.run, self.engine, FISHER,
                         {"fisher": lambda fragment: fragment.of(squares[fragment.flat])})
 
 
@@ -150,11 +146,11 @@ class Continued(Method):
         elif run.cfg.init:
             run.dist.print0(f"{run.cfg.init} has no optimizer moments: they start at zero")
 
-    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
+    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
         """Writes the moments, unless no step was taken."""
         if not (state := base_optimizer(self.engine).state):
             return
-        write_side_file(self.run, self.engine, directory, MOMENTS,
+        write_side_file(self.run, self.engine, MOMENTS,
                         {kind: partial(state_of, state, kind) for kind in SIDE_FILES[MOMENTS]})
 
 
@@ -168,9 +164,9 @@ class Adapted(Method):
                 with gathered(self.engine, list(module.parameters()), modifier_rank=0):
                     module.merge()
 
-    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
+    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
         """Writes the adapters."""
-        save_adapter(self.run, self.engine, directory)
+        save_adapter(self.run, self.engine)
 
 
 @contextlib.contextmanager
@@ -217,9 +213,9 @@ class Variational(Method):
             with changing_weights(self.engine) as fragments:
                 self.optimizer.restore(fragments)
 
-    def write_side_files(self, directory: Path, samples: Sequence[Sample], train_step: TrainStep) -> None:
+    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
         """Writes the posterior: means and precisions of all weights."""
-        write_side_file(self.run, self.engine, directory, POSTERIOR, {
+        write_side_file(self.run, self.engine, POSTERIOR, {
             "mean": lambda fragment: fragment.of(fragment.flat),
             "precision": lambda fragment: self.optimizer.precision(
                 fragment.flat, slice(fragment.offset, fragment.offset + fragment.count))})
@@ -281,15 +277,15 @@ def read_fragments(run: "Run", files: ParameterFiles, fragments: Iterable[Fragme
     run.dist.on_all_ranks(read)
 
 
-def write_side_file(run: "Run", engine: "DeepSpeedEngine", directory: Path, name: str,
+def write_side_file(run: "Run", engine: "DeepSpeedEngine", name: str,
                     kinds: dict[str, Callable[[Fragment], torch.Tensor]]) -> None:
-    """Writes values of all ranks' fragments next to a checkpoint; without ZeRO rank 0 has all of them."""
+    """Writes values of all ranks' fragments next to the final checkpoint; without ZeRO rank 0 has all of them."""
     def remove_old() -> None:
-        for old in directory.glob(f"{name}-*-of-*.safetensors"):  # left by a killed process
+        for old in run.directory.glob(f"{name}-*-of-*.safetensors"):  # left by a killed process
             old.unlink()
 
     run.dist.on_rank0(remove_old)
     sharded = engine.zero_optimization()
-    path = directory / parameter_file_name(name, run.dist.rank, run.dist.world_size if sharded else 1)
+    path = run.directory / parameter_file_name(name, run.dist.rank, run.dist.world_size if sharded else 1)
     run.dist.on_all_ranks(lambda: write_parameter_file(path, local_fragments(engine), kinds)
                           if sharded or run.dist.rank == 0 else None)

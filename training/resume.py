@@ -21,9 +21,9 @@ import torch
 from common.files import UserError, digest, explain_os_errors, parsing, sync
 from common.provenance import read_record
 from model.parameter_files import ParameterFiles, write_parameter_file
-from training.engine import check_weights
+from training.engine import check_finite_weights
 from training.run import Run
-from training.run_directory import continue_run, find_state, fingerprint, read_state, write_state
+from training.run_directory import continue_run, find_state, read_state, write_state
 from training.train_state import TrainState
 from training.zero_shards import (
     base_optimizer,
@@ -75,7 +75,7 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
             partial.mkdir(parents=True)
 
     def complete() -> None:
-        write_state(partial, {"progress": asdict(state), "run": fingerprint(run.record),
+        write_state(partial, {"progress": asdict(state), "run": run.record["id"],
                               "optimizer_step": optimizer_updates(engine), "files": dict(files)})
         with explain_os_errors(folder):
             sync(partial)
@@ -86,7 +86,7 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
                 if old != folder:
                     shutil.rmtree(old)
 
-    check_weights(run, engine)
+    check_finite_weights(run, engine)
     run.dist.on_rank0(make)
     try:
         files = run.dist.gather(run.dist.on_all_ranks(lambda: write_fragments(engine, partial, run.dist.rank)))
@@ -118,7 +118,7 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
 
     Returns None if no state was saved.
     """
-    folder = run.dist.on_rank0(lambda: find_state(run.directory, run.record))
+    folder = run.dist.on_rank0(lambda: find_state(run.directory))
     if folder is None:
         return None
     with parsing(folder / "state.json", "the state of a run of this version of the program"):

@@ -1,5 +1,6 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from training.deepspeed_config import check_deepspeed_config, deepspeed_config, 
 from training.distillation import start_digest
 from training.methods import find_side_files, side_digest, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
-from training.run_directory import drop_state, is_finished, partial_directory
+from training.run_directory import drop_state, is_finished, json_digest, partial_directory
 from training.selection import Shapes, count_elements, selected_shapes, training_flops
 from training.train_config import TrainConfig
 
@@ -130,13 +131,17 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     if cfg.task and not Path(cfg.data).is_file():
         raise UserError(f"{cfg.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
                         "`make data`")
+    if cfg.task is None and Path(cfg.data).is_file():
+        raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
     digest = data_digest(cfg.data)
     choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
     resolved = dataclasses.replace(cfg, **choices)
+    if problems := resolved.problems():  # again, now that the dtype and the ZeRO stage are known
+        raise UserError("; ".join(problems))
     settings, defaults = json_values(resolved), json_values(TrainConfig())
     recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
     if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
-        # finished, and its parent was removed
+        # its parent is a Hub id, or was removed: it is not fetched again if the run is finished
         others = DIGESTS.keys() - {"parent_digest", "data_digest"}
         record = describe(settings, recorded.get("parent_digest"), digest, **{
             name: recorded[name] for name in others if name in recorded})
@@ -168,8 +173,11 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     if is_finished(cfg.out, record, defaults):
         return None
     record |= held_out_digest(cfg, source)
+    if cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
+        raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
     check_earlier_tasks(earlier)
     open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
+    record["id"] = json_digest(record)
     return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
                               "first_sample": first_sample(cfg, digest, lineage), "trained": trained,
                               "layer_map": layer_map}
@@ -253,7 +261,7 @@ def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: di
 
 
 def find_source(cfg: TrainConfig) -> Path:
-    """The directory of initial weights and tokenizer, downloaded and converted to safetensors if needed."""
+    """The directory of initial weights and tokenizer, downloaded if needed."""
     return fetch_checkpoint(cfg.init) if cfg.init else Path(cfg.data)  # a shard directory includes its tokenizer
 
 

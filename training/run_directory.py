@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from common.files import UserError, explain_os_errors, lock, named, read_json, remove, write_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
-from common.provenance import differences, identity, read_record, write_record
+from common.provenance import differences, read_record, write_record
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -111,6 +111,7 @@ def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[
     """Records in run.json that the run was resumed after a step, with the settings and the held-out text from then on,
     which may differ as far as they do not change the weights; returns the new content."""
     recorded = {key: value for key, value in read_record(directory).items() if key != "held_out_digest"}
+    recorded = {"id": record["id"]} | recorded  # earlier versions recorded none
     recorded |= {key: record[key] for key in ("settings", "held_out_digest") if key in record}
     resumed = {"after_step": step} | {key: record[key] for key in ("commit", "processes", "device")}
     recorded["resumed"] = [*recorded.get("resumed", []), resumed]
@@ -169,12 +170,7 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
     return sorted(found, key=found.__getitem__)
 
 
-def fingerprint(record: Mapping[str, Any]) -> str:
-    """A digest of what identifies a run."""
-    return json_digest(identity(record))
-
-
-def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
+def find_state(directory: Path) -> Path | None:
     """The folder of the saved state of an unfinished run, or None.
 
     Raises UserError if the state belongs to another run or is incomplete.
@@ -183,7 +179,7 @@ def find_state(directory: Path, record: Mapping[str, Any]) -> Path | None:
     if folder is None:
         return None
     saved = read_state(folder)
-    if saved["run"] != fingerprint(record):
+    if saved["run"] != read_record(directory).get("id", saved["run"]):  # earlier versions recorded none
         raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
     if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
         raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")

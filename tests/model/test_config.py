@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from common.files import UserError
 from model.config import ModelConfig
+from model.tokenizer import Tokenizer, train_tokenizer
 from model.transformer import Block, Transformer, parameter_shapes
 from tests.conftest import SHAPE
 
@@ -133,3 +134,5 @@ def test_a_pad_token_of_minus_one_is_none(tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"pad_token_id": -1}))
     assert ModelConfig.read(tmp_path / "config.json").pad_token_id is None
+    train_tokenizer(["some text"], 300, tmp_path)
+    assert Tokenizer(tmp_path).pad_id is None

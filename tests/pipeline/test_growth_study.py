@@ -119,7 +119,8 @@ def test_gradual_growth(text, tmp_path, refusal):
 
 def test_a_model_is_trained_on_until_it_is_level(text, tmp_path):
     words = ["pretrain.py", "--size", "tiny", "--model", "llm", "--data", text]
-    run_script(*words, "--out", tmp_path / "llm", "--args", "--max_flops none --max_tokens 4096 --max_eval_samples 4")
+    run_script(*words, "--out", tmp_path / "llm", "--args", "--max_flops none --max_tokens 4096 --max_eval_samples 4 "
+               "--learning_rate 4e-3")
     before = json.loads((tmp_path / "llm/m0/run.json").read_text())["result"]
     goal = before["eval_loss_after"] - 0.01
     (tmp_path / "better").mkdir()
@@ -132,8 +133,9 @@ def test_a_model_is_trained_on_until_it_is_level(text, tmp_path):
     assert losses[0] == pytest.approx(before["eval_loss_after"])
     assert [loss <= goal for loss in losses] == [False] * (len(losses) - 1) + [True]
     assert run["result"]["first_sample"] == before["last_sample"]
-    assert run["settings"]["learning_rate"] == pytest.approx(2e-4)  # the rate with which m0 ended
-    assert max(entry["lr"] for entry in entries if "lr" in entry) <= 2.0001e-4
+    assert run["settings"]["learning_rate"] == pytest.approx(4e-4)  # the rate with which m0 ended
+    assert max(entry["lr"] for entry in entries if "lr" in entry) <= 4.0001e-4
+    assert run["settings"]["max_flops"] == 2 * before["flops"]
 
 
 def test_mean_curves_by_hand():

@@ -1,4 +1,5 @@
 """Runs that were interrupted: after they are resumed, they equal uninterrupted runs."""
+import dataclasses
 import errno
 import fcntl
 import json
@@ -20,13 +21,14 @@ from common.distributed import free_port
 from common.files import UserError
 from common.provenance import differences
 from model.parameter_files import ParameterFiles
-from tests.conftest import TORCHRUN, error_line, losses, read_metrics
+from tests.conftest import ROOT, TORCHRUN, error_line, losses, read_metrics
 from train import main
 from training import resume
 from training.batches import GlobalBatch
+from training.deepspeed_config import deepspeed_config
 from training.engine import StepResult
 from training.run import compare_digests
-from training.run_directory import claim, fingerprint, read_state, write_state
+from training.run_directory import claim, read_state, write_state
 from training.train_config import TrainConfig
 from training.train_state import TrainState
 
@@ -150,11 +152,18 @@ def test_another_tokenizer_is_refused(train, killed_copy, checkpoint, tmp_path):
     assert "the tokenizer files differ (" in error_line(train(out, init=renamed, check=False))
 
 
+def test_the_state_of_an_earlier_version_is_found(train, killed_copy):
+    """A setting that its run.json lacks has its default value; the earliest versions recorded no id."""
+    out, directory = killed_copy
+    record = json.loads((directory / "run.json").read_text())
+    del record["settings"]["fapm_sparsity"], record["id"], record["tokenizer_digest"]
+    (directory / "run.json").write_text(json.dumps(record))
+    assert "resuming after step 4" in train(out).stdout
+
+
 def test_a_record_without_a_digest_of_the_tokenizer_is_that_of_an_earlier_version():
     record = {"settings": {}, "data_digest": "d", "tokenizer_digest": "t"}
-    earlier = {"settings": {}, "data_digest": "d"}
-    assert differences(record, earlier, {}) == []
-    assert fingerprint(record) == fingerprint(earlier)  # so that its saved state is found
+    assert differences(record, {"settings": {}, "data_digest": "d"}, {}) == []
     assert differences(record, record | {"tokenizer_digest": "u"}, {}) == [
         "the tokenizer files differ (u there, t here)"]
 
@@ -326,6 +335,24 @@ def test_a_deepspeed_file_that_contradicts_the_run_is_refused(refusal, checkpoin
     if "zero_optimization" in content and " there and " in message:
         assert "zero_optimization.stage is" in refusal((TrainConfig, main), *flags, "--zero", "1",
                                                        "--deepspeed", tmp_path / "ds.json")
+
+
+def test_the_stage_of_a_deepspeed_file_is_checked_against_the_settings(refusal, checkpoint, simp_file, tmp_path):
+    flags = "--task", "simp", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "m1"
+    folder = ROOT / "configs/deepspeed"
+    assert "ZeRO 0 keeps no fp32 master weights of a bf16 model" in refusal(
+        (TrainConfig, main), *flags, "--deepspeed", folder / "zero0.json", "--dtype", "bf16")
+    assert "--compile needs --zero 0, 1 or 2" in refusal(
+        (TrainConfig, main), *flags, "--deepspeed", folder / "zero3.json", "--dtype", "fp32", "--compile")
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_the_clipping_in_a_deepspeed_file_may_be_that_of_the_settings(zero, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero}, "gradient_clipping": 0.3}))
+    cfg = TrainConfig(deepspeed=str(tmp_path / "ds.json"), zero=zero, dtype="fp32", max_grad_norm=0.3)
+    assert deepspeed_config(cfg)["gradient_clipping"] == (0.3 if zero else 0.0)  # without ZeRO train.py clips
+    with pytest.raises(UserError, match="gradient_clipping is 0.3 there and 0.5 by the run's settings"):
+        deepspeed_config(dataclasses.replace(cfg, max_grad_norm=0.5))
 
 
 def test_your_own_deepspeed_file(train, uninterrupted, tmp_path):
