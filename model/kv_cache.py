@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.prefix_packing import Segment, packed_passes, sort_sequences
-from model.transformer import Attend, Transformer, additive_mask, attention, within_window
+from model.transformer import Attend, Transformer, attention, window_masks
 
 PREFILL_TOKENS = 4096  # of a pass over the prompts
 
@@ -31,9 +31,7 @@ class KVCache:
         The last T of the S columns are those of the tokens themselves. Call this before each call of the decoder.
         """
         self.positions, self.length = positions, mask.shape[2]
-        config, dtype = self.model.config, self.keys[0].dtype
-        self.masks = {window: additive_mask(within_window(mask, window), config.group_size, dtype)
-                      for window in config.windows}
+        self.masks = window_masks(mask, self.model.config, self.keys[0].dtype)
 
     def of_layer(self, index: int) -> Attend:
         """Returns the attention of a layer."""

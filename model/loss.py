@@ -35,23 +35,23 @@ class FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                teacher: torch.Tensor | None, needs_grad: bool) -> torch.Tensor:
+                teacher_weight: torch.Tensor | None, needs_grad: bool) -> torch.Tensor:
         needs_weight_grad = needs_grad and weight.requires_grad
         rows = chunk_rows(len(weight), hidden.device.type)
         loss, hidden_grads = torch.zeros((), device=hidden.device), []
         weight_grad: torch.Tensor | None = None
-        for states, labels in zip(hidden.split(rows), targets.split(rows)):
-            log_p = F.linear(states, weight).float().log_softmax(-1)  # n V
-            if teacher is None:
-                loss -= log_p.gather(1, labels[:, None]).sum()
+        for states, target in zip(hidden.split(rows), targets.split(rows)):  # target: n, with a teacher n C
+            log_q = F.linear(states, weight).float().log_softmax(-1)  # n V
+            if teacher_weight is None:
+                loss -= log_q.gather(1, target[:, None]).sum()
             else:
-                log_q = F.linear(labels, teacher).float().log_softmax(-1)  # n V
-                loss += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+                log_p = F.linear(target, teacher_weight).float().log_softmax(-1)  # n V
+                loss += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
             if needs_grad:
-                if teacher is None:  # gradient of the logits: softmax - one_hot(labels)
-                    grad = log_p.exp_().scatter_add_(1, labels[:, None], torch.full_like(log_p[:, :1], -1.0))
+                if teacher_weight is None:  # gradient of the logits: softmax - one_hot(target)
+                    grad = log_q.exp_().scatter_add_(1, target[:, None], torch.full_like(log_q[:, :1], -1.0))
                 else:  # the difference of the two softmaxes
-                    grad = log_p.exp_() - log_q.exp_()
+                    grad = log_q.exp_() - log_p.exp_()
                 grad = grad.to(states.dtype)
                 hidden_grads.append(grad @ weight)
                 if not needs_weight_grad:
@@ -83,7 +83,7 @@ class Head(nn.Linear):
     """
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None,
-                teacher: torch.Tensor | None = None) -> torch.Tensor:
+                teacher_weight: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return super().forward(hidden)
-        return FusedLinearLoss.apply(hidden, self.weight, targets, teacher, torch.is_grad_enabled())
+        return FusedLinearLoss.apply(hidden, self.weight, targets, teacher_weight, torch.is_grad_enabled())

@@ -8,7 +8,7 @@ one pass and of the key-value cache of one sequence, however many sequences ther
 
 Dimensions:  N tokens of a pass, otherwise as in transformer.py.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model.oom import halve_batch
-from model.transformer import Attend, Transformer, additive_mask, attention, within_window
+from model.transformer import Attend, Transformer, attention, window_masks
 
 
 def group_tokens(device: str) -> int:
@@ -45,7 +45,7 @@ class Segment:
         return slice(self.offset - origin, self.offset - origin + stop - self.start)
 
 
-def group_masks(segments: list[Segment], model: Transformer) -> dict[int | None, torch.Tensor | None]:
+def group_masks(segments: list[Segment], model: Transformer) -> Mapping[int | None, torch.Tensor | None]:
     """Returns the attention masks of consecutive segments under one path, with keys of the path and the segments, by
     the window of the layer (see ModelConfig).
 
@@ -64,8 +64,7 @@ def group_masks(segments: list[Segment], model: Transformer) -> dict[int | None,
             if part.start >= first.start:
                 own[segment.rows(segment.stop, first.offset), part.rows(stop, first.offset)] = True
     mask = mask.tril_(first.start)[None].to(model.lm_head.weight.device)
-    return {window: additive_mask(within_window(mask, window), config.group_size, model.lm_head.weight.dtype)
-            for window in config.windows}
+    return window_masks(mask, config, model.lm_head.weight.dtype)
 
 
 class PackedPass:

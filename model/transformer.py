@@ -121,6 +121,11 @@ def within_window(mask: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (mask.cumsum(-1) > mask.sum(-1, keepdim=True) - window)
 
 
+def window_masks(mask: Tensor, config: ModelConfig, dtype: torch.dtype) -> dict[int | None, Tensor]:
+    """Returns the masks for `attention`, by the window of a layer, of the boolean mask [B, T, S]."""
+    return {window: additive_mask(within_window(mask, window), config.group_size, dtype) for window in config.windows}
+
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value -> attention, as `attention` without a mask
 
 
@@ -133,10 +138,23 @@ def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dic
 
 
 class AttentionContext(Protocol):
-    """Replaces plain causal attention in `Decoder`: a key-value cache, a packed pass or a shared prefix."""
+    """What the tokens of a call of `Decoder` attend to: plain causal attention, a key-value cache, a packed pass or a
+    shared prefix."""
     positions: Tensor  # 1|B T
 
     def of_layer(self, index: int) -> Attend: ...
+
+
+class CausalAttention:
+    """Plain causal attention of T tokens from position 0."""
+
+    def __init__(self, config: ModelConfig, T: int, weight: Tensor):
+        self.config, self.positions = config, torch.arange(T, device=weight.device)[None]  # 1 T
+        self.by_window = causal_attention(config, T, T, weight)
+
+    def of_layer(self, index: int) -> Attend:
+        """Returns the attention of a layer."""
+        return self.by_window[self.config.window(index)]
 
 
 class SharedPrefix:
@@ -261,13 +279,11 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, context: AttentionContext | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # B T C
-        positions = context.positions if context else torch.arange(input_ids.shape[1], device=x.device)[None]
-        cos, sin = rotary_table(self.config, positions, x.dtype)
+        context = context or CausalAttention(self.config, input_ids.shape[1], x)
+        cos, sin = rotary_table(self.config, context.positions, x.dtype)
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
-        causal = {} if context else causal_attention(self.config, len(positions[0]), len(positions[0]), x)
         for index, layer in enumerate(self.layers):
-            attend = context.of_layer(index) if context else causal[self.config.window(index)]
-            given = x, (rotary if self.config.rotates(index) else None), attend
+            given = x, (rotary if self.config.rotates(index) else None), context.of_layer(index)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -44,7 +44,8 @@ class Run:
         source: directory of the initial checkpoint, or, for new weights, of the tokenizer.
         model_config: the shape of the model.
         data_digest: digest of the training data.
-        lineage: training history of the initial checkpoint (see common.provenance.read_lineage).
+        lineage: training history of the initial checkpoint (see common.provenance.read_lineage), and the layers that
+            the run begins by inserting.
         record: the content of run.json so far.
         first_sample: position in the sample stream where the run starts.
         trained: the parameters that are trained, name -> shape; the others are frozen.

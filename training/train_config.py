@@ -11,7 +11,8 @@ from model.lora import TARGETS, LoRA
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run. The defaults are those of the published fine-tuning, apart from the batch size."""
+    """Settings of one training run. The defaults that change the result are those of the published fine-tuning, apart
+    from the batch size."""
     task: str | None = setting(None, "task to fine-tune on (a file in configs/task); none: pretraining", names="task")
     size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and the recipe",
                                names="size")
