@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import scripts
 from common.configs import CONFIGS, read_config
-from common.distributed import Distributed, resolve_dtype
+from common.distributed import TORCH_DTYPES, Distributed, resolve_dtype
 from common.files import UserError, check_writable, digest, parsing, read_json
-from common.provenance import TemplateName, last_template, read_lineage
+from common.provenance import DEFAULT_TEMPLATE, TemplateName, last_template, read_lineage
 from corpus.prompts import open_template
 from corpus.tasks import read_task
 from evaluation.evaluate_config import EvaluateConfig
@@ -58,7 +56,7 @@ def main(cfg: EvaluateConfig) -> None:
         return evaluation.run["dtype"]
 
     with Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
-        dtype = torch.bfloat16 if dist.on_rank0(prepare) == "bf16" else torch.float32
+        dtype = TORCH_DTYPES[dist.on_rank0(prepare)]
 
         def load(name: str) -> Transformer:
             source = dist.local_rank0_first(lambda: fetch_checkpoint(name))
@@ -119,7 +117,7 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
                         "leave out --posterior_samples")
     if cfg.bertscore_model and cfg.tasks and cfg.decode:
         bertscore(["a text"], [["a text"]], cfg.bertscore_model, cfg.bertscore_layer)
-    template = cfg.template or last_template(read_lineage(source)) or "alpaca"
+    template = cfg.template or last_template(read_lineage(source)) or DEFAULT_TEMPLATE
     if cfg.tasks or cfg.template:
         open_template(template, checkpoint.tokenizer).check_length(cfg.max_source_length)
     test_sets, suite = open_test_sets(cfg, template, config.max_position_embeddings), None

@@ -14,7 +14,7 @@ from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.configs import known, read_config, read_toml
 from common.files import UserError, finite_float, is_number, parsing
 from common.metrics_log import read_log
-from common.provenance import RUN, read_record, wrong_types
+from common.provenance import DEFAULT_TEMPLATE, RUN, read_record, wrong_types
 from evaluation.conditions import Conditions, benchmark_conditions, task_conditions, unlike
 from evaluation.result_files import (
     ResultsFile,
@@ -91,7 +91,7 @@ def losses_of(found: dict[str, Any]) -> ItemLosses:
     """The losses in the content of a losses file."""
     items, run = found["items"], found["run"]
     conditions = {name: run[name] for name in LOSS_SETTINGS if name in run}
-    conditions |= {"items": found["samples"], "template": run.get("template") or "alpaca"}
+    conditions |= {"items": found["samples"], "template": run.get("template") or DEFAULT_TEMPLATE}
     return ItemLosses(np.array(items["nll"], float), np.array(items["tokens"], float),
                       None if items["kl"] is None else np.array(items["kl"], float), conditions,
                       (text_of(run.get("checkpoint_digest")), text_of(run.get("reference_digest"))))

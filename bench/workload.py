@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.configs import ROOT
-from common.distributed import StopRequest, resolve_dtype
+from common.distributed import TORCH_DTYPES, StopRequest, resolve_dtype
 from common.files import UserError, new_directory, read_json, read_json_lines
 from common.settings import setting
 from model.checkpoint import materialize_model, write_checkpoint
@@ -76,7 +76,7 @@ def split_batches(samples, size):
 
 def torch_dtype(cfg):
     """The torch.dtype of a run's weights."""
-    return torch.bfloat16 if resolve_dtype(cfg.dtype) == "bf16" else torch.float32
+    return TORCH_DTYPES[resolve_dtype(cfg.dtype)]
 
 
 def make_run(cfg, dist, model_config):

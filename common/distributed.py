@@ -203,6 +203,9 @@ class StopRequest:
                 self.signal, self.since = signal.Signals(received[0]).name, time.monotonic()
 
 
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names in settings
+
+
 def resolve_dtype(dtype: str) -> str:
     """"bf16" or "fp32"; "auto" becomes bf16 if the hardware multiplies bf16 matrices."""
     if dtype != "auto":

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from common.files import UserError, digest, read_json, write_json
 
 TemplateName = Literal["alpaca", "chat"]  # of the prompts of tasks, see corpus/prompts.py
+DEFAULT_TEMPLATE: TemplateName = "alpaca"  # also where a record names none
 RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth, in their directories
 
 # Settings that change how a run is carried out or reported but not its weights, or that a digest stands for (init and
@@ -68,7 +69,7 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
     problems = wrong_types(record, RECORD_TYPES) or wrong_types(lineage, LINEAGE_TYPES) or [
         "tasks" for task in lineage.get("tasks", [])
         if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)
-        or task.get("template", "alpaca") not in get_args(TemplateName)] or [
+        or task.get("template", DEFAULT_TEMPLATE) not in get_args(TemplateName)] or [
         "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)]
     if problems:
         raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not valid")
@@ -101,7 +102,7 @@ def read_lineage(checkpoint: str | Path) -> dict[str, Any]:
 def last_template(lineage: Mapping[str, Any]) -> TemplateName | None:
     """The name of the prompts of the last task in a lineage; None without a task."""
     tasks = lineage.get("tasks", [])
-    return tasks[-1].get("template", "alpaca") if tasks else None
+    return tasks[-1].get("template", DEFAULT_TEMPLATE) if tasks else None
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:

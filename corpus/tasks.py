@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from common.files import UserError, read_json, write_text
-from common.provenance import TemplateName
+from common.provenance import DEFAULT_TEMPLATE, TemplateName
 from corpus.prompts import open_template
 from model.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ class SFTDataset(list):
     """
 
     def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,
-                 train_on_source: bool = False, template: TemplateName = "alpaca"):
+                 train_on_source: bool = False, template: TemplateName = DEFAULT_TEMPLATE):
         opened = open_template(template, tokenizer)
         sources, targets = opened.encode_samples([item["input"] for item in items], [item["output"] for item in items],
                                                  max_source_length)

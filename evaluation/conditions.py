@@ -3,6 +3,7 @@ import hashlib
 import json
 from typing import Any
 
+from common.provenance import DEFAULT_TEMPLATE
 from evaluation.result_files import ResultsFile
 
 Conditions = dict[str, Any]  # by name. What a results file does not tell is left out; it matches any value
@@ -50,7 +51,7 @@ def task_conditions(results: dict[str, Any], metric: str) -> Conditions:
     decoding, dtype and limit."""
     run = results["run"]
     found = {"metric": metric} | {name: run[name] for name in TASK_SETTINGS if name in run}
-    found["template"] = run.get("template") or "alpaca"
+    found["template"] = run.get("template") or DEFAULT_TEMPLATE
     found |= {"version": run["sari"]} if metric == "sari" and "sari" in run else {}
     found |= {name: results[key] for name, key in (("items", "samples"), ("prompts", "prompts")) if key in results}
     if metric == "bertscore":

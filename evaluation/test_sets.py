@@ -6,7 +6,7 @@ from typing import Any
 
 from common.configs import read_config
 from common.files import UserError, parsing, read_json, read_json_lines
-from common.provenance import TemplateName, git_commit
+from common.provenance import DEFAULT_TEMPLATE, TemplateName, git_commit
 from common.settings import Resolved
 from corpus.prompts import open_template
 from corpus.raw_tasks import restore_brackets
@@ -29,7 +29,7 @@ class TaskTestSet:
     sari: str | None  # the definition of SARI, or None for a task that is not judged by it
     bertscore_model: str | None
     bertscore_layer: int | None
-    template: TemplateName = "alpaca"
+    template: TemplateName = DEFAULT_TEMPLATE
 
 
 def make_generation_config(options: dict[str, Any], where: str) -> GenerationConfig:
@@ -60,7 +60,7 @@ def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
 
 def recorded_template(template: TemplateName) -> TemplateName | None:
     """How results record their template: None for the default, as in results from before there were others."""
-    return None if template == "alpaca" else template
+    return None if template == DEFAULT_TEMPLATE else template
 
 
 def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.configs import known, read_config
-from common.distributed import resolve_dtype
+from common.distributed import TORCH_DTYPES, resolve_dtype
 from common.files import ExistsError, UserError, first_line, new_directory, read_json, write_json
 from common.scripts import run
 from common.settings import setting
@@ -28,7 +28,6 @@ from model.tokenizer import TOKENIZER_FILES
 from model.transformer import Transformer, parameter_shapes
 
 SOURCE = "source.json"  # next to a copied checkpoint: where it is from
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def fetch_checkpoint(source: str | Path) -> Path:
@@ -131,7 +130,7 @@ def main(cfg: HubConfig) -> None:
                         "or choose another --out")
     made = open_checkpoint(cfg.out)
     found = {made.weights.dtype(name) for name in parameter_shapes(made.config)}
-    if cfg.dtype != "auto" and found != {DTYPES[cfg.dtype]}:
+    if cfg.dtype != "auto" and found != {TORCH_DTYPES[cfg.dtype]}:
         raise UserError(f"{cfg.out} is there already, with weights of another dtype than {cfg.dtype}: remove it, or "
                         "leave out --dtype")
     print(f"{cfg.out} is there already")
@@ -142,7 +141,7 @@ def copy_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     config, weights = checkpoint.config, checkpoint.weights
     dtypes = {name: weights.dtype(name) for name in parameter_shapes(config)}
     if dtype != "auto" or resolve_dtype(dtype) == "bf16":
-        dtypes = dict.fromkeys(dtypes, DTYPES[resolve_dtype(dtype)])
+        dtypes = dict.fromkeys(dtypes, TORCH_DTYPES[resolve_dtype(dtype)])
     size = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in parameter_shapes(config).items())
     with tqdm(total=size, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from analysis.pairs import middle_rate
 from analysis.stages import CHOICE_METRICS
 from common.configs import CONFIGS, known
 from common.files import UserError
+from common.provenance import DEFAULT_TEMPLATE
 from common.settings import load, setting
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.suites import open_suite
@@ -142,7 +143,7 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
     """What is wrong with the prompts: m0 and the stages have the same ones, and for a chat template m0 must have it."""
     trained = {train_settings(cfg, method, stage_args).template
                for method in cfg.methods or [None] for stage_args in cfg.stage_args or [""]}
-    evaluated = evaluate_settings(cfg).template or "alpaca"
+    evaluated = evaluate_settings(cfg).template or DEFAULT_TEMPLATE
     if trained != {evaluated}:
         return [f"the stages are trained with the template {' and '.join(sorted(trained))}, and all checkpoints are "
                 f"evaluated with {evaluated}: give train_args and evaluate_args the same --template"]

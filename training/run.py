@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.configs import model_shape
-from common.distributed import Distributed, StopRequest, resolve_dtype
+from common.distributed import TORCH_DTYPES, Distributed, StopRequest, resolve_dtype
 from common.files import UserError
 from common.formatting import format_names
 from common.metrics_log import check_services
@@ -66,7 +66,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the weights."""
-        return torch.bfloat16 if self.cfg.dtype == "bf16" else torch.float32
+        return TORCH_DTYPES[self.cfg.dtype]
 
     @property
     def directory(self) -> Path:

@@ -3,7 +3,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from common.distributed import resolve_dtype
-from common.provenance import TemplateName
+from common.provenance import DEFAULT_TEMPLATE, TemplateName
 from common.settings import setting
 from model.config import MAX_LAYERS
 from model.lora import TARGETS, LoRA
@@ -33,7 +33,8 @@ class TrainConfig:
     max_source_length: int = setting(1024, "maximum tokens in a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum tokens in a target, including <eos>", at_least=2)
     train_on_source: bool = setting(False, "also compute the loss on the prompt")
-    template: TemplateName = setting("alpaca", "prompt around a source: alpaca; or chat, the tokenizer's chat template")
+    template: TemplateName = setting(DEFAULT_TEMPLATE, "prompt around a source: alpaca; or chat, the tokenizer's chat "
+                                                       "template")
     # how long
     num_train_epochs: float = setting(3.0, "passes over the data", above=0, at_most=10_000)
     max_steps: int | None = setting(None, "steps, instead of epochs", at_least=1)
