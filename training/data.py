@@ -7,7 +7,7 @@ from corpus.shards import ShardDataset, check_shards
 from corpus.tasks import SFTDataset, read_task
 from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, replay_indices, sample_indices
-from training.rehearsal import earlier_tasks, rehearsed_items
+from training.rehearsal import rehearsed_items
 from training.run import Run, num_samples
 from training.train_config import TrainConfig
 
@@ -62,7 +62,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
     evaluation: SampleDataset
     if cfg.task:
         splits, _ = read_task(cfg.data)
-        items = rehearsed_items(cfg, earlier_tasks(cfg, run.data_digest, run.lineage))
+        items = rehearsed_items(cfg, run.earlier_tasks)
         lengths = cfg.max_source_length, cfg.max_target_length
         train = SFTDataset(splits["train"][:cfg.max_train_samples] + items, tokenizer, *lengths, cfg.train_on_source,
                            cfg.template)

@@ -118,16 +118,15 @@ def start_of(cfg: TrainConfig, lineage: Mapping[str, Any]) -> Path:
     return fetch_checkpoint(lineage["start"]["init"] if lineage.get("tasks") else str(cfg.init))
 
 
-def start_digest(cfg: TrainConfig, lineage: Mapping[str, Any]) -> dict[str, str]:
+def start_digest(cfg: TrainConfig, lineage: Mapping[str, Any], parent: str | None) -> dict[str, str | None]:
     """The entry of run.json that identifies the start of the chain, if the run needs it. Raises UserError if that
-    checkpoint does not exist any more or has changed."""
+    checkpoint does not exist any more or has changed. parent: the digest of --init."""
     if not (cfg.input_kl or cfg.self_replay_kl):
         return {}
     if lineage.get("tasks") and "start" not in lineage:
         raise UserError(f"{cfg.init} does not say which checkpoint its chain of tasks started from: train the chain "
                         "again")
-    source = start_of(cfg, lineage)
-    digest = checkpoint_digest(source)
+    digest = checkpoint_digest(start_of(cfg, lineage)) if lineage.get("tasks") else parent
     if lineage.get("tasks") and digest != lineage["start"]["digest"]:
         raise UserError(f"{lineage['start']['init']}, which the chain of tasks started from, has changed: restore it")
     return {"start_digest": digest}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from common.files import UserError, digest
+from common.files import UserError
 from model.lora import AdaptedLinear
 from model.parameter_files import (
     FISHER,
@@ -222,16 +222,12 @@ class Variational(Method):
 
 
 def make_method(run: "Run", engine: "DeepSpeedEngine") -> Method:
-    """The method of a run, for an engine whose weights are the initial ones.
-
-    Rank 0 decides which side files exist, so that all ranks read the same files or fail together.
-    """
+    """The method of a run, for an engine whose weights are the initial ones."""
     cfg, dist, source = run.cfg, run.dist, run.source
-    names = dist.on_rank0(lambda: [path.name for path in find_side_files(cfg, source, run.lineage)])
-    files = dist.on_all_ranks(lambda: open_side_files([source / name for name in names], side_file(cfg), source,
-                                                      run.model_config))
+    files = dist.on_all_ranks(lambda: open_side_files([source / name for name in run.side_files], side_file(cfg),
+                                                      source, run.model_config))
     if cfg.optimizer == "ivon":
-        dist.print0(f"prior: {'the posterior of' if names else 'a Gaussian around the weights of'} {cfg.init}")
+        dist.print0(f"prior: {'the posterior of' if files else 'a Gaussian around the weights of'} {cfg.init}")
         return Variational(run, engine, files)
     if cfg.lora:
         return Adapted(run, engine)
@@ -258,12 +254,6 @@ def find_side_files(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> 
         raise UserError(f"{source} has no Fisher information of {lineage['tasks'][-1]['task']}, which it was trained "
                         "on: train it with --ewc_strength as well")
     return paths
-
-
-def side_digest(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> dict[str, str]:
-    """The entry of run.json that identifies the side files which a run reads; empty if it reads none."""
-    paths = find_side_files(cfg, source, lineage)
-    return {"side_digest": digest(paths)} if paths else {}
 
 
 def read_fragments(run: "Run", files: ParameterFiles, fragments: Iterable[Fragment],

@@ -10,7 +10,7 @@ import torch
 
 from common.configs import model_shape
 from common.distributed import TORCH_DTYPES, Distributed, StopRequest, resolve_dtype
-from common.files import UserError
+from common.files import UserError, digest
 from common.formatting import format_names
 from common.metrics_log import check_services
 from common.provenance import DIGESTS, data_digest, describe, last_template, read_lineage, read_record
@@ -26,7 +26,7 @@ from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer, tokenizer_digest
 from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
 from training.distillation import start_digest
-from training.methods import find_side_files, side_digest, side_file
+from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run_directory import drop_state, is_finished, json_digest, partial_directory
 from training.selection import Shapes, count_elements, selected_shapes, training_flops
@@ -50,6 +50,8 @@ class Run:
         first_sample: position in the sample stream where the run starts.
         trained: the parameters that are trained, name -> shape; the others are frozen.
         layer_map: the block expansion that the run begins with, as in model/growth.py; empty without one.
+        earlier_tasks: the tasks to rehearse, as in the lineage.
+        side_files: names of the files next to the initial checkpoint that the method reads.
     """
     cfg: TrainConfig
     dist: Distributed
@@ -62,6 +64,8 @@ class Run:
     first_sample: int = 0
     trained: Shapes = field(default_factory=dict)
     layer_map: tuple[int, ...] = ()
+    earlier_tasks: tuple[dict[str, Any], ...] = ()
+    side_files: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,9 +114,10 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         dist.print0(f"{cfg.out} is finished already, nothing to do")
         dist.on_rank0(lambda: drop_state(cfg.out))
         return None
-    choices, earlier, fields = checked
+    choices, fields = checked
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *(task["data"] for task in earlier))):
+    of_earlier = [task["data"] for task in fields["earlier_tasks"]]
+    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *of_earlier)):
         check_same_on_all_ranks(path, dist)
     if not cfg.task:
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
@@ -122,19 +127,16 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
     return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
 
 
-def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], dict] | None:
-    """The checks of rank 0; returns None if the run is finished.
-
-    Otherwise returns the resolved settings, the earlier tasks to rehearse, and further fields of Run.
-    Raises UserError for the first check that fails.
-    """
+def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, dict] | None:
+    """The checks of rank 0; returns None if the run is finished, otherwise the resolved settings and further fields of
+    Run. Raises UserError for the first check that fails."""
     check_services(cfg.tensorboard, cfg.wandb)
     if cfg.task and not Path(cfg.data).is_file():
         raise UserError(f"{cfg.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
                         "`make data`")
     if cfg.task is None and Path(cfg.data).is_file():
         raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
-    digest = data_digest(cfg.data)
+    of_data = data_digest(cfg.data)
     choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
     resolved = dataclasses.replace(cfg, **choices)
     if problems := resolved.problems():  # again, now that the dtype and the ZeRO stage are known
@@ -144,7 +146,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
     if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
         # its parent is a Hub id, or was removed: it is not fetched again if the run is finished
         others = DIGESTS.keys() - {"parent_digest", "data_digest"}
-        record = describe(settings, recorded.get("parent_digest"), digest, **{
+        record = describe(settings, recorded.get("parent_digest"), of_data, **{
             name: recorded[name] for name in others if name in recorded})
         is_finished(cfg.out, record, defaults)
         return None
@@ -159,29 +161,30 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, list[dict], di
         config = config.with_layers(layer_map)
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
-    check_length(cfg, config, digest, lineage, trained)
+    check_length(cfg, config, of_data, lineage, trained)
     facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type,
                              "tokenizer_digest": tokenizer_digest(source)}
-    earlier = earlier_tasks(cfg, digest, lineage)
+    earlier = earlier_tasks(cfg, of_data, lineage)
     if cfg.rehearsal:
         facts["rehearsed"] = [task["data_digest"] for task in earlier]
     if cfg.replay_share:
         facts["replay_digest"] = text_digest("replay_text", str(cfg.replay_text), cfg, source)
-    facts |= start_digest(cfg, lineage)
-    facts |= side_digest(cfg, source, lineage)
     parent = checkpoint_digest(source) if cfg.init else None
-    record = describe(settings, parent, digest, **facts)
+    facts |= start_digest(cfg, lineage, parent)
+    if side_files := find_side_files(cfg, source, lineage):
+        facts["side_digest"] = digest(side_files)
+    record = describe(settings, parent, of_data, **facts)
     if is_finished(cfg.out, record, defaults):
         return None
     record |= held_out_digest(cfg, source)
     if cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
         raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
     check_earlier_tasks(earlier)
-    open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
+    open_side_files(side_files, side_file(cfg), source, config)
     record["id"] = json_digest(record)
-    return choices, earlier, {"data_digest": digest, "lineage": lineage, "record": record,
-                              "first_sample": first_sample(cfg, digest, lineage), "trained": trained,
-                              "layer_map": layer_map}
+    return choices, {"data_digest": of_data, "lineage": lineage, "record": record, "trained": trained,
+                     "first_sample": first_sample(cfg, of_data, lineage), "layer_map": layer_map,
+                     "earlier_tasks": tuple(earlier), "side_files": tuple(path.name for path in side_files)}
 
 
 def check_template(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> None:

@@ -169,8 +169,8 @@ def test_a_start_that_has_changed_or_is_unknown(train, finished, checkpoint, tmp
     assert len(lineage["tasks"]) == 2
     assert "start" not in lineage  # not that of the second task
     with pytest.raises(UserError, match="does not say which checkpoint its chain of tasks started from"):
-        start_digest(TrainConfig(init="m1", input_kl=1.0), lineage)
-    assert not start_digest(TrainConfig(init="m1"), lineage)
+        start_digest(TrainConfig(init="m1", input_kl=1.0), lineage, None)
+    assert not start_digest(TrainConfig(init="m1"), lineage, None)
 
 
 def m1_without_start(finished, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import settings
-from common.files import UserError
+from common.files import UserError, digest
 from common.provenance import data_digest, describe, differences, read_lineage
 from corpus.tasks import SFTDataset, read_task
 from model.checkpoint import checkpoint_digest
@@ -20,7 +20,7 @@ from model.posterior import standard_normal
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, losses, read_metrics
 from training.batches import sample_indices
-from training.methods import find_side_files, side_digest, side_file
+from training.methods import find_side_files, side_file
 from training.optimizers import AnchoredAdamW
 from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed_items
 from training.train_config import TrainConfig
@@ -181,9 +181,9 @@ def test_the_side_files_that_a_run_reads_are_identified(ivon_stage, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     ivon, ewc = TrainConfig(optimizer="ivon"), TrainConfig(ewc_strength=1.0)
-    assert side_digest(ivon, copy, {})["side_digest"] != side_digest(ivon, ivon_stage, {})["side_digest"]
+    assert digest(find_side_files(ivon, copy, {})) != digest(find_side_files(ivon, ivon_stage, {}))
     for cfg in (ewc, TrainConfig(), dataclasses.replace(ivon, prior="weights")):
-        assert side_digest(cfg, copy, {}) == {}
+        assert find_side_files(cfg, copy, {}) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ anchored
@@ -208,7 +208,7 @@ def test_fisher_information_wise_ft_and_l2_sp_under_other_zero_stages(run, check
     m2 = run(tmp_path / "m2", *flags, init=m1, steps=2)
     record = json.loads((m2 / "run.json").read_text())
     assert record["parent_digest"] == checkpoint_digest(m1)  # as evaluate.py and the report know m1
-    assert record["side_digest"] == side_digest(TrainConfig(ewc_strength=1.0), m1, {})["side_digest"]
+    assert record["side_digest"] == digest(find_side_files(TrainConfig(ewc_strength=1.0), m1, {}))
     m2_zero2 = run(tmp_path / "m2-zero2", *flags, "--zero", "2", init=m1, steps=2, launcher=2)
     assert losses(m2_zero2) == pytest.approx(losses(m2), rel=2e-6)
     total = read_values(m2, "fisher", "fisher")  # the sum over both tasks
