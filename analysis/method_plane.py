@@ -182,8 +182,7 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
         if p < LEVEL:
             verdicts["less with" if known[method].mean < 0 else "more with"].append(method)
     apart = {method for method in methods if study.matches_learning and method not in (*known, baseline) and any(
-        found and found.weights is None for pair in study.pairs
-        for found in [study.match(contrast_of(study, method), pair, study.last, measure)])}
+        study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs)}
     rows = []
     for method in methods:
         losses = [point.loss for point in points if point.method == method]

@@ -262,13 +262,17 @@ def test_methods_with_learning_rates_of_their_own(folder):
 
 def test_a_method_that_learned_nothing_is_not_on_the_front(folder):
     """m0 learned nothing, either, and forgot nothing."""
+    for chains in folder.glob("pair-*/llm/lora"):
+        shutil.rmtree(chains)
     for stage in folder.glob("pair-*/llm/replay/rate-*/m*"):
-        change(stage, "replay", int(stage.name[1]) * SLOPE * 5, 5.0)  # as much forgetting, at a loss above that of m0
+        change(stage, "replay", int(stage.name[1]) * (SLOPE * 5 - 0.195), 5.0)  # a loss above that of m0
     _, studies = studies_of(folder)
     start, = start_point(studies["llm"], RISE)
     own = [point for point in points_of(studies["llm"], RISE) if point.method == "replay"]
     assert start.loss == pytest.approx(3.2)
     assert all(point.loss > start.loss for point in own)
+    others = [point.forgetting for point in points_of(studies["llm"], RISE) if point.method != "replay"]
+    assert 0 < min(point.forgetting for point in own) < min(others)
     _, (_, text) = plane_section(studies["llm"], RISE)
     row, = (line for line in text.splitlines() if line.startswith("| replay |"))
     assert row.split(" | ")[5] == "–"
