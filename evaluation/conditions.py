@@ -11,7 +11,7 @@ Conditions = dict[str, Any]  # by name. What a results file does not tell is lef
 # lm-eval's names of dtypes, and this program's.
 DTYPES = {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float16": "fp16"}
 
-TASK_KEYS = "pairs", "where", "options"  # of a suite's entry with a local file: how items become requests
+ENTRY_KEYS = "pairs", "where", "options"  # of a suite's entry with a local file: how items become requests
 
 # Settings of a task's evaluation that its metrics depend on.
 TASK_SETTINGS = ("dtype", "limit", "data_digest", "max_source_length", "source")
@@ -33,7 +33,7 @@ def benchmark_conditions(file: ResultsFile, name: str, metric: str) -> Condition
              "items": None if None in sizes else sum(sizes),
              "shots": next((value for value in shots if value is not None), None),
              "items and prompts": None if None in hashes else short_digest(hashes),
-             "task": json.dumps([entry.get(key) for key in TASK_KEYS]) if entry.get("file") else None,
+             "task": json.dumps([entry.get(key) for key in ENTRY_KEYS]) if entry.get("file") else None,
              "generation": settings.get("generation_kwargs"),
              "dtype": file.run.get("dtype", DTYPES.get(dtype, dtype))}
     if found["shots"]:

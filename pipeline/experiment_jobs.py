@@ -31,7 +31,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Variant:
     """The variant of fine-tuning in one chain of stages."""
     method: str | None
     rate: float | None
@@ -68,11 +68,11 @@ def arm_jobs(cfg: ExperimentConfig, arm: Arm) -> list[Job]:
     for method in cfg.methods or [None]:
         for rate in (*sorted(cfg.rates),) or (None,):
             for seed in cfg.seeds:
-                jobs += chain_jobs(cfg, arm, m0, Chain(method, rate, seed))
+                jobs += chain_jobs(cfg, arm, m0, Variant(method, rate, seed))
     return jobs
 
 
-def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, variant: Chain) -> list[Job]:
+def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, variant: Variant) -> list[Job]:
     """The jobs of one chain from m0: the stages with one method, learning rate and seed."""
     method, rate, seed = variant.method, variant.rate, variant.seed
     place = chain.chain_folder(arm.folder, method, rate, None if seed == cfg.seeds[0] else seed)
