@@ -35,7 +35,7 @@ from pipeline.experiment_config import ExperimentConfig, evaluate_settings, trai
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
 from pipeline.ledger import Ledger
-from training.deepspeed_config import resolve_zero_stage
+from training.deepspeed_config import resolve_choices
 
 UTILISATION = 0.3  # share of a matrix product's speed that training and evaluation reach, for the first estimate
 
@@ -62,7 +62,7 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
                 for stage_args in cfg.stage_args or [""]]
     for settings in training:
         check_services(settings.tensorboard, settings.wandb)
-        resolve_zero_stage(settings, 1)  # reads the DeepSpeed file
+        resolve_choices(settings, 1)  # reads the DeepSpeed file
         if settings.replay_share and cfg.text and not Path(cfg.text).is_dir():
             raise UserError(f"{cfg.text} is a file, and text is replayed from token shards: make a directory of them "
                             "with data_prep.py text, and give it as --text")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from analysis.comparison import usable_stages
 from analysis.flips import constant_benchmarks, noise_flags
-from analysis.measures import PRIMARY, read_primary
+from analysis.measures import PRIMARY, check_measure, make_measures, read_primary
 from analysis.method_plane import (
     finished_methods,
     left_out_of_plane,
@@ -56,7 +56,8 @@ class ReportConfig:
     primary: str | None = setting(None, "the measure that answers the question; all others are secondary; none: the "
                                         f"one that experiment.py recorded before the first run, or else {PRIMARY}")
     rate: float | None = setting(None, "learning rate at which models and methods are compared without matching their "
-                                       "learning; none: the middle one of each method", above=0)
+                                       "learning; none, and of methods without it: their middle one",
+                                 above=0)
     effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
     constant: bool = setting(False, "count benchmarks in their categories that have the same value for all models and "
                                     "stages, as in published figures")
@@ -90,18 +91,16 @@ def pair_of(stages: Sequence[Stage], cfg: ReportConfig) -> Pair | None:
 
 
 def shared_rates(stages: Sequence[Stage], cfg: ReportConfig) -> dict[str, str]:
-    """{method: the learning rate at which it is compared without matching}, of the methods that have this rate. Raises
-    UserError if no method has the requested rate."""
+    """{method: the learning rate at which it is compared without matching}. Raises UserError if no method has the
+    requested one."""
     methods = {method: rates_of([stage for stage in stages if stage.method_name == method])
-               for method in dict.fromkeys(stage.method_name for stage in stages if stage.number)}
-    if cfg.rate is None:
-        return {method: middle_rate(rates) for method, rates in methods.items()}
-    found = {method: rate for method, rates in methods.items() for rate in rates if rate and float(rate) == cfg.rate}
-    if not found:
+               for method in dict.fromkeys(stage.method_name for stage in stages if stage.number)} or {"none": [""]}
+    given = {method: rate for method, rates in methods.items() for rate in rates if rate and float(rate) == cfg.rate}
+    if cfg.rate is not None and not given:
         known = ", ".join(filter(None, rates_of(stages))) or "none"
         raise UserError(f"unknown rate {cfg.rate:g}, expected one of {known}: the runs of a rate are in folders "
                         "rate-<rate>")
-    return found
+    return {method: middle_rate(rates) for method, rates in methods.items()} | given
 
 
 def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None,
@@ -111,29 +110,48 @@ def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None,
     UserError if there are no runs of a requested baseline."""
     is_single = len({stage.pair for stage in stages}) == 1
     records = records_by_method(
-        [stage for stage in stages if not stage.number or (stage.rate or "") == rates.get(stage.method_name)],
+        [stage for stage in stages if not stage.number or (stage.rate or "") == rates[stage.method_name]],
         cfg.categories, cfg.baseline, pair if is_single else None, () if cfg.constant else constant_benchmarks(stages))
     if cfg.baseline not in records and cfg.baseline != ReportConfig.baseline:
         raise UserError(f"unknown baseline {cfg.baseline!r}, expected one of {', '.join(records)}")
     return records
 
 
-def describe(records: dict[str, Record], method: str, study: Study | None, planes: Mapping[str, Study], primary: str,
-             effect: float, rates: Mapping[str, str],
+@dataclass(frozen=True)
+class Comparisons:
+    """What a report compares.
+
+    Attributes:
+        records: {method: its runs at one learning rate}, the baseline first.
+        rates: {method: this rate}.
+        method: the one that is shown.
+        study: the pairs of models with this method; None without such a pair.
+        planes: {model: the study of its methods}, of the models that have one.
+        primary: the measure that answers the question.
+    """
+    records: dict[str, Record]
+    rates: dict[str, str]
+    method: str
+    study: Study | None
+    planes: dict[str, Study]
+    primary: str
+
+
+def describe(compared: Comparisons, effect: float,
              noise: Collection[str]) -> tuple[list[str], list[Section], list[str]]:
     """The sentences and sections of a report, the answers first, and sentences on what is missing.
 
-    method: the one that is shown. study: the pairs of models with this method. planes: the methods of each model.
-    rates: of the records. noise: the metrics whose forgetting is noise.
+    effect: the difference whose number of pairs is told. noise: the metrics whose forgetting is noise.
     """
-    record = records[method]
+    records, study, planes, primary = compared.records, compared.study, compared.planes, compared.primary
+    record, baseline = records[compared.method], next(iter(records))
     sentences, sections, missing = [], [], []
     if study is None:
         hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
         sentences.append(f"The models are {', '.join(record.chains)}{hint}.")
     else:
         sentences += answer(study, primary, effect)
-        sections += pair_sections(study, primary, rates[method], effect)
+        sections += pair_sections(study, primary, compared.rates[compared.method], effect)
         missing += study.all_left_out()
     for plane in planes.values():
         plane_sentences, section = plane_section(plane, primary)
@@ -144,24 +162,24 @@ def describe(records: dict[str, Record], method: str, study: Study | None, plane
     missing += [line for one in records.values() for line in one.missing]
     if len(records) > 1:
         matched = [model for model, plane in planes.items() if plane.matches_learning]
-        method_sentences, method_sections, left_out = compare_methods(records, next(iter(records)), rates, matched)
+        method_sentences, method_sections, left_out = compare_methods(records, baseline, compared.rates, matched)
         more_sentences, tables, missing = more_sentences + method_sentences, method_sections + tables, \
             missing + left_out
-        missing += [f"the methods of {model} are not compared at equal learning, since {next(iter(records))} and "
-                    f"another one have no {primary} after {record.stages[-1]}"
+        missing += [f"the methods of {model} are not compared at equal learning: this takes the {primary} of "
+                    f"{baseline} and of another method, after the last stage"
                     for model in record.chains if model not in planes]
     return sentences + more_sentences, sections + tables + change_tables(record), missing
 
 
 def method_studies(stages: Sequence[Stage], baseline: str, primary: str, recorded: str | None) -> dict[str, Study]:
-    """{model: the study of its methods}, for the models of which the baseline and another method have losses after the
-    last stage. Raises UserError if the primary measure is unknown. recorded: the one named before the first run."""
+    """{model: the study of its methods}, for the models of which the baseline and another method have the primary
+    measure after the last stage. recorded: the one named before the first run."""
     found = {}
     for model in dict.fromkeys(stage.model for stage in stages):
-        if study := method_study(stages, model, baseline, recorded):
-            study.check_measure(primary)
-            if baseline in (finished := finished_methods(study, primary)) and len(finished) > 1:
-                found[model] = study
+        study = method_study(stages, model, baseline, recorded)
+        finished = finished_methods(study, primary) if study and primary in study.measures else []
+        if study and baseline in finished and len(finished) > 1:
+            found[model] = study
     return found
 
 
@@ -181,10 +199,10 @@ def main(cfg: ReportConfig) -> None:
     recorded = read_primary(cfg.runs) if cfg.runs else None
     primary = cfg.primary or recorded or PRIMARY
     study = Study(shown, *pair, named=recorded) if pair else None
-    if study:
-        study.check_measure(primary)
-    noise, planes = noise_flags(stages), method_studies(stages, next(iter(records)), primary, recorded)
-    sentences, sections, missing = describe(records, method, study, planes, primary, cfg.effect, rates, noise)
+    check_measure(primary, study.measures if study else make_measures(stages))
+    planes, noise = method_studies(stages, next(iter(records)), primary, recorded), noise_flags(stages)
+    sentences, sections, missing = describe(Comparisons(records, rates, method, study, planes, primary), cfg.effect,
+                                            noise)
     missing += unusable
     if str(cfg.results).endswith(".csv"):
         missing.append("single items are not in a table of stages: intervals of FG and over the tasks take the values "

@@ -9,7 +9,7 @@
 A growth operator (model/growth.py) is a pure function from the depth of the base to a layer map: for each layer of the
 grown model, the layer of the base that it copies. G_stack, the default, repeats all layers in order: 0 … L-1, 0 … L-1
 (Du et al., Stacking Your Transformers, arXiv 2405.15319, section 3). The embedding, the final norm and the head are
-copied. After growth the optimizer starts anew, unless --moments carries its state over. Growth in width is out of
+copied. After growth the optimizer starts again, unless --moments carries its state over. Growth in width is out of
 scope: every layer keeps its shape.
 """
 import common.interrupts

@@ -2,7 +2,7 @@
 
 The values of items are kept, so that the difference of two models is paired by item.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +138,13 @@ def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     found += [PairMeasure(f"{title}, {category}", unit, options_measure(names, values_of, sign))
               for title, unit, values_of, sign in OPTION_VALUES for category, names in categories.items()]
     return {measure.name: measure for measure in found}
+
+
+def check_measure(name: str, measures: Collection[str]) -> None:
+    """Raises UserError if a measure of forgetting is not one of some measures."""
+    if name not in measures or name == LEARNING:
+        known = ", ".join(name for name in measures if name != LEARNING)
+        raise UserError(f"unknown measure {name!r} of forgetting, expected one of {known}")
 
 
 def primary_file(folder: str | Path) -> Path:

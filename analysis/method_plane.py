@@ -52,6 +52,9 @@ def method_study(stages: Sequence[Stage], model: str, baseline: str, named: str 
     unit = "seed" if len(seeds) > 1 and len({stage.pair for stage in own}) == 1 else "pair"
     if unit == "seed":
         own = [replace(stage, pair=seed) for stage in own for seed in seeds if stage.seed == seed or not stage.number]
+    with_rates = {stage.method_name for stage in own if stage.number and stage.rate}
+    without = sorted({stage.method_name for stage in own if stage.number} - with_rates) if with_rates else []
+    own = [stage for stage in own if stage.method_name not in without or not stage.number]
     methods = list(dict.fromkeys(stage.method_name for stage in own if stage.number))
     if baseline not in methods or len(methods) < 2:
         return None
@@ -64,6 +67,8 @@ def method_study(stages: Sequence[Stage], model: str, baseline: str, named: str 
     starts = [replace(stage, model=method, method=None) for stage in own if not stage.number for method in methods]
     trained = [replace(stage, model=stage.method_name, method=None) for stage in own if stage.number]
     study = Study(starts + trained, methods[1], baseline, of=model, named=named, unit=unit)
+    study.left_out += [f"{model}, {method}: not compared at equal learning, since its stages are not in folders of "
+                       "learning rates" for method in without]
     study.left_out += [f"{model}, {method}: not compared at equal learning from stage {number} on, which is {name}, "
                        f"and {names[number]} with {baseline}" for method, (number, name) in ends.items()]
     return study
@@ -251,9 +256,10 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
         return {}
     titles = [fold(method if len(studies) == 1 else f"{model}: {method}", 2.2) for model, method in places]
     figure, panels = make_panels(len(places), 2.4, 2.0 + text_height(*titles))
+    fronts = {model: [point for point in pareto_front([*points[model], *start_point(study, measure)])
+                      if point.method != START] for model, study in studies.items()}
     for panel, title, (model, method) in zip(panels, titles, places):
-        study, own = studies[model], points[model]
-        front = [point for point in pareto_front([*own, *start_point(study, measure)]) if point.method != START]
+        study, own, front = studies[model], points[model], fronts[model]
         panel.plot(*coordinates(own), ls="", marker=".", ms=3, color="#BBBBBB", zorder=0)
         panel.step(*coordinates(front), where="post", color="#DDDDDD", lw=5, zorder=-1)
         draw_curve(panel, [point for point in own if point.method == study.reference], PALETTE[0])
@@ -275,7 +281,8 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
                         Line2D([], [], color="#DDDDDD", lw=5, label="Pareto front")])
     save_figure(figure, folder / "methods")
     return {"methods": f"{measure} over {LEARNING}: a panel for each method, with its learning rates, {baselines} and "
-                       "the Pareto front of all methods. Points that others are better than by far may lie outside."}
+                       f"the Pareto front of all methods and {START}, which lies outside. So may rates that learn no "
+                       "more than a smaller one of their method."}
 
 
 def coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -285,7 +292,7 @@ def coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def with_margin(values: Sequence[float]) -> tuple[float, float]:
     """The limits of an axis that shows all values."""
-    margin = 0.12 * (max(values) - min(values)) or 0.1
+    margin = 0.15 * (max(values) - min(values)) or 0.1
     return min(values) - margin, max(values) + margin
 
 

@@ -30,8 +30,10 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
     records: {method: Record}. rates: {method: the learning rate of its record}. matched: the models whose methods are
     also compared at equal learning; they get no sentences here, since a method may forget less by learning less.
     """
-    at_rates = f" At {', '.join(f'{method} {rates[method]}' for method in records)}: learning is not matched." \
-        if any(rates.values()) else ""
+    at_rates = ""
+    if any(rates.values()):
+        named = ", ".join(f"{method} {rates[method] or '(no folder of a rate)'}" for method in records)
+        at_rates = f" At the learning rates of {named}: learning is not matched."
     sentences: list[str] = []
     sections: list[Section] = []
     left_out: list[str] = []

@@ -16,7 +16,6 @@ from analysis.matching import Match, match
 from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, per_token, weighted_sum
 from analysis.record import find_benchmarks, make_chains
 from analysis.stages import TEXT, Stage
-from common.files import UserError
 
 T = TypeVar("T")
 
@@ -267,15 +266,14 @@ class Study:
                        f"no common loss on the new task ({one}, {two} nats per token)")
 
     def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
-        """Sentences on the pairs in which a model of a contrast was not measured at some of its learning rates: those
-        of both models. A method may have rates of its own."""
+        """Sentences on the pairs in which a model of a contrast lacks learning rates that the other one has, or a
+        method some of those with which it was begun: methods may have rates of their own."""
         for pair in self.pairs if self.matches_learning else ():
             models = self.models_of(contrast, pair) or ()
-            started = {model: {rate for rate in self.rates for any_pair in self.pairs
-                               if self.chains(any_pair, model, rate)} for model in models}
-            for model in models:
-                own = set(self.curve(LEARNING, pair, model, number)[2])
-                expected = started[model] if contrast.of else set().union(*started.values())
+            rates = {model: set(self.curve(LEARNING, pair, model, number)[2]) for model in models}
+            for model, own in rates.items():
+                expected = {rate for rate in self.rates if self.chains(pair, model, rate)} if contrast.of else \
+                    set().union(*rates.values())
                 if own and (lacking := sorted(expected - own, key=float)):
                     yield (f"{self.name_of(pair)}, {contrast} after {self.stages[number]}: {model} lacks results at "
                            f"the rate {', '.join(lacking)}")
@@ -293,12 +291,6 @@ class Study:
         of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
                         for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
         return [*self.left_out, *without, *self._not_level(), *of_contrasts]
-
-    def check_measure(self, name: str) -> None:
-        """Raises UserError if a measure of forgetting is unknown."""
-        if name not in self.measures or name == LEARNING:
-            known = ", ".join(name for name in self.measures if name != LEARNING)
-            raise UserError(f"unknown measure {name!r} of forgetting, expected one of {known}")
 
 
 LEVEL_ENDING = "-level"

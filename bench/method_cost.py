@@ -4,7 +4,7 @@
     python bench/method_cost.py --data … --folder … --checkpoint DIR                                your own checkpoint
     python bench/method_cost.py … --methods vcl --stages 0,1,2,3 --processes 1,2
 
-Each method fine-tunes for some steps on a first task and on a later one, which is the same task again, under each ZeRO
+Each method fine-tunes for some steps on a first task and on a later one, the two halves of the data, under each ZeRO
 stage with each number of processes. Runs follow one another; `replay` uses the installed packages' documentation.
 `step` is the median time of all steps but the first two, and `ratio` is that of plain fine-tuning on the same task.
 `once` is the time that the run takes outside of its steps beyond that of plain fine-tuning: texts that are generated,
@@ -23,12 +23,13 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import FRUGAL_MALLOC, SimpBenchConfig, run_train, small_checkpoint
-from common.configs import known
+from common.configs import known, unknown_name
 from common.scripts import run
 from common.settings import setting
+from corpus.tasks import read_task, write_task
 from data_prep import TextDataConfig, prepare_text
 from model.config import ModelConfig
-from pipeline.chain import method_flags
+from pipeline.chain import method_flags, method_settings
 
 BASELINE = "finetune"
 
@@ -43,6 +44,9 @@ class MethodBenchConfig(SimpBenchConfig):
     steps: int = setting(8, "steps", at_least=3)
     dtype: Literal["fp32", "bf16"] = setting("fp32", "weights; bf16 needs ZeRO stages above 0")
 
+    def problems(self):
+        return [line for method in self.methods for line in unknown_name("method", method.partition(":")[0])]
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -52,13 +56,24 @@ class Cost:
     memory: int
 
 
-def measure_cost(cfg, out, init, zero, processes, method):
-    """The cost of a run that leaves its checkpoint in `out`."""
-    text = ["--replay_text", Path(cfg.folder) / "text"] if method.startswith("replay") else []
+def write_halves(cfg, folder):
+    """Writes the two halves of the training samples as files of their own; returns {"first": path, "later": path}."""
+    splits, paths = read_task(cfg.data)[0], {}
+    for half, task in enumerate(("first", "later")):
+        paths[task] = folder / f"{task}.json"
+        write_task(paths[task], splits | {"train": splits["train"][half::2]})
+    return paths
+
+
+def measure_cost(cfg, out, init, data, zero, processes, method):
+    """The cost of a run on `data` that leaves its checkpoint in `out`."""
+    settings = method_settings(method)
+    own = ["--replay_text", Path(cfg.folder) / "text"] if "replay_share" in settings else []
+    own += ["--rehearsal", 0] if "rehearsal" in settings and data.stem == "first" else []
 
     def train(steps):
-        return run_train(processes, out, "--init", init, "--data", cfg.data, "--zero", zero, "--dtype", cfg.dtype,
-                         "--max_steps", steps, "--max_eval_samples", 2, *method_flags(method), *text)
+        return run_train(processes, out, "--init", init, "--data", data, "--zero", zero, "--dtype", cfg.dtype,
+                         "--max_steps", steps, "--max_eval_samples", 2, *method_flags(method), *own)
 
     with patch.dict(os.environ, FRUGAL_MALLOC):
         memory = train(4)[0]["peak_memory_bytes"]
@@ -79,12 +94,12 @@ def main(cfg):
     for zero in cfg.stages:
         for processes in cfg.processes:
             kept = parameters / (processes if zero else 1)
-            baseline = {}
+            baseline, halves = {}, write_halves(cfg, folder)
             for method in dict.fromkeys((BASELINE, *cfg.methods)):
                 init = checkpoint
                 for task in ("first", "later"):
                     out = folder / f"{method.replace(':', '-')}-{task}"
-                    cost = measure_cost(cfg, out, init, zero, processes, method)
+                    cost = measure_cost(cfg, out, init, halves[task], zero, processes, method)
                     plain, init = baseline.setdefault(task, cost), out
                     print(f"{zero:>4} {processes:>9}  {method:<24} {task:<5} {cost.step:7.2f}s "
                           f"{cost.step / plain.step:6.2f} {cost.once - plain.once:+7.1f}s {cost.memory / 2**30:7.2f}G "

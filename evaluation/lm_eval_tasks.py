@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -132,28 +133,34 @@ def with_parts(benchmark: Benchmark) -> list[Benchmark]:
         for value in sorted(set(values), key=str)]
 
 
-class LibraryFinder:
-    """Finds the library `evaluate`, where this project's script of the same name comes first in sys.path."""
+class EvaluateLibrary:
+    """Within the block, `import evaluate` is the library of this name, which some tasks of lm-eval import, instead of
+    this project's script. A finder for `sys.meta_path`."""
 
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """A finder of sys.meta_path. None for other modules."""
+    def __init__(self) -> None:
+        self.library: ModuleType | None = None
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """The library, where the project's folder comes first in sys.path."""
         folders = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
         return PathFinder.find_spec(name, folders) if name == "evaluate" else None
 
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        script = sys.modules.pop("evaluate", None)
+        if self.library:
+            sys.modules["evaluate"] = self.library
+        sys.meta_path.insert(0, self)
+        try:
+            yield
+        finally:
+            sys.meta_path.remove(self)
+            self.library = sys.modules.pop("evaluate", None)
+            if script:
+                sys.modules["evaluate"] = script
 
-@contextlib.contextmanager
-def evaluate_library() -> Iterator[None]:
-    """Within the block, `import evaluate` is the library, which some tasks of lm-eval import, and not the script."""
-    script = sys.modules.pop("evaluate", None)
-    sys.meta_path.insert(0, LibraryFinder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(LibraryFinder)
-        sys.modules.pop("evaluate", None)
-        if script:
-            sys.modules["evaluate"] = script
+
+evaluate_library = EvaluateLibrary()
 
 
 @contextlib.contextmanager

@@ -146,11 +146,12 @@ class AttentionContext(Protocol):
 
 
 class CausalAttention:
-    """Plain causal attention of T tokens from position 0."""
+    """Plain causal attention of hidden states [B, T, C] from position 0."""
 
-    def __init__(self, config: ModelConfig, T: int, weight: Tensor):
-        self.config, self.positions = config, torch.arange(T, device=weight.device)[None]  # 1 T
-        self.by_window = causal_attention(config, T, T, weight)
+    def __init__(self, config: ModelConfig, x: Tensor):
+        T = x.shape[1]
+        self.config, self.positions = config, torch.arange(T, device=x.device)[None]  # 1 T
+        self.by_window = causal_attention(config, T, T, x)
 
     def of_layer(self, index: int) -> Attend:
         """Returns the attention of a layer."""
@@ -279,7 +280,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, context: AttentionContext | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # B T C
-        context = context or CausalAttention(self.config, input_ids.shape[1], x)
+        context = context or CausalAttention(self.config, x)
         cos, sin = rotary_table(self.config, context.positions, x.dtype)
         rotary = cos[:, None], sin[:, None]  # 1|B 1 T D
         for index, layer in enumerate(self.layers):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from analysis.comparison import usable_stages
 from analysis.inference import LEVEL, POWER, VarianceComponents, units_needed
-from analysis.measures import PRIMARY, read_primary
+from analysis.measures import PRIMARY, check_measure, read_primary
 from analysis.pairs import Difference, Study
 from analysis.results import read_runs
 from common.configs import unknown_name
@@ -63,7 +63,7 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     stages = [stage for stage in stages if not stage.number or cfg.method in (None, stage.method_name)]
     study = Study(stages, cfg.grown, cfg.reference)
     primary = cfg.primary or read_primary(cfg.runs) or PRIMARY
-    study.check_measure(primary)
+    check_measure(primary, study.measures)
     found = study.main_difference(primary)
     count = found.estimate.n if found else 0
     if found is None or count < 2 or not found.estimate.sd:

@@ -14,16 +14,23 @@ from common import scripts
 
 interrupted_step, signal_name, rank = sys.argv[1:4]
 sys.argv = sys.argv[4:]
-train_step, calls = train.train_step, []
+train_step, calls, requests = train.train_step, [], []
 
 
 def interrupted_train_step(*args):
     calls.append(1)
     if len(calls) == int(interrupted_step) and rank in ("all", os.environ.get("RANK")):
         os.kill(os.getpid(), signal.Signals[signal_name])
-        time.sleep(0.2)  # until the listening thread has noticed, also on a busy machine
+        while requests[0].signal is None:  # the listening thread needs some time
+            time.sleep(0.01)
     return train_step(*args)
 
 
-train.train_step = interrupted_train_step
+class KeptRequest(train.StopRequest):
+    def __enter__(self):
+        requests.append(self)
+        return super().__enter__()
+
+
+train.train_step, train.StopRequest = interrupted_train_step, KeptRequest
 scripts.run((train.TrainConfig, train.main), train.__doc__)

@@ -3,6 +3,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -47,6 +48,15 @@ def resolve_zero_stage(cfg: TrainConfig, world_size: int) -> int:
                             "object with a stage from 0 to 3")
         return stage
     return default_zero_stage(world_size, resolve_dtype(cfg.dtype))
+
+
+def resolve_choices(cfg: TrainConfig, world_size: int) -> TrainConfig:
+    """The settings with `dtype` and `zero` resolved. Raises UserError if these contradict the others."""
+    choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, world_size)}
+    resolved = replace(cfg, **choices)
+    if problems := resolved.problems():
+        raise UserError((f"{cfg.deepspeed}: " if cfg.deepspeed else "") + "; ".join(problems))
+    return resolved
 
 
 def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:

@@ -121,15 +121,17 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
     folder = run.dist.on_rank0(lambda: find_state(run.directory))
     if folder is None:
         return None
+    saved = read_state(folder)
     with parsing(folder / "state.json", "the state of a run of this version of the program"):
-        state = TrainState(**read_state(folder)["progress"])
+        state = TrainState(**saved["progress"])
         state.check()
     load_state(run, engine, folder)
     run.dist.print0(f"resuming after step {state.step}, from {folder}")
     before = run.dist.on_rank0(lambda: read_record(run.directory).get("held_out_digest"))
     if before != run.record.get("held_out_digest"):  # not to be compared with the loss after
         state.text_loss_before = None
-    return replace(run, record=run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))), state
+    record = run.record | {"id": saved["run"]}
+    return replace(run, record=run.dist.on_rank0(lambda: continue_run(run.directory, record, state.step))), state
 
 
 def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> None:

@@ -1,5 +1,4 @@
 """A training run: everything it depends on is checked and resolved once, before anything is loaded."""
-import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from common.configs import model_shape
-from common.distributed import TORCH_DTYPES, Distributed, StopRequest, resolve_dtype
+from common.distributed import TORCH_DTYPES, Distributed, StopRequest
 from common.files import UserError, digest
 from common.formatting import format_names
 from common.metrics_log import check_services
@@ -24,7 +23,7 @@ from model.growth import expand, new_layers
 from model.hub import fetch_checkpoint
 from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer, tokenizer_digest
-from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_zero_stage
+from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_choices
 from training.distillation import start_digest
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
@@ -114,7 +113,9 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         dist.print0(f"{cfg.out} is finished already, nothing to do")
         dist.on_rank0(lambda: drop_state(cfg.out))
         return None
-    choices, fields = checked
+    resolved, fields = checked
+    if cfg.compile:
+        dist.on_all_ranks(check_compiler)
     source = dist.local_rank0_first(lambda: find_source(cfg))
     of_earlier = [task["data"] for task in fields["earlier_tasks"]]
     for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *of_earlier)):
@@ -124,10 +125,10 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
     config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
     if fields["layer_map"]:
         config = config.with_layers(fields["layer_map"])
-    return Run(dataclasses.replace(cfg, **choices), dist, request, source, config, **fields)
+    return Run(resolved, dist, request, source, config, **fields)
 
 
-def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, dict] | None:
+def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] | None:
     """The checks of rank 0; returns None if the run is finished, otherwise the resolved settings and further fields of
     Run. Raises UserError for the first check that fails."""
     check_services(cfg.tensorboard, cfg.wandb)
@@ -137,10 +138,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, dict] | None:
     if cfg.task is None and Path(cfg.data).is_file():
         raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
     of_data = data_digest(cfg.data)
-    choices: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
-    resolved = dataclasses.replace(cfg, **choices)
-    if problems := resolved.problems():  # again, now that the dtype and the ZeRO stage are known
-        raise UserError("; ".join(problems))
+    resolved = resolve_choices(cfg, dist.world_size)
     settings, defaults = json_values(resolved), json_values(TrainConfig())
     recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
     if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
@@ -177,14 +175,18 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[dict, dict] | None:
     if is_finished(cfg.out, record, defaults):
         return None
     record |= held_out_digest(cfg, source)
-    if cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
-        raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
     check_earlier_tasks(earlier)
     open_side_files(side_files, side_file(cfg), source, config)
     record["id"] = json_digest(record)
-    return choices, {"data_digest": of_data, "lineage": lineage, "record": record, "trained": trained,
+    return resolved, {"data_digest": of_data, "lineage": lineage, "record": record, "trained": trained,
                      "first_sample": first_sample(cfg, of_data, lineage), "layer_map": layer_map,
                      "earlier_tasks": tuple(earlier), "side_files": tuple(path.name for path in side_files)}
+
+
+def check_compiler() -> None:
+    """Raises UserError if torch.compile has no compiler."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
+        raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
 
 
 def check_template(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> None:

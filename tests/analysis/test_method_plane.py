@@ -260,6 +260,45 @@ def test_methods_with_learning_rates_of_their_own(folder):
         "pair 2, lora − finetune of llm after m2-empd: lora lacks results at the rate 0.01"]
 
 
+def test_chains_outside_folders_of_rates_are_no_method_of_the_plane(folder, tmp_path):
+    """As `make experiment` without rates leaves them in the folder in which methods are then compared with rates."""
+    for model in folder.glob("pair-*/*"):
+        for stage in (model / "finetune/rate-0.001").iterdir():
+            own = shutil.copytree(stage, model / stage.name)
+            record = json.loads((own / "run.json").read_text())
+            (own / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"method": None}}))
+    study = method_study(read_runs(folder), "llm", "finetune")
+    assert "none" not in study.models
+    assert [line for line in study.all_left_out() if "none" in line] == [
+        "llm, none: not compared at equal learning, since its stages are not in folders of learning rates"]
+    assert left_out_of_plane(study, RISE) == []
+    with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
+        report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
+    assert "lora 0.001, none (no folder of a rate), replay 0.001" in (tmp_path / "report/report.md").read_text()
+
+
+def test_a_rate_that_the_baseline_lacks(folder, tmp_path):
+    """The methods without it are shown at their own middle rate, and the baseline stays the same."""
+    for chain in folder.glob("pair-*/*/lora/rate-0.003"):
+        chain.rename(chain.with_name("rate-0.1"))
+    with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
+        report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report"), rate=0.1))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "At the learning rates of finetune 0.001, lora 0.1, replay 0.001: learning is not matched." in text
+    assert "compared with finetune: less with lora" in text
+
+
+def test_a_model_without_the_primary_measure_has_no_plane(folder, tmp_path):
+    for path in folder.glob("pair-*/stack/**/eval/results_*.json"):
+        path.unlink()
+    with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
+        report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report"), primary="loss of accuracy, DK"))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "## Learned and forgotten: llm" in text
+    assert "the methods of stack are not compared at equal learning: this takes the loss of accuracy, DK of finetune" \
+        in text
+
+
 def test_a_method_that_learned_nothing_is_not_on_the_front(folder):
     """m0 learned nothing, either, and forgot nothing."""
     for chains in folder.glob("pair-*/llm/lora"):
@@ -315,7 +354,7 @@ def test_one_run_of_each_method_says_nothing_of_better_and_worse(folder, tmp_pat
         report.main(ReportConfig(runs=str(tmp_path / "one"), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
     assert "compared with finetune in one run of each" not in text
-    assert " At finetune 0.001, lora 0.001, replay 0.001: learning is not matched." in text
+    assert " At the learning rates of finetune 0.001, lora 0.001, replay 0.001: learning is not matched." in text
     assert "| llm | m1-simp | seed 42, lora, rate 0.001 |" in text
     with pytest.raises(UserError, match="unknown measure 'KL on text' of forgetting, expected one of rise of held-out"):
         report.main(ReportConfig(runs=str(tmp_path / "one"), out=str(tmp_path / "report"), primary="KL on text"))

@@ -117,6 +117,16 @@ def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     assert set(study.lacking_rates(study.contrasts[0], 2)) < set(study.all_left_out())
 
 
+def test_pairs_may_have_other_rates(tmp_path):
+    """No model of the pair 3 lacks a rate that the other one has."""
+    folder = write_study(tmp_path / "study")
+    for model in ("llm", "stack"):
+        shutil.copytree(folder / f"pair-3/{model}/rate-0.003", folder / f"pair-3/{model}/rate-0.01")
+    study = study_of(folder)
+    assert study.rates[-1] == "0.01"
+    assert study.all_left_out() == []
+
+
 def test_a_rate_is_the_same_however_it_is_written(tmp_path):
     folder = write_study(tmp_path / "study")
     expected = study_of(folder).main_difference("rise of held-out loss").estimate

@@ -289,4 +289,6 @@ def test_each_method_is_shown_at_its_own_middle_rate():
               for method, rates in (("finetune", ("3e-05", "0.0001", "0.0003")), ("lora", ("0.0003", "0.001", "0.003")),
                                     ("vcl", ("0.0002",))) for rate in rates]
     assert shared_rates(stages, ReportConfig()) == {"finetune": "0.0001", "lora": "0.001", "vcl": "0.0002"}
-    assert shared_rates(stages, ReportConfig(rate=3e-4)) == {"finetune": "0.0003", "lora": "0.0003"}
+    assert shared_rates(stages, ReportConfig(rate=3e-4)) == {
+        "finetune": "0.0003", "lora": "0.0003", "vcl": "0.0002"}
+    assert shared_rates([Stage("llm", 42, 0, "m0")], ReportConfig()) == {"none": ""}

@@ -582,11 +582,14 @@ def test_invalid_local_file(suite_file):
 
 def test_tasks_import_the_library_evaluate_and_not_the_script():
     import evaluate as script
+    found = []
     for _ in range(2):
         with quiet():
             import evaluate as library
-            assert hasattr(library, "load")
+            found.append(library)
             assert importlib.import_module("evaluate.loading").load is library.load
+    assert found[0] is found[1]  # loaded again, it would lack the submodules, which are loaded already
+    assert library.utils
     import evaluate
     assert evaluate is script
     assert hasattr(script, "prepare_evaluation")

@@ -153,12 +153,16 @@ def test_another_tokenizer_is_refused(train, killed_copy, checkpoint, tmp_path):
 
 
 def test_the_state_of_an_earlier_version_is_found(train, killed_copy):
-    """A setting that its run.json lacks has its default value; the earliest versions recorded no id."""
+    """It has another id, and run.json has none. A setting that run.json lacks has its default value."""
     out, directory = killed_copy
     record = json.loads((directory / "run.json").read_text())
     del record["settings"]["fapm_sparsity"], record["id"], record["tokenizer_digest"]
     (directory / "run.json").write_text(json.dumps(record))
+    folder = directory / "resume/step-4"
+    write_state(folder, read_state(folder) | {"run": "0" * 64})
+    train(out, "--save_minutes", "99", interrupted=(1, "SIGKILL", 0))  # before it saves its state
     assert "resuming after step 4" in train(out).stdout
+    assert json.loads((out / "run.json").read_text())["id"] == "0" * 64
 
 
 def test_a_record_without_a_digest_of_the_tokenizer_is_that_of_an_earlier_version():
@@ -340,7 +344,7 @@ def test_a_deepspeed_file_that_contradicts_the_run_is_refused(refusal, checkpoin
 def test_the_stage_of_a_deepspeed_file_is_checked_against_the_settings(refusal, checkpoint, simp_file, tmp_path):
     flags = "--task", "simp", "--init", checkpoint, "--data", simp_file, "--out", tmp_path / "m1"
     folder = ROOT / "configs/deepspeed"
-    assert "ZeRO 0 keeps no fp32 master weights of a bf16 model" in refusal(
+    assert "zero0.json: ZeRO 0 keeps no fp32 master weights of a bf16 model" in refusal(
         (TrainConfig, main), *flags, "--deepspeed", folder / "zero0.json", "--dtype", "bf16")
     assert "--compile needs --zero 0, 1 or 2" in refusal(
         (TrainConfig, main), *flags, "--deepspeed", folder / "zero3.json", "--dtype", "fp32", "--compile")
