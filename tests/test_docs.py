@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from analysis.measures import PRIMARY
-from analysis.pair_tables import answer
+from analysis.method_plane import compared_at, gap_of, method_study, pareto_front, points_of, start_point
+from analysis.pair_tables import answer, signed
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
 from common import scripts
@@ -258,3 +259,19 @@ def test_differences_of_grown_models_are_those_of_their_table():
     studies = [Study(stages, model, "llm") for model in ("stack", "interleave", "base")]
     for measure, *cells in rows:
         assert cells == [written(study.difference(study.contrasts[0], measure, 3)) for study in studies]
+
+
+def test_methods_at_equal_learning_are_those_of_their_table():
+    """The table of stages has no items, so that the intervals are not compared."""
+    study = method_study(read_stage_table(ROOT / "docs/methods/stages.csv"), "llm", "finetune")
+    points = points_of(study, PRIMARY)
+    front = pareto_front([*points, *start_point(study, PRIMARY)])
+    rows = table_rows((ROOT / "docs/methods.md").read_text().split("## At equal learning")[1])
+    assert [row[0] for row in rows] == [f"`{method}`" for method in study.models]
+    for method, (_, *cells) in zip(study.models, rows):
+        own, gap = [point for point in points if point.method == method], gap_of(study, method, PRIMARY)
+        assert cells[:3] == [", ".join(point.rate for point in own), ", ".join(f"{point.loss:.3f}" for point in own),
+                             ", ".join(f"{point.forgetting:.3f}" for point in own)]
+        assert cells[3] == ("–" if method == "finetune" else compared_at(study, method, PRIMARY))
+        assert cells[4].split(" [")[0] == ("–" if method == "finetune" or gap is None else signed(gap.mean))
+        assert cells[5] == (", ".join(point.rate for point in own if point in front) or "–")
