@@ -33,7 +33,7 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
     at_rates = ""
     if any(rates.values()):
         named = ", ".join(f"{method} {rates[method] or '(no folder of a rate)'}" for method in records)
-        at_rates = f" At the learning rates of {named}: learning is not matched."
+        at_rates = f" Learning is not matched. The learning rates are: {named}."
     sentences: list[str] = []
     sections: list[Section] = []
     left_out: list[str] = []

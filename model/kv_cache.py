@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.attention import Attend, attention, window_masks
 from model.prefix_packing import Segment, packed_passes, sort_sequences
-from model.transformer import Attend, Transformer, attention, window_masks
+from model.transformer import Transformer
 
 PREFILL_TOKENS = 4096  # of a pass over the prompts
 

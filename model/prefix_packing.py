@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.attention import Attend, attention, window_masks
 from model.oom import halve_batch
-from model.transformer import Attend, Transformer, attention, window_masks
+from model.transformer import Transformer
 
 
 def group_tokens(device: str) -> int:

@@ -8,10 +8,10 @@ from itertools import product
 
 from common.configs import CONFIGS
 from common.files import read_json
+from model.attention import keeps_probabilities
 from model.config import ModelConfig
 from model.lora import A, is_adapter
 from model.loss import chunk_rows
-from model.transformer import keeps_probabilities
 from training.selection import Shapes, count_elements, num_reached
 
 GIB = 1 << 30

@@ -284,7 +284,7 @@ def test_a_rate_that_the_baseline_lacks(folder, tmp_path):
     with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
         report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report"), rate=0.1))
     text = (tmp_path / "report/report.md").read_text()
-    assert "At the learning rates of finetune 0.001, lora 0.1, replay 0.001: learning is not matched." in text
+    assert "Learning is not matched. The learning rates are: finetune 0.001, lora 0.1, replay 0.001." in text
     assert "compared with finetune: less with lora" in text
 
 
@@ -354,7 +354,7 @@ def test_one_run_of_each_method_says_nothing_of_better_and_worse(folder, tmp_pat
         report.main(ReportConfig(runs=str(tmp_path / "one"), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
     assert "compared with finetune in one run of each" not in text
-    assert " At the learning rates of finetune 0.001, lora 0.001, replay 0.001: learning is not matched." in text
+    assert "Learning is not matched. The learning rates are: finetune 0.001, lora 0.001, replay 0.001." in text
     assert "| llm | m1-simp | seed 42, lora, rate 0.001 |" in text
     with pytest.raises(UserError, match="unknown measure 'KL on text' of forgetting, expected one of rise of held-out"):
         report.main(ReportConfig(runs=str(tmp_path / "one"), out=str(tmp_path / "report"), primary="KL on text"))

@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+import model.attention
 import model.loss
-import model.transformer
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import RMSNorm, Transformer, additive_mask, attention, initial_weights, rotary_table
+from model.transformer import RMSNorm, Transformer, initial_weights, rotary_table
 from tests.conftest import SHAPE, random_model
 from training.engine import compile_blocks
 
@@ -138,7 +138,7 @@ def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, shape, monkeyp
     from torch import _dynamo
     plain, compiled = (random_model(num_hidden_layers=10, **shape) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
-    compile_block, attend = nn.Module.compile, model.transformer.attention
+    compile_block, attend = nn.Module.compile, model.attention.attention
     monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
 
     def interrupted(query, key, value, attn_mask=None):
@@ -146,7 +146,7 @@ def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, shape, monkeyp
             _dynamo.graph_break()
         return attend(query, key, value, attn_mask)
 
-    monkeypatch.setattr(model.transformer, "attention", interrupted if is_interrupted else attend)
+    monkeypatch.setattr(model.attention, "attention", interrupted if is_interrupted else attend)
     _dynamo.reset()
     with _dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         compile_blocks(compiled)
@@ -208,28 +208,6 @@ def test_training_uses_the_flash_kernel():
         random_model()(input_ids, targets).backward()
         random_model()(input_ids, targets, input_ids[0, :5]).backward()
     assert sdpa.call_count == 2 * (1 + 2)  # once in each layer, and twice with a prefix
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize(("queries", "masked"), [(20, False), (7, False), (1, False), (7, True)])
-@pytest.mark.parametrize("by_sdpa", [False, True])
-def test_attention_is_a_softmax_over_the_unmasked_keys(dtype, tolerance, queries, masked, by_sdpa, monkeypatch):
-    if by_sdpa:  # as for long samples, and without gradients
-        monkeypatch.setattr(model.transformer, "keeps_probabilities", lambda *_: False)
-    generator = torch.Generator().manual_seed(5)
-    query, key, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-                         for shape in ((2, 4, queries, 16), (2, 2, 20, 16), (2, 2, 20, 16)))
-    mask = torch.ones(2, queries, 20, dtype=torch.bool).tril(20 - queries)
-    if masked:
-        mask &= torch.rand(mask.shape, generator=generator) < 0.5
-        mask[:, :, 0] = True
-    scores = query.double() @ key.double().repeat_interleave(2, 1).mT / 4
-    expected = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ value.double().repeat_interleave(2, 1)
-    result = attention(query, key, value, additive_mask(mask, 2, dtype) if masked else None)
-    weight = torch.randn(expected.shape, generator=generator).double()
-    for ours, reference in zip((result, *torch.autograd.grad(result, (query, key, value), weight.to(dtype))),
-                               (expected, *torch.autograd.grad(expected, (query, key, value), weight))):
-        assert (ours.double() - reference.double()).norm() < tolerance * reference.norm()
 
 
 def test_no_target_has_zero_loss_and_gradient():

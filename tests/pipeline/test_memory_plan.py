@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.attention import SharedPrefix, attention
 from model.config import ModelConfig
 from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
-from model.transformer import Block, SharedPrefix, Transformer, attention, rotary_table
+from model.transformer import Block, Transformer, rotary_table
 from pipeline.memory_plan import GIB, MemoryPlan, alternatives
 from pipeline.plan import trained_parameters
 from pipeline.pretraining import size_config
