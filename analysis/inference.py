@@ -167,20 +167,19 @@ class VarianceComponents:
         return math.sqrt(self.of_pairs + self.of_item / items)
 
 
-def variance_components(values: np.ndarray, weights: np.ndarray | None = None) -> VarianceComponents | None:
-    """The variance components of values [pairs, items] whose means over the items are the pairs' differences.
+def variance_components(means: np.ndarray, residuals: np.ndarray) -> VarianceComponents | None:
+    """The variance components of the pairs' differences [pairs], each the mean over the items of the pair.
 
-    The items are the same in all pairs, so that an item's own mean does not add to the variance between pairs; the
-    residual of the two-way layout does (Searle, Casella and McCulloch, Variance Components, section 4.3). weights
-    [items], with the mean 1: how much an item counts, such as its tokens. None for less than two pairs or items.
+    residuals [pairs, items]: the values of the items without the means of the pairs. The items are the same in all
+    pairs, so that an item's own mean does not add to the variance between pairs; what is left without it does, the
+    residual of the two-way layout (Searle, Casella and McCulloch, Variance Components, section 4.3). None for less than
+    two pairs or items.
     """
-    pairs, items = values.shape
+    pairs, items = residuals.shape
     if pairs < 2 or items < 2:
         return None
-    means = values.mean(axis=1, keepdims=True)
-    residual = values - means * (1.0 if weights is None else weights)
-    residual = residual - residual.mean(axis=0)
-    of_item = float((residual ** 2).sum()) / ((pairs - 1) * (items - 1))
+    residuals = residuals - residuals.mean(axis=0)
+    of_item = float((residuals ** 2).sum()) / ((pairs - 1) * (items - 1))
     return VarianceComponents(max(0.0, float(means.var(ddof=1)) - of_item / items), of_item, items)
 
 

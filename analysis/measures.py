@@ -22,9 +22,10 @@ TOKEN, NATS, BYTE, SHARE = "nats/token", "nats", "bits/byte", "share of items"  
 
 @dataclass(frozen=True)
 class ItemValues:
-    """Values of items [N] whose mean is a measure's value. weights [N]: how much each item counts, with the mean 1."""
+    """Values of items [N] whose mean is a measure's value, and residuals [N]: what of them is left without the mean of
+    their set, of which an item has a share by its weight. The residuals tell how well the items measure the value."""
     values: np.ndarray
-    weights: np.ndarray
+    residuals: np.ndarray
 
     @property
     def value(self) -> float:
@@ -32,9 +33,15 @@ class ItemValues:
         return float(self.values.mean())
 
 
+def item_values(values: np.ndarray, weights: np.ndarray | float = 1.0) -> ItemValues:
+    """Values of the items of one set. weights [N]: how much each item counts, such as its tokens, with the mean 1."""
+    return ItemValues(values, values - values.mean() * weights)
+
+
 def weighted_sum(terms: Sequence[tuple[float, ItemValues]]) -> ItemValues:
     """A weighted sum of values of the same items."""
-    return ItemValues(np.sum([weight * one.values for weight, one in terms], axis=0), terms[0][1].weights)
+    return ItemValues(np.sum([weight * one.values for weight, one in terms], axis=0),
+                      np.sum([weight * one.residuals for weight, one in terms], axis=0))
 
 
 def pool(sets: Sequence[ItemValues]) -> ItemValues | None:
@@ -42,7 +49,7 @@ def pool(sets: Sequence[ItemValues]) -> ItemValues | None:
     total = sum(len(one.values) for one in sets)
     scales = [total / len(sets) / len(one.values) for one in sets]
     return ItemValues(np.concatenate([scale * one.values for scale, one in zip(scales, sets)]),
-                      np.concatenate([scale * one.weights for scale, one in zip(scales, sets)])) if sets else None
+                      np.concatenate([scale * one.residuals for scale, one in zip(scales, sets)])) if sets else None
 
 
 Extract = Callable[[Chain, int], ItemValues | None]  # a measure of a chain after a stage; None if it was not measured
@@ -58,7 +65,7 @@ class PairMeasure:
 
 def per_token(sums: np.ndarray, losses: ItemLosses) -> ItemValues:
     """Sums over the tokens of items as values per token, with the items' tokens as weights."""
-    return ItemValues(sums / losses.tokens.mean(), losses.tokens / losses.tokens.mean())
+    return item_values(sums / losses.tokens.mean(), losses.tokens / losses.tokens.mean())
 
 
 def losses_at(chain: Chain, number: int, name: str) -> ItemLosses | None:
@@ -107,7 +114,7 @@ def options_measure(names: Sequence[str], values_of: Callable[[Choices], np.ndar
             start, end = (values_of(one) if one else None for one in ends)
             if start is None or end is None:
                 return None
-            found.append(ItemValues(sign * (end - start), np.ones(len(end))))
+            found.append(item_values(sign * (end - start)))
         return pool(found)
     return extract
 

@@ -152,9 +152,9 @@ def contrast_of(study: Study, method: str) -> Contrast:
 
 
 def over_items(found: ItemValues) -> PairedDifference:
-    """The items of a single run as the units of a difference. The mean is that of the measure, a ratio of sums, and
-    the deviations are those of a ratio: an item counts by its weight, such as its tokens."""
-    values = found.value + found.values - found.value * found.weights
+    """The items of a single run as the units of a difference. The mean is that of the measure, and the deviations are
+    those of a ratio of sums: an item counts by its weight, such as its tokens."""
+    values = found.value + found.residuals
     return PairedDifference(tuple(values.round(12).tolist()))  # smaller differences are rounding errors
 
 

@@ -60,8 +60,8 @@ class Difference:
     @functools.cached_property
     def components(self) -> VarianceComponents | None:
         """The variance between the pairs and that of the items in them."""
-        values = list(self.of_pairs.values())
-        return variance_components(np.array([one.values for one in values]), values[0].weights)
+        found = self.of_pairs.values()
+        return variance_components(np.array([one.value for one in found]), np.array([one.residuals for one in found]))
 
 
 class Study:

@@ -15,6 +15,7 @@ from analysis.inference import (
     variance_components,
     within,
 )
+from analysis.measures import item_values
 
 
 @pytest.mark.parametrize(("df", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262),
@@ -82,8 +83,10 @@ def test_mcnemar_by_hand():
 def test_variance_components_are_recovered():
     """Pairs with the standard deviation 0.5, items with 2 within a pair, and items that differ alike in all pairs."""
     rng = np.random.default_rng(0)
-    found = [variance_components(0.5 * rng.normal(size=(16, 1)) + 3 * rng.normal(size=(1, 40))
-                                 + 2 * rng.normal(size=(16, 40))) for _ in range(400)]
+    found = []
+    for _ in range(400):
+        values = 0.5 * rng.normal(size=(16, 1)) + 3 * rng.normal(size=(1, 40)) + 2 * rng.normal(size=(16, 40))
+        found.append(variance_components(values.mean(1), values - values.mean(1, keepdims=True)))
     assert np.mean([one.of_item for one in found]) == pytest.approx(4.0, rel=0.02)
     assert np.mean([one.of_pairs for one in found]) == pytest.approx(0.25, rel=0.1)
     assert np.median([one.item_share for one in found]) == pytest.approx(0.1 / 0.35, rel=0.1)
@@ -94,10 +97,11 @@ def test_a_difference_in_proportion_to_the_tokens_is_one_of_the_pairs():
     """If each token of a pair has the same difference, long items do not add to the variance within a pair."""
     tokens = np.array([1.0, 5.0, 10.0, 24.0])
     weights = tokens / tokens.mean()
-    found = variance_components(np.array([[0.1], [0.3], [0.8]]) * weights, weights)
+    pairs = [item_values(difference * weights, weights) for difference in (0.1, 0.3, 0.8)]
+    found = variance_components(np.array([one.value for one in pairs]), np.array([one.residuals for one in pairs]))
     assert found.of_item == pytest.approx(0.0, abs=1e-12)
     assert found.of_pairs == pytest.approx(np.var([0.1, 0.3, 0.8], ddof=1))
-    assert variance_components(np.ones((1, 4))) is variance_components(np.ones((4, 1))) is None
+    assert variance_components(np.ones(1), np.ones((1, 4))) is variance_components(np.ones(4), np.ones((4, 1))) is None
 
 
 def simulate(pairs, effect, runs=4000, items=40):

@@ -11,7 +11,7 @@ import pytest
 import report
 from analysis import method_plane
 from analysis.inference import PairedDifference, t_quantile
-from analysis.measures import ItemValues
+from analysis.measures import item_values, pool
 from analysis.method_plane import (
     Point,
     gap_of,
@@ -184,14 +184,25 @@ def test_one_run_of_each_method_gives_no_verdict(folder, tmp_path):
     for _ in range(400):
         tokens = rng.integers(5, 40, 30)
         values = tokens * rng.normal(0.2, 0.5, 30)
-        gap = over_items(ItemValues(values / tokens.mean(), tokens / tokens.mean()))
+        gap = over_items(item_values(values / tokens.mean(), tokens / tokens.mean()))
         covered += abs(gap.mean - 0.2) <= gap.half_width
     assert 0.92 < covered / 400 < 0.98
-    same = over_items(ItemValues(np.full(3, 3.5e-18), np.ones(3)))
+    same = over_items(item_values(np.full(3, 3.5e-18)))
     assert (same.mean, same.interval) == (0.0, (0.0, 0.0))
-    gap = over_items(ItemValues(np.array([1.0, 3.0, 5.0]), np.ones(3)))
+    gap = over_items(item_values(np.array([1.0, 3.0, 5.0])))
     assert (gap.mean, gap.half_width) == (3.0, pytest.approx(t_quantile(2) * 2 / np.sqrt(3)))
     assert gap.p == pytest.approx(0.1217, abs=1e-3)  # t = 2.598 with two degrees of freedom
+    assert coverage_of_two_sets() == pytest.approx(0.95, abs=0.03)
+
+
+def coverage_of_two_sets():
+    """The share of intervals that cover the mean over two sets of items with other means: the difference between the
+    sets is no noise."""
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(400):
+        gap = over_items(pool([item_values(rng.normal(mean, 1, size)) for mean, size in ((0.0, 20), (6.0, 80))]))
+        covered += abs(gap.mean - 3.0) <= gap.half_width
+    return covered / 400
 
 
 def test_methods_without_a_common_loss(folder):
