@@ -49,7 +49,7 @@ def solve(function: Callable[[float], float]) -> float:
 def power(noncentrality: float, df: int) -> float:
     """The probability that a two-sided t test finds a difference: P(|T| > t) of the noncentral t.
 
-    T = (Z + noncentrality) / S with Z standard normal and df·S² chi-squared (26.7.5), integrated over S.
+    T = (Z + noncentrality) / S with Z standard normal and df·S² chi-squared, integrated over S.
     noncentrality: the difference over its standard error.
     """
     critical, spread = t_quantile(df), 8 / math.sqrt(2 * df)

@@ -39,8 +39,8 @@ def stack(depth: int, target: int) -> list[int]:
 
 
 def interleave(depth: int, target: int) -> list[int]:
-    """Repeats each layer in place, as evenly as the target allows (Chang et al., arXiv 1710.10348).
-    0 1 2 -> 0 0 1 1 2 2."""
+    """Repeats each layer in place, as evenly as possible (Chang et al., arXiv 1710.10348, without their smaller
+    residual branches). 0 1 2 -> 0 0 1 1 2 2."""
     return [index * depth // target for index in range(target)]
 
 

@@ -272,6 +272,8 @@ def test_methods_at_equal_learning_are_those_of_their_table():
         own, gap = [point for point in points if point.method == method], gap_of(study, method, PRIMARY)
         assert cells[:3] == [", ".join(point.rate for point in own), ", ".join(f"{point.loss:.3f}" for point in own),
                              ", ".join(f"{point.forgetting:.3f}" for point in own)]
-        assert cells[3] == ("–" if method == "finetune" else compared_at(study, method, PRIMARY))
-        assert cells[4].split(" [")[0] == ("–" if method == "finetune" or gap is None else signed(gap.mean))
-        assert cells[5] == (", ".join(point.rate for point in own if point in front) or "–")
+        earlier = [study.values("rise of earlier tasks' losses", 0, method, point.rate, study.last) for point in own]
+        assert cells[3] == ", ".join(f"{rise.value:.3f}" for rise in earlier)
+        assert cells[4] == ("–" if method == "finetune" else compared_at(study, method, PRIMARY))
+        assert cells[5].split(" [")[0] == ("–" if method == "finetune" or gap is None else signed(gap.mean))
+        assert cells[6] == (", ".join(point.rate for point in own if point in front) or "–")

@@ -31,6 +31,8 @@ from training.run_directory import drop_state, is_finished, json_digest, partial
 from training.selection import Shapes, count_elements, selected_shapes, training_flops
 from training.train_config import TrainConfig
 
+TASK_SEEDS = 1_000_000  # between the seeds of two tasks of a chain
+
 
 @dataclass(frozen=True)
 class Run:
@@ -83,8 +85,9 @@ class Run:
 
     @property
     def task_seed(self) -> int:
-        """Seed of what is drawn again at each task of a chain: replayed text, adapters, and noise of the weights."""
-        return self.cfg.seed + len(self.lineage.get("tasks", []))
+        """Seed of what is drawn again at each task of a chain: replayed text, adapters, noise of the weights. Chains
+        with neighbouring seeds share none of it."""
+        return self.cfg.seed + TASK_SEEDS * len(self.lineage.get("tasks", []))
 
     def lineage_after(self, result: dict[str, Any]) -> dict[str, Any]:
         """The lineage of the finished checkpoint."""

@@ -19,6 +19,7 @@ from tests.conftest import error_line, losses, read_metrics, run_script
 from training.batches import count_tokens, replay_indices, sample_indices
 from training.data import WINDOW_TOKENS
 from training.distillation import generate_texts, start_digest
+from training.run import TASK_SEEDS
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_train_samples", "60", "--max_steps", "4", "--max_grad_norm", "0"]
@@ -189,7 +190,7 @@ def test_each_task_replays_other_windows(train, finished, checkpoint, simp_file,
     train(tmp_path / "plain", "--max_steps", "1", init=finished)
     windows = ShardDataset(shards, "train", WINDOW_TOKENS)
     model = load_model(finished)
-    ids = torch.tensor(windows[replay_indices(43, len(windows), 0, 0.2, 8)[0]][0])[None]
+    ids = torch.tensor(windows[replay_indices(42 + TASK_SEEDS, len(windows), 0, 0.2, 8)[0]][0])[None]
     with torch.no_grad():
         nll = -model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).sum().item()
     both, alone = (read_metrics(tmp_path / name)[0][0] for name in ("m2", "plain"))

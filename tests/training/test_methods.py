@@ -23,6 +23,7 @@ from training.batches import sample_indices
 from training.methods import find_side_files, side_file
 from training.optimizers import AnchoredAdamW
 from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed_items
+from training.run import TASK_SEEDS
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_train_samples", "60"]
@@ -447,7 +448,7 @@ def test_each_task_has_noise_of_its_own(run, checkpoint, simp_file, tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             size = parameter.numel()
-            noise = torch.cat([part for *_, part in standard_normal((43, 0), name, size, 0, size, "cpu")])
+            noise = torch.cat([part for *_, part in standard_normal((42 + TASK_SEEDS, 0), name, size, 0, size, "cpu")])
             parameter.copy_((means[name] + noise / (1e7 * 1e-3 + 0.3 * precisions[name]).sqrt()).view_as(parameter))
         loss = mean_loss(model, checkpoint, simp_file, sample_indices(42, 60, 0, 8))
     assert losses(m2)[1, "loss"] == pytest.approx(loss.item(), rel=1e-5)
