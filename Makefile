@@ -14,7 +14,7 @@ $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name))
     $(eval override $(name) := $$(value $(name)))$(eval export $(name))$(eval GIVEN += $(name))))
 
 # With DRY_RUN=1 the commands are printed and none is run, so that no environment is needed.
-DRY  := $(value DRY_RUN)
+DRY  := $(filter-out 0,$(value DRY_RUN))
 RUN  := $(if $(DRY),$(PYTHON),$(VENV)/bin/python) -m pipeline.targets
 USER := $(if $(DRY),,$(VENV)/user)
 DEV  := $(if $(DRY),,$(VENV)/dev)

@@ -14,6 +14,7 @@ import common.interrupts
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shlex
 import sys
@@ -34,8 +35,10 @@ from pipeline.costs import Pace, machine_speed
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, ledger_entry
+from pipeline.plan import trained_parameters
 from training.deepspeed_config import resolve_choices
+from training.selection import NEW_LAYERS
 
 UTILISATION = 0.3  # share of a matrix product's speed that training and evaluation reach, for the first estimate
 
@@ -57,7 +60,7 @@ def record_primary(cfg: ExperimentConfig) -> None:
 
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
-    name, the length of samples, the suite, stages of another order, folders to write to."""
+    name, the parameters to train, the length of samples, the suite, stages of another order, folders to write to."""
     training = [train_settings(cfg, method, stage_args) for method in cfg.methods or [None]
                 for stage_args in cfg.stage_args or [""]]
     for settings in training:
@@ -71,7 +74,11 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
     if evaluated.decode:
         lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
-    limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
+    configs = [model_config(cfg, model) for model in cfg.models]
+    for config, settings in itertools.product(configs, training):
+        if NEW_LAYERS not in settings.train or settings.new_layers:  # those of a grown m0 are not known yet
+            trained_parameters(config, settings)
+    limit = min(config.max_position_embeddings for config in configs)
     if max(lengths) > limit:
         raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
                         f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
@@ -135,7 +142,7 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
         remaining = [later for later in plan if not ledger.unchanged(later)]
         print(f"[{len(plan) - len(remaining) + 1}/{len(plan)}] {job.out}, about "
               f"{format_duration(pace.seconds(remaining))} left in all\n{shlex.join(job.argv)}", flush=True)
-        began = time.time()
+        began, entry = time.time(), ledger_entry(job)
         try:
             run_command(job.argv)
         except SystemExit:
@@ -145,7 +152,7 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
             incomplete.append(str(job.out))  # the results of all available benchmarks are written
         else:
             pace.add(job, time.time() - began)
-            ledger.add(job)
+            ledger.add(job, entry)
     return incomplete
 
 

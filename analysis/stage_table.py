@@ -92,7 +92,8 @@ def stage_table(stages: Sequence[Stage]) -> str:
 
 
 def read_stage_table(path: Path) -> list[Stage]:
-    """The stages of a table. Raises UserError if it is damaged or has two rows for the same result."""
+    """The stages of a table, or of several that were put together. Raises UserError if it is damaged or has two rows
+    for the same result."""
     lines = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))  # as spreadsheets begin a file
     if lacking := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise UserError(f"{path} is not a table of stages with commas between its columns, as a report writes it: the "
@@ -100,12 +101,16 @@ def read_stage_table(path: Path) -> list[Stage]:
     stages: dict[tuple[str, ...], Stage] = {}
     with parsing(path, "a table of stages"):
         for row in lines:
-            if not any(row.values()):
+            if not any(row.values()) or all(row[name] == name for name in COLUMNS):  # the head of another table
                 continue
-            key = tuple(row[name] for name in STAGE_COLUMNS)
-            if key not in stages:
-                stages[key] = empty_stage(row)
-            add_row(stages[key], row, path)
+            place = f"{path}, line {lines.line_num},"
+            if None in row or None in row.values():
+                raise UserError(f"{place} has not the {len(lines.fieldnames or ())} columns of the first line")
+            with parsing(place, "a row of a table of stages"):
+                key = tuple(row[name] for name in STAGE_COLUMNS)
+                if key not in stages:
+                    stages[key] = empty_stage(row)
+                add_row(stages[key], row, path)
     if not stages:
         raise UserError(f"{path} has no rows")
     return list(stages.values())

@@ -24,7 +24,7 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from pipeline.jobs import optional_flags
 from pipeline.memory_plan import GIB, MemoryPlan
-from pipeline.plan import trained_parameters
+from pipeline.plan import read_method, trained_parameters
 from training.batches import count_tokens
 from training.train_config import TrainConfig
 
@@ -75,7 +75,7 @@ def main(cfg):
                                                                 cfg.dtypes):
             if zero == 0 and dtype == "bf16":
                 continue
-            grown, trained = trained_parameters(config, method)
+            grown, trained = trained_parameters(config, read_method(method))
             plan = MemoryPlan(grown, processes, zero, False, dtype, cfg.max_tokens_per_microbatch, False, "cpu", method,
                               tokens, trained=trained)
             measured = measured_memory(cfg, checkpoint, zero, processes, dtype, method)

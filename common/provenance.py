@@ -134,6 +134,6 @@ def data_digest(path: str | Path) -> str:
     path = Path(path)
     file = path if path.is_file() else path / "meta.json"
     if not file.is_file():
-        raise UserError(f"{path} does not exist or is not a directory of token shards with a meta.json: make it with "
-                        "data_prep.py text")
+        what = "is not a directory of token shards with a meta.json" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}: make token shards with data_prep.py text")
     return digest([file])

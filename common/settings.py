@@ -89,6 +89,12 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     return result
 
 
+def hint(name: str, known_names: Iterable[str]) -> str:
+    """The words that suggest what an unknown name may have meant; "" if nothing is similar."""
+    close = difflib.get_close_matches(name, known_names, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 class Resolved:
     """The values of settings, where each comes from, and all problems found."""
 
@@ -97,14 +103,13 @@ class Resolved:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.problems: list[str] = []
+        self.refused: set[str] = set()  # names whose value was of a wrong type
 
     def update(self, given: Mapping[str, Any], where: str) -> None:
         """Overrides values; unknown names and wrong types become problems."""
         for name, value in given.items():
             if name not in self.fields:
-                close = difflib.get_close_matches(name, self.fields, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                self.problems.append(f"unknown setting {name!r} in {where}{hint}")
+                self.problems.append(f"unknown setting {name!r} in {where}{hint(name, self.fields)}")
                 continue
             field = self.fields[name]
             try:
@@ -112,6 +117,7 @@ class Resolved:
                 self.values[name], self.origins[name] = None if missing else convert(name, value, field.type), where
             except ValueError as error:
                 self.problems.append(f"{error} (in {where})")
+                self.refused.add(name)
 
     def show(self, cfg: Any) -> None:
         """Prints every setting with its value and origin."""
@@ -127,11 +133,14 @@ def json_values(cfg: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(cfg).items()}
 
 
-def check_values(cfg: Any) -> list[str]:
-    """Checks the values of a settings object against the metadata of its fields; returns problems as sentences."""
+def check_values(cfg: Any, refused: Collection[str] = ()) -> list[str]:
+    """Checks the values of a settings object against the metadata of its fields; returns problems as sentences.
+    refused: names of settings whose values are not those that were given."""
     found = []
     for field in dataclasses.fields(cfg):
         value, meta = getattr(cfg, field.name), field.metadata
+        if field.name in refused:
+            continue
         if meta["required"] and not value:
             found.append(f"--{field.name} is missing")
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
@@ -166,6 +175,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
+        if found := re.fullmatch("argument (--[^:]*): expected one argument", message):
+            raise UserError(f"{found[1]} has no value: give one behind it; one that begins with - as {found[1]}=-…")
         raise UserError(message)
 
 
@@ -199,7 +210,8 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     found = Resolved(cls)
     given, rest = make_parser(cls, description, prog).parse_known_args(argv)
     flags = vars(given)
-    unknown = [f"unknown flag {word!r}" for word in rest if word.startswith("-")]
+    unknown = [f"unknown flag {word!r}{hint(word.partition('=')[0], [f'--{name}' for name in found.fields])}"
+               for word in rest if word.startswith("-")]
     found.problems += unknown or [f"unexpected argument {word!r}" for word in rest]
     files, show = flags.pop("config"), flags.pop("show_settings")
     for path in files:
@@ -223,12 +235,13 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
             found.update(read_config(kind, preset), f"configs/{kind}/{preset}.toml")
     found.values |= by_flags.values
     found.origins |= dict.fromkeys(by_flags.values, "flag")
-    problems = found.problems + by_flags.problems
-    if not problems:
-        cfg = cls(**found.values)
-        problems = check_values(cfg) + (cfg.problems() if hasattr(cfg, "problems") else [])
+    cfg = cls(**found.values)
+    mistakes = found.problems + by_flags.problems
+    problems = mistakes + check_values(cfg, found.refused | by_flags.refused)
+    if not mistakes and hasattr(cfg, "problems"):
+        problems += cfg.problems()
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(dict.fromkeys(problems)))
     if show:
         if os.environ.get("RANK", "0") == "0":
             found.show(cfg)

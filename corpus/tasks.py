@@ -46,17 +46,17 @@ def split_indices(count: int, eval_size: float) -> tuple[list[int], list[int]]:
 
 
 def write_task(path: str | Path, splits: dict[str, list[dict]]) -> bool:
-    """Writes {"train", "eval", "test"} as a preprocessed task file; returns whether the file has changed.
+    """Writes {"train", "eval", "test"} as a preprocessed task file; returns whether the file is new.
 
-    Raises UserError if the path holds something other than a preprocessed task file.
+    Raises UserError if the path holds anything else, since models may have been trained on it.
     """
     text = json.dumps(splits, ensure_ascii=False, indent=1) + "\n"
     if Path(path).is_file():
         if (old := Path(path).read_bytes()) == text.encode():
             return False
-        if not old.startswith(BEGINNING):
-            raise UserError(f"{path} exists already and is not a preprocessed task file: remove it or choose another "
-                            "name")
+        what = "holds other samples, of other raw files or of another eval_dataset_size" if old.startswith(BEGINNING) \
+            else "is not a preprocessed task file"
+        raise UserError(f"{path} exists already and {what}: remove it or choose another name")
     write_text(path, text)
     return True
 

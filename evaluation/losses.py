@@ -12,7 +12,7 @@ import numpy as np
 
 from common.files import UserError
 from common.provenance import data_digest, git_commit
-from corpus.documents import read_documents
+from corpus.documents import TEXT_SUFFIXES, read_documents
 from corpus.shards import ShardDataset, check_shards
 from corpus.tasks import SFTDataset
 from evaluation.evaluate_config import WINDOW, EvaluateConfig
@@ -64,6 +64,8 @@ def reference_digest(reference: str, checkpoint: Checkpoint) -> str:
 def open_text(cfg: EvaluateConfig, checkpoint: Checkpoint, facts: dict[str, Any]) -> LossSet:
     """The held-out text: windows of token shards, or the documents of a text file."""
     path, context = Path(cfg.text or ""), checkpoint.config.max_position_embeddings
+    if path.is_file() and path.suffix not in TEXT_SUFFIXES:
+        raise UserError(f"{path} is neither a directory of token shards nor a .txt or .jsonl file")
     seq_length = cfg.text_length or (context if path.is_file() else min(WINDOW, context))
     if seq_length > context:
         raise UserError(f"text_length is {seq_length}, more than the model's max_position_embeddings {context}: lower "
@@ -123,6 +125,8 @@ def text_documents(cfg: EvaluateConfig, tokenizer: Tokenizer, settings: dict[str
         samples += windows
         items += [len(num_bytes)] * len(windows)
         num_bytes += [len(text.encode())] if windows else []
+    if not samples:
+        raise UserError(f"{cfg.text} holds no document with text")
     return LossSet("text", "text", samples, items, num_bytes, settings)
 
 

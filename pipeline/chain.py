@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.configs import CONFIGS, ROOT, read_config
+from common.files import UserError
 from pipeline.jobs import optional_flags
 
 ORDER = "simp", "empd", "inqqg", "exp", "hgen"
@@ -14,6 +15,10 @@ SAMPLE_ORDER = ORDER[:3]  # the tasks of an experiment, unless others are given
 PAIR = "llm", "stack"  # the models that are compared, and that are published
 # What m0 may be: from scratch, the shallow base trained further, or grown by an operator (model/growth.py).
 MODELS = "llm", "base", "stack", "interleave", "middle", "solar"
+
+
+# The settings of train.py that identify a stage.
+STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,18 @@ def chain_folder(folder: Path, method: str | None = None, rate: float | None = N
 
 def method_flags(method: str) -> list[str]:
     """The flags for train.py of a method such as ewc:ewc_strength=10: a file in configs/method, and settings that
-    override it."""
+    override it. Raises UserError if they are not settings that a method may have."""
     name, *settings = method.split(":")
-    pairs = [setting.partition("=") for setting in settings]
-    return ["--method", name, *(word for key, _, value in pairs for word in (f"--{key}", value))]
+    if "/" in method:
+        raise UserError(f"the method {method!r} names a folder, so that it may have no '/': give paths as flags")
+    flags = ["--method", name]
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if not value or key in STAGE_SETTINGS | {"replay_text"}:
+            raise UserError(f"{setting!r} is not name=value of a setting that a method may have"
+                            + (": the text that is replayed is TEXT, or --text" if key == "replay_text" else ""))
+        flags += [f"--{key}", value]
+    return flags
 
 
 def method_settings(method: str) -> set[str]:

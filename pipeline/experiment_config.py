@@ -1,5 +1,4 @@
 """The settings of experiment.py, and those of train.py and evaluate.py that follow from them."""
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags
 from training.train_config import TrainConfig
 
-# The settings that identify a stage or an evaluation.
-STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
+# The settings that identify an evaluation.
 EVALUATION_SETTINGS = {"checkpoint", "out", "data", "tasks", "suite", "suite_files", "posterior_samples"}
 
 
@@ -112,18 +110,6 @@ class ExperimentConfig:
         return middle_rate(sorted(self.rates)) if self.rates else None
 
 
-def method_flags(method: str) -> list[str]:
-    """The flags for train.py of a method with settings. Raises UserError if they are not the names and values of
-    settings."""
-    if "/" in method:
-        raise UserError("it names a folder, so that it may have no '/'; give paths in train_args")
-    for part in method.split(":")[1:]:
-        key, _, value = part.partition("=")
-        if not value or key not in {field.name for field in dataclasses.fields(TrainConfig)} - STAGE_SETTINGS:
-            raise UserError(f"{part!r} is not name=value of a setting that a method may have")
-    return chain.method_flags(method)
-
-
 def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = "") -> TrainConfig:
     """The settings of a stage with a method, apart from those that identify it. Raises UserError if train_args, the
     method or the stage's own flags are not valid."""
@@ -131,8 +117,8 @@ def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = 
         return load(TrainConfig, [
             "--config", str(CONFIGS / "train/finetune.toml"), *optional_flags(size=cfg.size), "--task", chain.ORDER[0],
             "--init", "x", "--data", "x", "--out", "x", *optional_flags(replay_text=cfg.text),
-            *further_flags(cfg.train_args, STAGE_SETTINGS),
-            *further_flags(stage_args, STAGE_SETTINGS), *(method_flags(method) if method else [])])
+            *further_flags(cfg.train_args, chain.STAGE_SETTINGS), *further_flags(stage_args, chain.STAGE_SETTINGS),
+            *(chain.method_flags(method) if method is not None else [])])
     except UserError as error:
         origins = [name for name, given in (("train_args", cfg.train_args), ("stage_args", stage_args),
                                             (f"the method {method!r}", method)) if given]

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.hub import published_config
 from pipeline import chain
 from pipeline.costs import evaluate_flops, finetune_flops
-from pipeline.experiment_config import ExperimentConfig, evaluate_settings, method_flags, train_settings
+from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.jobs import Job, optional_flags, split_words
 from pipeline.pretraining import held_out_loss, size_config
 
@@ -76,7 +76,7 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, variant: Variant
     """The jobs of one chain from m0: the stages with one method, learning rate and seed."""
     method, rate, seed = variant.method, variant.rate, variant.seed
     place = chain.chain_folder(arm.folder, method, rate, None if seed == cfg.seeds[0] else seed)
-    flags, stage_args = method_flags(method) if method else [], cfg.stage_args or [""] * len(cfg.order)
+    flags, stage_args = chain.method_flags(method) if method else [], cfg.stage_args or [""] * len(cfg.order)
     settings = [train_settings(cfg, method, args) for args in stage_args]
     recipe = [CONFIGS / "train/finetune.toml", *size_files(cfg)]
     recipe += [CONFIGS / f"method/{settings[0].method}.toml"] if method else []

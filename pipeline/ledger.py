@@ -33,9 +33,9 @@ class Ledger:
         # Earlier versions recorded absolute paths.
         return read_own_json(path, "the job is then run again") in (entry, ledger_entry(job, str))
 
-    def add(self, job: Job) -> None:
-        """Records a finished job."""
-        write_json(self.path(job), ledger_entry(job))
+    def add(self, job: Job, entry: dict) -> None:
+        """Records a finished job. entry: that of the job before it ran, since its inputs may have changed meanwhile."""
+        write_json(self.path(job), entry)
 
 
 def read_own_json(path: Path, otherwise: str) -> dict:

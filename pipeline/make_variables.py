@@ -20,6 +20,23 @@ VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE",
              "TASKS", "TEXT", "TOKENS", "ZERO")
 
 
+ALWAYS = "ARGS", "DRY_RUN", "PYTHON"
+EXPLAINED = "HUB", "INIT", "LAUNCHER"  # problems() says where they belong
+CHAIN = "TASK MODEL SIZE INIT SOURCE RAW EVAL_SIZE TEXT HUB RUNS OUT ORDER METHOD NPROC"
+# The variables that a target uses; those that make a stage may have all that name it.
+USED = {"train": CHAIN, "pretrain": CHAIN, "data": CHAIN, "evaluate": f"{CHAIN} CHECKPOINT TASKS SUITE FILES",
+        "experiment": "SIZE SOURCE RAW EVAL_SIZE TEXT RUNS ORDER METHOD NPROC INIT_LLM INIT_STACK PAIRS RATES CONTROLS "
+                      "SEEDS SUITE FILES",
+        "experiment-plan": "SIZE RUNS EFFECT", "report": "SIZE RUNS OUT", "growth-study": "SIZE TEXT STUDY SEEDS NPROC",
+        "plan": "INIT SIZE NPROC ZERO METHOD GPU_MODEL GPU_MEMORY TOKENS", "growth-plan": "PARAMS SIZE TOKENS",
+        "bench": "SIZE SOURCE RAW EVAL_SIZE FILES", "test": "SMOLLM2", "lint": ""}
+
+
+def split_names(text: str) -> list[str]:
+    """Names that are divided by spaces or commas."""
+    return text.replace(",", " ").split()
+
+
 class Variables:
     """The variables of make, with their defaults."""
 
@@ -38,12 +55,14 @@ class Variables:
         self.out = Path(self.get("OUT") or Path(self.runs, self.model))
         self.m0 = self.out / "m0"
         is_own = self.task in known("task") and self.task not in chain.ORDER  # then its chain has no other stage
-        self.order = self.get("ORDER").split() or ([self.task] if is_own else list(chain.ORDER))
-        self.tasks = self.get("TASKS", " ".join(self.order)).split()
+        self.order = split_names(self.get("ORDER")) or ([self.task] if is_own else list(chain.ORDER))
+        self.tasks = split_names(self.get("TASKS", " ".join(self.order)))
         self.method, self.suite, self.files = self.get("METHOD"), self.get("SUITE", "sample"), self.get("FILES")
-        pairs = self.get("PAIRS")
-        self.pairs = ",".join(map(str, range(1, int(pairs) + 1))) if re.fullmatch("[1-9][0-9]{0,3}", pairs) else pairs
+        pairs = re.sub(r"\s", "", self.get("PAIRS"))
+        is_count = re.fullmatch("[1-9][0-9]{0,3}", pairs)
+        self.pairs = ",".join(map(str, range(1, int(pairs) + 1))) if is_count else pairs.removesuffix(",")
         self.nproc, self.args = self.get("NPROC") or "1", self.get("ARGS")
+        self.dry_run = self.get("DRY_RUN") not in ("", "0")
 
     def get(self, name: str, default: str = "") -> str:
         """The value of a variable; the default if it is not set."""
@@ -53,6 +72,8 @@ class Variables:
         """What is wrong with the variables that a target uses, as sentences."""
         stages = "train", "data", "evaluate"
         building = *stages, "experiment", "pretrain", "growth-study"
+        unused = [name for name in self.get("GIVEN").split() if target in USED and name in VARIABLES
+                  and name not in (*ALWAYS, *EXPLAINED, *USED[target].split())]
         has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
         checks = [(building, "MODEL", [self.model], chain.MODELS),
                   (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
@@ -67,6 +88,7 @@ class Variables:
                    known("method"))]
         unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
         found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
+        found += [f"make {target} does not use {', '.join(unused)}"] if unused else []
         found += [problem for targets, variable, values, accepted in checks if target in targets
                   for value in values for problem in unknown_name(variable, value, accepted)]
         if target in stages and self.init and "SIZE" not in self.given and self.preset:
@@ -83,10 +105,17 @@ class Variables:
             found.append(f"ARGS are for pretraining, and the m0 of {self.size} is downloaded: give HUB= to pretrain it")
         if target == "experiment" and self.init:
             found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
+        if self.method and target in ("train", "evaluate", "plan"):
+            try:
+                chain.method_flags(self.method)
+            except UserError as error:
+                found.append(f"METHOD: {error}")
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
             found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
-        if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.pairs):
-            found.append(f"PAIRS is {self.pairs!r}, expected a number of pairs, or seeds divided by commas")
+        if not re.fullmatch(r"([1-9]\d{0,3}|[1-9]\d*(,[1-9]\d*)*,|[1-9]\d*(,[1-9]\d*)+)?",
+                            re.sub(r"\s", "", self.get("PAIRS"))):
+            found.append(f"PAIRS is {self.get('PAIRS')!r}, expected at most 9,999 pairs, or seeds divided by commas, "
+                         "such as 4,6 or 4,")
         try:
             split_words(self.args)
         except UserError as error:

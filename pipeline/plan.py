@@ -19,7 +19,7 @@ from common.settings import load, setting
 from model.config import ModelConfig
 from model.growth import new_layers
 from model.hub import fetch_checkpoint
-from pipeline.jobs import optional_flags
+from pipeline import chain
 from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alternatives
 from pipeline.pretraining import size_config
 from pipeline.step_time import GPUS, plan_step
@@ -41,7 +41,8 @@ class PlanConfig:
     max_tokens_per_microbatch: int | None = setting(None, "most tokens in a micro-batch, padding included", at_least=1,
                                                     at_most=1 << 30)
     gradient_checkpointing: bool | None = setting(None, "recompute blocks in the backward pass")
-    method: str | None = setting(None, "method against forgetting (a file in configs/method)", names="method")
+    method: str | None = setting(None, "method against forgetting (a file in configs/method); settings of train.py may "
+                                       "follow: lora:lora_rank=8")
     tokens: float | None = setting(None, "tokens to train on in all; none: the recipe's, if it gives them", at_least=1,
                                    at_most=1e18)
     sample_tokens: int = setting(128, "tokens of a fine-tuning sample, roughly", at_least=1, at_most=1 << 30)
@@ -64,7 +65,8 @@ SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strengt
 def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     """(the plan, its settings: those given in `cfg`, then those of the size's recipe, then train.py's defaults)."""
     recipe = read_config("size", cfg.size).get(cfg.recipe, {}) if cfg.size else {}
-    method = read_config("method", cfg.method) if cfg.method else {}
+    method_settings = read_method(cfg.method)
+    method = {name: getattr(method_settings, name) for name in chain.method_settings(cfg.method)} if cfg.method else {}
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
     settings = asdict(TrainConfig()) | {"dtype": "bf16"} | recipe | method | given
     config = ModelConfig.read(fetch_checkpoint(cfg.init) / "config.json") if cfg.init else planned_config(cfg)
@@ -73,10 +75,10 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
         raise UserError("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
     if cfg.offload and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
-    config, trained = trained_parameters(config, cfg.method)
+    config, trained = trained_parameters(config, method_settings)
     plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, settings["dtype"],
-                      settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device, cfg.method,
-                      recipe.get("seq_length", cfg.sample_tokens),
+                      settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device,
+                      method_settings.method, recipe.get("seq_length", cfg.sample_tokens),
                       0 if "seq_length" in recipe else min(PREFIX_TOKENS, cfg.sample_tokens // 2), trained)
     return plan, settings
 
@@ -91,10 +93,15 @@ def planned_config(cfg: PlanConfig) -> ModelConfig:
     return size_config(str(cfg.size), table["model"]["num_hidden_layers"] // math.prod(factors))
 
 
-def trained_parameters(config: ModelConfig, method: str | None) -> tuple[ModelConfig, Shapes | None]:
-    """(the configuration that a method trains, the parameters that it trains; None: all), at the first task."""
-    cfg = load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", "--replay_text", "x",
-                             *optional_flags(method=method)])
+def read_method(method: str | None) -> TrainConfig:
+    """The settings of train.py with a method. Raises UserError if it or its settings are not valid."""
+    return load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", "--replay_text", "x",
+                              *(chain.method_flags(method) if method else [])])
+
+
+def trained_parameters(config: ModelConfig, cfg: TrainConfig) -> tuple[ModelConfig, Shapes | None]:
+    """(the configuration of the model that is trained, the parameters that are; None: all), at the first task. Raises
+    UserError if the model has not what the settings name."""
     layer_map = expansion(cfg, config, {}) or tuple(range(config.num_hidden_layers))
     config = config.with_layers(layer_map)
     return config, None if cfg.train == (ALL,) else \

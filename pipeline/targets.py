@@ -18,7 +18,7 @@ from common.configs import below_root, known, unknown_name
 from common.files import UserError
 from pipeline import chain
 from pipeline.jobs import optional_flags, run_command, split_words
-from pipeline.make_variables import Variables
+from pipeline.make_variables import Variables, split_names
 
 Command = list[object]
 PYTHON, RUFF = ".venv/bin/python", ".venv/bin/ruff"
@@ -31,7 +31,7 @@ make data TASK=simp                     prepare a task
 make evaluate TASK=simp MODEL=stack     test sets and benchmarks of a stage, or of CHECKPOINT=dir
 make experiment SIZE=tiny PAIRS=5       pairs of models through the tasks, every stage evaluated, and the report
 make experiment-plan RUNS=runs/tiny     how many pairs find a difference of EFFECT, from the pairs in RUNS
-make report RUNS=runs/tiny              tables and figures of a folder of evaluated runs, in report/
+make report RUNS=runs/tiny              tables and figures of a folder of evaluated runs, in report/ or OUT
 make growth-study SIZE=small            loss over FLOPs, from scratch and grown: figure and table (SEEDS, STUDY)
 make plan SIZE=7b NPROC=8               whether a run fits, how long it takes (ZERO METHOD TOKENS GPU_MODEL GPU_MEMORY)
 make growth-plan SIZE=7b TOKENS=300e9   when to grow, and what it saves (PARAMS=7e9 instead of SIZE)
@@ -47,10 +47,10 @@ EVAL_SIZE  training samples that are set aside for evaluation: a share (0.1 if n
 INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
 HUB     Hub id of m0; HUB= to pretrain m0 of a published size
 TEXT    directory of token shards to pretrain on; with a given m0 the held-out text of experiment, also a text file
-OUT     folder of the stages (now {out})
+OUT     folder of the stages (now {out}), or of make report
 RUNS    folder of the models (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
-PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6
+PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6 or 4,
 RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
 CONTROLS  flops, or flops,loss: with experiment, also train the worse m0 further until it is level
 SEEDS   seeds, with experiment and growth-study: 42,43,44
@@ -83,7 +83,7 @@ def data_commands(v: Variables, tasks: Iterable[str]) -> list[Command]:
 def text_commands(v: Variables) -> list[Command]:
     """Makes the token shards of the size if they are missing. Raises UserError if TEXT does not exist, except
     in a dry run."""
-    if Path(v.text).exists() or v.get("TEXT") and v.get("DRY_RUN"):
+    if Path(v.text).exists() or v.get("TEXT") and v.dry_run:
         return []
     if v.get("TEXT"):
         raise UserError(f"TEXT={v.text} does not exist: make token shards there with data_prep.py text, or leave "
@@ -166,7 +166,7 @@ def evaluate_commands(v: Variables) -> list[Command]:
 
 def experiment_commands(v: Variables) -> list[Command]:
     """Runs the experiment, after making its data."""
-    order = v.get("ORDER").split()
+    order = split_names(v.get("ORDER"))
     pretrains = not (v.hub or v.get("INIT_LLM") and v.get("INIT_STACK"))
     return [*data_commands(v, order or chain.SAMPLE_ORDER), *(text_commands(v) if pretrains else []),
             *suite_commands(v.suite), script_command(
@@ -209,7 +209,7 @@ COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
     "experiment": experiment_commands,
     "experiment-plan": lambda v: [script_command(v, "-m", "pipeline.experiment_plan", runs=v.runs,
                                                  effect=v.get("EFFECT"))],
-    "report": lambda v: [script_command(v, "report.py", runs=v.runs)],
+    "report": lambda v: [script_command(v, "report.py", runs=v.runs, out=v.get("OUT"))],
     "growth-study": study_commands,
     "plan": lambda v: [script_command(v, "-m", "pipeline.plan", init=v.init, size="" if v.init else v.size,
                                       processes=v.nproc, zero=v.get("ZERO"), method=v.method,
@@ -233,24 +233,32 @@ def target_commands(target: str, environ: Mapping[str, str]) -> list[list[str]]:
 
 def check_arguments(command: Sequence[str]) -> None:
     """Lets the script of a command check its settings. Exits with the status of the script if they are not valid."""
-    script = next(index for index, word in enumerate(command) if word == "-m" or word.endswith(".py"))
+    script = script_place(command)
     checked = subprocess.run([PYTHON, *command[script:], "--show_settings"], stdout=subprocess.DEVNULL)
     if checked.returncode:
         sys.exit(checked.returncode)
 
 
+def script_place(command: Sequence[str]) -> int:
+    """The place of a command's script among its words."""
+    return next(index for index, word in enumerate(command) if word == "-m" or word.endswith(".py"))
+
+
 def main(target: str) -> None:
-    """Runs a target: prints and runs each of its commands. ARGS and the settings of a method are checked
-    first if more than the preparation of tasks, which takes seconds, precedes the command that gets them."""
+    """Runs a target: prints and runs each of its commands. What is passed on to scripts is checked first if more than
+    the preparation of tasks, which takes seconds, precedes them."""
     v = Variables(os.environ)
     if target == "help":
         return print(HELP.format(
             order=" ".join(chain.ORDER), sizes=" ".join(known("size")), methods=" ".join(known("method")),
             suites=", ".join(known("eval")), size=v.size, out=v.out, runs=v.runs, tasks=" ".join(v.tasks)))
-    commands, dry_run = target_commands(target, os.environ), os.environ.get("DRY_RUN")
+    commands, dry_run = target_commands(target, os.environ), v.dry_run
     takes_long = any(words[1:3] != ["data_prep.py", "task"] for words in commands[:-1])
-    if (v.args or ":" in v.method) and takes_long and not dry_run:
-        check_arguments(commands[-1])
+    if (v.args or ":" in v.method or target in ("experiment", "growth-study")) and takes_long and not dry_run:
+        by_script = {command[script_place(command)]: command for command in commands}
+        for script, command in by_script.items():  # the last command of each, which has the flags of all
+            if script == "train.py" or command is commands[-1]:
+                check_arguments(command)
     for command in commands:
         print(shlex.join(command), flush=True)
         if not dry_run:

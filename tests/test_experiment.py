@@ -135,7 +135,7 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
         return Job(out, command, script="train.py", inputs=(weights, data))
 
     ledger, job = Ledger(tmp_path), make("python", "a/train.py", "--seed", "1")
-    ledger.add(job)
+    ledger.add(job, ledger_entry(job))
     assert not ledger.unchanged(job)  # its result is missing
     out.mkdir()
     assert Ledger(tmp_path).unchanged(job)
@@ -151,8 +151,35 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     assert not ledger.unchanged(job)
     gone = Job(out, ["train.py"], script="train.py", inputs=(tmp_path / "gone",))
     assert ledger_entry(gone)["inputs"] == {str(tmp_path / "gone"): None}
-    ledger.add(gone)
+    ledger.add(gone, ledger_entry(gone))
     assert not ledger.unchanged(gone)  # a missing input may have changed
+
+
+def test_an_input_that_changes_during_a_job_is_a_change(tmp_path, monkeypatch):
+    data, out = tmp_path / "data.json", tmp_path / "m1-simp"
+    data.write_text("{}")
+    job = Job(out, ["train.py"], script="train.py", inputs=(data,))
+
+    def replace_data(words):
+        out.mkdir()
+        data.write_text("[]")
+
+    monkeypatch.setattr(experiment, "run_command", replace_data)
+    experiment.run_unfinished([job], [job], Ledger(tmp_path), SimpleNamespace(
+        seconds=lambda jobs: 1.0, add=lambda job, seconds: None))
+    assert not Ledger(tmp_path).unchanged(job)
+    data.write_text("{}")
+    assert Ledger(tmp_path).unchanged(job)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--methods", "lora:lora_rank=200"], "lora_rank is 200, more than the"),
+    (["--methods", "expansion:new_layers=100"], "cannot make 108"),
+    (["--train_args", "--train model.layers.99.*"], "train: no parameter matches model.layers.99.*")])
+def test_parameters_to_train_are_checked_before_m0_is_pretrained(tasks, refusal, tmp_path, flags, said):
+    words = ["--size", "tiny", "--models", "llm", "--order", "simp", "--text", "x", "--data", tasks]
+    assert said in refusal((ExperimentConfig, experiment.main), *words, "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_go_on_where_the_project_lies_elsewhere(tmp_path, monkeypatch):
@@ -169,7 +196,7 @@ def test_runs_go_on_where_the_project_lies_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr("common.configs.ROOT", tmp_path / "here")
     assert ledger.unchanged(here)  # as earlier versions recorded it
     assert not ledger.unchanged(there)
-    ledger.add(here)
+    ledger.add(here, ledger_entry(here))
     monkeypatch.setattr("common.configs.ROOT", tmp_path / "there")
     assert ledger.unchanged(there)
 
@@ -292,10 +319,10 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--order", "simp,smp"], "unknown task 'smp'"), (["--models", "big"], "unknown models 'big'"),
     (["--methods", "ewk"], "the method 'ewk': unknown method 'ewk', expected one of ewc"),
     (["--methods", "ewc:seed=3"], "the method 'ewc:seed=3': 'seed=3' is not name=value of a setting"),
-    (["--methods", "finetune:deepspeed=../x"], "the method 'finetune:deepspeed=../x': it names a folder"),
+    (["--methods", "finetune:deepspeed=../x"], "the method 'finetune:deepspeed=../x' names a folder"),
     (["--methods", "vcl:tau=2"], "the method 'vcl:tau=2': tau is 2.0, expected a number above 0 and at most 1"),
     (["--posterior_samples", "-1"], "posterior_samples is -1, expected at least 0"),
-    (["--methods", "ewc:strength=3"], "'strength=3' is not name=value of a setting"),
+    (["--methods", "ewc:strength=3"], "the method 'ewc:strength=3': unknown flag '--strength' (did"),
     (["--methods", "vcl", "--train_args", "--weight_decay 1"], "train_args and the method 'vcl': weight_decay is 1.0"),
     (["--size", "tiny", "--text", "x", "--train_args", "--template chat"], "are trained with the template chat"),
     (["--size", "tiny", "--text", "x", "--stage_args", "--template chat,,"], "with the template alpaca and chat"),

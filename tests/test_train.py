@@ -502,7 +502,7 @@ def test_bad_input_is_refused_before_anything_is_written(refusal, monkeypatch, c
         (["--stop_at_eval_loss", "0"], "stop_at_eval_loss is 0.0, expected a number above 0"),
         (["--task", "none", "--held_out_text", "x", "--examples", "1"], "held_out_text is for fine-tuning: pretraining "
          "evaluates on the held-out part of its data; examples are those of a task's test set: give --task"),
-        (["--held_out_text", tmp_path / "none"], "none does not exist or is not a directory of token shards"),
+        (["--held_out_text", tmp_path / "none"], "none does not exist: make token shards with data_prep.py text"),
         (["--held_out_text", bad_task], "bad.json"),
         (["--weight_decay", "inf"], "weight_decay is inf, expected a finite number"),
         (["--ewc_strength", "inf"], "ewc_strength is inf, expected a finite number"),

@@ -125,6 +125,14 @@ def test_a_table_that_a_spreadsheet_has_saved(table):
         read_stage_table(table)
 
 
+def test_tables_may_be_put_together(table):
+    """As by `cat`, with the head of each."""
+    head, *rows = table.read_text().splitlines(keepends=True)
+    expected = read_stage_table(table)
+    table.write_text("".join([head, *rows[:9], head, *rows[9:]]))
+    assert [stage.name for stage in read_stage_table(table)] == [stage.name for stage in expected]
+
+
 def test_a_kl_of_this_start_is_used(runs, table):
     for stages in (read_runs(runs), read_stage_table(table)):
         assert not any("another checkpoint" in line for line in Study(stages, "stack", "llm").left_out)
@@ -137,6 +145,8 @@ def test_a_kl_of_this_start_is_used(runs, table):
     (lambda lines: [lines[0], lines[1].replace(",m0,", ",start,")], "unknown stage 'start'"),
     (lambda lines: [line.replace(",0.003,", ",fast,") for line in lines], "could not convert string to float: 'fast'"),
     (lambda lines: [lines[0], lines[1].replace(",losses,", ",gains,")], "unknown kind 'gains'"),
+    (lambda lines: [lines[0], lines[1], lines[2][:40]], r"csv, line 3, has not the \d+ columns of the first line"),
+    (lambda lines: [lines[0], lines[1], lines[2].replace(",m", ",x")], "csv, line 3, is damaged or not a row of"),
     (lambda lines: lines[:1], "has no rows")])
 def test_damaged_tables(table, change, message):
     table.write_text("".join(change(table.read_text().splitlines(keepends=True))))

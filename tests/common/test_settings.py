@@ -83,6 +83,15 @@ def test_all_problems_in_one_message(tmp_path):
         assert message in str(error.value), message
 
 
+def test_values_are_checked_beside_unknown_names():
+    """The value that is replaced by its default is not called missing or out of range."""
+    with pytest.raises(UserError) as error:
+        load(Checked, ["--taks", "simp", "--beta", "2", "--share", "much"])
+    assert str(error.value) == (
+        "unknown flag '--taks' (did you mean '--task'?); share is 'much', expected a number (in the flags); "
+        "--out is missing; beta is 2.0, expected a number at least 0 and below 1")
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--out", ""], "--out is missing"), (["--out", "none"], "--out is missing"),
     (["--share", "1.1"], "share is 1.1, expected a number from 0 to 1"),
@@ -239,7 +248,8 @@ def test_a_script_prints_errors_in_one_line(refusal, tmp_path):
         stack.COMMANDS, "gorw")
     assert "error: no command given, expected one of grow, plan" in refusal(stack.COMMANDS)
     script = TrainConfig, pytest.fail
-    assert "expected one argument" in refusal(script, "--task")
+    assert "--task has no value: give one behind it; one that begins with - as --task=-…" in refusal(
+        script, "--task", "--compile")
     (tmp_path / "c.toml").write_text("learning_rat = 1\n")
     assert "did you mean 'learning_rate'" in refusal(script, "--config", tmp_path / "c.toml")
     assert read_toml(tmp_path / "c.toml") == {"learning_rat": 1}

@@ -122,7 +122,7 @@ def test_src_info_may_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\x00\xb5", b"", b"precious notes\n", b'{"src": ["a"]}'])
-def test_only_task_files_are_overwritten(tmp_path, content):
+def test_no_other_file_is_overwritten(tmp_path, content):
     path, splits = tmp_path / "t.json", {"train": [ITEM], "eval": [], "test": []}
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"t\.json exists already and is not a preprocessed task file"):
@@ -131,8 +131,9 @@ def test_only_task_files_are_overwritten(tmp_path, content):
     path.unlink()
     assert write_task(path, splits)
     assert not write_task(path, splits)
-    assert write_task(path, splits | {"train": []})
-    assert json.loads(path.read_text())["train"] == []
+    with pytest.raises(UserError, match=r"t\.json exists already and holds other samples, .* remove it or choose"):
+        write_task(path, splits | {"train": []})
+    assert json.loads(path.read_text())["train"] == [ITEM]
     with pytest.raises(UserError, match="cannot write .*: it is a folder, expected the name of a file"):
         write_task(tmp_path, splits)
 

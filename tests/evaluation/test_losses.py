@@ -231,11 +231,12 @@ def test_texts_and_references_that_do_not_fit(refused, checkpoint, shards, token
         refused(text_length=4000)
     assert "max_source_length 1900 + max_target_length 256 of simp is more than the model's" in \
         refused(max_source_length=1900)
-    assert f"{tmp_path} does not exist or is not a directory of token shards" in refused(text=str(tmp_path))
+    assert f"{tmp_path} is not a directory of token shards" in refused(text=str(tmp_path))
     (tmp_path / "a.md").write_text("text")
-    assert "a.md: expected a .txt or .jsonl file" in refused(text=str(tmp_path / "a.md"))
+    assert "a.md is neither a directory of token shards nor a .txt or .jsonl file" in refused(
+        text=str(tmp_path / "a.md"))
     (tmp_path / "a.txt").write_text("  \n")
-    assert "hold no text" in refused(text=str(tmp_path / "a.txt"))
+    assert "a.txt holds no document with text" in refused(text=str(tmp_path / "a.txt"))
     other = tmp_path / "other"
     other.mkdir()
     train_tokenizer(sample_texts("empd"), 512, other)

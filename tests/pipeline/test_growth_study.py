@@ -83,7 +83,7 @@ def test_recipes_by_hand():
     (["--factors", "9" * 30], "expected a whole number below 2**63"),
     (["--at_tokens", "1" + "0" * 400], "expected a whole number below 2**63"),
     (["--at_tokens", "9223372036854775807"], "expected a number from 1 to 1000000000000000000"),
-    ([], "d does not exist or is not a directory of token shards"),
+    ([], "d does not exist: make token shards"),
     (["--size", "410m", "--at_tokens", "9"], "the size 410m has no table [growth]")])
 def test_invalid_recipes(refusal, tmp_path, flags, said):
     words = ["--size", "tiny", "--data", "d", "--out", tmp_path / "o", *flags]
@@ -436,7 +436,7 @@ def test_a_damaged_log_is_named(tmp_path, line):
     (["--seeds", "1,1"], "seeds is 1, 1, expected each once"),
     (["--eval_steps", "0"], "eval_steps is 0, expected at least 1"),
     (["--operators", ""], "unknown operators ''"), (["--seeds", "-1"], "seeds is -1, expected at least 0"),
-    ([], "d does not exist or is not a directory of token shards")])
+    ([], "d does not exist: make token shards")])
 def test_invalid_studies(refusal, tmp_path, flags, said):
     words = ["--size", "tiny", "--data", "d", "--out", tmp_path / "o", *flags]
     assert said in refusal((GrowthStudyConfig, growth_study.main), *words)

@@ -12,7 +12,7 @@ from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
 from model.transformer import Block, Transformer, rotary_table
 from pipeline.memory_plan import GIB, MemoryPlan, alternatives
-from pipeline.plan import trained_parameters
+from pipeline.plan import read_method, trained_parameters
 from pipeline.pretraining import size_config
 from pipeline.step_time import plan_step
 from tests.conftest import SHAPE
@@ -97,14 +97,14 @@ def test_activations_of_blocks_that_are_frozen_or_adapted(dtype, adapters):
 
 
 def test_a_method_trains_a_part_of_the_7b():
-    config, trained = trained_parameters(size_config("7b"), "lora")
+    config, trained = trained_parameters(size_config("7b"), read_method("lora"))
     plan = MemoryPlan(config, 8, 3, False, "bf16", 16_384, True, method="lora", trained=trained)
     matrices = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 11008), (4096, 11008), (11008, 4096))
     assert plan.num_trained == 32 * 16 * sum(map(sum, matrices))
     assert plan.memory()["fp32 weights and moments"] == 12 * plan.num_trained / 8
     assert plan.memory()["weights"] == 2 * (5_933_109_248 + plan.num_trained) / 8
     assert plan.memory()["gradients"] == 8 * plan.num_trained / 8
-    grown, trained = trained_parameters(size_config("7b"), "expansion")
+    grown, trained = trained_parameters(size_config("7b"), read_method("expansion"))
     assert grown.num_hidden_layers == 34
     expanded = MemoryPlan(grown, 8, 3, False, "bf16", 16_384, False, method="expansion", trained=trained)
     assert expanded.num_trained == 2 * (5_933_109_248 - 2 * 32_000 * 4096 - 4096) / 32
@@ -112,7 +112,7 @@ def test_a_method_trains_a_part_of_the_7b():
     assert below.activations() == 16_384 * 2 * below.block_activations()  # the last block, and one more
     full, frozen = expanded.block_activations(), expanded.block_activations(trained=False)
     assert expanded.activations() == 16_384 * (3 * full + 16 * frozen)  # of the layers 16 to 33
-    assert trained_parameters(size_config("7b"), "ewc") == (size_config("7b"), None)
+    assert trained_parameters(size_config("7b"), read_method("ewc")) == (size_config("7b"), None)
     replayed = MemoryPlan(size_config("7b"), 8, 3, False, "bf16", 16_384, True, method="self_replay")
     assert replayed.memory()["the start of the chain"] == 2 * 5_933_109_248
 

@@ -70,7 +70,17 @@ def test_time_of_a_method_that_takes_more_is_not_planned(capsys, method, said):
     assert ("TFLOP/s, without what the method adds\n" in capsys.readouterr().out) == said
 
 
+def test_a_method_may_have_settings(capsys):
+    ranks = [read_plan(PlanConfig(size="7b", method=method))[0].num_trained
+             for method in ("lora", "lora:lora_rank=8", "lora:lora_rank=32")]
+    assert ranks[0] == 2 * ranks[1] == ranks[2] / 2
+    main(PlanConfig(size="7b", method="finetune:rehearsal=0.1"))
+    assert "TFLOP/s, without what the method adds\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    (["--size", "7b", "--method", "lora:lora_rank=99999"], "lora_rank is 99999, more than the"),
+    (["--size", "7b", "--method", "lra"], "unknown method 'lra'"),
     ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
     (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number from 0.001 to 1"),
     (["--size", "7b", "--tokens", "1e308"], "tokens is 1e+308, expected a number from 1 to 1e+18"),

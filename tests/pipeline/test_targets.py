@@ -156,7 +156,8 @@ def test_the_experiment_and_its_report():
     assert "--launcher slurm" in commands("experiment", LAUNCHER="slurm")[-1]
     text = commands("experiment", PAIRS="3", RATES="3e-4,1e-3", CONTROLS="flops,loss")[-1]
     assert text.endswith("--pairs 1,2,3 --rates 3e-4,1e-3 --controls flops,loss")
-    assert commands("experiment", PAIRS="4,6")[-1].endswith("--pairs 4,6")
+    for given, seeds in (("4,6", "4,6"), ("4, 6", "4,6"), ("4,", "4")):
+        assert commands("experiment", PAIRS=given)[-1].endswith(f"--pairs {seeds}")
     assert commands("report", SIZE="small") == [".venv/bin/python report.py --runs runs/small"]
 
 
@@ -219,6 +220,12 @@ def test_tests_and_style():
     ("pretrain", {"SIZE": "huge"}, "unknown SIZE 'huge', expected one of 1m, 3b, 410m, 7b, small, study, tiny"),
     ("data", {"SOURCE": "web"}, "unknown SOURCE 'web', expected one of sample, raw, hub"),
     ("evaluate", {"TASKS": "simp smp"}, "unknown TASKS 'smp'"),
+    ("train", {"METHOD": "replay:replay_text=mine"}, "METHOD: 'replay_text=mine' is not name=value of a setting that a "
+     "method may have: the text that is replayed is TEXT, or --text"),
+    ("plan", {"METHOD": "ewc:out=x"}, "METHOD: 'out=x' is not name=value of a setting"),
+    ("evaluate", {"METHOD": "ewc:deepspeed=a/b"}, "METHOD: the method 'ewc:deepspeed=a/b' names a folder"),
+    ("train", {"GIVEN": "TASK SEEDS RATES"}, "make train does not use SEEDS, RATES"),
+    ("growth-study", {"GIVEN": "OUT"}, "make growth-study does not use OUT"),
     ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, expansion, fapm"),
     ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
     ("plan", {"NPROC": "x"}, "NPROC is 'x', expected a whole number of at least 1"),
@@ -236,6 +243,12 @@ def test_wrong_variables_are_all_reported(target, variables, said):
     with pytest.raises(UserError) as error:
         target_commands(target, variables)
     assert said in str(error.value)
+
+
+def test_names_may_be_divided_by_commas():
+    for target in ("train", "experiment"):
+        assert commands(target, ORDER="simp,empd") == commands(target, ORDER="simp empd")
+    assert commands("evaluate", TASKS="simp,empd") == commands("evaluate", TASKS="simp empd")
 
 
 def test_make_prints_the_commands_and_reports_errors_on_one_line():
@@ -290,6 +303,8 @@ def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
 @pytest.mark.parametrize(("target", "given", "said"), [
     ("train", {"ARGS": "--learning_rat 1"}, "error: unknown flag '--learning_rat'"),
     ("train", {"METHOD": "ewc:foo=1"}, "error: unknown flag '--foo'"),
+    ("evaluate", {"METHOD": "ewc:foo=1"}, "error: unknown flag '--foo'"),
+    ("experiment", {"METHOD": "finetune,foo"}, "unknown method 'foo'"),
     ("evaluate", {"ARGS": "--limit few"}, "error: limit is 'few', expected a whole number"),
     ("experiment", {"ARGS": "--seeds=-1"}, "error: seeds is -1, expected at least 0")])
 def test_arguments_are_checked_before_the_first_command(monkeypatch, tmp_path, capfd, target, given, said):
@@ -406,8 +421,8 @@ def test_defaults():
 @pytest.mark.parametrize(("target", "variables", "said"), [
     ("evaluate", {"SUITE": "nope"}, "unknown SUITE 'nope', expected one of local, paper, sample, none"),
     ("experiment", {"SUITE": "none"}, "unknown SUITE 'none', expected one of local, paper, sample"),
-    ("experiment", {"PAIRS": "0"}, "PAIRS is '0', expected a number of pairs, or seeds divided by commas"),
-    ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected")])
+    ("experiment", {"PAIRS": "0"}, "PAIRS is '0', expected at most 9,999 pairs, or seeds divided by commas"),
+    ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected"), ("experiment", {"PAIRS": "10000"}, "at most 9,999")])
 def test_values_that_would_be_refused_only_after_pretraining(target, variables, said):
     with pytest.raises(UserError, match=re.escape(said)):
         commands(target, **variables)
@@ -415,6 +430,7 @@ def test_values_that_would_be_refused_only_after_pretraining(target, variables, 
 
 def test_cleaning_removes_what_is_made_again_in_seconds():
     """A dry run prints it."""
+    assert targets.Variables({"DRY_RUN": "0"}).dry_run is False
     printed = make("clean", DRY_RUN="1").stdout.splitlines()
     assert printed[0] == "rm -rf .venv .venv.lock data/prepared .pytest_cache .ruff_cache .mypy_cache"
     assert printed[1].startswith("find . -name __pycache__")
