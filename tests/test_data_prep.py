@@ -156,6 +156,13 @@ def test_bad_raw_files(raw, tmp_path, spoil, said):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_the_folder_of_another_task_is_refused(raw, tmp_path):
+    other = raw.rename(raw.parent / "eSNLI")
+    line = error_line(prepare(raw, tmp_path / "out.json", folder=other, check=False))
+    assert f"{other} is the folder of the task exp, expected wiki_auto or its parent folder" in line
+    assert not (tmp_path / "out.json").exists()
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (["--task", "smp"], "unknown task 'smp'"), (["--eval_dataset_size", "50"], "takes 50 of 28 training items"),
     (["--eval_dataset_size", "-1"], "expected a number above 0"), (["--eval_dataset_size", "inf"], "size is inf"),
