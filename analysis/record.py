@@ -249,13 +249,18 @@ def common_group(group: Group) -> Group:
 def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str,
                       pair: Pair | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
     """{method: Record}, the baseline first. All methods start from the same m0. Stages without a method have the
-    method "none"."""
-    methods = {stage.method_name for stage in stages if stage.number} or {"none"}
-    starts = [stage for stage in stages if not stage.number]
-    last = max(stage.number for stage in stages)
-    return {method: Record(starts + [stage for stage in stages if stage.number and stage.method_name == method],
-                           categories, pair, last, method if len(methods) > 1 else "", uncounted)
-            for method in sorted(methods, key=lambda name: (name != baseline, name))}
+    method "none". The first record has all models, those of the other methods have the models that were trained with
+    them."""
+    names = {stage.method_name for stage in stages if stage.number} or {"none"}
+    methods = sorted(names, key=lambda name: (name != baseline, name))
+    last, records = max(stage.number for stage in stages), {}
+    for method in methods:
+        trained = [stage for stage in stages if stage.number and stage.method_name == method]
+        models = {stage.model for stage in (stages if method == methods[0] else trained)}
+        starts = [stage for stage in stages if not stage.number and stage.model in models]
+        title = method if len(methods) > 1 else ""
+        records[method] = Record(starts + trained, categories, pair, last, title, uncounted)
+    return records
 
 
 def benchmark_at(chain: Chain, number: int, name: str) -> Estimate | None:

@@ -358,6 +358,17 @@ def test_the_report_of_methods(folder, tmp_path):
     assert (tmp_path / "report/methods.svg").exists()
 
 
+def test_a_model_is_not_compared_with_methods_that_it_has_not(folder, tmp_path):
+    for place in folder.glob("pair-*/stack/lora"):
+        shutil.rmtree(place)
+    report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "stack, lora" not in text
+    assert [line.startswith("| lora |") for line in text.split("## Methods: stack")[1].split("##")[0].splitlines()
+            if line.startswith("| ")] == [False] * 3  # head, finetune, replay
+    assert "| lora |" in text.split("## Methods: llm")[1].split("##")[0]
+
+
 def test_one_run_of_each_method_says_nothing_of_better_and_worse(folder, tmp_path):
     """At one learning rate a method may forget less because it learned less."""
     shutil.copytree(folder / "pair-1/llm", tmp_path / "one/llm")
