@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV   := .venv
 
 # Exports the variables of the command line literally: neither make nor the shell expands their values. GIVEN: their
-# names.
+# names. GOALS: the targets of this call.
 export GIVEN :=
+export GOALS := $(MAKECMDGOALS)
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),\
     $(eval override $(name) := $$(value $(name)))$(eval export $(name))$(eval GIVEN += $(name))))
 

@@ -48,11 +48,12 @@ class TaskDataConfig:
 
 def prepare_task(cfg: TaskDataConfig) -> None:
     """Writes the preprocessed file of a task from its raw files."""
-    spec, folder = read_config("task", cfg.task), Path(cfg.folder_path).resolve().name
-    others = {read_config("task", name).get("folder"): name for name in known("task")}
-    if folder != spec["folder"] and folder in others:
-        raise UserError(f"{cfg.folder_path} is the folder of the task {others[folder]}, expected {spec['folder']} or "
-                        "its parent folder")
+    spec, folder = read_config("task", cfg.task), Path(cfg.folder_path)
+    if not (folder / spec["folder"]).is_dir() and folder.absolute().name != spec["folder"]:
+        others = {read_config("task", name).get("folder"): name for name in known("task")}
+        if other := others.get(folder.absolute().name):
+            raise UserError(f"{folder} is the folder of the task {other}, expected {spec['folder']} or its parent "
+                            "folder")
     train, test = read_raw_task(cfg.folder_path, spec)
     indices = split_indices(len(train), cfg.eval_dataset_size)
     splits = {name: [train[i] for i in part] for name, part in zip(("train", "eval"), indices)} | {"test": test}

@@ -74,11 +74,9 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
     if evaluated.decode:
         lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
-    configs = [model_config(cfg, model) for model in cfg.models]
-    for config, settings in itertools.product(configs, training):
-        if NEW_LAYERS not in settings.train or settings.new_layers:  # those of a grown m0 are not known yet
-            trained_parameters(config, settings)
-    limit = min(config.max_position_embeddings for config in configs)
+    for model, method in itertools.product(cfg.models, cfg.methods or [None]):
+        check_trained(cfg, model, method)
+    limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
     if max(lengths) > limit:
         raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
                         f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
@@ -98,6 +96,17 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
                             "another --out, or remove it")
     for folder in (cfg.out, cfg.report, *(str(job.out) for job in to_do)):
         check_writable(folder)
+
+
+def check_trained(cfg: ExperimentConfig, model: str, method: str | None) -> None:
+    """Raises UserError if a model has not the parameters that its first stage trains."""
+    settings = train_settings(cfg, method, *cfg.stage_args[:1])
+    if NEW_LAYERS in settings.train and not settings.new_layers:
+        return  # those of a grown m0 are not known yet
+    try:
+        trained_parameters(model_config(cfg, model), settings)
+    except UserError as error:
+        raise UserError(f"{model}{f' with {method}' if method else ''}: {error}") from None
 
 
 def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:

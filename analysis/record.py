@@ -260,6 +260,8 @@ def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseli
         starts = [stage for stage in stages if not stage.number and stage.model in models]
         title = method if len(methods) > 1 else ""
         records[method] = Record(starts + trained, categories, pair, last, title, uncounted)
+        records[method].missing += [f"{model} has no runs with {method}" for model in records[methods[0]].chains
+                                    if model not in models]
     return records
 
 

@@ -75,9 +75,10 @@ def main(cfg):
                                                                 cfg.dtypes):
             if zero == 0 and dtype == "bf16":
                 continue
-            grown, trained = trained_parameters(config, read_method(method))
-            plan = MemoryPlan(grown, processes, zero, False, dtype, cfg.max_tokens_per_microbatch, False, "cpu", method,
-                              tokens, trained=trained)
+            settings = read_method(method)
+            grown, trained = trained_parameters(config, settings)
+            plan = MemoryPlan(grown, processes, zero, False, dtype, cfg.max_tokens_per_microbatch, False, "cpu",
+                              settings, tokens, trained=trained)
             measured = measured_memory(cfg, checkpoint, zero, processes, dtype, method)
             error = plan.total() / measured - 1
             largest = max(largest, abs(error))

@@ -133,15 +133,17 @@ def json_values(cfg: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(cfg).items()}
 
 
-def check_values(cfg: Any, refused: Collection[str] = ()) -> list[str]:
+def check_values(cfg: Any, is_complete: bool = True, refused: Collection[str] = ()) -> list[str]:
     """Checks the values of a settings object against the metadata of its fields; returns problems as sentences.
-    refused: names of settings whose values are not those that were given."""
+
+    is_complete: whether it has all values that were given. refused: names of those that it has not.
+    """
     found = []
     for field in dataclasses.fields(cfg):
         value, meta = getattr(cfg, field.name), field.metadata
         if field.name in refused:
             continue
-        if meta["required"] and not value:
+        if meta["required"] and not value and is_complete:
             found.append(f"--{field.name} is missing")
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
             if isinstance(item, int | float) and not isinstance(item, bool):
@@ -237,7 +239,7 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     found.origins |= dict.fromkeys(by_flags.values, "flag")
     cfg = cls(**found.values)
     mistakes = found.problems + by_flags.problems
-    problems = mistakes + check_values(cfg, found.refused | by_flags.refused)
+    problems = mistakes + check_values(cfg, not mistakes, found.refused | by_flags.refused)
     if not mistakes and hasattr(cfg, "problems"):
         problems += cfg.problems()
     if problems:

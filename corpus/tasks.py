@@ -54,9 +54,10 @@ def write_task(path: str | Path, splits: dict[str, list[dict]]) -> bool:
     if Path(path).is_file():
         if (old := Path(path).read_bytes()) == text.encode():
             return False
-        what = "holds other samples, of other raw files or of another eval_dataset_size" if old.startswith(BEGINNING) \
-            else "is not a preprocessed task file"
-        raise UserError(f"{path} exists already and {what}: remove it or choose another name")
+        if old.startswith(BEGINNING):
+            raise UserError(f"{path} exists already, and these raw files and eval_dataset_size give another one: "
+                            "remove it to prepare the task again, or choose another name")
+        raise UserError(f"{path} exists already and is not a preprocessed task file: remove it or choose another name")
     write_text(path, text)
     return True
 

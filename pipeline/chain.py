@@ -17,8 +17,10 @@ PAIR = "llm", "stack"  # the models that are compared, and that are published
 MODELS = "llm", "base", "stack", "interleave", "middle", "solar"
 
 
-# The settings of train.py that identify a stage.
+# The settings of train.py that identify a stage, and what a method may not set besides: the text that is replayed is
+# an input of the stage, and the last ones are no settings.
 STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
+NOT_OF_METHODS = STAGE_SETTINGS | {"replay_text", "config", "help", "show_settings"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ def method_flags(method: str) -> list[str]:
     override it. Raises UserError if they are not settings that a method may have."""
     name, *settings = method.split(":")
     if "/" in method:
-        raise UserError(f"the method {method!r} names a folder, so that it may have no '/': give paths as flags")
+        raise UserError(f"the method {method!r} names a folder, so that it may have no '/': give paths in ARGS, or in "
+                        "train_args")
     flags = ["--method", name]
     for setting in settings:
         key, _, value = setting.partition("=")
-        if not value or key in STAGE_SETTINGS | {"replay_text"}:
+        if not value or key in NOT_OF_METHODS:
             raise UserError(f"{setting!r} is not name=value of a setting that a method may have"
                             + (": the text that is replayed is TEXT, or --text" if key == "replay_text" else ""))
         flags += [f"--{key}", value]

@@ -116,7 +116,7 @@ def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = 
     try:
         return load(TrainConfig, [
             "--config", str(CONFIGS / "train/finetune.toml"), *optional_flags(size=cfg.size), "--task", chain.ORDER[0],
-            "--init", "x", "--data", "x", "--out", "x", *optional_flags(replay_text=cfg.text),
+            "--init", "m0", "--data", "x", "--out", "x", *optional_flags(replay_text=cfg.text),
             *further_flags(cfg.train_args, chain.STAGE_SETTINGS), *further_flags(stage_args, chain.STAGE_SETTINGS),
             *(chain.method_flags(method) if method is not None else [])])
     except UserError as error:

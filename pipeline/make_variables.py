@@ -20,16 +20,24 @@ VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE",
              "TASKS", "TEXT", "TOKENS", "ZERO")
 
 
-ALWAYS = "ARGS", "DRY_RUN", "PYTHON"
-EXPLAINED = "HUB", "INIT", "LAUNCHER"  # problems() says where they belong
-CHAIN = "TASK MODEL SIZE INIT SOURCE RAW EVAL_SIZE TEXT HUB RUNS OUT ORDER METHOD NPROC"
-# The variables that a target uses; those that make a stage may have all that name it.
-USED = {"train": CHAIN, "pretrain": CHAIN, "data": CHAIN, "evaluate": f"{CHAIN} CHECKPOINT TASKS SUITE FILES",
+ALWAYS = "DRY_RUN", "PYTHON", "LAUNCHER"  # problems() says where LAUNCHER belongs
+CHAIN = "TASK MODEL SIZE SOURCE RAW EVAL_SIZE TEXT HUB RUNS OUT ORDER METHOD NPROC"
+# The variables that a target uses; those that make a stage may have all that name it. problems() says of the HUB and
+# the INIT of an experiment what to give instead.
+USED = {"train": f"{CHAIN} INIT ARGS", "pretrain": f"{CHAIN} ARGS", "data": f"{CHAIN} INIT",
+        "evaluate": f"{CHAIN} INIT CHECKPOINT TASKS SUITE FILES ARGS",
         "experiment": "SIZE SOURCE RAW EVAL_SIZE TEXT RUNS ORDER METHOD NPROC INIT_LLM INIT_STACK PAIRS RATES CONTROLS "
-                      "SEEDS SUITE FILES",
-        "experiment-plan": "SIZE RUNS EFFECT", "report": "SIZE RUNS OUT", "growth-study": "SIZE TEXT STUDY SEEDS NPROC",
-        "plan": "INIT SIZE NPROC ZERO METHOD GPU_MODEL GPU_MEMORY TOKENS", "growth-plan": "PARAMS SIZE TOKENS",
-        "bench": "SIZE SOURCE RAW EVAL_SIZE FILES", "test": "SMOLLM2", "lint": ""}
+                      "SEEDS SUITE FILES HUB INIT ARGS",
+        "experiment-plan": "SIZE RUNS EFFECT ARGS", "report": "SIZE RUNS OUT ARGS",
+        "growth-study": "SIZE TEXT STUDY SEEDS NPROC ARGS",
+        "plan": "INIT SIZE NPROC ZERO METHOD GPU_MODEL GPU_MEMORY TOKENS ARGS",
+        "growth-plan": "PARAMS SIZE TOKENS ARGS",
+        "bench": "SIZE INIT SOURCE RAW EVAL_SIZE FILES ARGS", "test": "SMOLLM2 ARGS", "lint": ""}
+
+
+def spaceless(text: str) -> str:
+    """A list of numbers without the spaces at its commas."""
+    return re.sub(r"\s*,\s*", ",", text.strip())
 
 
 def split_names(text: str) -> list[str]:
@@ -58,7 +66,7 @@ class Variables:
         self.order = split_names(self.get("ORDER")) or ([self.task] if is_own else list(chain.ORDER))
         self.tasks = split_names(self.get("TASKS", " ".join(self.order)))
         self.method, self.suite, self.files = self.get("METHOD"), self.get("SUITE", "sample"), self.get("FILES")
-        pairs = re.sub(r"\s", "", self.get("PAIRS"))
+        pairs = spaceless(self.get("PAIRS"))
         is_count = re.fullmatch("[1-9][0-9]{0,3}", pairs)
         self.pairs = ",".join(map(str, range(1, int(pairs) + 1))) if is_count else pairs.removesuffix(",")
         self.nproc, self.args = self.get("NPROC") or "1", self.get("ARGS")
@@ -72,8 +80,9 @@ class Variables:
         """What is wrong with the variables that a target uses, as sentences."""
         stages = "train", "data", "evaluate"
         building = *stages, "experiment", "pretrain", "growth-study"
-        unused = [name for name in self.get("GIVEN").split() if target in USED and name in VARIABLES
-                  and name not in (*ALWAYS, *EXPLAINED, *USED[target].split())]
+        goals = [goal for goal in self.get("GOALS", target).split() if goal in USED]
+        used = {*ALWAYS, *(name for goal in goals for name in USED[goal].split())}
+        unused = [name for name in self.get("GIVEN").split() if name in VARIABLES and name not in used]
         has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
         checks = [(building, "MODEL", [self.model], chain.MODELS),
                   (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
@@ -88,7 +97,7 @@ class Variables:
                    known("method"))]
         unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
         found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
-        found += [f"make {target} does not use {', '.join(unused)}"] if unused else []
+        found += [f"make {' '.join(goals)} does not use {', '.join(unused)}"] if unused else []
         found += [problem for targets, variable, values, accepted in checks if target in targets
                   for value in values for problem in unknown_name(variable, value, accepted)]
         if target in stages and self.init and "SIZE" not in self.given and self.preset:
@@ -113,7 +122,7 @@ class Variables:
         if not self.nproc.isdecimal() or int(self.nproc) < 1:
             found.append(f"NPROC is {self.nproc!r}, expected a whole number of at least 1")
         if not re.fullmatch(r"([1-9]\d{0,3}|[1-9]\d*(,[1-9]\d*)*,|[1-9]\d*(,[1-9]\d*)+)?",
-                            re.sub(r"\s", "", self.get("PAIRS"))):
+                            spaceless(self.get("PAIRS"))):
             found.append(f"PAIRS is {self.get('PAIRS')!r}, expected at most 9,999 pairs, or seeds divided by commas, "
                          "such as 4,6 or 4,")
         try:

@@ -3,7 +3,7 @@
 bench/memory_use.py compares the plan with measured runs.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from common.configs import CONFIGS
@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.lora import A, is_adapter
 from model.loss import chunk_rows
 from training.selection import Shapes, count_elements, num_reached
+from training.train_config import TrainConfig
 
 GIB = 1 << 30
 RUNTIME = {"cpu": 0.4 * GIB, "cuda": 0.6 * GIB}  # of the process itself: Python and libraries, or the CUDA context
@@ -24,7 +25,8 @@ PREFIX_TOKENS = 40  # with which the prompts of a task begin alike, roughly
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The properties of a run that its memory and time depend on."""
+    """The properties of a run that its memory and time depend on. method: the settings of a method against
+    forgetting."""
     config: ModelConfig
     processes: int
     zero: int
@@ -33,7 +35,7 @@ class MemoryPlan:
     max_tokens_per_microbatch: int
     gradient_checkpointing: bool
     device: str = "cuda"
-    method: str | None = None
+    method: TrainConfig = field(default_factory=TrainConfig)
     sample_tokens: int = 128
     prefix_tokens: int = 0  # with which the samples of a micro-batch begin, computed once for all of them
     trained: Shapes | None = None  # the parameters that are trained, name -> shape; None: all
@@ -73,9 +75,9 @@ class MemoryPlan:
         """Bytes per weight that a method keeps in a later task: the initial weights, with EWC also their Fisher
         information; with VCL mean and precision of the prior, and without ZeRO the mean while the weights are
         sampled."""
-        if self.method == "vcl":
+        if self.method.optimizer == "ivon":
             return 12 if self.zero == 0 else 8
-        return {"wise_ft": 4, "l2_sp": 4, "l2_sp_penalty": 4, "fapm": 4, "ewc": 8}.get(self.method or "", 0)
+        return 8 if self.method.ewc_strength else 4 if self.method.anchored else 0
 
     def memory(self) -> dict[str, float]:
         """Bytes on a process's device by what holds them; on a CPU, bytes of the process."""
@@ -88,7 +90,7 @@ class MemoryPlan:
             stored = self.num_stored if self.weight_bytes == 2 else self.num_frozen
             rows["weights"] = self.weight_bytes * stored / shards
             rows["gathered weights"] = self.weight_bytes * min(self.num_stored, LIVE)
-        if self.method in ("self_replay", "input_kl"):
+        if self.method.self_replay_kl or self.method.input_kl:
             rows["the start of the chain"] = self.weight_bytes * self.config.num_parameters
         rows |= {"gradients": self.gradients(), "activations": self.activations(), "logits": self.logits(),
                  "buffers": self.buffers(), "the process itself": RUNTIME[self.device]}
@@ -202,7 +204,8 @@ class MemoryPlan:
 
     def disk(self, checkpoints: int) -> float:
         """Bytes on disk: final weights, epoch checkpoints, and the saved state, of which two may exist at a time."""
-        left = {"ewc": 4, "vcl": 8}.get(self.method or "", 0)  # for the next task: Fisher information, or posterior
+        # for the next task: the posterior, or Fisher information
+        left = 8 if self.method.optimizer == "ivon" else 4 if self.method.ewc_strength else 0
         return ((1 + checkpoints) * self.weight_bytes + left) * self.config.num_parameters + 2 * 12 * self.num_trained
 
 

@@ -78,7 +78,7 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     config, trained = trained_parameters(config, method_settings)
     plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, settings["dtype"],
                       settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device,
-                      method_settings.method, recipe.get("seq_length", cfg.sample_tokens),
+                      method_settings, recipe.get("seq_length", cfg.sample_tokens),
                       0 if "seq_length" in recipe else min(PREFIX_TOKENS, cfg.sample_tokens // 2), trained)
     return plan, settings
 
@@ -95,7 +95,7 @@ def planned_config(cfg: PlanConfig) -> ModelConfig:
 
 def read_method(method: str | None) -> TrainConfig:
     """The settings of train.py with a method. Raises UserError if it or its settings are not valid."""
-    return load(TrainConfig, ["--task", "simp", "--init", "x", "--data", "x", "--out", "x", "--replay_text", "x",
+    return load(TrainConfig, ["--task", "simp", "--init", "m0", "--data", "x", "--out", "x", "--replay_text", "x",
                               *(chain.method_flags(method) if method else [])])
 
 

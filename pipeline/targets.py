@@ -195,7 +195,8 @@ def test_commands(v: Variables) -> list[Command]:
     """Runs the tests: up to four processes, one thread each. The files start in their own order: xdist would leave
     those with few tests, some of which take minutes, to the end."""
     weights = os.path.abspath(v.get("SMOLLM2")) if v.get("SMOLLM2") else ""
-    own = [word for name in ("ARGS", "GIVEN", "MAKEFLAGS", "MFLAGS") for word in ("-u", name)]  # tests run make, too
+    # tests run make, too
+    own = [word for name in ("ARGS", "GIVEN", "GOALS", "MAKEFLAGS", "MFLAGS") for word in ("-u", name)]
     environment = ["env", *own, "OMP_NUM_THREADS=1", f"SMOLLM2={weights}"]
     return [[*environment, PYTHON, "-m", "pytest", "-q", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile",
              "--no-loadscope-reorder", *split_words(v.args)]]
@@ -240,8 +241,8 @@ def check_arguments(command: Sequence[str]) -> None:
 
 
 def script_place(command: Sequence[str]) -> int:
-    """The place of a command's script among its words."""
-    return next(index for index, word in enumerate(command) if word == "-m" or word.endswith(".py"))
+    """The place of a command's script among its words; -1 if it runs none."""
+    return next((index for index, word in enumerate(command) if word == "-m" or word.endswith(".py")), -1)
 
 
 def main(target: str) -> None:
@@ -254,7 +255,8 @@ def main(target: str) -> None:
             suites=", ".join(known("eval")), size=v.size, out=v.out, runs=v.runs, tasks=" ".join(v.tasks)))
     commands, dry_run = target_commands(target, os.environ), v.dry_run
     takes_long = any(words[1:3] != ["data_prep.py", "task"] for words in commands[:-1])
-    if (v.args or ":" in v.method or target in ("experiment", "growth-study")) and takes_long and not dry_run:
+    passed_on = v.args or ":" in v.method or target in ("experiment", "growth-study")
+    if passed_on and takes_long and not dry_run and target != "lint":
         by_script = {command[script_place(command)]: command for command in commands}
         for script, command in by_script.items():  # the last command of each, which has the flags of all
             if script == "train.py" or command is commands[-1]:

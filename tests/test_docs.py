@@ -186,8 +186,8 @@ def setting_names():
 
 @functools.cache
 def source_words():
-    """All words of the source and configuration files."""
-    return set(re.findall(r"\w+", "".join(path.read_text() for path in SOURCES)))
+    """All words of the source and configuration files, and their names."""
+    return set(re.findall(r"\w+", "".join(f"{path.stem} {path.read_text()}" for path in SOURCES)))
 
 
 def test_the_layout_lists_every_module():

@@ -173,7 +173,7 @@ def test_an_input_that_changes_during_a_job_is_a_change(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--methods", "lora:lora_rank=200"], "lora_rank is 200, more than the"),
+    (["--methods", "lora:lora_rank=200"], "error: llm with lora:lora_rank=200: lora_rank is 200, more than the"),
     (["--methods", "expansion:new_layers=100"], "cannot make 108"),
     (["--train_args", "--train model.layers.99.*"], "train: no parameter matches model.layers.99.*")])
 def test_parameters_to_train_are_checked_before_m0_is_pretrained(tasks, refusal, tmp_path, flags, said):

@@ -364,6 +364,7 @@ def test_a_model_is_not_compared_with_methods_that_it_has_not(folder, tmp_path):
     report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
     assert "stack, lora" not in text
+    assert "- stack has no runs with lora\n" in text
     assert [line.startswith("| lora |") for line in text.split("## Methods: stack")[1].split("##")[0].splitlines()
             if line.startswith("| ")] == [False] * 3  # head, finetune, replay
     assert "| lora |" in text.split("## Methods: llm")[1].split("##")[0]

@@ -89,7 +89,7 @@ def test_values_are_checked_beside_unknown_names():
         load(Checked, ["--taks", "simp", "--beta", "2", "--share", "much"])
     assert str(error.value) == (
         "unknown flag '--taks' (did you mean '--task'?); share is 'much', expected a number (in the flags); "
-        "--out is missing; beta is 2.0, expected a number at least 0 and below 1")
+        "beta is 2.0, expected a number at least 0 and below 1")
 
 
 @pytest.mark.parametrize(("flags", "message"), [

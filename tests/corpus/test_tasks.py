@@ -131,7 +131,7 @@ def test_no_other_file_is_overwritten(tmp_path, content):
     path.unlink()
     assert write_task(path, splits)
     assert not write_task(path, splits)
-    with pytest.raises(UserError, match=r"t\.json exists already and holds other samples, .* remove it or choose"):
+    with pytest.raises(UserError, match=r"t\.json exists already, and these raw files .* give another one: remove it"):
         write_task(path, splits | {"train": []})
     assert json.loads(path.read_text())["train"] == [ITEM]
     with pytest.raises(UserError, match="cannot write .*: it is a folder, expected the name of a file"):

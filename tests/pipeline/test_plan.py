@@ -74,6 +74,9 @@ def test_a_method_may_have_settings(capsys):
     ranks = [read_plan(PlanConfig(size="7b", method=method))[0].num_trained
              for method in ("lora", "lora:lora_rank=8", "lora:lora_rank=32")]
     assert ranks[0] == 2 * ranks[1] == ranks[2] / 2
+    for own, same in (("finetune:input_kl=1.0", "input_kl"), ("finetune:ewc_strength=100", "ewc"), ("finetune", None)):
+        assert read_plan(PlanConfig(size="7b", method=own))[0].memory() == read_plan(
+            PlanConfig(size="7b", method=same))[0].memory()
     main(PlanConfig(size="7b", method="finetune:rehearsal=0.1"))
     assert "TFLOP/s, without what the method adds\n" in capsys.readouterr().out
 

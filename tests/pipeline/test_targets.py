@@ -20,7 +20,8 @@ SOURCES = "".join((ROOT / f"pipeline/{name}.py").read_text() for name in ("targe
 
 # `make test` exports variables to this process that would change the targets.
 ENVIRON = {name: value for name, value in os.environ.items()
-           if name not in ("ARGS", "DRY_RUN", "GIVEN", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SMOLLM2")}
+           if name not in ("ARGS", "DRY_RUN", "GIVEN", "GOALS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL",
+                           "SMOLLM2")}
 
 MODELS = "expected one of llm, base, stack, interleave, middle, solar"
 
@@ -204,8 +205,8 @@ def test_the_stages_of_a_method_have_a_folder(tmp_path):
 
 def test_tests_and_style():
     assert commands("test", ARGS="-k 'a or b'", SMOLLM2="/w") == [
-        "env -u ARGS -u GIVEN -u MAKEFLAGS -u MFLAGS OMP_NUM_THREADS=1 SMOLLM2=/w .venv/bin/python -m pytest -q "
-        "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -k 'a or b'"]
+        "env -u ARGS -u GIVEN -u GOALS -u MAKEFLAGS -u MFLAGS OMP_NUM_THREADS=1 SMOLLM2=/w .venv/bin/python -m pytest "
+        "-q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -k 'a or b'"]
     assert commands("lint") == [".venv/bin/ruff check .", ".venv/bin/python -m mypy"]
     assert commands("bench", FILES="f")[-1].endswith(
         "bench/run_all.py --data data/prepared/sample/simp.json --folder runs/bench --files f")
@@ -225,6 +226,11 @@ def test_tests_and_style():
     ("plan", {"METHOD": "ewc:out=x"}, "METHOD: 'out=x' is not name=value of a setting"),
     ("evaluate", {"METHOD": "ewc:deepspeed=a/b"}, "METHOD: the method 'ewc:deepspeed=a/b' names a folder"),
     ("train", {"GIVEN": "TASK SEEDS RATES"}, "make train does not use SEEDS, RATES"),
+    ("train", {"GIVEN": "TASK SUITE SEEDS", "GOALS": "train evaluate"}, "make train evaluate does not use SEEDS"),
+    ("report", {"GIVEN": "INIT HUB"}, "make report does not use INIT, HUB"),
+    ("lint", {"GIVEN": "ARGS"}, "make lint does not use ARGS"),
+    ("train", {"METHOD": "ewc:help=1"}, "METHOD: 'help=1' is not name=value of a setting"),
+    ("train", {"METHOD": "ewc:config=x"}, "METHOD: 'config=x' is not name=value of a setting"),
     ("growth-study", {"GIVEN": "OUT"}, "make growth-study does not use OUT"),
     ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, expansion, fapm"),
     ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
@@ -366,7 +372,7 @@ def test_a_variable_that_make_does_not_know():
     result = make("experiment", "SEED=3", "METHODS=ewc", "SEEDS=3", check=False)
     assert result.returncode == 2
     assert "error: unknown variable METHODS, SEED: `make help` lists the variables" in result.stderr
-    assert not set(re.findall(r'get\("([A-Z0-9_]+)"', SOURCES)) - {*VARIABLES, "GIVEN"}
+    assert not set(re.findall(r'get\("([A-Z0-9_]+)"', SOURCES)) - {*VARIABLES, "GIVEN", "GOALS"}
 
 
 def test_a_checkpoint_with_the_name_of_a_size():
@@ -400,7 +406,7 @@ def test_help_needs_no_packages():
     for name in (*COMMANDS, *known("size"), *known("method"), *known("eval"), *known("task")):
         assert re.search(rf"\b{name}\b", result.stdout), name
     names = re.findall(r'get\("(\w+)"', SOURCES)
-    assert not {name for name in names if name not in result.stdout} - {"GIVEN"}
+    assert not {name for name in names if name not in result.stdout} - {"GIVEN", "GOALS"}
 
 
 def test_every_target_is_one_that_make_knows():
@@ -422,7 +428,8 @@ def test_defaults():
     ("evaluate", {"SUITE": "nope"}, "unknown SUITE 'nope', expected one of local, paper, sample, none"),
     ("experiment", {"SUITE": "none"}, "unknown SUITE 'none', expected one of local, paper, sample"),
     ("experiment", {"PAIRS": "0"}, "PAIRS is '0', expected at most 9,999 pairs, or seeds divided by commas"),
-    ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected"), ("experiment", {"PAIRS": "10000"}, "at most 9,999")])
+    ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected"), ("experiment", {"PAIRS": "10000"}, "at most 9,999"),
+    ("experiment", {"PAIRS": "4 6"}, "PAIRS is '4 6', expected")])
 def test_values_that_would_be_refused_only_after_pretraining(target, variables, said):
     with pytest.raises(UserError, match=re.escape(said)):
         commands(target, **variables)
