@@ -285,7 +285,7 @@ def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) 
     panel.axhline(goal, color=COLOURS["scratch"], lw=0.8, ls=":")
     for name, of_seeds in curves.items():
         if name not in ("base", "scratch") and (reached := flops_to_loss(mean_curve(of_seeds), goal)) is not None:
-            panel.plot(reached / 1e15, goal, "D", ms=7, color=styles[name]["color"], mec="white")
+            panel.plot(reached, goal, "D", ms=7, color=styles[name]["color"], mec="white")
     panel.set_title(title)
     add_legend(figure, [*handles, Line2D([], [], ls="", marker="D", ms=7, color="#777777", mec="white",
                                          label="reaches scratch's final loss")])

@@ -300,6 +300,16 @@ def test_every_model_of_the_figure_has_its_style():
     assert len(set(styles)) == len(styles)
 
 
+def test_the_figure_marks_where_scratch_is_reached(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(growth_study, "save_figure", lambda figure, path: figures.append(figure))
+    runs = {1: {"base": [(1e12, 6.0), (2e12, 5.0)], "stack": [(2e12, 5.5), (6e12, 3.5)],
+                "scratch": [(1e12, 7.0), (8e12, 4.0)], "base-trained-on": [(1e12, 6.0), (8e12, 4.5)]}}
+    growth_study.plot_study(tmp_path / "study", runs, "title")
+    marks = [line.get_xydata().tolist() for line in figures[0].axes[0].lines if line.get_marker() == "D"]
+    assert marks == [[[pytest.approx(5e12), 4.0]]]  # stack alone reaches it
+
+
 def test_a_stage_without_a_step():
     cfg = GrowthStudyConfig(size="tiny", data="d", out="o", operators=("stack",), base_tokens=8192, max_flops=1e12,
                             staged=("midas",), alpha=10.0)
