@@ -103,7 +103,6 @@ class Resolved:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.problems: list[str] = []
-        self.refused: set[str] = set()  # names whose value was of a wrong type
 
     def update(self, given: Mapping[str, Any], where: str) -> None:
         """Overrides values; unknown names and wrong types become problems."""
@@ -117,7 +116,6 @@ class Resolved:
                 self.values[name], self.origins[name] = None if missing else convert(name, value, field.type), where
             except ValueError as error:
                 self.problems.append(f"{error} (in {where})")
-                self.refused.add(name)
 
     def show(self, cfg: Any) -> None:
         """Prints every setting with its value and origin."""
@@ -133,16 +131,12 @@ def json_values(cfg: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(cfg).items()}
 
 
-def check_values(cfg: Any, is_complete: bool = True, refused: Collection[str] = ()) -> list[str]:
+def check_values(cfg: Any, is_complete: bool = True) -> list[str]:
     """Checks the values of a settings object against the metadata of its fields; returns problems as sentences.
-
-    is_complete: whether it has all values that were given. refused: names of those that it has not.
-    """
+    is_complete: whether it has all values that were given; otherwise none is missed."""
     found = []
     for field in dataclasses.fields(cfg):
         value, meta = getattr(cfg, field.name), field.metadata
-        if field.name in refused:
-            continue
         if meta["required"] and not value and is_complete:
             found.append(f"--{field.name} is missing")
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
@@ -239,7 +233,7 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     found.origins |= dict.fromkeys(by_flags.values, "flag")
     cfg = cls(**found.values)
     mistakes = found.problems + by_flags.problems
-    problems = mistakes + check_values(cfg, not mistakes, found.refused | by_flags.refused)
+    problems = mistakes + check_values(cfg, not mistakes)
     if not mistakes and hasattr(cfg, "problems"):
         problems += cfg.problems()
     if problems:
