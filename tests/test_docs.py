@@ -19,7 +19,15 @@ from pathlib import Path
 import pytest
 
 from analysis.measures import PRIMARY
-from analysis.method_plane import compared_at, gap_of, method_study, pareto_front, points_of, start_point
+from analysis.method_plane import (
+    compared_at,
+    gap_of,
+    method_study,
+    pareto_front,
+    points_of,
+    profit_section,
+    start_point,
+)
 from analysis.pair_tables import answer, signed
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
@@ -259,6 +267,16 @@ def test_differences_of_grown_models_are_those_of_their_table():
     studies = [Study(stages, model, "llm") for model in ("stack", "interleave", "base")]
     for measure, *cells in rows:
         assert cells == [written(study.difference(study.contrasts[0], measure, 3)) for study in studies]
+
+
+def test_the_profit_of_both_models_is_that_of_its_table():
+    stages = read_stage_table(ROOT / "docs/methods/pairs.csv")
+    studies = {model: method_study(stages, model, "none") for model in ("stack", "llm")}
+    (_, text), = profit_section(studies, ("stack", "llm"), PRIMARY)
+    rows = table_rows((ROOT / "docs/methods.md").read_text().split("## A grown model and one from scratch")[1])
+    expected = [[f"`{method.partition('-')[0]}`", *cells] for method, *cells in table_rows(text)]
+    assert [row[0] for row in rows] == ["`expansion`", "`lora`"]
+    assert rows == expected
 
 
 def test_methods_at_equal_learning_are_those_of_their_table():
