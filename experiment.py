@@ -99,7 +99,7 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
 
 
 def check_trained(cfg: ExperimentConfig, model: str, method: str | None) -> None:
-    """Raises UserError if a model has not the parameters that its first stage trains."""
+    """Raises UserError if a model does not have the parameters that its first stage trains."""
     settings = train_settings(cfg, method, *cfg.stage_args[:1])
     if NEW_LAYERS in settings.train and not settings.new_layers:
         return  # those of a grown m0 are not known yet

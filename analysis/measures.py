@@ -22,8 +22,8 @@ TOKEN, NATS, BYTE, SHARE = "nats/token", "nats", "bits/byte", "share of items"  
 
 @dataclass(frozen=True)
 class ItemValues:
-    """Values of items [N] whose mean is a measure's value, and residuals [N]: what of them is left without the mean of
-    their set, of which an item has a share by its weight. The residuals tell how well the items measure the value."""
+    """Values of items [N] whose mean is a measure's value, and residuals [N]: each value minus the mean of its set,
+    times the weight of the item. The spread of the residuals tells how well the items measure the value."""
     values: np.ndarray
     residuals: np.ndarray
 

@@ -209,13 +209,13 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     if on_front := dict.fromkeys(point.method for point in front if point.method != START):
         sentences.append(f"On the Pareto front of what {model} learned and forgot: {', '.join(on_front)}.")
     of_what = " over the items, which tells how well these runs are measured" if len(study.pairs) == 1 else \
-        f" over the {study.unit}s" + (", which is for these items of this m0" if study.unit == "seed" else "")
+        f" over the {study.unit}s" + (" (for these items and this m0)" if study.unit == "seed" else "")
     interval = f", with the 95% interval{of_what}" if any(gap.n > 1 for gap in known.values()) else ""
     note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}{interval}. "
             + ("Compared at: the losses on the last task that both reach, interpolated linearly between learning "
                "rates and taken as measured; differences at other losses are not comparable. Between rates that are "
-               "far apart a line overstates the forgetting of a convex curve, which no interval contains. Forgetting "
-               "is that of all stages. " if study.matches_learning else "")
+               "far apart, linear interpolation overstates the forgetting if its curve is convex; the intervals do not "
+               "include this. Forgetting is that of all stages. " if study.matches_learning else "")
             + ("p is corrected for the number of methods (Holm). " if corrected else "")
             + "On the Pareto front: the learning rates at which no other method and rate, nor m0, learned more and "
             "forgot less, by the measured values. Minutes of training are those of a chain.\n\n")

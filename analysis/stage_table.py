@@ -105,7 +105,7 @@ def read_stage_table(path: Path) -> list[Stage]:
                 continue
             place = f"{path}, line {lines.line_num},"
             if None in row or None in row.values():
-                raise UserError(f"{place} has not the {len(lines.fieldnames or ())} columns of the first line")
+                raise UserError(f"{place} does not have the {len(lines.fieldnames or ())} columns of the first line")
             with parsing(place, "a row of a table of stages"):
                 key = tuple(row[name] for name in STAGE_COLUMNS)
                 if key not in stages:

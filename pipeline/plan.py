@@ -101,7 +101,7 @@ def read_method(method: str | None) -> TrainConfig:
 
 def trained_parameters(config: ModelConfig, cfg: TrainConfig) -> tuple[ModelConfig, Shapes | None]:
     """(the configuration of the model that is trained, the parameters that are; None: all), at the first task. Raises
-    UserError if the model has not what the settings name."""
+    UserError if the settings name parameters that the model does not have."""
     layer_map = expansion(cfg, config, {}) or tuple(range(config.num_hidden_layers))
     config = config.with_layers(layer_map)
     return config, None if cfg.train == (ALL,) else \

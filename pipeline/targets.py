@@ -241,8 +241,8 @@ def check_arguments(command: Sequence[str]) -> None:
 
 
 def script_place(command: Sequence[str]) -> int:
-    """The place of a command's script among its words; -1 if it runs none."""
-    return next((index for index, word in enumerate(command) if word == "-m" or word.endswith(".py")), -1)
+    """The place of a command's script among its words."""
+    return next(index for index, word in enumerate(command) if word == "-m" or word.endswith(".py"))
 
 
 def main(target: str) -> None:
@@ -258,7 +258,7 @@ def main(target: str) -> None:
     passed_on = v.args or ":" in v.method or target in ("experiment", "growth-study")
     if passed_on and takes_long and not dry_run and target != "lint":
         by_script = {command[script_place(command)]: command for command in commands}
-        for script, command in by_script.items():  # the last command of each, which has the flags of all
+        for script, command in by_script.items():  # the last command of each script
             if script == "train.py" or command is commands[-1]:
                 check_arguments(command)
     for command in commands:

@@ -122,7 +122,7 @@ def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     assert gap.mean == pytest.approx(-0.3, abs=0.03)
     assert math.isnan(single.p)
     _, (_, text) = plane_section(study, RISE)
-    assert "with the 95% interval over the seeds, which is for these items of this m0" in text
+    assert "with the 95% interval over the seeds (for these items and this m0)" in text
     assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without seed 43, in which not all methods "
                                               "have results after m2-empd"]
     assert profit_section({"llm": study, "stack": study}, ("stack", "llm"), RISE) == []

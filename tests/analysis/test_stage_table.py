@@ -145,7 +145,7 @@ def test_a_kl_of_this_start_is_used(runs, table):
     (lambda lines: [lines[0], lines[1].replace(",m0,", ",start,")], "unknown stage 'start'"),
     (lambda lines: [line.replace(",0.003,", ",fast,") for line in lines], "could not convert string to float: 'fast'"),
     (lambda lines: [lines[0], lines[1].replace(",losses,", ",gains,")], "unknown kind 'gains'"),
-    (lambda lines: [lines[0], lines[1], lines[2][:40]], r"csv, line 3, has not the \d+ columns of the first line"),
+    (lambda lines: [lines[0], lines[1], lines[2][:40]], r"csv, line 3, does not have the \d+ columns of the first"),
     (lambda lines: [lines[0], lines[1], lines[2].replace(",m", ",x")], "csv, line 3, is damaged or not a row of"),
     (lambda lines: lines[:1], "has no rows")])
 def test_damaged_tables(table, change, message):
