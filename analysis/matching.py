@@ -2,6 +2,7 @@
 
 Notation: x is the loss on the new task, y any measure of forgetting, both [R] over learning rates in ascending order.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,28 +34,23 @@ def mean_weights(x: np.ndarray, low: float, high: float) -> np.ndarray:
 class Match:
     """Two curves over learning rates, at equal loss on the new task.
 
-    ranges: (lowest, highest) x of each efficient branch. weights: of the rates of each curve, [R], such that the
-    difference of both weighted sums of y is the mean difference over `common`, the x that both branches reach; None if
-    there is no such x.
+    ranges: (lowest, highest) x of each efficient branch. common: (lowest, highest) x that both branches reach, within
+    given bounds; the first is the higher one if there is none. weights: of the rates of each curve, [R], such that the
+    difference of both weighted sums of y is the mean difference over `common`; None if there is no common x.
     """
     ranges: tuple[tuple[float, float], tuple[float, float]]
+    common: tuple[float, float]
     weights: tuple[np.ndarray, np.ndarray] | None
 
-    @property
-    def common(self) -> tuple[float, float]:
-        """(lowest, highest) x that both branches reach; the first is the higher one if there is none."""
-        (low_1, high_1), (low_2, high_2) = self.ranges
-        return max(low_1, low_2), min(high_1, high_2)
 
-
-def match(one: np.ndarray, two: np.ndarray) -> Match:
-    """Matches two curves, given the x [R] of each, which may be of different rates."""
+def match(one: np.ndarray, two: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)) -> Match:
+    """Matches two curves, given the x [R] of each, which may be of different rates. within: bounds of x."""
     branches = efficient_branch(one), efficient_branch(two)
     first, second = ((float(x[branch[0]]), float(x[branch[-1]])) for x, branch in zip((one, two), branches))
-    weights = np.zeros(len(one)), np.zeros(len(two))
-    found = Match((first, second), weights)
-    if found.common[0] > found.common[1]:
-        return Match(found.ranges, None)
+    lows, highs = zip(first, second, within)
+    common, weights = (max(lows), min(highs)), (np.zeros(len(one)), np.zeros(len(two)))
+    if common[0] > common[1]:
+        return Match((first, second), common, None)
     for own, x, branch in zip(weights, (one, two), branches):
-        own[branch] = mean_weights(x[branch], *found.common)
-    return found
+        own[branch] = mean_weights(x[branch], *common)
+    return Match((first, second), common, weights)

@@ -14,6 +14,7 @@ from analysis.stages import TEXT, Choices, ItemLosses, Stage
 from common.files import UserError, read_json, write_json
 
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
+DECREASE = "decrease of new-task loss"  # since m0: the other meaning of equal learning
 PRIMARY = "rise of held-out loss"  # the default primary measure
 OF_TEXT = (PRIMARY, "KL on held-out text")  # the measures of held-out text
 
@@ -94,6 +95,14 @@ def learning(chain: Chain, number: int) -> ItemValues | None:
     """The loss on the new task, after it was learned."""
     losses = losses_at(chain, number, task_at(chain, number))
     return per_token(losses.nll, losses) if losses else None
+
+
+def change_of_learning(chain: Chain, number: int) -> ItemValues | None:
+    """The loss on the new task, after it was learned, minus that of m0: the negative of its decrease."""
+    return loss_rise(chain, task_at(chain, number), 0, number)
+
+
+MATCHED_ON = {LEARNING: learning, DECREASE: change_of_learning}  # both fall as more is learned
 
 
 def earlier_tasks(chain: Chain, number: int) -> ItemValues | None:

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from analysis.comparison import training_minutes
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import LEVEL, PairedDifference, holm
-from analysis.matching import efficient_branch
+from analysis.matching import efficient_branch, match
 from analysis.measures import LEARNING, ItemValues, losses_at, task_at
 from analysis.pair_tables import p_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
@@ -143,7 +143,7 @@ def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
 
 def difference_of(study: Study, method: str, measure: str) -> Difference | None:
     """The difference of a method to the baseline of its study after the last stage, in each pair that has it."""
-    return study.difference(contrast_of(study, method), measure, study.last, study.main_rate)
+    return study.difference(contrast_of(study, method), measure, study.last, study.main_setting)
 
 
 def contrast_of(study: Study, method: str) -> Contrast:
@@ -224,24 +224,49 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     return sentences, (f"Learned and forgotten: {model}", note + markdown_table(head, rows))
 
 
+def profits(studies: Sequence[Study], method: str, measure: str) -> dict[int, tuple[float, float]]:
+    """{pair: how much more each of two models forgets with a method than with the baseline}, for the pairs that have
+    both. With several learning rates at the same losses on the new task: those that all four curves of a pair reach."""
+    if not all(study.matches_learning for study in studies):
+        one, two = (difference_of(study, method, measure) for study in studies)
+        return {pair: (one.of_pairs[pair].value, two.of_pairs[pair].value)
+                for pair in sorted(one.of_pairs.keys() & two.of_pairs.keys())} if one and two else {}
+    found = {}
+    for pair in sorted(set(studies[0].pairs) & set(studies[1].pairs)):
+        curves = [[study.curve(measure, pair, name, study.last)[:2] for name in (method, study.reference)]
+                  for study in studies]
+        if not all(len(x) for of_model in curves for x, _ in of_model):
+            continue
+        lows, highs = zip(*(match(one, two).common for (one, _), (two, _) in curves))
+        matches = [match(one, two, (max(lows), min(highs))) for (one, _), (two, _) in curves]
+        one, two = (sum(sign * weight * value.value for sign, (_, y), weights in zip((1, -1), of_model, one.weights)
+                        for weight, value in zip(weights, y)) if one.weights else None
+                    for of_model, one in zip(curves, matches))
+        if one is not None and two is not None:
+            found[pair] = one, two
+    return found
+
+
 def profit_section(studies: Mapping[str, Study], pair: Pair, measure: str) -> list[Section]:
     """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
     if not all(model in studies and studies[model].unit == "pair" and len(studies[model].pairs) > 1 for model in pair):
         return []
-    baseline, rows = studies[pair[0]].reference, []
-    for method in studies[pair[0]].models:
-        one, two = (difference_of(studies[model], method, measure)
-                    if method != baseline and method in studies[model].models else None for model in pair)
-        common = sorted(one.of_pairs.keys() & two.of_pairs.keys()) if one and two else []
-        if one and two and common:
-            difference = PairedDifference(tuple(round(one.of_pairs[number].value - two.of_pairs[number].value, 12)
-                                                for number in common))
-            rows.append([method, with_interval(one.estimate), with_interval(two.estimate), with_interval(difference),
-                         f"{difference.smallest_detectable:.3g}" if difference.n > 1 else "–", difference.n])
-    note = (f"The {measure} with a method less that with {baseline}, for each model, and the difference of both in the "
-            "pairs that have both, with 95% intervals over the pairs. Detectable: the smallest true difference found "
-            "with 80% power.\n\n")
-    head = ["method", *pair, " − ".join(pair), "detectable", "pairs"]
+    both = [studies[model] for model in pair]
+    found = {method: of_pairs for method in both[0].models if method != both[0].reference and method in both[1].models
+             and (of_pairs := profits(both, method, measure))}
+    differences = {method: PairedDifference(tuple(round(one - two, 12) for one, two in of_pairs.values()))
+                   for method, of_pairs in found.items()}
+    corrected = dict(zip(found, holm([difference.p for difference in differences.values()])))
+    rows = [[method, *(with_interval(PairedDifference(values)) for values in zip(*of_pairs.values())),
+             with_interval(differences[method]), p_text(differences[method].p), p_text(corrected[method]),
+             f"{differences[method].smallest_detectable:.3g}" if len(of_pairs) > 1 else "–", len(of_pairs)]
+            for method, of_pairs in found.items()]
+    where = " at losses on the new task that both models reach with and without the method" \
+        if all(study.matches_learning for study in both) else ""
+    note = (f"The {measure} with a method less that with {both[0].reference}, for each model{where}, and the "
+            "difference of both, with 95% intervals over the pairs that have both. Holm's p is corrected for the "
+            "number of methods. Detectable: the smallest true difference found with 80% power.\n\n")
+    head = ["method", *pair, " − ".join(pair), "p", "p (Holm)", "detectable", "pairs"]
     return [("Do both models profit equally", note + markdown_table(head, rows))] if rows else []
 
 

@@ -1,4 +1,5 @@
 """The figures of a study of pairs of models."""
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures import FONT, LINES, add_legend, fold, make_panels, model_styles, save_figure, styled, text_height
+from analysis.figures import LINES, add_legend, fold, make_panels, model_styles, save_figure, styled, text_height
 from analysis.inference import PairedDifference
 from analysis.loss_curves import draw_loss_curves
-from analysis.measures import LEARNING
+from analysis.measures import DECREASE, LEARNING
 from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
 from analysis.record_figures import use_few_ticks
+from analysis.stages import TEXT
 
 # Of the contrasts, in other colours than the MODELS.
 MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5} for color, marker in zip(
@@ -33,10 +35,11 @@ def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
         "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for the "
                      "mean over the pairs of the two models that are compared, where a model has all of these. A point "
                      "is a learning rate."),
-        "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate (learning not matched)."),
+        "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, at which learning is not matched, "
+                    "and at equal learning."),
         "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
-        "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the held-out losses "
-                     "of both m0."),
+        "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the losses of both "
+                     "m0: on held-out text, and on the last task."),
         "pretraining": (plot_pretraining, "Held-out loss during pretraining: a thin line for each pair, a thick one "
                         "for the mean over the pairs. A grown model starts with the FLOPs of its base.")}
     plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(study, primary))}
@@ -64,8 +67,8 @@ def plot_differences(study: Study, primary: str) -> Figure | None:
     rows: dict[str, dict[str, list[tuple[int, Difference]]]] = {}  # unit -> measure -> (contrast, difference)
     for name in dict.fromkeys([primary, *study.measures]):
         found = [(place, one) for place, contrast in enumerate(study.contrasts[:len(MARKS)])
-                 if (name != LEARNING or study.main_rate is not None)
-                 and (one := study.difference(contrast, name, study.last, study.main_rate))]
+                 if name != study.main_setting
+                 and (one := study.difference(contrast, name, study.last, study.main_setting))]
         if found:
             rows.setdefault(study.measures[name].unit, {})[name] = found
     if not rows:
@@ -155,8 +158,8 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
 
 def plot_by_rate(study: Study, primary: str) -> Figure | None:
     """The primary difference after the last stage at each learning rate, and at equal learning."""
-    settings = [*study.rates, None]
-    labels = [*study.rates, "equal\nlearning"]
+    settings = [*study.rates, LEARNING, DECREASE]
+    labels = [*study.rates, f"equal\n{fold(LEARNING, 0.9)}", f"equal\n{fold(DECREASE, 0.9)}"]
     return plot_over(study, primary, labels, [(study.last, setting) for setting in settings], "learning rate") \
         if study.matches_learning else None
 
@@ -164,18 +167,18 @@ def plot_by_rate(study: Study, primary: str) -> Figure | None:
 def plot_by_stage(study: Study, primary: str) -> Figure | None:
     """The primary difference after each stage."""
     labels = ["\n".join(fold(part, 0.9) for part in name.split("-", 1)) for name in study.stages[1:]]
-    return plot_over(study, primary, labels, [(number, study.main_rate) for number in range(1, study.last + 1)],
+    return plot_over(study, primary, labels, [(number, study.main_setting) for number in range(1, study.last + 1)],
                      "stage") if study.last > 1 else None
 
 
-def plot_over(study: Study, primary: str, labels: Sequence[str], places: Sequence[tuple[int, str | None]],
+def plot_over(study: Study, primary: str, labels: Sequence[str], places: Sequence[tuple[int, str]],
               title: str) -> Figure | None:
-    """The primary difference of each contrast at several places (stage, rate), with the pairs as small points.
+    """The primary difference of each contrast at several places (stage, setting), with the pairs as small points.
 
     labels: of the places.
     """
-    found = {contrast: [(place, one) for place, (number, rate) in enumerate(places)
-                        if (one := study.difference(contrast, primary, number, rate))]
+    found = {contrast: [(place, one) for place, (number, setting) in enumerate(places)
+                        if (one := study.difference(contrast, primary, number, setting))]
              for contrast, _ in contrast_styles(study)}
     found = {contrast: points for contrast, points in found.items() if points}
     if not found:
@@ -202,29 +205,31 @@ def plot_over(study: Study, primary: str, labels: Sequence[str], places: Sequenc
 
 
 def plot_by_start(study: Study, primary: str) -> Figure | None:
-    """The primary difference of each pair over the difference of the held-out losses of m0."""
-    points: dict[Contrast, list[tuple[float, float]]] = {}
-    for contrast, _ in contrast_styles(study):
-        starts = study.start_losses(contrast)
-        found = study.difference(contrast, primary, study.last, study.main_rate)
+    """The primary difference of each pair over the difference of the losses of both m0: on held-out text, and on the
+    last task."""
+    points: dict[str, dict[Contrast, list[tuple[float, float]]]] = {}
+    for name, (contrast, _) in itertools.product((TEXT, study.last_task), contrast_styles(study)):
+        starts = study.start_losses(contrast, name)
+        found = study.difference(contrast, primary, study.last, study.main_setting)
         both = [(starts[pair][0] - starts[pair][1], one.value) for pair, one in found.of_pairs.items()
                 if pair in starts] if found else []
         if both:
-            points[contrast] = both
+            points.setdefault(name, {})[contrast] = both
     if len(study.pairs) < 2 or not points:
         return None
-    figure, (panel,) = make_panels(1, 5.0, 3.0)
-    for contrast, style in contrast_styles(study):
-        if contrast in points:
-            panel.plot(*zip(*points[contrast]), ls="", **style)
-    panel.axhline(0, color="#000000", lw=0.8)
-    panel.axvline(0, color="#000000", lw=0.8)
-    panel.set(xlabel="difference of the held-out losses of m0 (nats/token)",
-              ylabel=fold(f"difference in {primary} ({study.measures[primary].unit})", 2.2))
-    panel.xaxis.label.set_fontsize(FONT)
-    panel.grid()
-    use_few_ticks(panel.xaxis, panel.yaxis)
-    add_legend(figure, [*contrast_handles(list(points), study)])
+    figure, panels = make_panels(len(points), 4.2, 3.0)
+    for panel, (name, of_contrasts) in zip(panels, points.items()):
+        for contrast, style in contrast_styles(study):
+            if contrast in of_contrasts:
+                panel.plot(*zip(*of_contrasts[contrast]), ls="", **style)
+        panel.axhline(0, color="#000000", lw=0.8)
+        panel.axvline(0, color="#000000", lw=0.8)
+        panel.set(xlabel=f"{'held-out loss' if name == TEXT else f'loss on {name}'} of m0, difference (nats/token)")
+        panel.grid()
+        use_few_ticks(panel.xaxis, panel.yaxis)
+    figure.supylabel(fold(f"difference in {primary} ({study.measures[primary].unit})", 2.2))
+    shown = {contrast for of_contrasts in points.values() for contrast in of_contrasts}
+    add_legend(figure, [*contrast_handles(list(shown), study)])
     return figure
 
 

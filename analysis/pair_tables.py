@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
 from analysis.loss_curves import flops_to_loss
-from analysis.measures import LEARNING
+from analysis.measures import DECREASE, LEARNING
 from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
@@ -43,12 +43,15 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
                      f"{named(study, primary)} differs by {signed(estimate.mean)} {unit}.")
     lines.append(data_of(study, found))
     for contrast in study.contrasts[1:]:
-        control = study.difference(contrast, primary, study.last, found.rate)
+        control = study.difference(contrast, primary, study.last, found.setting)
         if contrast.equal_loss and control:
             gap = start_difference(study, contrast, control.of_pairs)
             left = f" (remaining difference {with_interval(gap)})" if gap.n else ""
             lines.append(f"With m0 of equal held-out loss{left}, it differs by {with_interval(control.estimate)} "
                          f"{unit}, n = {count(control.estimate.n, 'pair')}.")
+    if found.is_matched and (other := study.difference(study.contrasts[0], primary, study.last, DECREASE)):
+        lines.append(f"At an equal {DECREASE} since m0 instead, it differs by {with_interval(other.estimate)} {unit}, "
+                     f"n = {count(other.estimate.n, 'pair')}.")
     return lines + start_losses(study, found.of_pairs)
 
 
@@ -61,9 +64,7 @@ def named(study: Study, measure: str) -> str:
 
 def conditions(study: Study, found: Difference) -> str:
     """What is equal for both models in a difference."""
-    rate = f"learning rate {found.rate}" if found.rate else "one learning rate"
-    learning = "equal new-task loss" if found.rate is None else f"{rate} (learning not matched)"
-    return f"at equal FLOPs and {learning}" if has_equal_flops(study, found.of_pairs) else f"at {learning}"
+    return f"at {'equal FLOPs and ' if has_equal_flops(study, found.of_pairs) else ''}{found.learning}"
 
 
 def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
@@ -141,11 +142,11 @@ def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | 
     first = study.main_difference(primary) if study.is_primary(primary) else None
     others = []
     for contrast in study.contrasts:
-        for setting in [*([None] if study.matches_learning else []), rate]:
-            if setting is not None and study.matches_learning and contrast is not study.contrasts[0]:
+        for setting in dict.fromkeys([study.main_setting, rate]):
+            if setting != study.main_setting and contrast is not study.contrasts[0]:
                 continue
             others += [study.difference(contrast, name, study.last, setting) for name in study.measures
-                       if setting is not None or name != LEARNING]
+                       if name != setting]
     return first, [one for one in others if one is not None and one is not first]
 
 
@@ -178,20 +179,21 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
 
 def learning_text(found: Difference) -> str:
     """How the learning of two models compares in a difference."""
-    return "equal new-task loss" if found.rate is None else f"rate {found.rate}" if found.rate else "not matched"
+    return found.learning if found.is_matched else f"rate {found.setting}" if found.setting else "not matched"
 
 
 def stage_section(study: Study, primary: str) -> list[Section]:
     """The primary difference of each contrast by stage and by rate."""
-    settings, rows = [*([None] if study.matches_learning else []), *study.rates], []
+    settings, rows = [*([LEARNING, DECREASE] if study.matches_learning else []), *study.rates], []
     for contrast, number, setting in itertools.product(study.contrasts, range(1, study.last + 1), settings):
         if found := study.difference(contrast, primary, number, setting):
-            learned = study.difference(contrast, LEARNING, number, setting) if setting is not None else None
+            learned = study.difference(contrast, LEARNING, number, setting) if setting != LEARNING else None
             rows.append([str(contrast), study.stages[number], learning_text(found), found.estimate.n,
                          with_interval(found.estimate), p_text(found.estimate.p),
-                         with_interval(learned.estimate) if learned else "0 by design" if setting is None else "–"])
+                         with_interval(learned.estimate) if learned else "0 by design" if setting == LEARNING else "–"])
     table = markdown_table(["models", "stage", "learning", "pairs", primary, "p", LEARNING], rows)
-    note = f"In {study.measures[primary].unit}. These p-values are not corrected for their number.\n\n"
+    note = (f"In {study.measures[primary].unit}. The {DECREASE} is that since m0: the m0 of two models may differ on "
+            "the task. These p-values are not corrected for their number.\n\n")
     return [("Difference by stage and rate", note + table)] if rows else []
 
 

@@ -1,6 +1,7 @@
 """Pairs of models: does a grown model forget less than one from scratch, with a pair (a pretraining seed) as the unit?
 
-Learning is matched: models are compared at equal loss on the new task, see matching.py.
+Learning is matched: models are compared at equal loss on the new task, see matching.py. As a check they are also
+compared at an equal decrease of this loss since m0, since the m0 of two models differ on the task.
 """
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,17 @@ from analysis.comparison import Chain, drop_unlike_items, pair_name, stage_names
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
 from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
-from analysis.measures import LEARNING, ItemValues, PairMeasure, make_measures, per_token, weighted_sum
+from analysis.measures import (
+    DECREASE,
+    LEARNING,
+    MATCHED_ON,
+    ItemValues,
+    PairMeasure,
+    make_measures,
+    per_token,
+    task_at,
+    weighted_sum,
+)
 from analysis.record import find_benchmarks, make_chains
 from analysis.stages import TEXT, Stage
 
@@ -44,13 +55,25 @@ class Contrast:
 class Difference:
     """The difference of two models by a measure after a stage, in each pair that has it.
 
-    rate: the learning rate of both; None if learning was matched. of_pairs: {pair: values of the items}.
+    setting: what is equal: one of MATCHED_ON, or the learning rate. of_pairs: {pair: values of the items}.
     """
     contrast: Contrast
     measure: PairMeasure
     number: int
-    rate: str | None
+    setting: str
     of_pairs: Mapping[int, ItemValues]
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether learning was matched."""
+        return self.setting in MATCHED_ON
+
+    @property
+    def learning(self) -> str:
+        """What is equal, as text."""
+        if self.is_matched:
+            return f"equal {self.setting}"
+        return (f"learning rate {self.setting}" if self.setting else "one learning rate") + " (learning not matched)"
 
     @functools.cached_property
     def estimate(self) -> PairedDifference:
@@ -116,6 +139,12 @@ class Study:
         return self.compared[1]
 
     @property
+    def last_task(self) -> str:
+        """The task of the last stage; "" if it is unknown."""
+        return next((task for groups in self._chains.values() for group in groups.values() for chain in group.values()
+                     if (task := task_at(chain, self.last))), "")
+
+    @property
     def last(self) -> int:
         """The number of the last stage."""
         return len(self.stages) - 1
@@ -158,15 +187,17 @@ class Study:
 
     @functools.cache  # noqa: B019 - a study lives as long as the report
     def values(self, name: str, pair: int, model: str, rate: str, number: int) -> ItemValues | None:
-        """A measure of a model after a stage, the mean over its seeds. None if a seed lacks it."""
-        found = [self.measures[name].extract(chain, number) for chain in self.chains(pair, model, rate)]
+        """A measure, or one of MATCHED_ON, after a stage: the mean over the seeds. None if a seed lacks it."""
+        extract = MATCHED_ON[name] if name in MATCHED_ON else self.measures[name].extract
+        found = [extract(chain, number) for chain in self.chains(pair, model, rate)]
         known = [one for one in found if one is not None]
         return weighted_sum([(1 / len(known), one) for one in known]) if known and len(known) == len(found) else None
 
-    def curve(self, name: str, pair: int, model: str, number: int) -> tuple[np.ndarray, list[ItemValues], list[str]]:
-        """(loss on the new task [R], the measure at each rate, the rates), of the rates that have both."""
+    def curve(self, name: str, pair: int, model: str, number: int,
+              learning: str = LEARNING) -> tuple[np.ndarray, list[ItemValues], list[str]]:
+        """(one of MATCHED_ON [R], the measure at each rate, the rates), of the rates that have both."""
         points = [(x.value, y, rate) for rate in self.rates
-                  if (x := self.values(LEARNING, pair, model, rate, number))
+                  if (x := self.values(learning, pair, model, rate, number))
                   and (y := self.values(name, pair, model, rate, number))]
         return np.array([x for x, _, _ in points]), [y for _, y, _ in points], [rate for _, _, rate in points]
 
@@ -191,47 +222,48 @@ class Study:
                     yield (f"{self.name_of(pair)}: {level(model)} is no control at equal held-out loss, since its m0 "
                            f"differs from that of {other} by {gap:+.3f} nats per token")
 
-    def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING) -> Match | None:
-        """The match of the two models of a contrast at equal loss on the new task. None without runs of both."""
+    def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING,
+              learning: str = LEARNING) -> Match | None:
+        """The match of the two models of a contrast at equal learning, one of MATCHED_ON. None without runs of both."""
         models = self.models_of(contrast, pair)
-        one, two = (self.curve(name, pair, model, number)[0] for model in models or ("", ""))
+        one, two = (self.curve(name, pair, model, number, learning)[0] for model in models or ("", ""))
         return match(one, two) if len(one) and len(two) else None
 
-    def _difference_of(self, contrast: Contrast, pair: int, name: str, number: int,
-                       rate: str | None) -> ItemValues | None:
+    def _difference_of(self, contrast: Contrast, pair: int, name: str, number: int, setting: str) -> ItemValues | None:
         """The difference in one pair."""
         if (models := self.models_of(contrast, pair)) is None:
             return None
-        if rate is not None:
-            one, two = (self.values(name, pair, model, rate, number) for model in models)
+        if setting not in MATCHED_ON:
+            one, two = (self.values(name, pair, model, setting, number) for model in models)
             return weighted_sum([(1, one), (-1, two)]) if one and two else None
-        found = self.match(contrast, pair, number, name)
+        found = self.match(contrast, pair, number, name, setting)
         if found is None or found.weights is None:
             return None
         return weighted_sum([(sign * weight, y) for sign, model, weights in zip((1, -1), models, found.weights)
-                             for weight, y in zip(weights, self.curve(name, pair, model, number)[1])])
+                             for weight, y in zip(weights, self.curve(name, pair, model, number, setting)[1])])
 
     @functools.cache  # noqa: B019
-    def difference(self, contrast: Contrast, name: str, number: int, rate: str | None = None) -> Difference | None:
-        """A difference after a stage, at equal loss on the new task or at one rate. None if no pair has it."""
+    def difference(self, contrast: Contrast, name: str, number: int, setting: str = LEARNING) -> Difference | None:
+        """A difference after a stage, at equal learning (one of MATCHED_ON) or at a rate. None if no pair has it."""
         found = {pair: one for pair in self.pairs
-                 if (one := self._difference_of(contrast, pair, name, number, rate)) is not None}
-        return Difference(contrast, self.measures[name], number, rate, found) if found else None
+                 if (one := self._difference_of(contrast, pair, name, number, setting)) is not None}
+        return Difference(contrast, self.measures[name], number, setting, found) if found else None
 
     def main_difference(self, name: str, number: int | None = None) -> Difference | None:
         """The difference of the first contrast by a measure, after the last stage unless another is given: at equal
         loss on the new task, or, if there is a single rate, at this rate."""
-        return self.difference(self.contrasts[0], name, self.last if number is None else number, self.main_rate)
+        return self.difference(self.contrasts[0], name, self.last if number is None else number,
+                               self.main_setting)
 
     @property
-    def main_rate(self) -> str | None:
-        """The rate of the main differences; None if learning is matched."""
-        return None if self.matches_learning else self.rates[0]
+    def main_setting(self) -> str:
+        """What is equal in the main differences: the loss on the new task, or the only learning rate."""
+        return LEARNING if self.matches_learning else self.rates[0]
 
-    def start_loss(self, pair: int, model: str) -> ItemValues | None:
-        """The held-out loss of m0."""
+    def start_loss(self, pair: int, model: str, name: str = TEXT) -> ItemValues | None:
+        """The loss of m0 on held-out text or on a task."""
         start = self._starts.get((pair, model))
-        losses = start.losses.get(TEXT) if start else None
+        losses = start.losses.get(name) if start else None
         return per_token(losses.nll, losses) if losses else None
 
     def pretraining_curve(self, pair: int, model: str) -> Curve:
@@ -245,25 +277,26 @@ class Study:
         known = [flops for flops in found if flops is not None]
         return float(np.mean(known)) if known and len(known) == len(found) else None
 
-    def start_losses(self, contrast: Contrast) -> dict[int, tuple[float, float]]:
-        """{pair: the held-out losses of both m0}, for the pairs that have both."""
+    def start_losses(self, contrast: Contrast, name: str = TEXT) -> dict[int, tuple[float, float]]:
+        """{pair: the losses of both m0 on held-out text or on a task}, for the pairs that have both."""
         found = {}
         for pair in self.pairs:
-            one, two = (self.start_loss(pair, model) for model in self.models_of(contrast, pair) or ("", ""))
+            one, two = (self.start_loss(pair, model, name) for model in self.models_of(contrast, pair) or ("", ""))
             if one and two:
                 found[pair] = one.value, two.value
         return found
 
-    def unmatched(self, contrast: Contrast, number: int) -> Iterator[str]:
-        """Sentences on the pairs in which the models of a contrast reach no common loss on the new task."""
+    def unmatched(self, contrast: Contrast, number: int, learning: str = LEARNING) -> Iterator[str]:
+        """Sentences on the pairs in which the models of a contrast reach no common value of one of MATCHED_ON."""
         for pair in self.pairs if self.matches_learning else ():
-            found = self.match(contrast, pair, number)
+            found = self.match(contrast, pair, number, learning=learning)
             if found and found.weights is None:
+                ranges = (sorted((-low, -high)) if learning == DECREASE else (low, high) for low, high in found.ranges)
                 one, two = (f"{model} {low:.4f} to {high:.4f}" for model, (low, high) in zip(
-                    self.models_of(contrast, pair) or (), found.ranges))
+                    self.models_of(contrast, pair) or (), ranges))
                 names = "methods" if contrast.of else "models"
                 yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach "
-                       f"no common loss on the new task ({one}, {two} nats per token)")
+                       f"no common {learning} ({one}, {two} nats per token)")
 
     def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
         """Sentences on the pairs in which a model of a contrast lacks learning rates that the other one has, or a
@@ -290,6 +323,8 @@ class Study:
         without = [line for contrast in self.contrasts for line in self.without_model(contrast)]
         of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
                         for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
+        of_contrasts += [line for number in range(1, self.last + 1) if not self.of
+                         for line in self.unmatched(self.contrasts[0], number, DECREASE)]
         return [*self.left_out, *without, *self._not_level(), *of_contrasts]
 
 

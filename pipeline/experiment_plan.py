@@ -79,9 +79,8 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     folders = [folder for pair in found.of_pairs for folder in Path(cfg.runs).rglob(f"pair-{pair}")]
     hours = sum(map(training_seconds, folders)) / 3600 / estimate.n
     low, high = estimate.interval
-    learning = "equal new-task loss" if found.rate is None else "one learning rate (learning not matched)"
-    print(f"pilot: {estimate.n} pairs, {found.measure.name} at {learning}, {found.contrast}: {estimate.mean:+.4g} "
-          f"[{low:+.4g}, {high:+.4g}] {unit}\nstandard deviation between pairs: {estimate.sd:.4g}")
+    print(f"pilot: {estimate.n} pairs, {found.measure.name} at {found.learning}, {found.contrast}: "
+          f"{estimate.mean:+.4g} [{low:+.4g}, {high:+.4g}] {unit}\nstandard deviation between pairs: {estimate.sd:.4g}")
     if found.components:
         print_items(found.components, hours, cfg.effect)
     pairs = units_needed(estimate.sd, cfg.effect)

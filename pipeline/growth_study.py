@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from matplotlib.lines import Line2D
 
 from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styled
+from analysis.inference import PairedDifference
 from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, flops_to_loss, mean_curve
 from common.configs import read_config
 from common.files import UserError, write_json, write_text
@@ -238,31 +239,49 @@ def study_table(rows: Sequence[dict]) -> str:
                            "PFLOP to scratch's final loss", "speed-up"], lines)
 
 
+def compare(rows: Sequence[dict], name: str, other: str) -> PairedDifference:
+    """The differences of the final losses of two models, of the seeds that both have."""
+    one, two = (dict(zip(row["seeds"], row["final"])) for wanted in (name, other) for row in rows
+                if row["name"] == wanted)
+    return PairedDifference(tuple(one[seed] - two[seed] for seed in one if seed in two))
+
+
+def compared_text(name: str, other: str, found: PairedDifference) -> str:
+    """The sentence on a difference of final losses."""
+    low, high = found.interval
+    interval = f" [{low:+.3f}, {high:+.3f}]" if found.n > 1 else ""
+    wins = sum(value < 0 for value in found.values)
+    return (f"{name} − {LABELS.get(other, other)}: {found.mean:+.3f}{interval} nats per token, lower for {wins} of "
+            f"{found.n} seeds.")
+
+
+def verdict(what: str, differences: Sequence[PairedDifference]) -> str:
+    """The sentence on whether something pays: all differences must be below 0 by their 95% intervals. It does not if
+    one of them is above 0."""
+    if all(one.interval[1] < 0 for one in differences):
+        return f"{what} pays at this budget."
+    if any(one.interval[0] > 0 for one in differences):
+        return f"{what} does not pay at this budget."
+    return f"It cannot be told whether {what.lower()} pays at this budget: a 95% interval includes 0."
+
+
 def conclusion(rows: Sequence[dict]) -> str:
-    """Whether depth pays at this budget, and whether growing does: the final losses compared, seed by seed. Fewer than
+    """Whether depth pays at this budget, and whether growing does: the final losses compared within seeds. Fewer than
     MIN_SEEDS seeds of all models that are compared give no verdict."""
-    final = {row["name"]: row["final"] for row in rows}
-
-    def beats(name: str, other: str) -> tuple[bool, str]:
-        """Whether `name` ends with the lower loss for all seeds, and a sentence on the differences."""
-        differences = [loss - reference for loss, reference in zip(final[name], final[other])]
-        wins = sum(difference < 0 for difference in differences)
-        return wins == len(differences), (f"{name} beats {LABELS.get(other, other)} for {wins} of {len(differences)} "
-                                          f"seeds: {format_over_seeds(differences, '{:+.3f}')} nats per token.")
-
-    depth_pays, sentence = beats("scratch", TRAINED_ON)
-    controls = [beats("stack", other) for other in ("scratch", TRAINED_ON)] if "stack" in final else []
-    lines = [sentence, *(text for _, text in controls)]
-    seeds = len(final["scratch"])
-    if seeds < MIN_SEEDS:
-        lines.append(f"No verdict: it takes at least {MIN_SEEDS} seeds, found {seeds}. Give more --seeds.")
+    trained = {row["name"]: len(row["seeds"]) for row in rows}
+    depth = compare(rows, "scratch", TRAINED_ON)
+    controls = {other: compare(rows, "stack", other) for other in ("scratch", TRAINED_ON) if "stack" in trained}
+    lines = [compared_text("scratch", TRAINED_ON, depth),
+             *(compared_text("stack", other, found) for other, found in controls.items())]
+    if depth.n < MIN_SEEDS:
+        lines.append(f"No verdict: it takes at least {MIN_SEEDS} seeds, found {depth.n}. Give more --seeds.")
     else:
-        lines.append(f"Depth {'pays' if depth_pays else 'does not pay'} at this budget.")
-        if controls and (trained := len(final["stack"])) < MIN_SEEDS:
-            lines.append(f"No verdict on growing: it takes at least {MIN_SEEDS} seeds of stack, found {trained}. Name "
-                         "stack in --repeated.")
+        lines.append(verdict("Depth", [depth]))
+        if controls and trained["stack"] < MIN_SEEDS:
+            lines.append(f"No verdict on growing: it takes at least {MIN_SEEDS} seeds of stack, found "
+                         f"{trained['stack']}. Name stack in --repeated.")
         elif controls:
-            lines.append(f"Growing {'pays' if all(better for better, _ in controls) else 'does not pay'}.")
+            lines.append(verdict("Growing", list(controls.values())))
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.measures import PRIMARY
+from analysis.measures import DECREASE, LEARNING, PRIMARY
 from analysis.method_plane import (
     compared_at,
     gap_of,
@@ -221,7 +221,7 @@ def test_the_answer_is_that_of_its_table(table):
     study = Study(read_stage_table(ROOT / "docs/answer" / table), "stack", "llm")
     text = " ".join((ROOT / "docs/answer.md").read_text().split())
     lines = answer(study, PRIMARY, ReportConfig().effect)
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert [line for line in lines if f"- {line}" not in text] == []
 
 
@@ -247,7 +247,7 @@ def test_the_differences_in_the_answer_are_those_of_its_table(table, title):
     assert rows.pop(1)[:2] == ["the same, m0 at equal held-out loss", written(study.difference(level, PRIMARY, 3))]
     assert len(rows) == 4
     for name, *cells in rows:
-        found = [study.difference(plain, name.removesuffix(" (primary)"), 3, rate) for rate in (None, "0.001")]
+        found = [study.difference(plain, name.removesuffix(" (primary)"), 3, rate) for rate in (LEARNING, "0.001")]
         assert cells == [cell for one in found for cell in (written(one), f"{one.estimate.smallest_detectable:.2f}")]
 
 
@@ -256,8 +256,8 @@ def test_the_differences_by_stage_are_those_of_their_table():
     rows = table_rows((ROOT / "docs/answer.md").read_text().split("## What the difference depends on")[1])
     assert [name for name, *_ in rows] == ["simp", "empd", "inqqg"]
     for number, (_, *cells) in enumerate(rows, 1):
-        assert cells == [written(study.difference(study.contrasts[0], PRIMARY, number, rate))
-                         for rate in (None, *study.rates)]
+        assert cells == [written(study.difference(study.contrasts[0], PRIMARY, number, setting))
+                         for setting in (LEARNING, DECREASE, *study.rates)]
 
 
 def test_differences_of_grown_models_are_those_of_their_table():

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def undo_changes(run: "Run", engine: "DeepSpeedEngine", anchors: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """FAPM (arXiv 2509.08255): gives a share of each matrix's weights their initial values again, those with the
-    smallest |Δw| − mean|w₀| · |Δw| / |w₀|: small changes, and changes that are large compared to the weight."""
+    smallest |Δw| − mean|w₀| · |Δw| / |w₀|: small changes, and changes that are large compared to the weight. Norms and
+    biases keep their change, while the authors' code prunes all parameters."""
     fragments = {fragment.name: fragment for fragment in local_fragments(engine)}
     part = 1.0 if engine.zero_optimization() else 1 / run.dist.world_size  # without ZeRO every rank has all of them
     for name, shape in run.trained.items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import report
-from analysis import method_plane
+from analysis import method_plane, pair_tables
 from analysis.inference import PairedDifference, t_quantile
 from analysis.measures import item_values, pool
 from analysis.method_plane import (
@@ -23,13 +23,15 @@ from analysis.method_plane import (
     plot_planes,
     points_of,
     profit_section,
+    profits,
     start_point,
 )
 from analysis.results import read_runs
 from common.files import UserError
 from evaluation.result_files import total_losses
 from report import ReportConfig
-from tests.analysis.studies import SLOPE, write_study
+from tests.analysis.studies import RATES, SLOPE, learned_loss, write_study
+from tests.analysis.test_report import cells
 
 RISE = "rise of held-out loss"
 EFFECTS = {"lora": {"llm": -0.3, "stack": -0.1}, "replay": {"llm": 0.0, "stack": 0.0}}  # nats per token
@@ -104,6 +106,42 @@ def test_do_both_models_profit_equally(folder):
     assert values == pytest.approx([-0.1, -0.3, 0.2], abs=0.02)
     assert row.endswith("| 4 |")
     assert profit_section({"stack": studies["stack"]}, ("stack", "llm"), RISE) == []
+
+
+def test_the_differences_of_profits_are_corrected_for_their_number(folder):
+    for pair, more in ((1, 0.05), (2, 0.02)):
+        for stage in folder.glob(f"pair-{pair}/llm/*/rate-*/m2-empd"):
+            change(stage, stage.parents[1].name, more * (stage.parents[1].name == "lora"), 0.0)
+            change(stage, stage.parents[1].name, 0.1 * more * pair * (stage.parents[1].name == "replay"), 0.0)
+    _, studies = studies_of(folder)
+    (_, text), = profit_section(studies, ("stack", "llm"), RISE)
+    rows = {cells(line)[0]: cells(line) for line in text.splitlines() if line.startswith(("| lora", "| replay"))}
+    p_values = {}
+    for method in EFFECTS:
+        values = [one - two for one, two in profits([studies["stack"], studies["llm"]], method, RISE).values()]
+        p_values[method] = PairedDifference(tuple(values)).p
+    assert {method: row[4] for method, row in rows.items()} == {
+        method: pair_tables.p_text(p) for method, p in p_values.items()}
+    assert {method: row[5] for method, row in rows.items()} == {
+        method: pair_tables.p_text(2 * p if p == min(p_values.values()) else max(p_values.values()))
+        for method, p in p_values.items()}
+
+
+def test_both_models_are_compared_at_the_same_losses(folder):
+    """The more a model has learned with lora, the more it forgets, and stack learns 0.15 nats more at each rate."""
+    for stage in folder.glob("pair-*/*/lora/rate-*/m2-empd"):
+        place = RATES.index(stage.parent.name.removeprefix("rate-"))
+        change(stage, "lora", 3 - (learned_loss(stage.parents[2].name, 2, place) + 0.1), 0.0)
+    _, studies = studies_of(folder)
+    found = profits([studies["stack"], studies["llm"]], "lora", RISE)
+    common = (2.5, 2.65)  # of stack 2.25 to 2.65 and 2.35 to 2.75, of llm 2.4 to 2.8 and 2.5 to 2.9
+    for pair, of_models in found.items():
+        own = deviation(f"pair-{pair}", "lora") + 3 - sum(common) / 2
+        assert of_models == pytest.approx([EFFECTS["lora"][model] + own for model in ("stack", "llm")])
+    for stage in folder.glob("pair-2/llm/*/rate-*/m2-empd"):  # both learn too little for a loss that stack reaches
+        change(stage, stage.parents[1].name, 0.0, 0.5)
+    _, studies = studies_of(folder)
+    assert list(profits([studies["stack"], studies["llm"]], "lora", RISE)) == [1, 3, 4]
 
 
 def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
@@ -212,7 +250,7 @@ def test_methods_without_a_common_loss(folder):
     assert gap_of(studies["llm"], "lora", RISE) is None
     _, (_, text) = plane_section(studies["llm"], RISE)
     assert "| no common new-task loss |" in text
-    assert any("is left out of lora − finetune of llm after m2-empd: the methods reach no common loss" in line
+    assert any("is left out of lora − finetune of llm after m2-empd: the methods reach no common new-task loss" in line
                for line in studies["llm"].all_left_out())
 
 

@@ -30,7 +30,7 @@ def numbers(text):
 
 def test_the_answer_comes_first(tmp_path):
     text = make_report(tmp_path / "out", runs=write_study(tmp_path / "runs"))
-    answer, uncertainty, data, start = first_lines(text)
+    answer, uncertainty, data, decrease, start = first_lines(text)
     values = np.array([2 * (np.random.default_rng([pair, 7]).normal(0, 0.02) - 0.1) for pair in (1, 2, 3, 4)])
     mean, half = values.mean(), 3.18245 * values.std(ddof=1) / 2
     assert answer.startswith("stack forgets less than llm: at equal new-task loss, the rise of held-out loss after "
@@ -191,8 +191,8 @@ def test_a_pair_without_a_common_range_is_named(tmp_path):
     assert "Data: 3 pairs (pretraining seeds 1, 3, 4)" in text
     assert "left out: pair 2, see What is missing." in text
     missing = text.split("## What is missing")[1]
-    assert ("pair 2 is left out of stack − llm after m2-empd: the models reach no common loss on the new "
-            "task (stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in missing
+    assert ("pair 2 is left out of stack − llm after m2-empd: the models reach no common new-task loss "
+            "(stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in missing
     assert "| stack − llm | 3 of 4 |" in text
 
 

@@ -1,5 +1,6 @@
 """Pairs of models: measures, matched learning, controls, on folders with known effects."""
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 
 from analysis.inference import variance_components
 from analysis.matching import efficient_branch, match, mean_weights
-from analysis.measures import earlier_tasks
+from analysis.measures import DECREASE, earlier_tasks
 from analysis.pairs import Contrast, Study, rates_of
 from analysis.results import read_runs
 from analysis.stages import ItemLosses, Stage
@@ -47,6 +48,10 @@ def test_curves_are_matched_where_both_have_learned_as_much():
     # both forget 3 - x, the first 0.5 more; the last rate of the first is not on its branch
     assert found.weights[0] @ (3.5 - one + [0, 0, 0, 9]) - found.weights[1] @ (3 - two) == pytest.approx(0.5)
     assert match(np.array([3.0, 2.7]), two).weights is None
+    within = match(one, two, (2.3, 9.0))
+    assert within.common == (2.3, 2.6)
+    assert within.weights[1] @ two == pytest.approx(2.45)
+    assert match(one, two, (2.7, 9.0)).weights is None
 
 
 def test_the_folders_of_a_study(tmp_path):
@@ -70,6 +75,26 @@ def test_forgetting_is_compared_at_equal_learning(study):
         shared = study.difference(Contrast("stack", "llm"), "rise of held-out loss", number, "0.001")
         assert shared.estimate.values == pytest.approx(tuple(number * (own - 0.1 + SLOPE * 0.15)))
     assert study.difference(Contrast("stack", "llm"), "new-task loss", 1, "0.001").estimate.mean == pytest.approx(-0.15)
+
+
+def test_an_equal_decrease_counts_from_the_own_m0(tmp_path):
+    """The m0 of stack has a higher loss on the tasks, by 0.15 nats: at an equal decrease its loss is higher as well."""
+    folder = write_study(tmp_path / "study")
+    for task, path in itertools.product(TASKS, folder.glob("pair-*/stack/m0/eval")):
+        change_items(path / f"losses-task-{task}.json", lambda nll, tokens: nll + 0.15 * tokens)
+    study = study_of(folder)
+    own = np.array([np.random.default_rng([pair, 7]).normal(0, 0.02) for pair in study.pairs])
+    for number in (1, 2):
+        found = study.difference(study.contrasts[0], "rise of held-out loss", number, DECREASE)
+        assert found.estimate.values == pytest.approx(tuple(number * (own - 0.1 - SLOPE * 0.15)))
+        assert study.difference(study.contrasts[0], "new-task loss", number, DECREASE).estimate.mean == \
+            pytest.approx(0.15)
+    for rate in RATES:
+        change_items(folder / f"pair-3/stack/rate-{rate}/m2-empd/eval/losses-task-empd.json",
+                     lambda nll, tokens: nll - tokens)
+    assert list(study_of(folder).unmatched(study.contrasts[0], 2, DECREASE)) == [
+        "pair 3 is left out of stack − llm after m2-empd: the models reach no common decrease of new-task loss (stack "
+        "1.7000 to 2.1000, llm 0.4000 to 0.8000 nats per token)"]
 
 
 def test_measures_of_a_chain_by_hand(study):
@@ -104,7 +129,7 @@ def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
     study = study_of(folder)
     assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 4]
     assert list(study.unmatched(study.contrasts[0], 1)) == [
-        "pair 3 is left out of stack − llm after m1-simp: the models reach no common loss on the new task "
+        "pair 3 is left out of stack − llm after m1-simp: the models reach no common new-task loss "
         "(stack 1.3500 to 1.7500, llm 2.5000 to 2.9000 nats per token)"]
 
 
@@ -164,7 +189,7 @@ def change_items(path, change):
 def test_a_single_rate_is_not_matched(tmp_path):
     study = study_of(write_study(tmp_path / "study", rates=("0.001",)))
     assert not study.matches_learning
-    assert study.main_difference("rise of held-out loss").rate == ""
+    assert study.main_difference("rise of held-out loss").setting == ""
     assert study.main_difference("rise of held-out loss").estimate.n == 4
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 import report
+from analysis.measures import DECREASE, LEARNING
 from analysis.pair_tables import has_equal_flops
 from analysis.pairs import Study
 from analysis.results import read_runs
@@ -41,8 +42,8 @@ def test_all_differences_are_those_of_the_runs(runs, table):
         assert own == {pair: pytest.approx(starts[pair]) for pair in (1, 2, 3, 4)}
         for name in expected.measures:
             for number in (1, 2):
-                for rate in (None, *RATES):
-                    one, other = (study.difference(contrast, name, number, rate) for study in (ours, expected))
+                for setting in (LEARNING, DECREASE, *RATES):
+                    one, other = (study.difference(contrast, name, number, setting) for study in (ours, expected))
                     assert (one is None) == (other is None)
                     if one:
                         assert one.estimate.values == pytest.approx(other.estimate.values, rel=1e-8, abs=1e-8)

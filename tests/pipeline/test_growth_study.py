@@ -178,24 +178,31 @@ def test_the_table_by_hand():
 
 
 @pytest.mark.parametrize(("stack", "trained_on", "said"), [  # the final losses of scratch are 4.0, 4.7 and 4.3
-    ((3.5, 3.7, 3.8), (4.4, 4.9, 4.4), """\
-- scratch beats base, trained further for 3 of 3 seeds: -0.233 ± 0.153 nats per token.
-- stack beats scratch for 3 of 3 seeds: -0.667 ± 0.289 nats per token.
-- stack beats base, trained further for 3 of 3 seeds: -0.900 ± 0.300 nats per token.
+    ((3.5, 4.1, 3.7), (4.5, 5.3, 4.8), """\
+- scratch − base, trained further: -0.533 [-0.677, -0.390] nats per token, lower for 3 of 3 seeds.
+- stack − scratch: -0.567 [-0.710, -0.423] nats per token, lower for 3 of 3 seeds.
+- stack − base, trained further: -1.100 [-1.348, -0.852] nats per token, lower for 3 of 3 seeds.
 - Depth pays at this budget.
-- Growing pays.
+- Growing pays at this budget.
 """),
-    ((3.5, 3.7, 3.8), (3.2, 4.1, 4.3), """\
-- scratch beats base, trained further for 0 of 3 seeds: +0.467 ± 0.416 nats per token.
-- stack beats scratch for 3 of 3 seeds: -0.667 ± 0.289 nats per token.
-- stack beats base, trained further for 2 of 3 seeds: -0.200 ± 0.436 nats per token.
+    ((3.9, 4.6, 4.2), (3.5, 4.1, 3.8), """\
+- scratch − base, trained further: +0.533 [+0.390, +0.677] nats per token, lower for 0 of 3 seeds.
+- stack − scratch: -0.100 [-0.100, -0.100] nats per token, lower for 3 of 3 seeds.
+- stack − base, trained further: +0.433 [+0.290, +0.577] nats per token, lower for 0 of 3 seeds.
 - Depth does not pay at this budget.
-- Growing does not pay.
+- Growing does not pay at this budget.
+"""),
+    ((3.5, 4.1, 3.7), (4.4, 4.9, 4.4), """\
+- scratch − base, trained further: -0.233 [-0.613, +0.146] nats per token, lower for 3 of 3 seeds.
+- stack − scratch: -0.567 [-0.710, -0.423] nats per token, lower for 3 of 3 seeds.
+- stack − base, trained further: -0.800 [-1.048, -0.552] nats per token, lower for 3 of 3 seeds.
+- It cannot be told whether depth pays at this budget: a 95% interval includes 0.
+- Growing pays at this budget.
 """),
     ((3.5,), (4.4,), """\
-- scratch beats base, trained further for 1 of 1 seeds: -0.400 nats per token.
-- stack beats scratch for 1 of 1 seeds: -0.500 nats per token.
-- stack beats base, trained further for 1 of 1 seeds: -0.900 nats per token.
+- scratch − base, trained further: -0.400 nats per token, lower for 1 of 1 seeds.
+- stack − scratch: -0.500 nats per token, lower for 1 of 1 seeds.
+- stack − base, trained further: -0.900 nats per token, lower for 1 of 1 seeds.
 - No verdict: it takes at least 3 seeds, found 1. Give more --seeds.
 """)])
 def test_the_conclusion_by_hand(stack, trained_on, said):
@@ -209,15 +216,16 @@ def test_a_verdict_on_growing_takes_seeds_of_stack():
     runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
     runs[1] = {"stack": [(1.0, 3.0)]} | runs[1]
     assert conclusion(summarize_runs(runs)).splitlines()[1:] == [
-        "- stack beats scratch for 1 of 1 seeds: -1.000 nats per token.",
-        "- stack beats base, trained further for 1 of 1 seeds: -2.000 nats per token.", "- Depth pays at this budget.",
+        "- stack − scratch: -1.000 nats per token, lower for 1 of 1 seeds.",
+        "- stack − base, trained further: -2.000 nats per token, lower for 1 of 1 seeds.",
+        "- Depth pays at this budget.",
         "- No verdict on growing: it takes at least 3 seeds of stack, found 1. Name stack in --repeated."]
 
 
 def test_a_conclusion_without_stack():
     runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
     assert conclusion(summarize_runs(runs)) == (
-        "- scratch beats base, trained further for 3 of 3 seeds: -1.000 ± 0.000 nats per token.\n"
+        "- scratch − base, trained further: -1.000 [-1.000, -1.000] nats per token, lower for 3 of 3 seeds.\n"
         "- Depth pays at this budget.\n")
 
 
@@ -396,8 +404,8 @@ def test_a_study(text, tmp_path, refusal, capsys):
     trained_on = final["base-trained-on"]
     assert (f"| base, trained further | 1 | – | {trained_on:.3f} | {trained_on - final['scratch']:+.3f} |"
             in result.stdout)
-    assert (f"\n- scratch beats base, trained further for {int(final['scratch'] < trained_on)} of 1 seeds: "
-            f"{final['scratch'] - trained_on:+.3f} nats per token.") in result.stdout
+    assert (f"\n- scratch − base, trained further: {final['scratch'] - trained_on:+.3f} nats per token, lower for "
+            f"{int(final['scratch'] < trained_on)} of 1 seeds.") in result.stdout
     assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in result.stdout
     assert (study / "growth-study.md").read_text() in result.stdout
     assert (study / "growth-study.png").read_bytes()[:4] == b"\x89PNG"
