@@ -34,6 +34,7 @@ from training.engine import (
     StepResult,
     build_engine,
     build_model,
+    eager_blocks,
     optimizer_step,
     peak_memory,
     save_checkpoint,
@@ -87,8 +88,9 @@ def main(cfg: TrainConfig) -> None:
         log = open_log(run, state.step)
 
         result = train(run, engine, method, data, state, log)
-        examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
-                                   cfg.max_target_length, cfg.template)
+        with eager_blocks(cfg.compile):
+            examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
+                                       cfg.max_target_length, cfg.template)
         save_checkpoint(run, engine, run.directory)
         began = time.perf_counter()
         method.write_side_files(data, train_step)

@@ -36,9 +36,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     manual = query.requires_grad and keeps_probabilities(query.device.type, query.element_size(), B * H * T * S)
     if attn_mask is None and T == S and not manual:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=H != K)
-    if attn_mask is None and query.device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right  # keeps the flash kernel; the import takes a second
-        return F.scaled_dot_product_attention(query, key, value, causal_lower_right(T, S), enable_gqa=H != K)
     if attn_mask is None:
         causal = torch.ones(1, T, S, dtype=torch.bool, device=query.device).tril_(S - T)
         attn_mask = additive_mask(causal, H // K, query.dtype)
@@ -72,11 +69,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value -> a
 
 
 def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dict[int | None, Attend]:
-    """Returns causal attention of the last T of S tokens by the window of a layer, for the dtype of a weight."""
-    def within(window: int) -> Attend:
-        mask = within_window(torch.ones(1, T, S, dtype=torch.bool, device=weight.device).tril_(S - T), window)
-        return partial(attention, attn_mask=additive_mask(mask, config.group_size, weight.dtype))
-    return {window: within(window) if window and window < S else attention for window in config.windows}
+    """Returns causal attention of the last T of S tokens by the window of a layer, for device and dtype of a weight."""
+    def within(window: int | None) -> Attend:
+        if window and window < S:
+            mask = within_window(torch.ones(1, T, S, dtype=torch.bool, device=weight.device).tril_(S - T), window)
+            return partial(attention, attn_mask=additive_mask(mask, config.group_size, weight.dtype))
+        if T < S and weight.device.type == "cuda":
+            # Keeps the flash kernel, as no other mask does. Made in a compiled block it would interrupt the graph. The
+            # import takes a second.
+            from torch.nn.attention.bias import causal_lower_right
+            return partial(F.scaled_dot_product_attention, attn_mask=causal_lower_right(T, S),
+                           enable_gqa=config.group_size > 1)
+        return attention
+    return {window: within(window) for window in config.windows}
 
 
 class AttentionContext(Protocol):

@@ -127,7 +127,7 @@ class MemoryPlan:
         if self.zero == 0:
             return 4 * min(bucket, self.num_trained) if self.processes > 1 else 0
         # one is filled while the other is reduced; on a CPU, memory that was never written does not count
-        in_turn = 2 if self.overlaps and self.device == "cuda" else 1
+        in_turn = 2 if self.overlaps and self.zero < 3 and self.device == "cuda" else 1
         in_turn += self.zero < 3 and self.processes > 1
         return bucket * (in_turn * self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
 

@@ -164,13 +164,47 @@ def test_bf16_keeps_fp32_master_weights(train, tmp_path, zero, launcher):
 
 
 def test_losses_of_compiled_blocks(train, finished, tmp_path):
-    """The graphs of the blocks are captured and run. To generate code for them would take minutes."""
-    patch = ("import torch; compiled = torch.nn.Module.compile\n"
-             "torch.nn.Module.compile = lambda block, **given: print('compiled') or compiled(block, backend='eager', "
-             "**given)")
-    result = train(tmp_path / "run", "--compile", "--max_tokens_per_microbatch", "200", patch=patch)
-    assert result.stdout.count("compiled\n") == 2
+    """The graphs of the blocks are captured and run. To generate code for them would take minutes. None is captured
+    while examples are decoded, whose lengths are all different."""
+    patch = """if True:
+        import torch
+        compiled, decode = torch.nn.Module.compile, train.decode_examples
+        def run_graph(graph, inputs):
+            print("graph")
+            return graph.forward
+        torch.nn.Module.compile = lambda block: print("compiled") or compiled(block, backend=run_graph)
+        train.decode_examples = lambda *args: print("decoding") or decode(*args)"""
+    training, decoding = train(tmp_path / "run", "--compile", "--max_tokens_per_microbatch", "200",
+                               patch=patch).stdout.split("decoding\n")
+    assert training.count("compiled\n") == 2
+    assert "graph\n" in training
+    assert "graph\n" not in decoding
     assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", ["1", "3"])
+@pytest.mark.parametrize("method", [[], ["--method", "vcl", "--weight_decay", "0"]])
+def test_the_host_does_not_wait_for_the_gpu(train, tmp_path, zero, method):
+    """But where weights are changed that ZeRO-3 then gathers on another stream. DeepSpeed's timer would wait from the
+    third step on."""
+    patch = """if True:
+        from unittest.mock import patch
+        def counted(function):
+            def call(*args):
+                from deepspeed.accelerator import get_accelerator
+                waits = []
+                with patch.object(type(get_accelerator()), "synchronize", lambda *_: waits.append(0)):
+                    result = function(*args)
+                print(function.__name__, len(waits))
+                return result
+            return call
+        from training.methods import Variational
+        Variational.before_step = counted(Variational.before_step)
+        train.train_step, train.evaluate = counted(train.train_step), counted(train.evaluate)"""
+    lines = train(tmp_path / "run", "--zero", zero, *method, "--max_steps", "4", patch=patch).stdout.splitlines()
+    assert {line for line in lines if line.startswith(("train_step", "evaluate"))} == {"train_step 0", "evaluate 0"}
+    assert [line for line in lines if line.startswith("before_step")] == \
+        4 * bool(method) * [f"before_step {int(zero == '3')}"]
 
 
 def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):

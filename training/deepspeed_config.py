@@ -73,6 +73,7 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # the optimizer is PyTorch's
         "zero_optimization": {"stage": cfg.zero},
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU before and after every micro-step
     }
     problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size,
                                             "gradient_clipping": cfg.max_grad_norm})

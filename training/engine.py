@@ -82,6 +82,11 @@ def compile_blocks(model: Transformer) -> None:
         block.compile()
 
 
+def eager_blocks(compiled: bool) -> AbstractContextManager:
+    """A context in which compiled blocks run without compiled code: each length of a decoded text would be compiled."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
 def run_weights(run: "Run") -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the weights that a run starts from, in model order, without adapters: those of the initial
     checkpoint, expanded if the run begins with an expansion, or new ones."""

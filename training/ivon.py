@@ -45,14 +45,17 @@ class IVON(torch.optim.Optimizer):
         self.prior: Prior = {}
         self.means: dict[torch.Tensor, torch.Tensor] = {}
         self.key: Any = None
+        self.device: torch.device | str = "cpu"
 
     @torch.no_grad()
-    def begin(self, fragments: Iterable[Fragment], prior: Prior) -> None:
+    def begin(self, fragments: Iterable[Fragment], prior: Prior, device: torch.device | str) -> None:
         """Sets the fragments and the prior; the flat tensors hold the means.
 
         prior: flat tensor -> (mean, precision), each of the flat tensor's length; the precision may be one number.
+        device: draws the noise, that of the model even if the flat tensors are offloaded: CPUs draw other numbers, and
+        slowly.
         """
-        self.prior, self.fragments = prior, {}
+        self.prior, self.fragments, self.device = prior, {}, device
         for fragment in fragments:
             self.fragments.setdefault(fragment.flat, []).append(fragment)
         for flat, pieces in self.fragments.items():
@@ -65,8 +68,8 @@ class IVON(torch.optim.Optimizer):
         """(slice of the flat tensor, noise) of the blocks of a fragment."""
         shift = fragment.offset - fragment.start
         for low, high, noise in standard_normal(self.key, fragment.name, fragment.size, fragment.start, fragment.count,
-                                                fragment.flat.device):
-            yield slice(low + shift, high + shift), noise
+                                                self.device):
+            yield slice(low + shift, high + shift), noise.to(fragment.flat.device)
 
     def mean(self, flat: torch.Tensor) -> torch.Tensor:
         """The means while the model has sampled weights, flattened."""

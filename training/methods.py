@@ -43,6 +43,7 @@ from training.zero_shards import (
     local_fragments,
     state_of,
     update_weights,
+    wait_for_changes,
 )
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class Adapted(Method):
             if isinstance(module, AdaptedLinear):
                 with gathered(self.engine, list(module.parameters()), modifier_rank=0):
                     module.merge()
+        wait_for_changes()
 
     def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
         """Writes the adapters."""
@@ -199,7 +201,8 @@ class Variational(Method):
                     flat.copy_(mean)  # in fp32; the checkpoint may be rounded to bf16
                     precisions[flat].mul_(run.cfg.tau)
             update_weights(engine)
-        self.optimizer.begin(fragments, {flat: (mean, precisions[flat]) for flat, mean in means.items()})
+        self.optimizer.begin(fragments, {flat: (mean, precisions[flat]) for flat, mean in means.items()},
+                             run.dist.device)
 
     def before_step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Samples the weights of a step."""

@@ -1,10 +1,13 @@
 """The optimizers of train.py by name. AdamW is PyTorch's; AnchoredAdamW adds EWC and L2-SP; IVON is in ivon.py."""
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from training.ivon import IVON
 from training.train_config import TrainConfig
+
+BLOCK = 1 << 24  # elements
 
 
 class AdamW(torch.optim.AdamW):
@@ -40,12 +43,19 @@ class AnchoredAdamW(AdamW):
                 self.squares[flat].addcmul_(flat.grad, flat.grad, value=self.square_weight)
             return
         for flat in flats if self.fisher else ():
-            flat.grad.addcmul_(self.fisher[flat], flat - self.anchors[flat], value=self.ewc_strength)
+            for grad, weight, anchor, fisher in in_blocks(flat.grad, flat, self.anchors[flat], self.fisher[flat]):
+                grad.addcmul_(fisher, weight - anchor, value=self.ewc_strength)
         for flat in flats if self.l2_strength else ():
-            flat.grad.add_(flat - self.anchors[flat], alpha=self.l2_strength)
+            for grad, weight, anchor in in_blocks(flat.grad, flat, self.anchors[flat]):
+                grad.add_(weight - anchor, alpha=self.l2_strength)
         super().step()
         for flat in flats if self.rate else ():
             flat.lerp_(self.anchors[flat], self.rate * self.param_groups[0]["lr"])  # the same in all groups
+
+
+def in_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of the same elements of several tensors, so many that a temporary tensor of them is small."""
+    return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors))
 
 
 def make_optimizer(cfg: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -112,6 +112,8 @@ def changing_weights(engine: "DeepSpeedEngine") -> Iterator[list[Fragment]]:
     if stage == 3:  # drop the small parameters that are kept gathered: they are gathered again when needed
         optimizer.checkpoint_event_prologue()
     yield local_fragments(engine)
+    if stage == 3:
+        wait_for_changes()
     if stage in (0, 3):
         return
     from deepspeed.runtime.utils import all_gather_dp_groups
@@ -120,6 +122,13 @@ def changing_weights(engine: "DeepSpeedEngine") -> Iterator[list[Fragment]]:
     with torch.no_grad():
         all_gather_dp_groups(*(getattr(optimizer, name) for name in names), optimizer.real_dp_process_group,
                              optimizer.nccl_start_alignment_factor, optimizer.allgather_bucket_size)
+
+
+def wait_for_changes() -> None:
+    """Waits until the GPU of this rank has changed its weights: ZeRO-3 gathers weights on a stream of its own, which
+    does not wait for the stream that has changed them."""
+    from deepspeed.accelerator import get_accelerator
+    get_accelerator().synchronize()
 
 
 def update_weights(engine: "DeepSpeedEngine") -> None:

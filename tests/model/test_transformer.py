@@ -1,4 +1,5 @@
 """The decoder compared with transformers' Llama, in fp32."""
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -6,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import model.attention
 import model.loss
+from model.attention import attention, causal_attention
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
@@ -130,23 +133,32 @@ def test_a_micro_step_does_not_wait_for_the_device():
         on_device(input_ids.to("meta"), targets.to("meta"))
 
 
-@pytest.mark.parametrize(("is_interrupted", "shape"), [(False, {}), (True, {}), (False, {
+def attention_of_gpus(config, T, S, weight):
+    """`causal_attention` as for weights on a GPU."""
+    return causal_attention(config, T, S, SimpleNamespace(device=torch.device("cuda"), dtype=weight.dtype))
+
+
+def test_attention_after_a_prefix_is_the_same_on_gpus():
+    config, generator = ModelConfig(**SHAPE), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, length, 8, generator=generator)
+                         for heads, length in ((4, 5), (2, 9), (2, 9)))
+    on_gpu, = attention_of_gpus(config, 5, 9, query).values()
+    assert isinstance(on_gpu.keywords["attn_mask"], CausalBias)
+    assert torch.allclose(on_gpu(query, key, value), attention(query, key, value), atol=1e-6)
+
+
+@pytest.mark.parametrize(("of_gpus", "shape"), [(False, {}), (True, {}), (False, {
     "model_type": "smollm3", "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 5})])
-def test_compiled_blocks_of_many_layers_and_sizes(is_interrupted, shape, monkeypatch):
-    """Graphs are captured and run, without code for them, which would take minutes. A graph that is interrupted in the
-    attention, as on a GPU after a shared prefix, does not make each layer compile again until PyTorch gives up."""
+def test_compiled_blocks_of_many_layers_and_sizes(of_gpus, shape, monkeypatch):
+    """Graphs are captured and run, without code for them, which would take minutes. No graph is interrupted, and the
+    layers are not compiled again and again until PyTorch gives up."""
     from torch import _dynamo
     plain, compiled = (random_model(num_hidden_layers=10, **shape) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
-    compile_block, attend = nn.Module.compile, model.attention.attention
-    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
-
-    def interrupted(query, key, value, attn_mask=None):
-        if query.shape[2] != key.shape[2]:
-            _dynamo.graph_break()
-        return attend(query, key, value, attn_mask)
-
-    monkeypatch.setattr(model.attention, "attention", interrupted if is_interrupted else attend)
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager", fullgraph=True))
+    if of_gpus:
+        monkeypatch.setattr(model.attention, "causal_attention", attention_of_gpus)
     _dynamo.reset()
     with _dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         compile_blocks(compiled)
@@ -231,7 +243,6 @@ def test_cache_gives_the_logits_of_the_whole_sequence():
 
 
 def test_parameter_count():
-    from model.config import ModelConfig
     for shape in ({}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16}):
         ours = random_model(**shape)
         assert ours.config.num_parameters == sum(parameter.numel() for parameter in ours.parameters())

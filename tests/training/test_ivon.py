@@ -4,6 +4,7 @@ import torch
 
 from model import posterior as model_posterior
 from model.posterior import sample_posterior, standard_normal
+from training import ivon
 from training.ivon import IVON
 from training.zero_shards import Fragment
 
@@ -40,7 +41,8 @@ def test_the_posterior_of_a_quadratic():
     target, prior_mean, prior_precision = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5]), torch.tensor([20.0, 5.0])
     weights = torch.nn.Parameter(torch.zeros(COPIES, 2))
     optimizer = IVON([weights], 100.0, ess, 1.0, (0.9, 0.99), 1e3)  # α is 0.1
-    optimizer.begin([fragment(weights)], {weights: (prior_mean.repeat(COPIES, 1), prior_precision.repeat(COPIES, 1))})
+    optimizer.begin([fragment(weights)], {weights: (prior_mean.repeat(COPIES, 1), prior_precision.repeat(COPIES, 1))},
+                    "cpu")
     mean, precision = run(optimizer, weights, lambda w: (w - target) @ hessian, 1500, 500)
     expected_mean, expected_precision = posterior(ess * hessian, target, prior_mean, prior_precision)
     assert mean.tolist() == pytest.approx(expected_mean.tolist(), rel=0.02)
@@ -54,7 +56,7 @@ def test_the_posterior_of_a_regression():
     y = x @ torch.tensor([1.0, -0.5, 2.0]) + 0.5 * torch.randn(40, generator=generator)
     weights = torch.nn.Parameter(torch.zeros(COPIES, 3))
     optimizer = IVON([weights], 100.0, 40.0, 1.0, (0.9, 0.99), 1e3)
-    optimizer.begin([fragment(weights)], {weights: (torch.zeros(COPIES, 3), 4.0)})
+    optimizer.begin([fragment(weights)], {weights: (torch.zeros(COPIES, 3), 4.0)}, "cpu")
     mean, precision = run(optimizer, weights, lambda w: (w @ x.T - y) @ x / 0.25 / 40, 1500, 500)
     hessian = x.T @ x / 0.25
     expected_mean, expected_precision = posterior(hessian, torch.linalg.solve(x.T @ x, x.T @ y), torch.zeros(3),
@@ -75,7 +77,7 @@ def test_steps_equal_those_of_the_authors_package(monkeypatch):
     model, reference_model = network(), network()
     optimizer = IVON(model.parameters(), 0.05 * 2.0, 200.0, 0.3, (0.9, 0.98), 2.0)
     fragments = [fragment(parameter, name) for name, parameter in model.named_parameters()]
-    optimizer.begin(fragments, {weight: (torch.zeros_like(weight), 200 * 0.01) for weight in model.parameters()})
+    optimizer.begin(fragments, {weight: (torch.zeros_like(weight), 200 * 0.01) for weight in model.parameters()}, "cpu")
     reference = ivon.IVON(reference_model.parameters(), lr=0.05, ess=200.0, hess_init=0.3, beta1=0.9, beta2=0.98,
                           weight_decay=0.01, clip_radius=2.0, rescale_lr=False)
     randn = torch.randn
@@ -115,6 +117,24 @@ def test_noise_is_a_function_of_key_and_name_alone(monkeypatch):
     assert not torch.equal(expected[:1000], expected[1000:2000])
 
 
+def test_noise_is_drawn_on_the_device_of_the_model(monkeypatch):
+    """Offloaded weights get the noise that they would get on the GPU."""
+    devices = []
+
+    def drawn(key, name, size, start, count, device):
+        devices.append(device)
+        return standard_normal(key, name, size, start, count, "cpu")
+
+    monkeypatch.setattr(ivon, "standard_normal", drawn)
+    weights = torch.nn.Parameter(torch.zeros(10))
+    optimizer = IVON([weights], 0.1, 100.0, 1.0, (0.9, 0.9), 1.0)
+    optimizer.begin([fragment(weights)], {weights: (torch.zeros(10), 1.0)}, "cuda")
+    optimizer.perturb([fragment(weights)], 0)
+    weights.grad = torch.ones(10)
+    optimizer.step()
+    assert devices == ["cuda"] * 2
+
+
 def test_samples_have_the_mean_and_precision_of_the_posterior():
     mean, precision = torch.tensor([1.0, 2.0]).repeat(5000), torch.tensor([4.0, 100.0]).repeat(5000)
     samples = sample_posterior(mean, precision, "key", "w").view(-1, 2)
@@ -128,7 +148,7 @@ def test_the_mean_is_restored_bit_for_bit(noise):
     before = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     weights = torch.nn.Parameter(before.clone())
     optimizer, fragments = IVON([weights], 0.0, 100.0, 1.0, (0.9, 0.9), 1.0, noise), [fragment(weights)]
-    optimizer.begin(fragments, {weights: (torch.zeros(1000), 1.0)})
+    optimizer.begin(fragments, {weights: (torch.zeros(1000), 1.0)}, "cpu")
     optimizer.perturb(fragments, 0)
     assert torch.equal(weights, before) is not noise
     optimizer.restore(fragments)
@@ -145,7 +165,7 @@ def test_steps_at_the_mean_are_deterministic():
     for key in (0, 1):
         weights = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
         optimizer = IVON([weights], 0.5, 10.0, 0.4, (0.9, 0.9), 1.0, sample_params=False)
-        optimizer.begin([fragment(weights)], {weights: (torch.tensor([1.0, 0.0, 0.0]), 1.0)})
+        optimizer.begin([fragment(weights)], {weights: (torch.tensor([1.0, 0.0, 0.0]), 1.0)}, "cpu")
         for step in range(2):
             optimizer.perturb([fragment(weights)], (key, step))
             weights.grad = torch.tensor([0.1, 0.2, 0.5]) * (step + 1)

@@ -19,6 +19,7 @@ from model.parameter_files import ParameterFiles, find_parameter_files, open_sid
 from model.posterior import standard_normal
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, losses, read_metrics
+from training import optimizers
 from training.batches import sample_indices
 from training.methods import find_side_files, side_file
 from training.optimizers import AnchoredAdamW
@@ -255,9 +256,10 @@ def test_fapm_undoes_the_changes_with_the_smallest_scores(run, checkpoint, tmp_p
         assert (result[name] == start).sum() >= count
 
 
-def test_anchored_adamw_equals_adamw_on_the_penalized_loss():
+def test_anchored_adamw_equals_adamw_on_the_penalized_loss(monkeypatch):
     """AdamW on the loss plus the penalties of EWC and L2-SP, then decoupled L2-SP's move to the initial weights, which
     falls with the learning rate."""
+    monkeypatch.setattr(optimizers, "BLOCK", 2)
     start, fisher = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, 4.0])
     w, v = torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0])), torch.nn.Parameter(torch.tensor([2.0, 2.5, 2.0]))
     anchored, plain = AnchoredAdamW([w], 0.1), torch.optim.AdamW([v], 0.1)
