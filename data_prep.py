@@ -8,6 +8,7 @@
 """
 import common.interrupts
 
+import sys
 from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -57,6 +58,10 @@ def prepare_task(cfg: TaskDataConfig) -> None:
     train, test = read_raw_task(cfg.folder_path, spec)
     indices = split_indices(len(train), cfg.eval_dataset_size)
     splits = {name: [train[i] for i in part] for name, part in zip(("train", "eval"), indices)} | {"test": test}
+    trained = {(item["input"], item["output"]) for item in splits["train"]}
+    for name in ("eval", "test"):
+        if known_items := sum((item["input"], item["output"]) in trained for item in splits[name]):
+            print(f"{known_items} of {len(splits[name])} {name} items are training items as well", file=sys.stderr)
     changed = write_task(cfg.output_path, splits)
     print(f"{cfg.output_path}: {format_counts(splits)}" + ("" if changed else " (unchanged)"))
 

@@ -67,6 +67,8 @@ class ReportConfig:
         """Contradictions between settings, as sentences."""
         if (self.runs is None) == (self.results is None):
             return ["give either --runs or --results"]
+        if self.grown == self.reference:
+            return [f"grown and reference are both {self.grown}: give two models"]
         if self.results and Path(self.results).resolve().parent == Path(self.out).resolve():
             return [f"{self.results} lies in the report that it came from, which has more than its table: choose "
                     "another --out"]

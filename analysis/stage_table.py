@@ -32,6 +32,7 @@ ROW_COLUMNS = ("kind", "name", "metric", "category", "conditions")
 VALUE_COLUMNS = ("tokens", "loss", "kl", "checkpoint", "start", "value", "error", "chance", "nll", "bits_per_byte")
 COLUMNS = STAGE_COLUMNS + ROW_COLUMNS + VALUE_COLUMNS
 DIGITS = 12  # of digests
+MAX_LOSS = 1e6  # nats per token; a guess at random has less than 20
 DIGEST = "digest"  # the only condition that a table tells, apart from the metric
 
 
@@ -94,7 +95,7 @@ def stage_table(stages: Sequence[Stage]) -> str:
 def read_stage_table(path: Path) -> list[Stage]:
     """The stages of a table, or of several that were put together. Raises UserError if it is damaged or has two rows
     for the same result."""
-    lines = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))  # as spreadsheets begin a file
+    lines = csv.DictReader(io.StringIO(read_text(path)))
     if lacking := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise UserError(f"{path} is not a table of stages with commas between its columns, as a report writes it: the "
                         f"column {lacking[0]} is missing")
@@ -125,6 +126,13 @@ def empty_stage(row: dict[str, str]) -> Stage:
                  run={"lineage": {"flops": finite_float(row["flops"])}} if row["flops"] else {})
 
 
+def number_of(row: dict[str, str], name: str, low: float = 0.0, high: float = MAX_LOSS) -> float:
+    """A number in a row. Raises ValueError if it is not within the bounds."""
+    if not low <= (value := finite_float(row[name])) <= high:
+        raise ValueError(f"{name} is {value:g}, expected {low:g} to {high:g}")
+    return value
+
+
 def add_row(stage: Stage, row: dict[str, str], path: Path) -> None:
     """Adds the result in a row to a stage. A mean stands for all items."""
     kind, name = row["kind"], row["name"]
@@ -136,9 +144,9 @@ def add_row(stage: Stage, row: dict[str, str], path: Path) -> None:
                         + (f", pair {stage.pair}" if stage.pair is not None else "") + ": remove one")
     conditions = {DIGEST: row["conditions"]}
     if kind == LOSSES:
-        tokens = np.array([finite_float(row["tokens"])])
-        kl = finite_float(row["kl"]) * tokens if row["kl"] else None
-        stage.losses[name] = ItemLosses(finite_float(row["loss"]) * tokens, tokens, kl, conditions,
+        tokens = np.array([number_of(row, "tokens", 1, math.inf)])
+        kl = number_of(row, "kl") * tokens if row["kl"] else None
+        stage.losses[name] = ItemLosses(number_of(row, "loss") * tokens, tokens, kl, conditions,
                                         (row["checkpoint"] or None, row["start"] or None))
         return
     known[name] = Estimate(finite_float(row["value"]), finite_float(row["error"]) if row["error"] else math.nan)
@@ -146,5 +154,5 @@ def add_row(stage: Stage, row: dict[str, str], path: Path) -> None:
     if kind == BENCHMARKS and name not in shipped_benchmarks():
         stage.described[name] = Benchmark(name, row["category"], row["metric"])
     if row["chance"]:
-        nll, bits = (np.array([finite_float(row[key])]) if row[key] else None for key in ("nll", "bits_per_byte"))
+        nll, bits = (np.array([number_of(row, key)]) if row[key] else None for key in ("nll", "bits_per_byte"))
         stage.choices[name] = Choices(np.array([finite_float(row["value"])]), nll, bits, finite_float(row["chance"]))

@@ -120,7 +120,8 @@ def verdict(title: str, pair: Pair, comparison: Comparison, claim: str = FORGETS
     grown, reference = pair
     gap = comparison.difference
     if gap is None:
-        return f"{title}: not compared, {grown} and {reference} have no results in common (see What is missing)."
+        return (f"{title}: not compared, {grown} and {reference} have no results in common that count; the end of this "
+                "report says what is missing or noise.")
     of_part = ", of what both have, see What is missing" if comparison.is_part else ""
     value, low, high = rounded(gap, sign="+")
     if math.isnan(gap.error):

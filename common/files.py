@@ -47,9 +47,9 @@ def parsing(path: str | Path, expected: str) -> Iterator[None]:
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a UTF-8 text file. Raises UserError if it cannot be read."""
+    """The content of a UTF-8 text file, without a byte order mark. Raises UserError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:

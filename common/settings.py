@@ -20,7 +20,7 @@ from common.files import UserError
 
 
 def setting(default: Any, help: str, *, required: bool = False, names: str | Collection[str] | None = None,
-            overlay: bool = False, **bounds: float) -> Any:
+            overlay: bool = False, replaced_by: Collection[str] = (), **bounds: float) -> Any:
     """A field of a settings dataclass.
 
     Args:
@@ -29,11 +29,13 @@ def setting(default: Any, help: str, *, required: bool = False, names: str | Col
         required: the setting must be given.
         names: the accepted names, or the folder in configs/ whose TOML files are the accepted names.
         overlay: the settings in the named TOML file override those of earlier files.
+        replaced_by: settings that take the place of this one if they are set; its flag is refused if a file sets one.
         bounds: `at_least`, `above`, `at_most` and `below`, for a number or each number in a list.
     """
     assert bounds.keys() <= {"at_least", "above", "at_most", "below"}, bounds
     return dataclasses.field(default=default, metadata={"help": help, "required": required, "bounds": bounds,
-                                                        "names": names, "overlay": overlay})
+                                                        "names": names, "overlay": overlay,
+                                                        "replaced_by": replaced_by})
 
 
 # The types a field may have: what TOML and flags may give for them, and how messages and `--help` call them.
@@ -100,12 +102,13 @@ class Resolved:
 
     def __init__(self, cls: type):
         self.fields = {field.name: field for field in dataclasses.fields(cls)}
+        self.fixed: frozenset[str] = frozenset()  # names whose values are not overridden any more
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.problems: list[str] = []
 
     def update(self, given: Mapping[str, Any], where: str) -> None:
-        """Overrides values; unknown names and wrong types become problems."""
+        """Overrides values that are not fixed; unknown names and wrong types become problems."""
         for name, value in given.items():
             if name not in self.fields:
                 self.problems.append(f"unknown setting {name!r} in {where}{hint(name, self.fields)}")
@@ -113,9 +116,19 @@ class Resolved:
             field = self.fields[name]
             try:
                 missing = value == "none" and field.metadata.get("required")
-                self.values[name], self.origins[name] = None if missing else convert(name, value, field.type), where
+                converted = None if missing else convert(name, value, field.type)
             except ValueError as error:
                 self.problems.append(f"{error} (in {where})")
+                continue
+            if name not in self.fixed:
+                self.values[name], self.origins[name] = converted, where
+
+    def without_effect(self) -> list[str]:
+        """Sentences on the flags that a setting in a file replaces."""
+        return [f"{name} would change nothing, since {other} is {self.values[other]} ({self.origins[other]}): leave it "
+                f"out, or give --{other} none" for name in self.fixed
+                for other in self.fields[name].metadata["replaced_by"]
+                if other not in self.fixed and self.values.get(other) is not None]
 
     def show(self, cfg: Any) -> None:
         """Prints every setting with its value and origin."""
@@ -210,12 +223,11 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
                for word in rest if word.startswith("-")]
     found.problems += unknown or [f"unexpected argument {word!r}" for word in rest]
     files, show = flags.pop("config"), flags.pop("show_settings")
+    found.update(flags, "the flags")
+    found.fixed = frozenset(found.values)
     for path in files:
         found.update(read_toml(path), path)
-    by_flags = Resolved(cls)
-    by_flags.update(flags, "the flags")
-    values = {**found.values, **by_flags.values}
-    size, phase = (values.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
+    size, phase = (found.values.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
     if "size" in found.fields and size is not None and (unknown_size := unknown_name("size", size)):
         found.problems += unknown_size
     elif "size" in found.fields and size is not None and phase is not None:
@@ -225,17 +237,14 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
         else:
             found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
     for name, field in found.fields.items():
-        preset = {**found.values, **by_flags.values}.get(name)
+        preset = found.values.get(name)
         if field.metadata["overlay"] and preset in known(field.metadata["names"]):
             kind = field.metadata["names"]
             found.update(read_config(kind, preset), f"configs/{kind}/{preset}.toml")
-    found.values |= by_flags.values
-    found.origins |= dict.fromkeys(by_flags.values, "flag")
     cfg = cls(**found.values)
-    mistakes = found.problems + by_flags.problems
-    problems = mistakes + check_values(cfg, not mistakes)
-    if not mistakes and hasattr(cfg, "problems"):
-        problems += cfg.problems()
+    problems = [*found.problems, *check_values(cfg, not found.problems)]
+    if not found.problems:
+        problems += found.without_effect() + (cfg.problems() if hasattr(cfg, "problems") else [])
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     if show:

@@ -239,7 +239,11 @@ def local_task(benchmark: Benchmark) -> ConfigurableTask:
                    "process_results": lambda item, results: {"pct_stereotype": float(results[0][0] > results[1][0])},
                    "metric_list": [{"metric": "pct_stereotype", "aggregation": "mean", "higher_is_better": False}]}
     try:
-        task = ConfigurableTask(config=config | benchmark.options)
+        task = ConfigurableTask(config=config | benchmark.options)  # tries the first item
+    except Exception as error:
+        raise UserError(f"{benchmark.file}: {benchmark.name} is not a valid task: {first_line(error)}, with its first "
+                        f"item {json.dumps(items[0], ensure_ascii=False)[:200]}") from error
+    try:
         environment = lm_eval.utils.env.overlay(finalize=not_null)
         templates = [environment.from_string(text) for text in benchmark.options.values() if isinstance(text, str)]
         for item in [*examples, *items]:

@@ -249,6 +249,10 @@ def read_results_file(path: Path) -> ResultsFile:
                 raise UserError(f"{path}: the result of {name} is {JSON_NAMES[type(entry)]}, expected an object")
             check_values(entry, f"{path}: {name}")
         samples = {task: read_json_lines(file) for task, file in sample_files(path).items()}
+        for task, items in samples.items():
+            for number, item in enumerate(items, 1):
+                check_values({name: value for name, value in item.items() if name in BOUNDS and not isinstance(
+                    value, bool)}, f"{sample_files(path)[task]}, line {number}")
         file = ResultsFile(path, content, samples)
         for entry in file.suite:
             if wrong := wrong_types(entry, SUITE_TYPES):

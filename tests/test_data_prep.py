@@ -112,6 +112,22 @@ def test_preprocessed_file(raw, tmp_path):
     assert [item.get("references") for item in splits["test"]] == [["one", "two"], None]
 
 
+def test_training_items_in_the_test_set_are_counted(raw, tmp_path):
+    path, = raw.glob("*.train.json")
+    train = json.loads(path.read_text())
+    for values in train.values():
+        values.append(values[0])
+    path.write_text(json.dumps(train))
+    test, = raw.glob("simplification_1.test.json")
+    content = json.loads(test.read_text())
+    test.write_text(json.dumps({name: [*values, train[name][0]] for name, values in content.items()}))
+    result = prepare(raw, tmp_path / "out.json")
+    splits = json.loads((tmp_path / "out.json").read_text())
+    both = [(item["input"], item["output"]) for item in splits["train"]]
+    assert (splits["test"][-1]["input"], splits["test"][-1]["output"]) in both
+    assert f"1 of {len(splits['test'])} test items are training items as well" in result.stderr
+
+
 def test_folder_path_may_be_the_task_folder_and_a_second_run_changes_nothing(raw, tmp_path):
     prepare(raw, tmp_path / "1.json")
     prepare(raw, tmp_path / "2.json", folder=raw)

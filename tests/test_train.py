@@ -222,6 +222,14 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
 
 
+def test_a_place_that_cannot_become_a_run_is_refused(train, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "run.partial").write_text("notes")
+    for name, said in (("link", "link is a link to nothing, expected"), ("run", "run.partial is a file, expected")):
+        assert said in error_line(train(tmp_path / name, check=False))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run.partial"]
+
+
 def test_training_does_not_import_the_compiler():
     """It takes seconds. A step is that of PyTorch's AdamW, bit for bit."""
     code = """if True:

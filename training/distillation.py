@@ -76,38 +76,41 @@ class Distillation:
         """The texts of m0: those of the initial checkpoint or of an interrupted run, or else new ones, which all ranks
         generate and rank 0 writes to the directory of the run."""
         dist, count, seed = self.run.dist, self.run.cfg.self_replay_texts, self.run.cfg.seed
-        key = {"start": self.run.record["start_digest"], "texts": count, "seed": seed, "tokens": TEXT_TOKENS}
-        texts = dist.on_rank0(lambda: find_texts([self.run.directory, self.run.source], key))
+        tokens = min(TEXT_TOKENS, self.run.model_config.max_position_embeddings - 1)
+        key = {"start": self.run.record["start_digest"], "texts": count, "seed": seed, "tokens": tokens}
+        texts = dist.on_rank0(lambda: find_texts([self.run.directory, self.run.source], key,
+                                                 self.run.model_config.vocab_size))
         if texts is None:
             dist.print0(f"generating {count} texts of {self.source}")
             own = range(dist.rank, count, dist.world_size)
-            parts = dist.gather(dist.on_all_ranks(lambda: generate_texts(self.model, self.source, own, seed)))
+            parts = dist.gather(dist.on_all_ranks(lambda: generate_texts(self.model, self.source, own, seed, tokens)))
             texts = dist.on_rank0(lambda: [parts[number % dist.world_size][number // dist.world_size]
                                            for number in range(count)])
         dist.on_rank0(lambda: write_json(self.run.directory / TEXTS, {"key": key, "texts": texts}))
         return [(np.array(ids), 1) for ids in texts]
 
 
-def generate_texts(model: Any, source: Path, numbers: Sequence[int], seed: int) -> list[list[int]]:
+def generate_texts(model: Any, source: Path, numbers: Sequence[int], seed: int, tokens: int) -> list[list[int]]:
     """Token ids of texts sampled from a model's distribution, from <bos> alone, or from the end-of-text token if there
-    is no <bos>. A text depends on its number and the seed."""
+    is no <bos>. A text depends on its number and the seed. tokens: the most that are generated for a text."""
     tokenizer = Tokenizer(source)
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     assert start is not None  # checkpoints to fine-tune have an end-of-text token
     assert tokenizer.eos_id is not None
-    config = GenerationConfig(max_new_tokens=TEXT_TOKENS, do_sample=True, seed=seed)
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=True, seed=seed)
     texts = generate(model, [[start]] * len(numbers), config, tokenizer.eos_ids,
                      options=BatchOptions(numbers))
-    return [[start, *ids, *([tokenizer.eos_id] if len(ids) < TEXT_TOKENS else [])] for ids in texts]
+    return [[start, *ids, *([tokenizer.eos_id] if len(ids) < tokens else [])] for ids in texts]
 
 
-def find_texts(directories: Sequence[Path], key: Mapping[str, Any]) -> list[list[int]] | None:
+def find_texts(directories: Sequence[Path], key: Mapping[str, Any], vocab_size: int) -> list[list[int]] | None:
     """The generated texts in the first of some directories that has those of a key; None if none has."""
     for path in (directory / TEXTS for directory in directories):
         if path.exists() and (found := read_json(path, dict)).get("key") == key:
-            texts = found.get("texts")
-            if not isinstance(texts, list) or not all(isinstance(text, list) and len(text) > 1 and all(
-                    type(token) is int for token in text) for text in texts) or len(texts) != key["texts"]:
+            texts, tokens = found.get("texts"), range(vocab_size)
+            if not isinstance(texts, list) or len(texts) != key["texts"] or not all(
+                    isinstance(text, list) and len(text) > 1 and all(type(token) is int and token in tokens
+                                                                     for token in text) for text in texts):
                 raise UserError(f"{path} is damaged: remove it to generate the texts again")
             return texts
     return None
@@ -115,7 +118,13 @@ def find_texts(directories: Sequence[Path], key: Mapping[str, Any]) -> list[list
 
 def start_of(cfg: TrainConfig, lineage: Mapping[str, Any]) -> Path:
     """The directory of the checkpoint that the chain of tasks started from: --init at the first task."""
-    return fetch_checkpoint(lineage["start"]["init"] if lineage.get("tasks") else str(cfg.init))
+    if not lineage.get("tasks"):
+        return fetch_checkpoint(str(cfg.init))
+    try:
+        return fetch_checkpoint(lineage["start"]["init"])
+    except UserError as error:
+        raise UserError(f"the chain of tasks of {cfg.init} started from {lineage['start']['init']} (a relative path is "
+                        f"relative to the folder in which it was started): {error}") from None
 
 
 def start_digest(cfg: TrainConfig, lineage: Mapping[str, Any], parent: str | None) -> dict[str, str | None]:

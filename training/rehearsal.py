@@ -31,7 +31,7 @@ def check_earlier_tasks(tasks: Iterable[dict[str, Any]]) -> None:
     for task in tasks:
         path = Path(task["data"])
         if not path.is_file() or data_digest(path) != task["data_digest"]:
-            what = "has changed since" if path.is_file() else "does not exist any more"
+            what = "has changed since" if path.is_file() else "does not exist any more, or not in this folder"
             raise UserError(f"rehearsal needs {path}, which {task['task']} was learned from, but it {what}: restore it")
 
 

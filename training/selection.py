@@ -40,6 +40,10 @@ def selected_shapes(train: Sequence[str], config: ModelConfig, lora: LoRA | None
         if not (new := lineage.get(NEW_LAYERS)):
             raise UserError(f"train: {init or 'a new model'} has no new layers: expected a growth.json of stack.py, or "
                             "a run that started from it; or give --new_layers N to insert some")
+        depth = config.num_hidden_layers
+        if outside := [layer for layer in new if type(layer) is not int or layer not in range(depth)]:
+            raise UserError(f"train: {init} has {depth} layers, but its growth.json or run.json names the new layers "
+                            f"{', '.join(map(str, outside))}: it is that of another model")
         patterns += [f"model.layers.{layer}.*" for layer in new]
     chosen = {name: shape for name, shape in shapes.items()
               if ALL in train or any(fnmatchcase(name, pattern) for pattern in patterns)}

@@ -36,7 +36,8 @@ class TrainConfig:
     template: TemplateName = setting(DEFAULT_TEMPLATE, "prompt around a source: alpaca; or chat, the tokenizer's chat "
                                                        "template")
     # how long
-    num_train_epochs: float = setting(3.0, "passes over the data", above=0, at_most=10_000)
+    num_train_epochs: float = setting(3.0, "passes over the data", above=0, at_most=10_000,
+                                      replaced_by=("max_steps", "max_tokens", "max_flops"))
     max_steps: int | None = setting(None, "steps, instead of epochs", at_least=1)
     max_tokens: int | None = setting(None, "tokens to pretrain on, instead of epochs", at_least=1)
     max_flops: float | None = setting(None, "FLOPs to pretrain for, including those spent on --init", above=0)

@@ -95,7 +95,8 @@ def test_what_only_one_model_has_is_not_compared(runs):
     for number in ("m1-simp", "m2-empd"):
         shutil.rmtree(runs / "stack" / number)
     sentences, sections = report_of(record_of(runs))
-    assert all("not compared, stack and llm have no results in common (see What is missing)" in one
+    assert all("not compared, stack and llm have no results in common that count; the end of this report "
+               "says what is missing or noise." in one
                for one in sentences)
     for title in ("DK", "Rs", "Bias"):
         assert row(sections["Forgetting by category"], title)[2:] == ["–", "–"]

@@ -99,6 +99,12 @@ def test_results_of_lm_evals_own_command_line(tmp_path):
     assert [record.benchmark_value("llm", number, "local_choice").value for number in range(2)] == [0.5, 0.4]
 
 
+def test_a_stage_without_its_record_is_refused(runs):
+    (runs / "llm/m1-simp/run.json").unlink()
+    with pytest.raises(UserError, match=r"llm/m1-simp has no run.json, which says how it was trained: restore it, or"):
+        read_runs(runs)
+
+
 def test_stages_without_a_method_or_outside_its_folder(mixed_runs):
     methods = {stage.directory: (stage.model, stage.method) for stage in read_runs(mixed_runs)}
     assert methods[mixed_runs / "llm/m1-simp"] == ("llm", "rehearsal")

@@ -130,6 +130,23 @@ def test_a_size_table_may_name_a_file_whose_settings_override_it(tmp_path, monke
         load(Sized, ["--size", "x", "--bogus"])
 
 
+def test_a_flag_that_a_file_replaces_is_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Replaced:
+        epochs: int = setting(3, "passes", replaced_by=("steps",))
+        steps: int | None = setting(None, "steps")
+
+    file = tmp_path / "steps.toml"
+    file.write_text("steps = 7\nepochs = 2\n")
+    assert load(Replaced, ["--config", str(file)]) == Replaced(2, 7)
+    assert load(Replaced, ["--epochs", "5", "--steps", "7"]) == Replaced(5, 7)
+    assert load(Replaced, ["--config", str(file), "--epochs", "5", "--steps", "none"]) == Replaced(5, None)
+    with pytest.raises(UserError) as error:
+        load(Replaced, ["--config", str(file), "--epochs", "5"])
+    assert str(error.value) == \
+        f"epochs would change nothing, since steps is 7 ({file}): leave it out, or give --steps none"
+
+
 def test_bounds_are_accepted():
     flags = ["--out", "x", "--share", "1", "--beta", "0", "--tau", "1", "--rate", "none", "--factors", "2,3",
              "--task", "simp", "--operators", "middle,stack"]
@@ -151,14 +168,14 @@ def test_show_settings(tmp_path, capsys, monkeypatch):
                 "num_train_epochs": ("10.0", "configs/size/tiny.toml [finetune]"),
                 "learning_rate": ("0.001", "configs/size/tiny.toml [finetune]"),
                 "optimizer": ("ivon", "configs/method/vcl.toml"), "max_grad_norm": ("1.0", "configs/method/vcl.toml"),
-                "global_batch_size": ("4", "flag")}
+                "global_batch_size": ("4", "the flags")}
     assert expected.items() <= shown.items()
     with pytest.raises(UserError, match="seed is -1, expected at least 0"):
         load(TrainConfig, [*flags, "--seed", "-1"])
     monkeypatch.setattr(sys, "argv", ["script.py", "--steps_at", "1,2", "--show_settings"])
     with pytest.raises(SystemExit):
         dispatch((Example, pytest.fail), "")  # the script does not run
-    assert re.search(r"^steps_at +1,2 +flag$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^steps_at +1,2 +the flags$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_file_that_is_not_toml(tmp_path):

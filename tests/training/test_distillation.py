@@ -121,8 +121,8 @@ def test_text_is_replayed_at_a_share_below_one_sample():
 def test_generated_texts_are_samples_of_the_model(checkpoint):
     """They begin with <bos>, and what follows has the frequencies of the model's first prediction."""
     model, tokenizer = load_model(checkpoint), Tokenizer(checkpoint)
-    texts = generate_texts(model, checkpoint, range(400), 42)
-    assert texts[17] == generate_texts(model, checkpoint, [17], 42)[0]
+    texts = generate_texts(model, checkpoint, range(400), 42, 128)
+    assert texts[17] == generate_texts(model, checkpoint, [17], 42, 128)[0]
     assert {text[0] for text in texts} == {tokenizer.bos_id}
     assert all(len(text) == 129 or text[-1] == tokenizer.eos_id for text in texts)
     with torch.no_grad():
@@ -131,6 +131,25 @@ def test_generated_texts_are_samples_of_the_model(checkpoint):
     likely = p.topk(20).indices
     expected = 400 * p[likely]
     assert ((counts[likely] - expected) ** 2 / expected).sum() < 45  # χ² with 20 degrees of freedom: p = 0.001
+
+
+def test_generated_texts_are_within_the_context_and_the_vocabulary(train, checkpoint, tmp_path):
+    m0 = tmp_path / "m0"
+    shutil.copytree(checkpoint, m0)
+    config = json.loads((m0 / "config.json").read_text())
+    (m0 / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 120}))
+    flags = ["--self_replay_kl", "0.4", "--self_replay_share", "0.5", "--self_replay_texts", "6", "--max_steps", "1",
+             "--max_source_length", "100", "--max_target_length", "20"]
+    train(tmp_path / "m1", *flags, init=m0)
+    content = json.loads((tmp_path / "m1/self-replay.json").read_text())
+    assert max(map(len, content["texts"])) == 120
+    content["texts"][2][1] = 512
+    (tmp_path / "m1/self-replay.json").write_text(json.dumps(content))
+    line = error_line(train(tmp_path / "m2", *flags, init=tmp_path / "m1", check=False))
+    assert line.endswith("self-replay.json is damaged: remove it to generate the texts again")
+    m0.rename(tmp_path / "elsewhere")
+    line = error_line(train(tmp_path / "m2", *flags, init=tmp_path / "m1", check=False))
+    assert f"the chain of tasks of {tmp_path / 'm1'} started from {m0} (a relative path is relative to the" in line
 
 
 def test_the_second_task_stays_close_to_the_start_of_the_chain(train, finished, checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """Training of some parameters, block expansion and LoRA: equal to plain PyTorch and PEFT, under every ZeRO stage."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -204,6 +205,14 @@ def test_expansion_for_each_task(expanded):
     assert read_lineage(expanded / "own")["new_layers"] == [3]
     m1, own = (load_file(expanded / name / "model.safetensors") for name in ("m1", "own"))
     assert all(torch.equal(own[name], tensor) for name, tensor in m1.items())
+
+
+def test_new_layers_of_another_model_are_refused(train, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "m0")
+    for layers, outside in (([1, 4, 5], "4, 5"), ([0, "1"], "1"), ([True], "True")):
+        (tmp_path / "m0/growth.json").write_text(json.dumps({"lineage": {"new_layers": layers}}))
+        line = error_line(train(tmp_path / "m1", "--train", "new_layers", init=tmp_path / "m0", check=False))
+        assert f"has 2 layers, but its growth.json or run.json names the new layers {outside}: it is that of" in line
 
 
 def test_growth_ends_the_block_expansion_of_a_chain(expanded, train, tmp_path):
