@@ -15,10 +15,10 @@ $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name))
     $(eval override $(name) := $$(value $(name)))$(eval export $(name))$(eval GIVEN += $(name))))
 
 # With DRY_RUN=1 the commands are printed and none is run, so that no environment is needed.
-DRY  := $(filter-out 0,$(value DRY_RUN))
-RUN  := $(if $(DRY),$(PYTHON),$(VENV)/bin/python) -m pipeline.targets
-USER := $(if $(DRY),,$(VENV)/user)
-DEV  := $(if $(DRY),,$(VENV)/dev)
+DRY          := $(filter-out 0,$(value DRY_RUN))
+RUN          := $(if $(DRY),$(PYTHON),$(VENV)/bin/python) -m pipeline.targets
+PACKAGES     := $(if $(DRY),,$(VENV)/user)
+DEV_PACKAGES := $(if $(DRY),,$(VENV)/dev)
 
 .PHONY: help train pretrain data evaluate experiment experiment-plan report growth-study plan growth-plan bench \
 	test lint clean
@@ -27,10 +27,10 @@ help:
 	@$(check_python)
 	@$(PYTHON) -m pipeline.targets help
 
-train pretrain data evaluate experiment experiment-plan report growth-study plan growth-plan: $(USER)
+train pretrain data evaluate experiment experiment-plan report growth-study plan growth-plan: $(PACKAGES)
 	@$(RUN) $@
 
-bench test lint: $(DEV)
+bench test lint: $(DEV_PACKAGES)
 	@$(RUN) $@
 
 CLEANED := $(VENV) $(VENV).lock data/prepared .pytest_cache .ruff_cache .mypy_cache

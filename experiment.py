@@ -144,11 +144,11 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
     Returns the directories of incomplete evaluations: some benchmark's dataset cannot be downloaded, but later jobs do
     not depend on it. If another job fails, this process exits with its status.
     """
-    incomplete = []
+    incomplete, remaining = [], [job for job in plan if not ledger.unchanged(job)]
     for job in jobs:
-        if ledger.unchanged(job):
+        if ledger.unchanged(job):  # not known before: the jobs before it may have changed its inputs
             continue
-        remaining = [later for later in plan if not ledger.unchanged(later)]
+        remaining = [job, *(later for later in remaining if later != job)]
         print(f"[{len(plan) - len(remaining) + 1}/{len(plan)}] {job.out}, about "
               f"{format_duration(pace.seconds(remaining))} left in all\n{shlex.join(job.argv)}", flush=True)
         began, entry = time.time(), ledger_entry(job)
@@ -162,6 +162,7 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
         else:
             pace.add(job, time.time() - began)
             ledger.add(job, entry)
+        del remaining[0]
     return incomplete
 
 

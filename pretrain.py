@@ -14,13 +14,12 @@ Each job is a separate command, which is printed. Finished jobs are not repeated
 """
 import common.interrupts
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.configs import CONFIGS, known, read_config
+from common.configs import CONFIGS, known
 from common.files import UserError
 from common.provenance import data_digest, read_record
 from common.scripts import run
@@ -28,10 +27,13 @@ from common.settings import load, setting
 from pipeline.chain import MODELS
 from pipeline.jobs import Job, further_flags, run_jobs, split_words
 from pipeline.pretraining import (
+    FACTORS,
+    base_depth,
     base_job,
     growth_job,
     held_out_loss,
     record_recipe,
+    run_flops,
     size_config,
     training_job,
 )
@@ -51,7 +53,7 @@ class PretrainConfig:
     out: str = setting(None, "folder of the runs; the last one is m0 in it", required=True)
     init: str | None = setting(None, "finished m0 of this model, to train further until it is level with another")
     level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained further to reach")
-    factors: tuple[int, ...] = setting((4,), "growth factors, one for each growth", at_least=2)
+    factors: tuple[int, ...] = setting(FACTORS, "growth factors, one for each growth", at_least=2)
     at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18)
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)
     launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
@@ -92,11 +94,7 @@ def pretraining_jobs(cfg: PretrainConfig) -> list[Job]:
         return [level_job(cfg, [*seed, *args])]
     if cfg.model == "llm":
         return [training_job(cfg, out / "m0", run_flops(cfg.size, "llm"), ["--phase", "llm", *seed, *args])]
-    full_depth = size_config(cfg.size).num_hidden_layers
-    depth, rest = divmod(full_depth, math.prod(cfg.factors))
-    if rest:
-        raise UserError(f"{full_depth} layers are not a multiple of the growth factors "
-                        f"{' × '.join(map(str, cfg.factors))}: choose others")
+    depth = base_depth(cfg.size, cfg.factors)
     if cfg.model == "base":
         flops = run_flops(cfg.size, "llm")
         return [training_job(cfg, out / "m0", flops, ["--phase", "base", "--num_hidden_layers", depth, "--max_flops",
@@ -128,18 +126,6 @@ def level_job(cfg: PretrainConfig, flags: Sequence[object]) -> Job:
         "--phase", cfg.phase_of_m0, "--init", cfg.init, "--max_tokens", "none", "--max_flops", 2 * flops,
         "--lr_scheduler_type", "constant", "--learning_rate", rate,
         "--eval_steps", LEVEL_EVAL_STEPS, "--stop_at_eval_loss", held_out_loss(cfg.level_with), *flags])
-
-
-def run_flops(size: str, phase: str, spent: float = 0.0) -> float:
-    """The FLOPs of the run that a phase's table describes, if `spent` were spent on its initial checkpoint."""
-    table = read_config("size", size).get(phase, {})
-    if not table.keys() & {"max_flops", "max_tokens"}:
-        raise UserError(f"the table [{phase}] of the size has neither max_flops nor max_tokens: add one")
-    flops = table["max_flops"] - spent if "max_flops" in table else size_config(size).flops(table["max_tokens"])
-    if flops <= 0:
-        raise UserError(f"the jobs before m0 cost {spent:.4g} FLOPs, and max_flops in [{phase}] is "
-                        f"{table['max_flops']:.4g}: grow earlier, or raise it")
-    return flops
 
 
 def main(cfg: PretrainConfig) -> None:

@@ -31,7 +31,7 @@ from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
 from analysis.pair_tables import answer, pair_sections
 from analysis.pairs import Study, middle_rate, rates_of
-from analysis.record import Pair, Record, records_by_method
+from analysis.record import ModelPair, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
@@ -83,7 +83,7 @@ def read_stages(cfg: ReportConfig) -> list[Stage]:
     return read_stage_table(path) if path.suffix == ".csv" else read_results(path)
 
 
-def pair_of(stages: Sequence[Stage], cfg: ReportConfig) -> Pair | None:
+def compared_models(stages: Sequence[Stage], cfg: ReportConfig) -> ModelPair | None:
     """The two models to compare. None if the defaults are missing. Raises UserError if requested models are."""
     models, defaults = list(dict.fromkeys(stage.model for stage in stages)), ReportConfig()
     missing = [name for name in (cfg.grown, cfg.reference) if name not in models]
@@ -105,7 +105,7 @@ def shared_rates(stages: Sequence[Stage], cfg: ReportConfig) -> dict[str, str]:
     return {method: middle_rate(rates) for method, rates in methods.items()} | given
 
 
-def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: Pair | None,
+def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: ModelPair | None,
                  rates: Mapping[str, str]) -> dict[str, Record]:
     """{method: Record}, the baseline first, of the runs of each method at one learning rate. Differences between models
     are those of a single pair; of several pairs only the means are shown, since the study compares them. Raises
@@ -191,7 +191,7 @@ def main(cfg: ReportConfig) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
     stages, unusable = usable_stages(read_stages(cfg))
-    pair, rates = pair_of(stages, cfg), shared_rates(stages, cfg)
+    pair, rates = compared_models(stages, cfg), shared_rates(stages, cfg)
     records = make_records(stages, cfg, pair, rates)
     method = next(iter(records)) if cfg.method is None else cfg.method
     if method not in records:

@@ -24,14 +24,13 @@ from tqdm import tqdm
 from common import scripts
 from common.distributed import Distributed, StopRequest
 from common.files import UserError
-from common.formatting import format_loss
 from common.metrics_log import MetricsLog
 from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, rank_microbatches, to_inputs
+from training.checks import open_run
 from training.data import TrainData, load_data
 from training.engine import (
     REMEDY,
-    StepResult,
     build_engine,
     build_model,
     eager_blocks,
@@ -43,16 +42,16 @@ from training.engine import (
 from training.examples import decode_examples
 from training.methods import Method, make_method
 from training.resume import StateSaver, optimizer_updates, resume
-from training.run import Run, open_run
+from training.run import Run
 from training.run_directory import claim, finish_run, last_checkpoint, open_log, print_result, start_run
 from training.selection import training_flops
 from training.train_config import TrainConfig
-from training.train_state import TrainState
+from training.train_state import StepResult, TrainState
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-EVAL_SAMPLES = 64  # per rank, which are cut into micro-batches together, between two updates of the progress bar
+EVAL_SAMPLES = 64  # per rank that are cut into micro-batches together; the progress bar moves once for each
 
 
 def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
@@ -105,10 +104,8 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
     """Trains from `state.step` to the last step; returns the result for run.json."""
     cfg, dist, saver = run.cfg, run.dist, StateSaver(run, engine)
     if not state.step:
-        state.eval_loss_before = state.eval_loss_after = evaluate(run, engine, data.eval)
-        log.write(step=0, eval_loss=state.eval_loss_before, flops=state.flops)
-        dist.print0(f"eval loss before: {format_loss(state.eval_loss_before)}")
-        state.text_loss_before = evaluate_text(run, engine, data, state, log)
+        state.eval_loss_before = state.eval_loss_after = evaluate_and_log(run, engine, data.eval, state, log)
+        state.text_loss_before = evaluate_and_log(run, engine, data.held_out, state, log, "text_loss")
     saver.check(state, data.steps, save=False)
     flops_per_token = training_flops(1, run.model_config, run.trained)
     for step in range(state.step, data.steps):
@@ -124,7 +121,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         divergences = method.before_step(step, batch.samples)
         result = train_step(run, engine, batch.groups, max_loss)
         method.after_step(result.applied)
-        if not (result.applied or result.skipped(max_loss)):
+        if not result.applied and not result.skipped(max_loss):
             abort(run, step, batch, result)
 
         seconds = time.perf_counter() - began
@@ -137,14 +134,12 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         if (step + 1) % cfg.logging_steps == 0 or step == 0 or last:
             dist.print0(state.progress_line(data.steps, result, lr))
         if (step + 1) % cfg.eval_steps == 0 or last:
-            state.eval_loss_after = evaluate(run, engine, data.eval)
-            log.write(step=step + 1, eval_loss=state.eval_loss_after, flops=state.flops)
-            dist.print0(f"step {step + 1}/{data.steps}  eval loss {format_loss(state.eval_loss_after)}")
+            state.eval_loss_after = evaluate_and_log(run, engine, data.eval, state, log)
         if batch.ends_epoch and not last:
             save_epoch_checkpoint(run, engine, state, data)
         if not last:
             saver.check(state, data.steps)
-    state.text_loss_after = evaluate_text(run, engine, data, state, log)
+    state.text_loss_after = evaluate_and_log(run, engine, data.held_out, state, log, "text_loss")
     return state.result(data) | {"updates": optimizer_updates(engine), "peak_memory_bytes": peak_memory(dist.device)}
 
 
@@ -202,11 +197,12 @@ def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> flo
     return loss
 
 
-def evaluate_text(run: Run, engine: "DeepSpeedEngine", data: TrainData, state: TrainState,
-                  log: MetricsLog) -> float | None:
-    """Evaluates on the held-out pretraining text and logs the loss, in nats per token; None without such a text."""
-    if (loss := evaluate(run, engine, data.held_out)) is not None:
-        log.write(step=state.step, text_loss=loss, flops=state.flops)
+def evaluate_and_log(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset, state: TrainState, log: MetricsLog,
+                     name: str = "eval_loss") -> float | None:
+    """Evaluates a split, and logs and prints its loss under a name; None if the split is empty."""
+    if (loss := evaluate(run, engine, dataset)) is not None:
+        log.write(**{"step": state.step, name: loss, "flops": state.flops})
+        run.dist.print0(f"step {state.step}  {name.replace('_', ' ')} {loss:.4f}")
     return loss
 
 

@@ -33,7 +33,7 @@ styled = matplotlib.rc_context({
 
 
 def model_styles(names: Iterable[str], styles: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{name: its style} for some models. Those that are not in MODELS get the styles that MODELS leave, then all."""
+    """{name: its style} for some models. Others than MODELS get the styles that these leave, then all again."""
     others = itertools.chain(styles[len(MODELS):], itertools.cycle(styles))
     return {name: styles[MODELS.index(name)] if name in MODELS else next(others) for name in names}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.inference import LEVEL, mcnemar
+from analysis.inference import ALPHA, mcnemar
 from analysis.stages import BENCHMARKS, TASKS, Choices, Stage
 from analysis.statistics import Estimate, estimate_of_items
 
@@ -119,7 +119,7 @@ def is_two_sided(name: str, stage: Stage) -> bool:
 def is_at_chance(estimates: Sequence[Estimate], chance: float, two_sided: bool) -> bool:
     """Whether no value is above chance, or with `two_sided` differs from it, at a two-sided level that is corrected for
     their number (Bonferroni)."""
-    critical = statistics.NormalDist().inv_cdf(1 - LEVEL / 2 / len(estimates))
+    critical = statistics.NormalDist().inv_cdf(1 - ALPHA / 2 / len(estimates))
     known = [(estimate.value - chance, critical * estimate.error) for estimate in estimates
              if not np.isnan(estimate.error)]
     return bool(known) and all((abs(gap) if two_sided else gap) <= margin for gap, margin in known)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.05  # of two-sided tests; intervals cover 1 - LEVEL
+ALPHA = 0.05  # of two-sided tests; intervals cover 1 - ALPHA
 POWER = 0.8  # probability with which a design finds its smallest detectable difference
 MOST = 10_000  # units beyond which the normal distribution stands for Student's t
 
@@ -32,8 +32,8 @@ def within(t: float, df: int) -> float:
 
 @functools.cache
 def t_quantile(df: int) -> float:
-    """The t that |T| exceeds with probability LEVEL, such as 2.571 for 5 degrees of freedom."""
-    return solve(lambda t: within(t, df) - (1 - LEVEL))
+    """The t that |T| exceeds with probability ALPHA, such as 2.571 for 5 degrees of freedom."""
+    return solve(lambda t: within(t, df) - (1 - ALPHA))
 
 
 def solve(function: Callable[[float], float]) -> float:
@@ -73,7 +73,7 @@ def units_needed(deviation: float, effect: float) -> int:
     deviation: the standard deviation between units. A normal approximation beyond MOST units.
     """
     normal = statistics.NormalDist()
-    quantiles = normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)
+    quantiles = normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)
     count = max(2, math.ceil((quantiles * deviation / effect) ** 2))  # never more than Student's t needs
     while count <= MOST and detectable(count) * deviation > effect:
         count += 1
@@ -123,7 +123,7 @@ class PairedDifference:
     @property
     def is_significant(self) -> bool:
         """Whether the 95% interval excludes 0, as far as there is one."""
-        return self.p < LEVEL
+        return self.p < ALPHA
 
     @property
     def smallest_detectable(self) -> float:

@@ -17,12 +17,12 @@ from matplotlib.lines import Line2D
 
 from analysis.comparison import training_minutes
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
-from analysis.inference import LEVEL, PairedDifference, holm
+from analysis.inference import ALPHA, PairedDifference, holm
 from analysis.matching import efficient_branch, match
 from analysis.measures import LEARNING, ItemValues, losses_at, task_at
 from analysis.pair_tables import p_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
-from analysis.record import Pair
+from analysis.record import ModelPair
 from analysis.record_figures import use_few_ticks
 from analysis.stages import Stage
 from analysis.tables import Section
@@ -184,7 +184,7 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     corrected = dict(zip(known, holm([gap.p for gap in known.values()]))) if len(study.pairs) > 1 else {}
     verdicts: dict[str, list[str]] = {"less with": [], "more with": []}
     for method, p in corrected.items():
-        if p < LEVEL:
+        if p < ALPHA:
             verdicts["less with" if known[method].mean < 0 else "more with"].append(method)
     apart = {method for method in methods if study.matches_learning and method not in (*known, baseline) and any(
         study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs)}
@@ -247,7 +247,7 @@ def profits(studies: Sequence[Study], method: str, measure: str) -> dict[int, tu
     return found
 
 
-def profit_section(studies: Mapping[str, Study], pair: Pair, measure: str) -> list[Section]:
+def profit_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[Section]:
     """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
     if not all(model in studies and studies[model].unit == "pair" and len(studies[model].pairs) > 1 for model in pair):
         return []

@@ -23,19 +23,19 @@ from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_
 from common.files import UserError
 from evaluation.suites import Benchmark
 
-Pair = tuple[str, str]  # the models to compare: (grown, reference)
+ModelPair = tuple[str, str]  # the models to compare: (grown, reference)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The values of a measure by model, and for a pair the difference (grown - reference).
+    """The values of a measure by model, and of two models that are compared the difference (grown - reference).
 
-    With a difference, the values of the pair are those of what both models have. Without one, because the models have
-    nothing in common or there is no pair, each value is of all that its model has.
+    With a difference, the values of these two are those of what both have. Without one, because they have nothing in
+    common or no two are compared, each value is of all that its model has.
     """
     values: dict[str, Estimate | None]
     difference: Estimate | None = None
-    is_part: bool = False  # whether a model of the pair has more than was compared
+    is_part: bool = False  # whether one of the two has more than was compared
 
 
 class Record:
@@ -44,7 +44,7 @@ class Record:
     Attributes:
         chains: {model: {(pair, seed): Chain}}. All seeds of a model of a pair share m0. Results under other conditions
             than those of m0 are left out.
-        pair: the models to compare, if both have results.
+        compared: the models to compare, if both have results.
         several_seeds: whether a model has more than one chain.
         several_pairs: whether the models are those of more than one pair.
         last: number of the last stage.
@@ -55,14 +55,14 @@ class Record:
         missing: a sentence for each stage or result that is missing or left out.
     """
 
-    def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = (), pair: Pair | None = None,
+    def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = (), compared: ModelPair | None = None,
                  last: int = 0, method: str = "", uncounted: Collection[str] = ()):
         """Finds what can be compared.
 
         Args:
             stages: of all models and seeds, with one method.
             categories: only these categories of benchmarks; empty: all.
-            pair: the models to compare.
+            compared: the models to compare.
             last: number of the last stage, if these stages may lack it.
             method: its name, for the sentences in `missing`; empty if there is only one.
             uncounted: benchmarks that do not count in their categories.
@@ -84,10 +84,11 @@ class Record:
         self.learned = [learned.get(number, "") for number in range(1, self.last + 1)]
         tested = dict.fromkeys(task for stage in stages for task in stage.tasks)
         self.tasks = list(dict.fromkeys([*(task for task in self.learned if task in tested), *tested]))
-        self.pair = pair if pair and set(pair) <= self.chains.keys() else None
-        # each model's chains restricted to what all its seeds have, and the pair's to what both models have
+        self.compared = compared if compared and set(compared) <= self.chains.keys() else None
+        # each model's chains restricted to what all its seeds have, and those that are compared to what both have
         self.own = {model: common_group(group) for model, group in self.chains.items()}
-        self.common = CommonPart(self.chains[self.pair[0]], self.chains[self.pair[1]], self.pair) if self.pair else None
+        self.common = None if self.compared is None else CommonPart(
+            self.chains[self.compared[0]], self.chains[self.compared[1]], self.compared)
         self.missing = [line for model, group in found.items() for line in self._missing(model, group)]
         self.missing += [f"{self._title(model)}: {line}" for model, (_, lines) in comparable.items() for line in lines]
         self.missing += self.common.left_out if self.common else []
@@ -179,23 +180,23 @@ class Record:
         return over_seeds(measure(list(self.own[model].values())))
 
     def compare(self, measure: Measure) -> Comparison:
-        """A measure of all models, and the difference of the pair."""
+        """A measure of all models, and the difference of those that are compared."""
         values = {model: self.own_value(model, measure) for model in self.chains}
-        if not (self.pair and self.common):
+        if not (self.compared and self.common):
             return Comparison(values)
         grown, reference, difference = self.common.compare(measure)
         if difference is None:
             return Comparison(values)
-        common: dict[str, Estimate | None] = dict(zip(self.pair, (grown, reference)))
+        common: dict[str, Estimate | None] = dict(zip(self.compared, (grown, reference)))
         return Comparison(values | common, difference,
-                          not all(same(values[model], common[model]) for model in self.pair))
+                          not all(same(values[model], common[model]) for model in self.compared))
 
     def category_fg(self, model: str, category: str) -> Estimate | None:
-        """FG of a category, of what both models of the pair have. None for a pair that has nothing in common."""
+        """FG of a category, of what both models that are compared have. None if they have nothing in common."""
         found = self.compare(self.category_measure(category))
-        pair = self.pair or ()
-        has_nothing_in_common = found.difference is None and all(found.values[name] for name in pair)
-        return None if model in pair and has_nothing_in_common else found.values[model]
+        both = self.compared or ()
+        has_nothing_in_common = found.difference is None and all(found.values[name] for name in both)
+        return None if model in both and has_nothing_in_common else found.values[model]
 
 
 def over_benchmarks(names: Sequence[str], value_of: Callable[[Chain, str], Estimate | None]) -> Measure:
@@ -247,7 +248,7 @@ def common_group(group: Group) -> Group:
 
 
 def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str,
-                      pair: Pair | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
+                      compared: ModelPair | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
     """{method: Record}, the baseline first. All methods start from the same m0. Stages without a method have the
     method "none". The first record has all models, those of the other methods have the models that were trained with
     them."""
@@ -259,7 +260,7 @@ def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseli
         models = {stage.model for stage in (stages if method == methods[0] else trained)}
         starts = [stage for stage in stages if not stage.number and stage.model in models]
         title = method if len(methods) > 1 else ""
-        records[method] = Record(starts + trained, categories, pair, last, title, uncounted)
+        records[method] = Record(starts + trained, categories, compared, last, title, uncounted)
         records[method].missing += [f"{model} has no runs with {method}" for model in records[methods[0]].chains
                                     if model not in models]
     return records

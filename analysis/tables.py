@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.comparison import key_name, key_of
-from analysis.record import Comparison, Pair, Record
+from analysis.record import Comparison, ModelPair, Record
 from analysis.results import task_metric
 from analysis.stages import Stage
 from analysis.statistics import TASK_MEASURES, Estimate
@@ -17,7 +17,7 @@ from evaluation.suites import version_note
 
 CATEGORIES = {"DK": "domain knowledge", "Rs": "reasoning", "RC": "reading comprehension"}  # of the published suite
 BIAS = "Bias"  # the category in which neither direction is better, and whose parts are plotted as a heat map
-PART = " (part)"  # marks a difference of what two have in common, of which one has more
+PART = " (part)"  # marks a difference over the results that both have, where one has more
 
 Section = tuple[str, str]  # (title, text in Markdown)
 
@@ -30,8 +30,8 @@ def result_tables(record: Record, noise: Collection[str] = ()) -> tuple[list[str
     sentences, sections = forgetting_tables(record, noise)
     if record.tasks and any(record.learned):
         rows = {name: record.compare(record.task_measure(name)) for name in TASK_MEASURES}
-        if record.pair:
-            sentences.append(verdict("Backward transfer", record.pair, rows["backward transfer"], sign=-1))
+        if record.compared:
+            sentences.append(verdict("Backward transfer", record.compared, rows["backward transfer"], sign=-1))
         sections.append(("Over the tasks", "After the last stage, in points of each task's metric: "
                          + ", ".join(f"{task} {task_metric(task)}" for task in record.tasks) + ".\n\n"
                          + model_table("", record, rows.items(), decimals=2)))
@@ -57,9 +57,9 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
     by_category = {category: record.compare(record.category_measure(category)) for category in record.categories}
     by_benchmark = [(b.label or b.name, record.compare(record.fg_measure(b.name))) for b in record.benchmarks]
     claims = {BIAS: "the share of stereotypes fell {less} in {grown} than in {reference}"}
-    sentences = [verdict(f"FG, {category}", record.pair, comparison, claims.get(category, FORGETS),
+    sentences = [verdict(f"FG, {category}", record.compared, comparison, claims.get(category, FORGETS),
                          caveat=noise_caveat(record.counted_in(category), noise))
-                 for category, comparison in by_category.items()] if record.pair else []
+                 for category, comparison in by_category.items()] if record.compared else []
     names = [f"{short}: {name}" for short, name in CATEGORIES.items() if short in record.categories]
     units = " and the pairs or seeds" if record.several_seeds else ""
     note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
@@ -87,7 +87,7 @@ DETECTABLE = 2.8  # standard errors of a true difference that is found with 80% 
 def change_tables(record: Record) -> list[Section]:
     """The section with the differences in differences of a pair: how much more the grown model's value of a benchmark
     changed from the start to the last stage than that of the reference."""
-    if not (record.pair and record.benchmarks):
+    if not (record.compared and record.benchmarks):
         return []
     groups = [(category, [b.name for b in record.benchmarks_of(category)]) for category in record.categories]
     groups += [(b.label or b.name, [b.name]) for b in record.benchmarks]
@@ -96,20 +96,20 @@ def change_tables(record: Record) -> list[Section]:
         comparison = record.compare(record.change_measure(*names))
         gap = comparison.difference
         known = gap is not None and not math.isnan(gap.error)
-        rows.append([title, *(format_estimate(comparison.values[model], scale=100) for model in record.pair),
+        rows.append([title, *(format_estimate(comparison.values[model], scale=100) for model in record.compared),
                      format_estimate(gap, scale=100, sign="+"),
                      f"{100 * DETECTABLE * gap.error:.1f}" if gap is not None and known else "–"])
     note = ("Change from the start to the last stage in points, and the difference of the changes; negative is more "
             "forgetting. In brackets the 95% interval. Detectable: the smallest true difference that the items would "
             f"show with 80% power, {DETECTABLE} standard errors. It holds for this pair of models.\n\n")
     return [("Differences in differences", note + markdown_table(
-        ["category or benchmark", *record.pair, " − ".join(record.pair), "detectable"], rows))]
+        ["category or benchmark", *record.compared, " − ".join(record.compared), "detectable"], rows))]
 
 
 FORGETS = "in this pair {grown} forgot {less} than {reference}"
 
 
-def verdict(title: str, pair: Pair, comparison: Comparison, claim: str = FORGETS, sign: int = 1,
+def verdict(title: str, pair: ModelPair, comparison: Comparison, claim: str = FORGETS, sign: int = 1,
             caveat: str = "") -> str:
     """A sentence on the difference of a pair.
 
@@ -143,14 +143,14 @@ def model_table(first: str, record: Record, rows: Iterable[tuple[str, Comparison
     lines, is_part = [], False
     for title, comparison in rows:
         lines.append([title, *(format_estimate(estimate, decimals) for estimate in comparison.values.values())])
-        if record.pair:
+        if record.compared:
             lines[-1].append(format_estimate(comparison.difference, decimals) + PART * comparison.is_part)
             is_part |= comparison.is_part
     note = ("\n(part): without the stages, benchmarks, test sets and seeds that only one of the two models has. They "
             "are listed under What is missing.\n")
     heads = [f"{model}, {len({pair for pair, _ in record.own[model]})} pairs" if record.several_pairs else model
              for model in record.chains]
-    return markdown_table([first, *heads, *([" − ".join(record.pair)] if record.pair else [])], lines) \
+    return markdown_table([first, *heads, *([" − ".join(record.compared)] if record.compared else [])], lines) \
         + note * is_part
 
 

@@ -26,7 +26,7 @@ from pipeline.pretraining import size_config
 
 HEAVY = ("torch", "deepspeed", "lm_eval", "datasets", "transformers", "matplotlib", "numpy", "tokenizers",
          "sentencepiece", "sacrebleu", "rouge_score")
-LINES = {"the model is built": "model:", "evaluated": "eval loss before", "the first step": "step "}
+LINES = {"the model is built": "model:", "evaluated": "step 0 ", "the first step": "step 1/"}
 MODULES = ("common.settings", "data_prep", "stack", "train", "evaluate", "experiment", "report", "pipeline.plan")
 
 

@@ -82,7 +82,7 @@ def torch_dtype(cfg):
 def make_run(cfg, dist, model_config):
     """A Run of all parameters without data or a record, with `dtype` and `zero` of the TrainConfig resolved."""
     choices = {"dtype": resolve_dtype(cfg.dtype), "zero": resolve_zero_stage(cfg, dist.world_size)}
-    return Run(dataclasses.replace(cfg, **choices), dist, StopRequest(), Path(cfg.init or ""), model_config, "", {}, {},
+    return Run(dataclasses.replace(cfg, **choices), dist, StopRequest(), Path(cfg.init or ""), model_config, {}, {},
                trained=parameter_shapes(model_config))
 
 

@@ -10,6 +10,7 @@ CONFIGS = ROOT / "configs"
 TASK_KEYS: dict[str, type] = {"folder": str, "source": str, "decoding": dict, "target": str, "measure": str,
                               "sari": bool, "test_prompt": list, "hub": dict, "prompts": dict}
 REQUIRED_TASK_KEYS = ["folder", "source", "decoding"]
+PHASES = "base", "stack", "llm"  # of pretraining: tables in the file of a size
 SHAPE_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 
 
@@ -42,13 +43,19 @@ def read_toml(path: str | Path) -> dict:
 
 
 def read_config(kind: str, name: str) -> dict:
-    """The tables of configs/<kind>/<name>.toml. Raises UserError for a task that lacks a key or has an unknown one."""
+    """The tables of configs/<kind>/<name>.toml. Raises UserError for a task that lacks a key or has an unknown one.
+
+    The phases of pretraining of a size begin with what they share, its table [pretraining].
+    """
     if problem := unknown_name(kind, name):
         raise UserError(problem[0])
     path = CONFIGS / kind / f"{name}.toml"
     tables = read_toml(path)
     if kind == "task":
         check_task(path, tables)
+    if kind == "size":
+        shared = tables.pop("pretraining", {})
+        tables |= {phase: shared | tables[phase] for phase in PHASES if phase in tables}
     return tables
 
 

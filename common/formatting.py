@@ -2,11 +2,6 @@
 from collections.abc import Iterable, Sequence
 
 
-def format_loss(loss: float | None) -> str:
-    """A loss with four decimals; None, the loss of an empty split, as "none"."""
-    return "none" if loss is None else f"{loss:.4f}"
-
-
 def format_duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)

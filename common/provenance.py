@@ -12,8 +12,8 @@ TemplateName = Literal["alpaca", "chat"]  # of the prompts of tasks, see corpus/
 DEFAULT_TEMPLATE: TemplateName = "alpaca"  # also where a record names none
 RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth, in their directories
 
-# Settings that change how a run is carried out or reported but not its weights, or that a digest stands for (init and
-# data).
+# Settings that may differ when a run is continued: they do not change its weights, or a digest (init, data,
+# replay_text) or other settings (method) stand for them.
 OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens",
                "gradient_checkpointing", "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes",
                "held_out_text", "examples", "tensorboard", "wandb", "local_rank", "zero", "offload", "deepspeed",

@@ -146,7 +146,7 @@ def json_values(cfg: Any) -> dict[str, Any]:
 
 def check_values(cfg: Any, is_complete: bool = True) -> list[str]:
     """Checks the values of a settings object against the metadata of its fields; returns problems as sentences.
-    is_complete: whether it has all values that were given; otherwise none is missed."""
+    is_complete: False if a given value was rejected: missing values are then not reported."""
     found = []
     for field in dataclasses.fields(cfg):
         value, meta = getattr(cfg, field.name), field.metadata

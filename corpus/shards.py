@@ -18,6 +18,7 @@ from common.provenance import require_same_settings
 from corpus.documents import VALIDATION_PER_MILLE, is_held_out
 from model.tokenizer import Tokenizer
 
+WINDOW_TOKENS = 256  # of a window of text that is evaluated or replayed, unless the model's context is shorter
 SHARD_TOKENS = 1 << 27  # minimum size of every shard but the last
 SHARD_NAME = re.compile(r"(train|val)-\d{5,}\.npy")
 RESTORE = "Restore it, or remove the directory and make it again with data_prep.py text"
@@ -137,9 +138,8 @@ def check_shards(directory: str | Path, rank: int = 0, world_size: int = 1, spli
 class ShardDataset:
     """One split ("train" or "val") of memory-mapped token shards, as at most `limit` samples (token ids, first target).
 
-    A sample has `seq_length` + 1 tokens. Every token of a shard is a target
-    once, but for the first and fewer than `seq_length` at its end. The headers of the
-    shards are checked here, their content by `check_shards`.
+    A sample has `seq_length` + 1 tokens. Every token of a shard is a target once, but for the first and fewer than
+    `seq_length` at its end. The headers of the shards are checked here, their content by `check_shards`.
     """
 
     def __init__(self, directory: str | Path, split: str, seq_length: int, limit: int | None = None):

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from common.provenance import DEFAULT_TEMPLATE
-from evaluation.result_files import ResultsFile
+from evaluation.result_files import ResultsFile, tasks_of
 
 Conditions = dict[str, Any]  # by name. What a results file does not tell is left out; it matches any value
 
@@ -20,7 +20,7 @@ TASK_SETTINGS = ("dtype", "limit", "data_digest", "max_source_length", "source")
 def benchmark_conditions(file: ResultsFile, name: str, metric: str) -> Conditions:
     """The conditions of a task or group in a results file of this program or of lm-eval: metric and version, items,
     shots, prompts, dtype and limit."""
-    content, config, tasks = file.content, file.content.get("config") or {}, file.tasks(name)
+    content, config, tasks = file.content, file.content.get("config") or {}, tasks_of(file.groups, name)
     dtype: Any = config.get("model_dtype")
     entry = next((entry for entry in file.suite if entry["name"] == name), {})
     settings = content.get("configs", {}).get(name, {})

@@ -6,8 +6,7 @@ from typing import Literal
 
 from common.provenance import TemplateName
 from common.settings import setting
-
-WINDOW = 256  # tokens of a window of token shards, unless text_length says otherwise
+from corpus.shards import WINDOW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class EvaluateConfig:
     limit: int | None = setting(None, "use only the first N items of the text and of each task and benchmark",
                                 at_least=1)
     text_tokens: int = setting(100_000, "use the text up to this number of tokens", at_least=1)
-    text_length: int | None = setting(None, f"maximum number of tokens of a window of the text; none: {WINDOW} for "
-                                            "token shards, the model's context for a text file", at_least=1)
+    text_length: int | None = setting(None, f"maximum number of tokens of a window of the text; none: {WINDOW_TOKENS} "
+                                            "for token shards, the model's context for a text file", at_least=1)
     max_source_length: int = setting(1024, "maximum number of tokens of a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum number of tokens of a reference, including <eos>", at_least=2)
     template: TemplateName | None = setting(None, "prompts: alpaca, or chat, the tokenizer's chat template, which "

@@ -40,8 +40,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that precedes a text without a context: bos, or the end-of-text token if there is no bos."""
-        return self.eot_token_id if self.text_tokenizer.bos_id is None else self.text_tokenizer.bos_id
+        """The token that precedes a text without a context."""
+        return self.text_tokenizer.start_id
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:

@@ -13,9 +13,9 @@ import numpy as np
 from common.files import UserError
 from common.provenance import data_digest, git_commit
 from corpus.documents import TEXT_SUFFIXES, read_documents
-from corpus.shards import ShardDataset, check_shards
+from corpus.shards import WINDOW_TOKENS, ShardDataset, check_shards
 from corpus.tasks import SFTDataset
-from evaluation.evaluate_config import WINDOW, EvaluateConfig
+from evaluation.evaluate_config import EvaluateConfig
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results, is_same_run, losses_file, read_losses_file, write_losses
 from evaluation.test_sets import TaskTestSet, recorded_template
@@ -66,7 +66,7 @@ def open_text(cfg: EvaluateConfig, checkpoint: Checkpoint, facts: dict[str, Any]
     path, context = Path(cfg.text or ""), checkpoint.config.max_position_embeddings
     if path.is_file() and path.suffix not in TEXT_SUFFIXES:
         raise UserError(f"{path} is neither a directory of token shards nor a .txt or .jsonl file")
-    seq_length = cfg.text_length or (context if path.is_file() else min(WINDOW, context))
+    seq_length = cfg.text_length or (context if path.is_file() else min(WINDOW_TOKENS, context))
     if seq_length > context:
         raise UserError(f"text_length is {seq_length}, more than the model's max_position_embeddings {context}: lower "
                         "it")

@@ -167,6 +167,12 @@ def read_losses_file(path: Path) -> dict[str, Any]:
     return found
 
 
+def tasks_of(groups: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """A task itself, or all tasks of a group and its groups, in order of their names. groups: of a results file."""
+    children = groups.get(name)
+    return sorted(task for child in children for task in tasks_of(groups, child)) if children else [name]
+
+
 @dataclass(frozen=True)
 class ResultsFile:
     """Content of a results file of lm-eval and of its sample files."""
@@ -194,11 +200,6 @@ class ResultsFile:
         """The entries of the suite that evaluate.py ran."""
         return self.run.get("suite", [])
 
-    def tasks(self, name: str) -> list[str]:
-        """A task itself, or all tasks of a group and its groups, in order of their names."""
-        children = self.groups.get(name)
-        return sorted(task for child in children for task in self.tasks(child)) if children else [name]
-
     def items(self, name: str, metric: str) -> list:
         """The values of a metric for each item of a task, or of all tasks of a group, in order of the items.
 
@@ -207,7 +208,7 @@ class ResultsFile:
         """
         metric, _, filter_name = metric.partition(",")
         items = []
-        for task in self.tasks(name):
+        for task in tasks_of(self.groups, name):
             samples = [sample for sample in self.samples.get(task, ())
                        if sample.get("filter") in (None, filter_name or "none")]
             items += [sample.get(metric) for sample in sorted(samples, key=lambda sample: sample.get("doc_id", 0))]
@@ -258,7 +259,7 @@ def read_results_file(path: Path) -> ResultsFile:
             if wrong := wrong_types(entry, SUITE_TYPES):
                 raise UserError(f"{path}: {wrong[0]} is not valid in an entry of its suite: {entry!s:.200}")
         for name in content["results"]:
-            file.tasks(name)  # raises an error if a group contains itself
+            tasks_of(file.groups, name)  # raises an error if a group contains itself
     return file
 
 

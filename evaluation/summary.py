@@ -6,7 +6,7 @@ from typing import Any
 
 from common.files import UserError
 from evaluation.metrics import CALIBRATION_METRICS
-from evaluation.result_files import metric_value
+from evaluation.result_files import metric_value, tasks_of
 from evaluation.suites import Benchmark, version_note
 
 
@@ -25,10 +25,6 @@ class BenchmarkScore:
 
 def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> list[BenchmarkScore]:
     """The scores of all benchmarks of a suite that were run. `results` is the content of a results file."""
-    def tasks_of(name: str) -> list[str]:
-        parts = results.get("group_subtasks", {}).get(name)
-        return [task for part in parts for task in tasks_of(part)] if parts else [name]
-
     scores = []
     for benchmark in (benchmark for benchmark in suite if benchmark.name in results["results"]):
         entry = results["results"][benchmark.name]
@@ -37,7 +33,7 @@ def benchmark_scores(suite: Iterable[Benchmark], results: dict[str, Any]) -> lis
             raise UserError(f"{benchmark.name} has no metric {benchmark.metric!r}; it has {', '.join(names)}")
         calibration = {key: entry[f"{key},none"] for key in CALIBRATION_METRICS if f"{key},none" in entry}
         sampled = {key: entry[f"{key},sampled"] for key in ("acc", *CALIBRATION_METRICS) if f"{key},sampled" in entry}
-        tasks = tasks_of(benchmark.name)
+        tasks = tasks_of(results.get("group_subtasks", {}), benchmark.name)
         items = sum(results["n-samples"][task]["effective"] for task in tasks)
         versions = {str(results["versions"][task]) for task in tasks if task in results.get("versions", {})}
         version = "" if benchmark.file else ", ".join(sorted(versions))

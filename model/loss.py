@@ -75,8 +75,8 @@ class FusedLinearLoss(torch.autograd.Function):
 
 
 class Head(nn.Linear):
-    """The output head. Returns logits of hidden states, or the summed loss if targets [N] are given. With a teacher's
-    head weight [V, C] they are its hidden states [N, C].
+    """The output head. Returns logits of hidden states, or the summed loss if targets [N] are given. With the weight
+    [V, C] of a teacher's head, the targets are the teacher's hidden states [N, C].
 
     The loss is one call of the module, however many chunks it has: ZeRO-3 gathers the weight once per call, and all
     processes must make the same calls.

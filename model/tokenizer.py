@@ -29,8 +29,7 @@ class Tokenizer:
     because decoding stops at them. `eos_id` is the tokenizer's own token if it is one of them, otherwise the first.
     `bos_id` is the tokenizer's own token, too. If `tokenizer_config.json` says null, as with Qwen, or says nothing and
     names a class without a bos of its own, it is None, or what the post-processor of tokenizer.json puts before a text.
-    Raises UserError if there is no tokenizer file or it cannot
-    be read.
+    Raises UserError if there is no tokenizer file or it cannot be read.
     """
 
     def __init__(self, directory: str | Path):
@@ -67,6 +66,15 @@ class Tokenizer:
         if self.fast:
             return self.bos_id is not None and self._first_id() == self.bos_id
         return self.bos_id is not None and self._entry("tokenizer_config.json", "add_bos_token", bool) is not False
+
+    @property
+    def start_id(self) -> int:
+        """The id that precedes a text without a context: bos, or the end-of-text token if there is no bos. Raises
+        UserError if there is neither."""
+        start = self.eos_id if self.bos_id is None else self.bos_id
+        if start is None:
+            raise UserError(f"{self.directory} names neither a bos nor an end-of-text token: one of them begins a text")
+        return start
 
     @property
     def vocab_size(self) -> int:

@@ -1,6 +1,6 @@
 """The chain of stages: the order of the tasks, and the directory, initial checkpoint and command of each stage.
 
-Imports the standard library only, since make uses this module before the packages are installed.
+Imports no installed package, since make uses this module before they are installed.
 """
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ PAIR = "llm", "stack"  # the models that are compared, and that are published
 MODELS = "llm", "base", "stack", "interleave", "middle", "solar"
 
 
-# The settings of train.py that identify a stage, and what a method may not set besides: the text that is replayed is
-# an input of the stage, and the last ones are no settings.
+# STAGE_SETTINGS of train.py identify a stage. A method may set none of them, nor the text that is replayed, which is an
+# input of the stage, nor flags that are not settings.
 STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
 NOT_OF_METHODS = STAGE_SETTINGS | {"replay_text", "config", "help", "show_settings"}
 

@@ -3,7 +3,7 @@
     python -m pipeline.environment .venv/user requirements.txt
 
 The first argument is the stamp: an empty file in the environment, made when all packages are installed. If several
-processes need them, one installs them and the others wait. Imports the standard library only.
+processes need them, one installs them and the others wait. Imports no installed package.
 """
 import common.interrupts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.configs import CONFIGS, read_config
 from common.files import UserError
-from evaluation.evaluate_config import WINDOW
+from corpus.shards import WINDOW_TOKENS
 from evaluation.suites import open_suite
 from model.config import ModelConfig
 from model.hub import published_config
@@ -16,7 +16,7 @@ from pipeline import chain
 from pipeline.costs import evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.jobs import Job, optional_flags, split_words
-from pipeline.pretraining import held_out_loss, size_config
+from pipeline.pretraining import base_depth, held_out_loss, run_flops, size_config
 
 DEFAULT_SEED = 42  # of pretraining, without pairs
 
@@ -28,14 +28,6 @@ class Arm:
     model: str  # as in chain.MODELS
     pair: int | None  # pretraining seed; None without pairs
     level_with: str | None = None  # the model of the pair whose held-out loss its m0 is trained further to reach
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The variant of fine-tuning in one chain of stages."""
-    method: str | None
-    rate: float | None
-    seed: int
 
 
 def pair_jobs(cfg: ExperimentConfig, pair: int | None) -> list[Job]:
@@ -68,13 +60,13 @@ def arm_jobs(cfg: ExperimentConfig, arm: Arm) -> list[Job]:
     for method in cfg.methods or [None]:
         for rate in (*sorted(cfg.rates),) or (None,):
             for seed in cfg.seeds:
-                jobs += chain_jobs(cfg, arm, m0, Variant(method, rate, seed))
+                jobs += chain_jobs(cfg, arm, m0, method, rate, seed)
     return jobs
 
 
-def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, variant: Variant) -> list[Job]:
+def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, method: str | None, rate: float | None,
+               seed: int) -> list[Job]:
     """The jobs of one chain from m0: the stages with one method, learning rate and seed."""
-    method, rate, seed = variant.method, variant.rate, variant.seed
     place = chain.chain_folder(arm.folder, method, rate, None if seed == cfg.seeds[0] else seed)
     flags, stage_args = chain.method_flags(method) if method else [], cfg.stage_args or [""] * len(cfg.order)
     settings = [train_settings(cfg, method, args) for args in stage_args]
@@ -89,7 +81,7 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, variant: Variant
         replay = ["--replay_text", cfg.text] if own.replay_share and cfg.text else []
         command = chain.finetune_command(launcher_words(cfg), stage, data, cfg.size, [
             "--seed", seed, *split_words(cfg.train_args), *split_words(args), *flags, *replay, *shared, *first])
-        jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, own), "train.py",
+        jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, own),
                         (stage.parent, data, *recipe, *([Path(str(cfg.text))] if replay else []))))
         jobs.append(evaluation_job(cfg, arm, stage.out, m0, sampled, rate in (None, cfg.shared_rate)))
     return jobs
@@ -102,7 +94,7 @@ def m0_job(cfg: ExperimentConfig, arm: Arm) -> Job:
         if arm.pair is not None or arm.level_with:
             raise UserError(f"the m0 of the size {cfg.size} is published, so that there is one pair of it: leave out "
                             "pairs and the loss control")
-        return Job(out, chain.download_command(sys.executable, hub, out), 0.0, "model.hub")
+        return Job(out, chain.download_command(sys.executable, hub, out), 0.0)
     if not (cfg.size and cfg.text):
         raise UserError(f"m0 of {arm.model} has to be pretrained: give --text, or --init_{arm.model}")
     flags: list[object] = ["--seed", DEFAULT_SEED if arm.pair is None else arm.pair]
@@ -111,7 +103,7 @@ def m0_job(cfg: ExperimentConfig, arm: Arm) -> Job:
         inputs = [arm.folder.parent / model / "m0" for model in (arm.model, arm.level_with)]
         flags += ["--init", inputs[0], "--level_with", inputs[1]]
     command = chain.pretrain_command(sys.executable, cfg.size, arm.model, cfg.text, arm.folder, cfg.launcher, flags)
-    return Job(out, command, read_config("size", cfg.size).get("llm", {}).get("max_flops", 0.0), "pretrain.py",
+    return Job(out, command, run_flops(cfg.size, "llm"),
                (*inputs, Path(cfg.text), CONFIGS / "train/pretrain.toml", *size_files(cfg)))
 
 
@@ -132,10 +124,10 @@ def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: 
     inputs += [file for task in tasks for file in (data / f"{task}.json", CONFIGS / f"task/{task}.toml")]
     inputs += suite_files
     settings = evaluate_settings(cfg)
-    windows = math.inf if settings.limit is None else settings.limit * (settings.text_length or WINDOW)
+    windows = math.inf if settings.limit is None else settings.limit * (settings.text_length or WINDOW_TOKENS)
     flops = evaluate_flops(model_config(cfg, arm.model), data, tasks, suite_files[1:], settings.limit,
                            min(settings.text_tokens, windows) if cfg.text else 0, 2 if m0 else 1, whole)
-    return Job(out, command, flops, "evaluate.py", tuple(inputs))
+    return Job(out, command, flops, tuple(inputs))
 
 
 def size_files(cfg: ExperimentConfig) -> list[Path]:
@@ -157,6 +149,4 @@ def model_config(cfg: ExperimentConfig, model: str) -> ModelConfig:
     if "model" not in read_config("size", cfg.size) and (hub := chain.hub_id(cfg.size, model)):
         made = Path(cfg.out) / model / "m0/config.json"
         return ModelConfig.read(made) if made.exists() else published_config(hub)
-    depth = size_config(cfg.size).num_hidden_layers
-    factors = read_config("size", cfg.size).get("growth", {}).get("factors", [4])
-    return size_config(cfg.size, depth // math.prod(factors) if model == "base" else depth)
+    return size_config(cfg.size, base_depth(cfg.size) if model == "base" else None)

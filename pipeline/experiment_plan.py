@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.comparison import usable_stages
-from analysis.inference import LEVEL, POWER, VarianceComponents, units_needed
+from analysis.inference import ALPHA, POWER, VarianceComponents, units_needed
 from analysis.measures import PRIMARY, check_measure, read_primary
 from analysis.pairs import Difference, Study
 from analysis.results import read_runs
@@ -85,7 +85,7 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
         print_items(found.components, hours, cfg.effect)
     pairs = units_needed(estimate.sd, cfg.effect)
     print(f"pairs needed: {pairs} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
-          f"{POWER:.0%} power at the level {LEVEL:g}\n"
+          f"{POWER:.0%} power at the level {ALPHA:g}\n"
           f"hours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot; evaluation comes on top")
     if estimate.n < FEW:
         print(f"note: the standard deviation of {estimate.n} pairs is rough, and the plan with it")

@@ -1,7 +1,7 @@
 """Jobs: commands that each make one directory, run here or submitted to Slurm.
 
 The directories appear atomically, so an interrupted sequence of jobs continues with the job that was interrupted.
-Imports the standard library only, since make uses this module before the packages are installed.
+Imports no installed package, since make uses this module before they are installed.
 """
 import shlex
 import signal
@@ -23,13 +23,18 @@ class Job:
     out: Path
     command: Sequence[object]
     flops: float = 0.0  # the work of the command; the remaining time is estimated from it
-    script: str = ""  # the script or module in the command; needed for a Ledger and a Pace only
     inputs: tuple[str | Path, ...] = ()  # the initial checkpoint, then the files that the result depends on
 
     @property
     def argv(self) -> list[str]:
         """The command as strings."""
         return [str(word) for word in self.command]
+
+    @property
+    def script(self) -> str:
+        """The name of the script in the command, or of the module."""
+        files = [Path(word).name for word in self.argv if word.endswith(".py")]
+        return files[0] if files else self.argv[self.argv.index("-m") + 1]
 
     @property
     def script_argv(self) -> list[str]:

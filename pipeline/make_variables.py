@@ -1,6 +1,6 @@
 """The variables of make: their defaults, what follows from them, and what is wrong with them.
 
-Imports the standard library only, like pipeline/targets.py.
+Imports no installed package, like pipeline/targets.py.
 """
 import re
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE",
 
 ALWAYS = "DRY_RUN", "PYTHON", "LAUNCHER"  # problems() says where LAUNCHER belongs
 CHAIN = "TASK MODEL SIZE SOURCE RAW EVAL_SIZE TEXT HUB RUNS OUT ORDER METHOD NPROC"
-# The variables that a target uses; those that make a stage may have all that name it. problems() says of the HUB and
-# the INIT of an experiment what to give instead.
+# The variables that each target uses. A target that builds stages accepts all variables that name one. HUB and INIT are
+# listed for experiment so that problems() can say what to give instead.
 USED = {"train": f"{CHAIN} INIT ARGS", "pretrain": f"{CHAIN} ARGS", "data": f"{CHAIN} INIT",
         "evaluate": f"{CHAIN} INIT CHECKPOINT TASKS SUITE FILES ARGS",
         "experiment": "SIZE SOURCE RAW EVAL_SIZE TEXT RUNS ORDER METHOD NPROC INIT_LLM INIT_STACK PAIRS RATES CONTROLS "

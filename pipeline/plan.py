@@ -7,7 +7,6 @@ The memory is that of pipeline/memory_plan.py, the time that of pipeline/step_ti
 """
 import common.interrupts
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -21,9 +20,9 @@ from model.growth import new_layers
 from model.hub import fetch_checkpoint
 from pipeline import chain
 from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alternatives
-from pipeline.pretraining import size_config
+from pipeline.pretraining import base_depth, size_config
 from pipeline.step_time import GPUS, plan_step
-from training.run import expansion
+from training.checks import expansion
 from training.selection import ALL, NEW_LAYERS, Shapes, describe_selection, selected_shapes
 from training.train_config import TrainConfig, default_zero_stage
 
@@ -36,7 +35,7 @@ class PlanConfig:
     recipe: Literal["base", "stack", "llm", "finetune"] = setting("finetune", "table of the size's file to read")
     processes: int = setting(1, "processes, one per GPU", at_least=1, at_most=1 << 20)
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage")
-    offload: bool = setting(False, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
+    offload: bool | None = setting(None, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
     dtype: Literal["bf16", "fp32"] | None = setting(None, "weights; none: the recipe's, or bf16")
     max_tokens_per_microbatch: int | None = setting(None, "most tokens in a micro-batch, padding included", at_least=1,
                                                     at_most=1 << 30)
@@ -73,10 +72,10 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     zero = default_zero_stage(cfg.processes, settings["dtype"]) if settings["zero"] is None else settings["zero"]
     if zero == 0 and settings["dtype"] == "bf16":
         raise UserError("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
-    if cfg.offload and zero < 2:
+    if settings["offload"] and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
     config, trained = trained_parameters(config, method_settings)
-    plan = MemoryPlan(config, cfg.processes, zero, cfg.offload, settings["dtype"],
+    plan = MemoryPlan(config, cfg.processes, zero, settings["offload"], settings["dtype"],
                       settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device,
                       method_settings, recipe.get("seq_length", cfg.sample_tokens),
                       0 if "seq_length" in recipe else min(PREFIX_TOKENS, cfg.sample_tokens // 2), trained)
@@ -89,8 +88,7 @@ def planned_config(cfg: PlanConfig) -> ModelConfig:
     if "model" not in table:
         raise UserError(f"configs/size/{cfg.size}.toml gives no model shape, since this size starts from published "
                         "weights: give them with --init, or INIT")
-    factors = table.get("growth", {}).get("factors", []) if cfg.recipe == "base" else []
-    return size_config(str(cfg.size), table["model"]["num_hidden_layers"] // math.prod(factors))
+    return size_config(str(cfg.size), base_depth(str(cfg.size)) if cfg.recipe == "base" else None)
 
 
 def read_method(method: str | None) -> TrainConfig:

@@ -1,11 +1,12 @@
 """Jobs of pretraining: training runs of a size, and growth."""
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.configs import CONFIGS, ROOT, model_shape, read_config, read_toml
+from common.configs import CONFIGS, PHASES, ROOT, model_shape, read_config, read_toml
 from common.files import UserError, is_number, write_json
 from common.provenance import RUN, changed, read_record
 from model.config import ModelConfig
@@ -16,6 +17,8 @@ from pipeline.ledger import read_own_json
 # The operators that need the two depths only.
 DEPTH_OPERATORS = [name for name in OPERATORS if name not in BLOCK_OPERATORS]
 
+FACTORS = (4,)  # of growth, if a size names none
+
 # The operators that grow a model in many stages of one block each.
 STAGED_OPERATORS = "midas", "lidas"
 
@@ -23,6 +26,31 @@ STAGED_OPERATORS = "midas", "lidas"
 def size_config(size: str, depth: int | None = None) -> ModelConfig:
     """The model configuration of a size preset, with `depth` layers instead of its own if given."""
     return ModelConfig(**model_shape(size, depth))
+
+
+def base_depth(size: str, factors: Sequence[int] = ()) -> int:
+    """The number of layers of the base that growth factors turn into a size's model. factors: none: those of the size.
+
+    Raises UserError if the depth of the model is not a multiple of them.
+    """
+    factors = factors or read_config("size", size).get("growth", {}).get("factors", FACTORS)
+    full = size_config(size).num_hidden_layers
+    if full % math.prod(factors):
+        raise UserError(f"{full} layers are not a multiple of the growth factors {' × '.join(map(str, factors))}: "
+                        "choose others")
+    return full // math.prod(factors)
+
+
+def run_flops(size: str, phase: str, spent: float = 0.0) -> float:
+    """The FLOPs of the run that a phase's table describes, if `spent` were spent on its initial checkpoint."""
+    table = read_config("size", size).get(phase, {})
+    if not table.keys() & {"max_flops", "max_tokens"}:
+        raise UserError(f"the table [{phase}] of the size has neither max_flops nor max_tokens: add one")
+    flops = table["max_flops"] - spent if "max_flops" in table else size_config(size).flops(table["max_tokens"])
+    if flops <= 0:
+        raise UserError(f"the jobs before m0 cost {spent:.4g} FLOPs, and max_flops in [{phase}] is "
+                        f"{table['max_flops']:.4g}: grow earlier, or raise it")
+    return flops
 
 
 def training_job(cfg: Any, out: Path, flops: float, flags: Sequence[object]) -> Job:
@@ -60,7 +88,7 @@ def record_recipe(path: Path, jobs: Sequence[Job], **settings: Any) -> None:
     and those of another recipe have the same directories.
     """
     tables = {name: table for name, table in read_config("size", settings["size"]).items()
-              if name in ("model", "base", "stack", "llm")}
+              if name in ("model", *PHASES)}
     recipe = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
     finished = path.exists() and any(job.out.exists() for job in jobs)
     if finished and (recorded := read_own_json(path, "the finished stages then count as made with these settings")) \

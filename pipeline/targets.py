@@ -3,7 +3,7 @@
     python -m pipeline.targets train               `make train`, with variables such as TASK in the environment
     DRY_RUN=1 python -m pipeline.targets train     prints the commands and runs none
 
-Imports the standard library only, since `make help` runs it before the packages are installed.
+Imports no installed package, since `make help` runs it before they are installed.
 """
 import common.interrupts
 
@@ -101,7 +101,7 @@ def suite_commands(suite: str) -> list[Command]:
 def m0_commands(v: Variables, args: str = "") -> list[Command]:
     """Makes m0. pretrain.py notices if it is finished. args: flags for the last run of train.py."""
     if v.hub:
-        exists = v.m0.exists() and "HUB" not in v.given  # of a given one, it is checked that m0 is the one
+        exists = v.m0.exists() and "HUB" not in v.given  # a given HUB is compared with the source of m0
         return [] if exists else [chain.download_command(PYTHON, v.hub, v.m0)]
     command = chain.pretrain_command(PYTHON, v.size, v.model, v.text, v.out, shlex.join(v.torchrun))
     return [*([] if v.m0.exists() else text_commands(v)), [*command, *([f"--args={args}"] if args else [])]]

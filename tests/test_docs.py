@@ -11,9 +11,10 @@ import os
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ BLOCK = re.compile(r"(?:^<!-- (not run|checked): ([^\n]+) -->\n)?^```(\w*)\n(.*?
 PACKAGES = "common", "model", "corpus", "training", "evaluation", "analysis", "pipeline"
 
 # Flags of torchrun, deepspeed and sbatch.
-LAUNCHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown-timeout", "num_gpus", "nodes"}
+LAUNCHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown-timeout", "gpu-bind", "num_gpus",
+             "nodes"}
 
 
 @dataclass(frozen=True)
@@ -284,14 +286,19 @@ def test_methods_at_equal_learning_are_those_of_their_table():
     study = method_study(read_stage_table(ROOT / "docs/methods/stages.csv"), "llm", "finetune")
     points = points_of(study, PRIMARY)
     front = pareto_front([*points, *start_point(study, PRIMARY)])
-    rows = table_rows((ROOT / "docs/methods.md").read_text().split("## At equal learning")[1])
+    rows, of_all = table_rows((ROOT / "docs/methods.md").read_text().split("## At equal learning")[1]), []
     assert [row[0] for row in rows] == [f"`{method}`" for method in study.models]
     for method, (_, *cells) in zip(study.models, rows):
         own, gap = [point for point in points if point.method == method], gap_of(study, method, PRIMARY)
-        assert cells[:3] == [", ".join(point.rate for point in own), ", ".join(f"{point.loss:.3f}" for point in own),
-                             ", ".join(f"{point.forgetting:.3f}" for point in own)]
-        earlier = [study.values("rise of earlier tasks' losses", 0, method, point.rate, study.last) for point in own]
-        assert cells[3] == ", ".join(f"{rise.value:.3f}" for rise in earlier)
+        means = [statistics.fmean(chain[study.last].losses[task].loss for task in ("simp", "empd", "inqqg"))
+                 for point in own for chain in study.chains(0, method, point.rate)]
+        of_all += [replace(point, loss=mean) for point, mean in zip(own, means)]
+        columns = ([point.rate for point in own], *(
+            [f"{value:.3f}" for value in values] for values in (
+                (point.loss for point in own), means, (point.forgetting for point in own))))
+        assert cells[:4] == [", ".join(column) for column in columns]
         assert cells[4] == ("–" if method == "finetune" else compared_at(study, method, PRIMARY))
         assert cells[5].split(" [")[0] == ("–" if method == "finetune" or gap is None else signed(gap.mean))
         assert cells[6] == (", ".join(point.rate for point in own if point in front) or "–")
+    said = ", ".join(f"`{point.method}` {point.rate}" for point in pareto_front(of_all))
+    assert f"By this mean, the front is {said}: " in " ".join((ROOT / "docs/methods.md").read_text().split())

@@ -132,7 +132,7 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     data.write_text("{}")
 
     def make(*command):
-        return Job(out, command, script="train.py", inputs=(weights, data))
+        return Job(out, command, inputs=(weights, data))
 
     ledger, job = Ledger(tmp_path), make("python", "a/train.py", "--seed", "1")
     ledger.add(job, ledger_entry(job))
@@ -149,7 +149,7 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     data.write_text("{}")
     (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
     assert not ledger.unchanged(job)
-    gone = Job(out, ["train.py"], script="train.py", inputs=(tmp_path / "gone",))
+    gone = Job(out, ["train.py"], inputs=(tmp_path / "gone",))
     assert ledger_entry(gone)["inputs"] == {str(tmp_path / "gone"): None}
     ledger.add(gone, ledger_entry(gone))
     assert not ledger.unchanged(gone)  # a missing input may have changed
@@ -158,7 +158,7 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
 def test_an_input_that_changes_during_a_job_is_a_change(tmp_path, monkeypatch):
     data, out = tmp_path / "data.json", tmp_path / "m1-simp"
     data.write_text("{}")
-    job = Job(out, ["train.py"], script="train.py", inputs=(data,))
+    job = Job(out, ["train.py"], inputs=(data,))
 
     def replace_data(words):
         out.mkdir()
@@ -186,7 +186,7 @@ def test_runs_go_on_where_the_project_lies_elsewhere(tmp_path, monkeypatch):
     def job_of(project):
         (tmp_path / project).mkdir()
         (tmp_path / project / "size.toml").write_text("")
-        return Job(tmp_path / "out", ["python", tmp_path / project / "train.py"], script="train.py",
+        return Job(tmp_path / "out", ["python", tmp_path / project / "train.py"],
                    inputs=(tmp_path / project / "size.toml",))
 
     (tmp_path / "out").mkdir()
@@ -241,10 +241,10 @@ def test_a_changed_recipe_repeats_a_job(checkpoint, tasks, tmp_path):
 
 
 def test_the_time_left_follows_each_scripts_measured_speed():
-    pace, train = Pace(100.0), Job(None, [], 1000.0, "train.py")
+    pace, train = Pace(100.0), Job(None, ["train.py"], 1000.0)
     assert pace.seconds([train, train]) == 20  # at the speed given
     pace.add(train, 50)
-    assert pace.seconds([train, Job(None, [], 300.0, "evaluate.py")]) == 50 + 3
+    assert pace.seconds([train, Job(None, ["evaluate.py"], 300.0)]) == 50 + 3
 
 
 def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, tasks, suite_file, tmp_path, capfd):
@@ -368,7 +368,7 @@ def test_invalid_experiments(refusal, tmp_path, flags, said):
 
 @pytest.mark.parametrize("content", ["[1]", "null", '{"command": ', "\0", '{"command": NaN}', "[" * 100_000])
 def test_a_damaged_record_of_a_job_is_named(tmp_path, content):
-    job, record = Job(tmp_path / "llm/m0", ["train.py"], script="train.py"), tmp_path / "experiment/llm-m0.json"
+    job, record = Job(tmp_path / "llm/m0", ["train.py"]), tmp_path / "experiment/llm-m0.json"
     for folder in (record.parent, job.out):
         folder.mkdir(parents=True)
     record.write_text(content)
@@ -429,7 +429,7 @@ def test_a_failure_is_not_an_incomplete_evaluation(tmp_path, monkeypatch):
         raise SystemExit(1)
 
     monkeypatch.setattr(experiment, "run_command", fail)
-    job = Job(tmp_path / "llm/m0/eval", ["evaluate.py"], 1.0, "evaluate.py")
+    job = Job(tmp_path / "llm/m0/eval", ["evaluate.py"], 1.0)
     job.out.mkdir(parents=True)
     (job.out / "missing.json").write_text("{}")
     os.utime(job.out / "missing.json", (1, 1))

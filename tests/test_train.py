@@ -216,7 +216,7 @@ def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
             "    for zero in (1, 2, 3):\n"
             "        model = load_model(sys.argv[1], torch.bfloat16)\n"
             "        cfg = TrainConfig(dtype='bf16', zero=zero)\n"
-            "        engine = build_engine(Run(cfg, dist, None, None, model.config, '', {}, {}), model)\n"
+            "        engine = build_engine(Run(cfg, dist, None, None, model.config, {}, {}), model)\n"
             "        print(*engine.get_data_types(), engine.communication_data_type)")
     lines = run_script("-c", code, checkpoint).stdout.splitlines()
     assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
@@ -465,6 +465,14 @@ def test_pretraining_ends_at_an_eval_loss(checkpoint, tmp_path):
     assert all(torch.equal(start[name], end[name]) for name in start)
     _, run = pretrain("not-reached", evaluated[12] / 2)
     assert run["result"]["steps"] == 12
+
+    pretrain("read-once", "none", "7", "SIGKILL", "all")  # a resumed run does not check all shards again
+    shard, = (tmp_path / "shards").glob("train-*.npy")
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x05\x00")  # the last token, which no sample has
+    assert "resuming after step 6" in pretrain("read-once", "none")[0]
+    assert losses(tmp_path / "read-once") == losses(tmp_path / "whole")
+    with pytest.raises(AssertionError, match="is not the shard that meta.json describes"):
+        pretrain("again", "none")
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer(train, tmp_path):

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.files import UserError
-from corpus.shards import ShardDataset, check_shards
+from corpus.shards import WINDOW_TOKENS, ShardDataset, check_shards
 from corpus.tasks import SFTDataset, read_task
 from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, replay_indices, sample_indices
@@ -11,46 +11,43 @@ from training.rehearsal import rehearsed_items
 from training.run import Run, num_samples
 from training.train_config import TrainConfig
 
-WINDOW_TOKENS = 256  # of a window of pretraining text that is evaluated or replayed
 HELD_OUT_WINDOWS = 64  # enough for a loss, and evaluated in seconds
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """The samples to train and to evaluate on, the test items of a task, and the part of the stream to train on."""
+    """The samples to train and to evaluate on, the test items of a task, and the part of the stream to train on:
+    positions [run.first_sample, last) of the shuffled epochs."""
+    run: Run
     train: SampleDataset
     eval: SampleDataset
     test: list[dict]
     held_out: Sequence[Sample]  # windows of the held-out pretraining text; empty without one
     replay: SampleDataset | None  # windows of the pretraining text to train on again
-    replay_share: float
-    seed: int
-    replay_seed: int
-    batch_size: int
-    first: int  # positions [first, last) in the stream of shuffled epochs
     last: int
 
     @property
     def steps(self) -> int:
         """Number of steps."""
-        return -(-(self.last - self.first) // self.batch_size)
+        return -(-(self.last - self.run.first_sample) // self.run.cfg.global_batch_size)
 
     def position(self, step: int) -> int:
         """The position in the stream after a number of steps."""
-        return min(self.first + step * self.batch_size, self.last)
+        return min(self.run.first_sample + step * self.run.cfg.global_batch_size, self.last)
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of a step; the last one may be smaller."""
-        start, stop, size = self.position(step), self.position(step + 1), len(self.train)
-        indices = sample_indices(self.seed, size, start, stop)
+        cfg, start, stop, size = self.run.cfg, self.position(step), self.position(step + 1), len(self.train)
+        indices = sample_indices(cfg.seed, size, start, stop)
         replayed = [self.replay[index] for index in replay_indices(
-            self.replay_seed, len(self.replay), step, self.replay_share, self.batch_size)] if self.replay else []
+            self.run.task_seed, len(self.replay), step, cfg.replay_share, cfg.global_batch_size)] \
+            if self.replay else []
         return GlobalBatch(indices, [self.train[index] for index in indices], replayed, stop // size > start // size)
 
     def sample(self, count: int) -> list[Sample]:
         """Random training samples, at most `count`: the first ones of the stream."""
         size = len(self.train)
-        return [self.train[index] for index in sample_indices(self.seed, size, 0, min(count, size))]
+        return [self.train[index] for index in sample_indices(self.run.cfg.seed, size, 0, min(count, size))]
 
 
 def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
@@ -78,8 +75,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
                     f"layers, {cfg.dtype} on {run.dist.world_size} × {run.dist.device.type}; {len(train):,} training "
                     f"samples{earlier}, {len(evaluation):,} evaluation samples")
     last = run.first_sample + num_samples(cfg, run.model_config, len(train), run.lineage, run.trained)
-    data = TrainData(train, evaluation, test, held_out, replay, cfg.replay_share, cfg.seed, run.task_seed,
-                     cfg.global_batch_size, run.first_sample, last)
+    data = TrainData(run, train, evaluation, test, held_out, replay, last)
     run.dist.on_all_ranks(lambda: check_steps(cfg, data.steps))
     return data
 

@@ -22,12 +22,12 @@ from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import fetch_checkpoint, load_model
 from model.tokenizer import Tokenizer
 from training.batches import Sample, count_tokens, rank_microbatches, replay_indices, to_inputs
+from training.run import Run
 from training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from training.run import Run
 
 TEXTS = "self-replay.json"  # name of the file of generated texts
 TEXT_TOKENS = 128  # of a generated text
@@ -36,7 +36,7 @@ TEXT_TOKENS = 128  # of a generated text
 class Distillation:
     """The divergence terms of a run."""
 
-    def __init__(self, run: "Run"):
+    def __init__(self, run: Run):
         self.run, self.source = run, start_of(run.cfg, run.lineage)
         self.model = load_model(self.source, run.dtype, run.dist.device)
         self.texts: list[Sample] = []
@@ -94,9 +94,8 @@ def generate_texts(model: Any, source: Path, numbers: Sequence[int], seed: int, 
     """Token ids of texts sampled from a model's distribution, from <bos> alone, or from the end-of-text token if there
     is no <bos>. A text depends on its number and the seed. tokens: the most that are generated for a text."""
     tokenizer = Tokenizer(source)
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    assert start is not None  # checkpoints to fine-tune have an end-of-text token
-    assert tokenizer.eos_id is not None
+    start = tokenizer.start_id
+    assert tokenizer.eos_id is not None  # checkpoints to fine-tune have an end-of-text token
     config = GenerationConfig(max_new_tokens=tokens, do_sample=True, seed=seed)
     texts = generate(model, [[start]] * len(numbers), config, tokenizer.eos_ids,
                      options=BatchOptions(numbers))

@@ -5,7 +5,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -17,40 +17,22 @@ from model.checkpoint import CheckpointReader, empty_model, is_finite, set_weigh
 from model.growth import grown_tensors
 from model.lora import ADAPTER, AdaptedLinear, adapted_tensors, insert_adapters, is_adapter, write_adapter
 from model.transformer import Transformer, initial_weights
+from training.data import TrainData
 from training.deepspeed_config import deepspeed_config, import_deepspeed
 from training.optimizers import make_optimizer
+from training.run import Run
 from training.run_directory import last_checkpoint, prune_checkpoints
 from training.selection import describe_selection
+from training.train_state import TrainState
 from training.zero_shards import local_fragments
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from training.data import TrainData
-    from training.run import Run
-    from training.train_state import TrainState
-
-
 REMEDY = "Try a lower learning_rate, more warmup_steps or dtype fp32"  # for a run that diverges
 
 
-class StepResult(NamedTuple):
-    """The outcome of one step."""
-    loss: float  # mean negative log-likelihood over the targets of the global batch, in nats
-    grad_norm: float  # before clipping; nan if the loss was rejected
-    computed_tokens: float  # token positions computed, over all ranks: padding included, a shared prefix counted once
-
-    @property
-    def applied(self) -> bool:
-        """Whether the optimizer has updated the weights."""
-        return math.isfinite(self.grad_norm)
-
-    def skipped(self, max_loss: float) -> bool:
-        """Whether the update was skipped because the loss exceeds a limit."""
-        return max_loss < self.loss < math.inf
-
-
-def build_model(run: "Run") -> Transformer:
+def build_model(run: Run) -> Transformer:
     """The model, on the device and in the dtype of the run.
 
     Weights are read or initialized one tensor at a time. Under ZeRO-3 only rank 0 does so, and each rank keeps its
@@ -87,7 +69,7 @@ def eager_blocks(compiled: bool) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
-def run_weights(run: "Run") -> Iterator[tuple[str, torch.Tensor]]:
+def run_weights(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the weights that a run starts from, in model order, without adapters: those of the initial
     checkpoint, expanded if the run begins with an expansion, or new ones."""
     config = run.model_config
@@ -100,7 +82,7 @@ def run_weights(run: "Run") -> Iterator[tuple[str, torch.Tensor]]:
     return grown_tensors(reader, config, run.layer_map, zero_init=True)
 
 
-def freeze(model: Transformer, run: "Run") -> None:
+def freeze(model: Transformer, run: Run) -> None:
     """Freezes the parameters that a run does not train, and prints how many it trains."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in run.trained)
@@ -130,7 +112,7 @@ def shard_weights(model: Transformer, weights: Iterator[tuple[str, torch.Tensor]
     model.tie_weights()
 
 
-def build_engine(run: "Run", model: Transformer) -> "DeepSpeedEngine":
+def build_engine(run: Run, model: Transformer) -> "DeepSpeedEngine":
     """The DeepSpeed engine, with weight decay on matrices only.
 
     Master weights, moments and accumulated gradients are fp32. DeepSpeed's learning-rate schedules and its scaling of
@@ -173,7 +155,7 @@ def optimizer_step(engine: "DeepSpeedEngine", max_grad_norm: float, rejected: bo
     return norm
 
 
-def check_finite_weights(run: "Run", engine: "DeepSpeedEngine") -> None:
+def check_finite_weights(run: Run, engine: "DeepSpeedEngine") -> None:
     """Ends the run, on all ranks, if a weight is not finite: neither a checkpoint nor a state with it is saved."""
     def check() -> None:
         broken = [fragment.name for fragment in local_fragments(engine)
@@ -185,7 +167,7 @@ def check_finite_weights(run: "Run", engine: "DeepSpeedEngine") -> None:
     run.dist.on_all_ranks(check)
 
 
-def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
+def save_checkpoint(run: Run, engine: "DeepSpeedEngine", directory: Path,
                     record: dict[str, Any] | None = None) -> None:
     """Writes the weights as a Hugging Face checkpoint, adapters merged, and `record` as its run.json if given.
 
@@ -213,7 +195,7 @@ def save_checkpoint(run: "Run", engine: "DeepSpeedEngine", directory: Path,
             pass
 
 
-def save_adapter(run: "Run", engine: "DeepSpeedEngine") -> None:
+def save_adapter(run: Run, engine: "DeepSpeedEngine") -> None:
     """Writes the adapters in the format of PEFT to `adapter/` in the directory of the run. All ranks take part."""
     directory = run.directory
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -240,7 +222,7 @@ def gathered(engine: "DeepSpeedEngine", parameters: list[torch.nn.Parameter],
     return GatheredParameters(parameters, modifier_rank, enabled=engine.zero_optimization_partition_weights())
 
 
-def save_epoch_checkpoint(run: "Run", engine: "DeepSpeedEngine", state: "TrainState", data: "TrainData") -> None:
+def save_epoch_checkpoint(run: Run, engine: "DeepSpeedEngine", state: TrainState, data: TrainData) -> None:
     """Writes the checkpoint of an epoch, with a run.json, and removes the oldest ones beyond `save_total_limit`."""
     if not run.cfg.save_total_limit:
         return

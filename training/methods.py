@@ -30,10 +30,13 @@ from model.parameter_files import (
     write_parameter_file,
 )
 from training.batches import Sample, count_tokens
+from training.data import TrainData
 from training.distillation import Distillation
-from training.engine import StepResult, gathered, save_adapter
+from training.engine import gathered, save_adapter
 from training.pruning import undo_changes
+from training.run import Run
 from training.train_config import TrainConfig
+from training.train_state import StepResult
 from training.zero_shards import (
     Fragment,
     base_optimizer,
@@ -49,16 +52,14 @@ from training.zero_shards import (
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from training.data import TrainData
-    from training.run import Run
 
-TrainStep = Callable[["Run", "DeepSpeedEngine", Sequence[Sequence[Sample]]], StepResult]
+TrainStep = Callable[[Run, "DeepSpeedEngine", Sequence[Sequence[Sample]]], StepResult]
 
 
 class Method:
     """Training without anchors or priors, and the terms of distillation. Subclasses override the hooks they need."""
 
-    def __init__(self, run: "Run", engine: "DeepSpeedEngine"):
+    def __init__(self, run: Run, engine: "DeepSpeedEngine"):
         self.run, self.engine = run, engine
         self.distillation = run.dist.on_all_ranks(lambda: Distillation(run)) \
             if run.cfg.input_kl or run.cfg.self_replay_kl else None
@@ -78,7 +79,7 @@ class Method:
     def finish(self) -> None:
         """Called after the last step, before the final evaluation."""
 
-    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
+    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
         """Writes what the next task needs next to the final checkpoint. train_step: the function of train.py."""
 
 
@@ -89,7 +90,7 @@ class Anchored(Method):
     et al., arXiv 1805.06370). The run's own L2-SP and EWC terms are computed by the optimizer, AnchoredAdamW.
     """
 
-    def __init__(self, run: "Run", engine: "DeepSpeedEngine", fisher: ParameterFiles | None):
+    def __init__(self, run: Run, engine: "DeepSpeedEngine", fisher: ParameterFiles | None):
         super().__init__(run, engine)
         optimizer, fragments = base_optimizer(engine), local_fragments(engine)
         self.anchors = {flat: flat.detach().clone() for flat in flat_tensors(fragments)}
@@ -111,7 +112,7 @@ class Anchored(Method):
         if self.run.cfg.fapm_sparsity or self.run.cfg.wise_ft_alpha < 1:
             update_weights(self.engine)
 
-    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
+    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
         """EWC: measures the diagonal Fisher information, adds that of the earlier tasks, and writes the sum.
 
         It is the empirical Fisher information: the mean over samples of the squared gradient of the sample's
@@ -139,7 +140,7 @@ class Anchored(Method):
 class Continued(Method):
     """Pretraining that continues with the moments of AdamW that the run before it, or growth, has left."""
 
-    def __init__(self, run: "Run", engine: "DeepSpeedEngine", moments: ParameterFiles | None):
+    def __init__(self, run: Run, engine: "DeepSpeedEngine", moments: ParameterFiles | None):
         super().__init__(run, engine)
         updates = run.lineage.get("updates", 0)
         if moments and updates:
@@ -147,7 +148,7 @@ class Continued(Method):
         elif run.cfg.init:
             run.dist.print0(f"{run.cfg.init} has no optimizer moments: they start at zero")
 
-    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
+    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
         """Writes the moments, unless no step was taken."""
         if not (state := base_optimizer(self.engine).state):
             return
@@ -166,7 +167,7 @@ class Adapted(Method):
                     module.merge()
         wait_for_changes()
 
-    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
+    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
         """Writes the adapters."""
         save_adapter(self.run, self.engine)
 
@@ -188,7 +189,7 @@ class Variational(Method):
     times tau; for the first task it has one precision around the initial weights.
     """
 
-    def __init__(self, run: "Run", engine: "DeepSpeedEngine", posterior: ParameterFiles | None):
+    def __init__(self, run: Run, engine: "DeepSpeedEngine", posterior: ParameterFiles | None):
         super().__init__(run, engine)
         self.optimizer, fragments = base_optimizer(engine), local_fragments(engine)
         means = {flat: flat.detach().clone() for flat in flat_tensors(fragments)}
@@ -216,7 +217,7 @@ class Variational(Method):
             with changing_weights(self.engine) as fragments:
                 self.optimizer.restore(fragments)
 
-    def write_side_files(self, data: "TrainData", train_step: TrainStep) -> None:
+    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
         """Writes the posterior: means and precisions of all weights."""
         write_side_file(self.run, self.engine, POSTERIOR, {
             "mean": lambda fragment: fragment.of(fragment.flat),
@@ -224,7 +225,7 @@ class Variational(Method):
                 fragment.flat, slice(fragment.offset, fragment.offset + fragment.count))})
 
 
-def make_method(run: "Run", engine: "DeepSpeedEngine") -> Method:
+def make_method(run: Run, engine: "DeepSpeedEngine") -> Method:
     """The method of a run, for an engine whose weights are the initial ones."""
     cfg, dist, source = run.cfg, run.dist, run.source
     files = dist.on_all_ranks(lambda: open_side_files([source / name for name in run.side_files], side_file(cfg),
@@ -259,7 +260,7 @@ def find_side_files(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> 
     return paths
 
 
-def read_fragments(run: "Run", files: ParameterFiles, fragments: Iterable[Fragment],
+def read_fragments(run: Run, files: ParameterFiles, fragments: Iterable[Fragment],
                    kinds: dict[str, dict[torch.Tensor, torch.Tensor]]) -> None:
     """Fills this rank's fragments of tensors from files. kinds: name -> tensors, by flat tensor, to fill."""
     def read() -> None:
@@ -270,7 +271,7 @@ def read_fragments(run: "Run", files: ParameterFiles, fragments: Iterable[Fragme
     run.dist.on_all_ranks(read)
 
 
-def write_side_file(run: "Run", engine: "DeepSpeedEngine", name: str,
+def write_side_file(run: Run, engine: "DeepSpeedEngine", name: str,
                     kinds: dict[str, Callable[[Fragment], torch.Tensor]]) -> None:
     """Writes values of all ranks' fragments next to the final checkpoint; without ZeRO rank 0 has all of them."""
     def remove_old() -> None:

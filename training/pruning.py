@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from training.run import Run
 from training.zero_shards import local_fragments
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from training.run import Run
 
 
-def undo_changes(run: "Run", engine: "DeepSpeedEngine", anchors: Mapping[torch.Tensor, torch.Tensor]) -> None:
+def undo_changes(run: Run, engine: "DeepSpeedEngine", anchors: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """FAPM (arXiv 2509.08255): gives a share of each matrix's weights their initial values again, those with the
     smallest |Δw| − mean|w₀| · |Δw| / |w₀|: small changes, and changes that are large compared to the weight. Norms and
     biases keep their change, while the authors' code prunes all parameters."""
@@ -39,7 +39,7 @@ def ordered(values: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def count_below(run: "Run", score: torch.Tensor, part: float, bound: int) -> float:
+def count_below(run: Run, score: torch.Tensor, part: float, bound: int) -> float:
     """How many scores of all ranks are at most `bound`."""
     return run.dist.all_reduce_sum(part * (score <= bound).sum())[0]
 

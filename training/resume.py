@@ -11,6 +11,7 @@ samples is a function of (seed, step).
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from common.provenance import read_record
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_finite_weights
 from training.run import Run
-from training.run_directory import continue_run, find_state, read_state, write_state
+from training.run_directory import continue_run, find_state, write_state
 from training.train_state import TrainState
 from training.zero_shards import (
     base_optimizer,
@@ -67,19 +68,19 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
     Every rank writes its own file, one fragment at a time, without communication.
     """
     folder = run.directory / "resume" / f"step-{state.step}"
-    partial = folder.with_name(folder.name + ".writing")
+    writing = folder.with_name(folder.name + ".writing")
 
     def make() -> None:
-        with explain_os_errors(partial):
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-            partial.mkdir(parents=True)
+        with explain_os_errors(writing):
+            shutil.rmtree(writing, ignore_errors=True)  # left by a killed process
+            writing.mkdir(parents=True)
 
     def complete() -> None:
-        write_state(partial, {"progress": asdict(state), "run": run.record["id"],
+        write_state(writing, {"progress": asdict(state), "run": run.record["id"],
                               "optimizer_step": optimizer_updates(engine), "files": dict(files)})
         with explain_os_errors(folder):
-            sync(partial)
-            partial.rename(folder)
+            sync(writing)
+            writing.rename(folder)
             sync(folder.parent)
             sync(run.directory / "metrics.jsonl")
             for old in folder.parent.iterdir():
@@ -89,10 +90,10 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
     check_finite_weights(run, engine)
     run.dist.on_rank0(make)
     try:
-        files = run.dist.gather(run.dist.on_all_ranks(lambda: write_fragments(engine, partial, run.dist.rank)))
+        files = run.dist.gather(run.dist.on_all_ranks(lambda: write_fragments(engine, writing, run.dist.rank)))
         run.dist.on_rank0(complete)
     except UserError:  # raised on all ranks, so none of them writes there any more
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(writing, ignore_errors=True)
         raise
 
 
@@ -118,14 +119,14 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
 
     Returns None if no state was saved.
     """
-    folder = run.dist.on_rank0(lambda: find_state(run.directory))
-    if folder is None:
+    found = run.dist.on_rank0(lambda: find_state(run.directory))
+    if found is None:
         return None
-    saved = read_state(folder)
+    folder, saved = found
     with parsing(folder / "state.json", "the state of a run of this version of the program"):
         state = TrainState(**saved["progress"])
         state.check()
-    load_state(run, engine, folder)
+    load_state(run, engine, folder, saved)
     run.dist.print0(f"resuming after step {state.step}, from {folder}")
     before = run.dist.on_rank0(lambda: read_record(run.directory).get("held_out_digest"))
     if before != run.record.get("held_out_digest"):  # not to be compared with the loss after
@@ -134,13 +135,12 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
     return replace(run, record=run.dist.on_rank0(lambda: continue_run(run.directory, record, state.step))), state
 
 
-def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path) -> None:
-    """Loads a saved state into a new engine. Raises UserError for damaged files.
+def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path, saved: Mapping[str, Any]) -> None:
+    """Loads a saved state into a new engine. saved: its state.json. Raises UserError for damaged files.
 
     The ranks first check the digests of all files.
     """
-    saved, dist = read_state(folder), run.dist
-    names = sorted(saved["files"])
+    dist, names = run.dist, sorted(saved["files"])
 
     def check() -> None:
         for name in names[dist.rank::dist.world_size]:

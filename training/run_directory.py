@@ -12,22 +12,15 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common.files import UserError, explain_os_errors, lock, named, read_json, remove, write_json
+from common.files import UserError, explain_os_errors, lock, read_json, remove, write_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import differences, read_record, write_record
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.run import Run, partial_directory
 
 BAR = 20  # characters of the bar of the largest change
-
-
-def partial_directory(out: str | Path) -> Path:
-    """The directory that a run writes to until it is finished."""
-    return named(out).with_name(Path(out).name + ".partial")
 
 
 @contextlib.contextmanager
@@ -123,14 +116,14 @@ def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[
     return recorded
 
 
-def open_log(run: "Run", step: int) -> MetricsLog:
+def open_log(run: Run, step: int) -> MetricsLog:
     """The log of a run that starts or resumes after a step; ranks other than 0 log nothing."""
     if run.dist.rank:
         return MetricsLog(None)
     return MetricsLog(run.directory, step, open_services(run.cfg, run.directory, run.record))
 
 
-def finish_run(run: "Run", result: dict[str, Any]) -> None:
+def finish_run(run: Run, result: dict[str, Any]) -> None:
     """Records the result in run.json and renames the directory, whose final weights are on disk, to `<out>`."""
     out = Path(run.cfg.out)
     write_record(run.directory, run.record | {"result": result, "lineage": run.lineage_after(result)})
@@ -174,8 +167,8 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
     return sorted(found, key=found.__getitem__)
 
 
-def find_state(directory: Path) -> Path | None:
-    """The folder of the saved state of an unfinished run, or None.
+def find_state(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of the saved state of an unfinished run and its state.json, or None.
 
     Raises UserError if the state belongs to another run or is incomplete.
     """
@@ -187,7 +180,7 @@ def find_state(directory: Path) -> Path | None:
         raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
     if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
         raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")
-    return folder
+    return folder, saved
 
 
 # The entries of state.json and their types.

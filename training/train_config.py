@@ -1,5 +1,5 @@
 """The settings of train.py: names, defaults, ranges, and contradictions between them."""
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from common.distributed import resolve_dtype
@@ -138,8 +138,11 @@ class TrainConfig:
     @property
     def anchored(self) -> list[str]:
         """The settings in use that refer to the weights of --init."""
-        return [name for name, off in (("l2_sp_rate", 0), ("l2_sp_strength", 0), ("wise_ft_alpha", 1),
-                                       ("fapm_sparsity", 0), ("ewc_strength", 0)) if getattr(self, name) != off]
+        return self.changed("l2_sp_rate", "l2_sp_strength", "wise_ft_alpha", "fapm_sparsity", "ewc_strength")
+
+    def changed(self, *names: str) -> list[str]:
+        """The settings that differ from their defaults, of some names."""
+        return [name for name in names if getattr(self, name) != getattr(TrainConfig, name)]
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
@@ -181,8 +184,7 @@ class TrainConfig:
         """Contradictions between the settings of methods against forgetting."""
         found, anchored, ivon = [], self.anchored, self.optimizer == "ivon"
         optimizer = ["optimizer ivon"] if ivon else []
-        used = anchored + [name for name in ("rehearsal", "replay_share", "self_replay_kl", "input_kl")
-                           if getattr(self, name)] + optimizer
+        used = anchored + self.changed("rehearsal", "replay_share", "self_replay_kl", "input_kl") + optimizer
         if used and self.task is None:
             found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
         if self.lora and self.task is None:
@@ -191,7 +193,7 @@ class TrainConfig:
             found.append("train lora adapts the layers of --init: set new_layers to 0")
         if len(self.train) > 1 and {"all", "lora"} & set(self.train):
             found.append(f"train is {', '.join(self.train)}: give all or lora alone, or what else is to be trained")
-        of_all = (["ewc_strength"] if self.ewc_strength else []) + optimizer
+        of_all = self.changed("ewc_strength") + optimizer
         if of_all and self.new_layers:
             found.append(f"{' and '.join(of_all)} is about the weights of --init: set new_layers to 0")
         if of_all and self.train != ("all",):
@@ -211,9 +213,7 @@ class TrainConfig:
                 (self.self_replay_kl, "self_replay_kl", ("self_replay_share", "self_replay_texts")),
                 (ivon, "optimizer ivon", ("prior", "prior_precision", "tau", "ess", "hess_init", "ivon_beta2",
                                           "clip_radius", "sample_params"))):
-            changed = [field.name for field in fields(self)
-                       if field.name in names and getattr(self, field.name) != field.default]
-            if changed and not is_used:
+            if not is_used and (changed := self.changed(*names)):
                 found.append(f"{' and '.join(changed)} would change nothing without {method}: give it as well")
         if ivon and anchored:
             found.append(f"{' and '.join(anchored)} pull towards the weights of --init, as IVON's prior does: use one")

@@ -3,15 +3,30 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.files import is_number
 from common.formatting import format_duration
 from training.batches import GlobalBatch
 from training.data import TrainData
-from training.engine import StepResult
 
 SPIKE_WINDOW, SPIKE_MINIMUM = 50, 10  # steps whose mean loss defines a loss spike, and how many are needed
+
+
+class StepResult(NamedTuple):
+    """The outcome of one step."""
+    loss: float  # mean negative log-likelihood over the targets of the global batch, in nats
+    grad_norm: float  # before clipping; nan if the loss was rejected
+    computed_tokens: float  # token positions computed, over all ranks: padding included, a shared prefix counted once
+
+    @property
+    def applied(self) -> bool:
+        """Whether the optimizer has updated the weights."""
+        return math.isfinite(self.grad_norm)
+
+    def skipped(self, max_loss: float) -> bool:
+        """Whether the update was skipped because the loss exceeds a limit."""
+        return max_loss < self.loss < math.inf
 
 
 @dataclass
@@ -72,7 +87,7 @@ class TrainState:
         """The result of a finished run, for run.json."""
         return {"eval_loss_before": self.eval_loss_before, "eval_loss_after": self.eval_loss_after,
                 "text_loss_before": self.text_loss_before, "text_loss_after": self.text_loss_after,
-                "steps": self.step, "first_sample": data.first, "last_sample": data.position(self.step),
+                "steps": self.step, "first_sample": data.run.first_sample, "last_sample": data.position(self.step),
                 "tokens": self.tokens, "flops": self.flops, "seconds": self.seconds,
                 "tokens_per_s": self.tokens / self.seconds if self.step else 0.0,
                 "computed": self.computed_tokens / self.tokens if self.step else 0.0}

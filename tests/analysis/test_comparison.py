@@ -24,7 +24,7 @@ def change_json(path, **entries):
 
 
 def record_of(runs):
-    return Record(read_runs(runs), pair=PAIR)
+    return Record(read_runs(runs), compared=PAIR)
 
 
 def report_of(record):

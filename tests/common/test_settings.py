@@ -207,6 +207,15 @@ def test_shipped_sizes_parse(size):
         assert load(GrowthStudyConfig, flags).max_flops > 0
 
 
+def test_the_phases_of_pretraining_begin_with_what_they_share(tmp_path, monkeypatch):
+    (tmp_path / "configs/size").mkdir(parents=True)
+    (tmp_path / "configs/size/x.toml").write_text(
+        "[pretraining]\nseq_length = 64\nzero = 2\n[base]\nzero = 1\n[llm]\n[finetune]\nexamples = 3\n")
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path / "configs")
+    assert read_config("size", "x") == {"base": {"seq_length": 64, "zero": 1}, "llm": {"seq_length": 64, "zero": 2},
+                                        "finetune": {"examples": 3}}
+
+
 def test_parameters_of_the_small_sizes():
     assert ModelConfig(**read_config("size", "tiny")["model"]).num_parameters <= 5_000_000
     assert round(ModelConfig(**read_config("size", "small")["model"]).num_parameters / 1e6, 1) == 13.9

@@ -1,5 +1,6 @@
 """Raw and preprocessed task files, the evaluation split, and samples for fine-tuning."""
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -24,6 +25,7 @@ from corpus.tasks import SFTDataset, read_task, split_indices, write_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, sample_texts
 from training.data import TrainData
+from training.train_config import TrainConfig
 
 
 @pytest.mark.parametrize(("count", "size"), [(125, 0.1), (4000, 0.1), (17, 0.33), (100, 7), (11, 1)])
@@ -192,7 +194,8 @@ def test_the_published_split_of_simp():
     train, evaluation = split_indices(100_002, 0.01)
     assert (len(train), len(evaluation)) == (99_001, 1_001)
     assert 3 * -(-len(train) // 48) == 6_189
-    assert TrainData([], [], [], [], None, 0.0, 42, 42, 48, 0, 3 * len(train)).steps == 6_188
+    run = SimpleNamespace(cfg=TrainConfig(global_batch_size=48), first_sample=0)
+    assert TrainData(run, [], [], [], [], None, 3 * len(train)).steps == 6_188
 
 
 # ------------------------------------------------------------------------------------------------------- Hub datasets

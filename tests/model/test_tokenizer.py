@@ -87,7 +87,7 @@ def test_bos_of_the_post_processor(tokenizer_dir, tmp_path):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert AutoTokenizer.from_pretrained(tmp_path).encode("a")[0] == 1
-    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).adds_bos) == (1, True)
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).adds_bos, Tokenizer(tmp_path).start_id) == (1, True, 1)
 
 
 def test_tokens_outside_the_vocabulary(tokenizer_dir, tmp_path):
@@ -98,7 +98,7 @@ def test_tokens_outside_the_vocabulary(tokenizer_dir, tmp_path):
     with pytest.raises(UserError, match="bos_token '' is not in the vocabulary"):
         Tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (None, 2)
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id, Tokenizer(tmp_path).start_id) == (None, 2, 2)
     path.write_text("{}")
     (tmp_path / "config.json").unlink()
     assert (Tokenizer(tmp_path).eos_ids, Tokenizer(tmp_path).vocab_size) == (set(), 512)

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from common.configs import read_config
+from pipeline import plan as plan_module
 from pipeline.plan import PlanConfig, main, read_plan
 from pipeline.step_time import GPUS, plan_step
 
@@ -18,6 +20,13 @@ def test_defaults_come_from_the_recipe():
     assert plan.prefix_tokens == 40
     pretraining, _ = read_plan(PlanConfig(size="small", recipe="llm"))
     assert (pretraining.sample_tokens, pretraining.prefix_tokens) == (256, 0)
+
+
+def test_the_recipe_may_offload(monkeypatch):
+    recipe = read_config("size", "7b")
+    monkeypatch.setattr(plan_module, "read_config", lambda *_: recipe | {"finetune": {"zero": 2, "offload": True}})
+    assert read_plan(PlanConfig(size="7b", processes=8))[0].offload
+    assert not read_plan(PlanConfig(size="7b", processes=8, offload=False))[0].offload
 
 
 def test_it_suggests_what_to_change(capsys):

@@ -10,14 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from common.files import UserError
 from common.provenance import read_lineage
-from corpus.shards import ShardDataset
+from corpus.shards import WINDOW_TOKENS, ShardDataset
 from corpus.tasks import SFTDataset, read_task
 from model.hub import load_model
 from model.loss import FusedLinearLoss
 from model.tokenizer import Tokenizer
 from tests.conftest import error_line, losses, read_metrics, run_script
 from training.batches import count_tokens, replay_indices, sample_indices
-from training.data import WINDOW_TOKENS
 from training.distillation import generate_texts, start_digest
 from training.run import TASK_SEEDS
 from training.train_config import TrainConfig

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.files import digest
+from corpus.shards import WINDOW_TOKENS
 from tests.conftest import error_line, run_script
-from training.data import HELD_OUT_WINDOWS, WINDOW_TOKENS
+from training.data import HELD_OUT_WINDOWS
 from training.run_directory import loss_lines
 
 FLAGS = ["--max_steps", "6", "--eval_steps", "4", "--save_minutes", "0"]

@@ -25,12 +25,11 @@ from tests.conftest import ROOT, TORCHRUN, error_line, losses, read_metrics
 from train import main
 from training import resume
 from training.batches import GlobalBatch
+from training.checks import compare_digests
 from training.deepspeed_config import deepspeed_config
-from training.engine import StepResult
-from training.run import compare_digests
 from training.run_directory import claim, read_state, write_state
 from training.train_config import TrainConfig
-from training.train_state import TrainState
+from training.train_state import StepResult, TrainState
 
 FLAGS = ["--max_steps", "9", "--warmup_steps", "2", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1",
          "--eval_steps", "3", "--save_minutes", "0"]

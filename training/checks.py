@@ -1,0 +1,222 @@
+"""The checks of a training run: everything that it depends on is resolved once, before anything is loaded."""
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.configs import model_shape
+from common.distributed import Distributed, StopRequest
+from common.files import UserError, digest
+from common.formatting import format_names
+from common.metrics_log import check_services
+from common.provenance import DIGESTS, data_digest, describe, last_template, read_lineage, read_record
+from common.settings import json_values
+from corpus.prompts import open_template
+from corpus.shards import check_shards
+from corpus.tasks import read_task
+from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
+from model.config import ModelConfig
+from model.growth import expand, new_layers
+from model.hub import fetch_checkpoint
+from model.parameter_files import open_side_files
+from model.tokenizer import Tokenizer, same_tokenizer, tokenizer_digest
+from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_choices
+from training.distillation import start_digest
+from training.methods import find_side_files, side_file
+from training.rehearsal import check_earlier_tasks, earlier_tasks
+from training.run import Run, first_sample, num_samples, partial_directory
+from training.run_directory import drop_state, is_finished, json_digest, saved_states
+from training.selection import Shapes, selected_shapes, training_flops
+from training.train_config import TrainConfig
+
+
+def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
+    """Checks settings, checkpoint, data and run directory, and resolves what depends on them.
+
+    Returns None if the run is finished already. Raises UserError, before anything is written, if it cannot start.
+    """
+    checked = dist.on_rank0(lambda: check_run(cfg, dist))
+    if checked is None:
+        dist.print0(f"{cfg.out} is finished already, nothing to do")
+        dist.on_rank0(lambda: drop_state(cfg.out))
+        return None
+    resolved, fields = checked
+    if cfg.compile:
+        dist.on_all_ranks(check_compiler)
+    source = dist.local_rank0_first(lambda: find_source(cfg))
+    of_earlier = [task["data"] for task in fields["earlier_tasks"]]
+    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *of_earlier)):
+        check_same_on_all_ranks(path, dist)
+    is_resumed = dist.on_rank0(lambda: bool(saved_states(partial_directory(cfg.out))))
+    if not cfg.task and not is_resumed:  # reading terabytes again at each restart would take hours
+        dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
+    config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
+    if fields["layer_map"]:
+        config = config.with_layers(fields["layer_map"])
+    return Run(resolved, dist, request, source, config, **fields)
+
+
+def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] | None:
+    """The checks of rank 0; returns None if the run is finished, otherwise the resolved settings and further fields of
+    Run. Raises UserError for the first check that fails."""
+    check_services(cfg.tensorboard, cfg.wandb)
+    if cfg.task and not Path(cfg.data).is_file():
+        raise UserError(f"{cfg.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
+                        "`make data`")
+    if cfg.task is None and Path(cfg.data).is_file():
+        raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
+    of_data = data_digest(cfg.data)
+    resolved = resolve_choices(cfg, dist.world_size)
+    settings, defaults = json_values(resolved), json_values(TrainConfig())
+    recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
+    if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
+        # its parent is a Hub id, or was removed: it is not fetched again if the run is finished
+        others = DIGESTS.keys() - {"parent_digest", "data_digest"}
+        record = describe(settings, recorded.get("parent_digest"), of_data, **{
+            name: recorded[name] for name in others if name in recorded})
+        is_finished(cfg.out, record, defaults)
+        return None
+    if cfg.task:
+        report_dropped(cfg.data)
+    check_deepspeed_config(deepspeed_config(resolved), dist.device)
+    source = find_source(cfg)
+    config = check_source(cfg, source)
+    lineage = read_lineage(source) if cfg.init else {}
+    check_template(cfg, source, lineage)
+    if layer_map := expansion(cfg, config, lineage):
+        config = config.with_layers(layer_map)
+        lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
+    trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
+    check_length(cfg, config, of_data, lineage, trained)
+    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type,
+                             "tokenizer_digest": tokenizer_digest(source)}
+    earlier = earlier_tasks(cfg, of_data, lineage)
+    if cfg.rehearsal:
+        facts["rehearsed"] = [task["data_digest"] for task in earlier]
+    if cfg.replay_share:
+        facts["replay_digest"] = text_digest("replay_text", str(cfg.replay_text), cfg, source)
+    parent = checkpoint_digest(source) if cfg.init else None
+    facts |= start_digest(cfg, lineage, parent)
+    if side_files := find_side_files(cfg, source, lineage):
+        facts["side_digest"] = digest(side_files)
+    record = describe(settings, parent, of_data, **facts)
+    if is_finished(cfg.out, record, defaults):
+        return None
+    record |= held_out_digest(cfg, source)
+    check_earlier_tasks(earlier)
+    open_side_files(side_files, side_file(cfg), source, config)
+    record["id"] = json_digest(record)
+    return resolved, {"lineage": lineage, "record": record, "trained": trained,
+                     "first_sample": first_sample(cfg, of_data, lineage), "layer_map": layer_map,
+                     "earlier_tasks": tuple(earlier), "side_files": tuple(path.name for path in side_files)}
+
+
+def check_compiler() -> None:
+    """Raises UserError if torch.compile has no compiler."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cc", "gcc", "clang"))):
+        raise UserError("--compile needs a C and C++ compiler, such as gcc and g++")
+
+
+def check_template(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> None:
+    """Raises UserError if the earlier tasks of a chain had other prompts, or if the template cannot be used."""
+    if not cfg.task:
+        return
+    if (earlier := last_template(lineage)) not in (None, cfg.template):
+        raise UserError(f"template is {cfg.template}, but the last task of {cfg.init} was trained with {earlier}: give "
+                        f"--template {earlier}")
+    open_template(cfg.template, Tokenizer(source)).check_length(cfg.max_source_length)
+
+
+def expansion(cfg: TrainConfig, config: ModelConfig, lineage: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layer map of the block expansion that a run begins with: before its first task, or with `per_task` before
+    every task. Empty without one. Raises UserError if the chain of tasks did not begin with this expansion."""
+    depth, inserted = config.num_hidden_layers, lineage.get("inserted", 0)
+    if cfg.new_layers and (cfg.per_task or not lineage.get("tasks")):
+        return tuple(expand(depth, depth + cfg.new_layers))
+    if cfg.new_layers and cfg.new_layers != inserted:
+        raise UserError(f"new_layers is {cfg.new_layers}, but the chain of tasks of {cfg.init} began with {inserted} "
+                        "new layers: give the same number at all tasks, or --per_task to insert layers now")
+    return ()
+
+
+def report_dropped(path: str) -> None:
+    """Prints which samples of a task file have no target."""
+    if dropped := read_task(path)[1]:
+        print(f"{path}: {len(dropped)} samples have no target and are left out: {format_names(dropped)}")
+
+
+def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:
+    """Checks the initial checkpoint, or the tokenizer for new weights, against settings and data."""
+    if cfg.init:
+        config = open_checkpoint(source, require_eos=cfg.task is not None).config
+    else:
+        config = read_model_config(cfg, source)
+        check_vocabulary(Tokenizer(source), config)
+    if not cfg.task and not same_tokenizer(source, Path(cfg.data)):
+        raise UserError(f"{cfg.data} was made with a tokenizer other than that of {cfg.init}: make it again with "
+                        f"data_prep.py text --tokenizer {cfg.init}")
+    longest = cfg.max_source_length + cfg.max_target_length if cfg.task else cfg.seq_length
+    if longest > config.max_position_embeddings:
+        names = "max_source_length + max_target_length" if cfg.task else "seq_length"
+        raise UserError(f"{names} is {longest}, more than the model's max_position_embeddings "
+                        f"{config.max_position_embeddings}: lower it")
+    return config
+
+
+def held_out_digest(cfg: TrainConfig, source: Path) -> dict[str, str]:
+    """The entry of run.json that identifies the held-out text, if there is one."""
+    if cfg.held_out_text is None:
+        return {}
+    return {"held_out_digest": text_digest("held_out_text", cfg.held_out_text, cfg, source)}
+
+
+def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
+    """The digest of a directory of token shards that a setting names. Raises UserError if it is not one, or if its
+    tokenizer is not the model's."""
+    if Path(path).is_file():
+        raise UserError(f"{name} {path} is a file, expected a directory of token shards: make it with data_prep.py "
+                        "text")
+    digest = data_digest(path)
+    if not same_tokenizer(source, Path(path)):
+        raise UserError(f"{name} {path} was made with a tokenizer other than that of {cfg.init}: leave it out, or make "
+                        f"it with data_prep.py text --tokenizer {cfg.init}")
+    return digest
+
+
+def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any], trained: Shapes) -> None:
+    """Checks that the run has at least one step, and reports where in its text it starts."""
+    if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):
+        step = training_flops(cfg.global_batch_size * cfg.seq_length, config, trained)
+        raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
+                        f"{lineage.get('flops', 0):.4g}: raise it")
+    if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
+        print(f"{cfg.init} was trained on another text, or on this text with another seed or seq_length: starting "
+              "at the first sample")
+
+
+def find_source(cfg: TrainConfig) -> Path:
+    """The directory of initial weights and tokenizer, downloaded if needed."""
+    return fetch_checkpoint(cfg.init) if cfg.init else Path(cfg.data)  # a shard directory includes its tokenizer
+
+
+def read_model_config(cfg: TrainConfig, source: Path) -> ModelConfig:
+    """The model's shape: that of the initial checkpoint, or the size's for new weights."""
+    if cfg.init:
+        return ModelConfig.read(source / "config.json")
+    tokenizer = Tokenizer(source)
+    return ModelConfig(**model_shape(cfg.size or "", cfg.num_hidden_layers), bos_token_id=tokenizer.bos_id,
+                       eos_token_id=tokenizer.eos_id)
+
+
+def check_same_on_all_ranks(path: str, dist: Distributed) -> None:
+    """Raises UserError if the ranks have different data at a path, such as an old copy on one node's disk."""
+    digests = dist.gather(dist.on_all_ranks(lambda: data_digest(path)))
+    dist.on_rank0(lambda: compare_digests(path, digests))
+
+
+def compare_digests(path: str, digests: list[str]) -> None:
+    """Raises UserError if the ranks found different digests for the same data."""
+    other = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if other:
+        raise UserError(f"{path} is not the same on all nodes: digest {digests[0]:.12} on rank 0, "
+                        f"{digests[other[0]]:.12} on rank {other[0]}: copy it there again, or use a shared folder")
