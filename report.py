@@ -21,6 +21,7 @@ from analysis.measures import PRIMARY, check_measure, make_measures, read_primar
 from analysis.method_plane import (
     finished_methods,
     left_out_of_plane,
+    left_out_of_profits,
     method_study,
     plane_section,
     plot_planes,
@@ -159,7 +160,9 @@ def describe(compared: Comparisons, effect: float,
         plane_sentences, section = plane_section(plane, primary)
         sentences, sections = sentences + plane_sentences, [*sections, section]
         missing += [*left_out_of_plane(plane, primary), *plane.all_left_out()]
-    sections += profit_section(planes, study.compared, primary) if study else []
+    if study:
+        sections += profit_section(planes, study.compared, primary)
+        missing += left_out_of_profits(planes, study.compared, primary)
     more_sentences, tables = result_tables(record, noise)
     missing += [line for one in records.values() for line in one.missing]
     if len(records) > 1:

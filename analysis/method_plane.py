@@ -247,6 +247,21 @@ def profits(studies: Sequence[Study], method: str, measure: str) -> dict[int, tu
     return found
 
 
+def left_out_of_profits(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[str]:
+    """Sentences on the pairs that have results of both models with a method and without, and no profits."""
+    both = [studies[model] for model in pair if model in studies]
+    if len(both) < 2:
+        return []
+    reference, lines = both[0].reference, []
+    for method in (method for method in both[0].models if method != reference):
+        found = profits(both, method, measure)
+        lines += [f"{both[0].name_of(number)} is left out of the profits of {method}: the curves of both models, with "
+                  "the method and without, reach no common new-task loss" for number in both[0].pairs
+                  if number not in found and all(has_results(study, measure, number, name) for study in both
+                                                 for name in (method, reference))]
+    return lines
+
+
 def profit_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[Section]:
     """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
     if not all(model in studies and studies[model].unit == "pair" and len(studies[model].pairs) > 1 for model in pair):

@@ -323,8 +323,8 @@ class Study:
         without = [line for contrast in self.contrasts for line in self.without_model(contrast)]
         of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
                         for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
-        of_contrasts += [line for number in range(1, self.last + 1) if not self.of
-                         for line in self.unmatched(self.contrasts[0], number, DECREASE)]
+        of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
+                         for line in self.unmatched(contrast, number, DECREASE)]
         return [*self.left_out, *without, *self._not_level(), *of_contrasts]
 
 

@@ -57,7 +57,9 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
     """The stage in a directory of a run. A folder is a method's if its name begins with the method in run.json."""
     run = read_record(path)
     settings = run.get("settings", {})
-    if number and not run and any((other / RUN).exists() for other in path.parent.glob("m[0-9]*")):
+    trained = [other for other in path.parent.glob("m[0-9]*") if (match := STAGE.fullmatch(other.name))
+               and int(match[1]) and (other / RUN).exists()]
+    if number and trained and not run:
         raise UserError(f"{path} has no {RUN}, which says how it was trained: restore it, or remove {path}")
     wrong = wrong_types(settings, SETTING_TYPES) + wrong_types(run.get("result", {}), RESULT_TYPES)
     if wrong or run and not settings:

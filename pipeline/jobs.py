@@ -33,8 +33,8 @@ class Job:
     @property
     def script(self) -> str:
         """The name of the script in the command, or of the module."""
-        files = [Path(word).name for word in self.argv if word.endswith(".py")]
-        return files[0] if files else self.argv[self.argv.index("-m") + 1]
+        files = [Path(word).name for word in self.argv if word.endswith(".py")]  # a launcher may be one, too
+        return files[-1] if files else self.argv[self.argv.index("-m") + 1]
 
     @property
     def script_argv(self) -> list[str]:

@@ -267,6 +267,10 @@ def test_differences_of_grown_models_are_those_of_their_table():
     rows = table_rows((ROOT / "docs/answer.md").read_text().split("## How it was grown")[1])
     assert len(rows) == 4
     studies = [Study(stages, model, "llm") for model in ("stack", "interleave", "base")]
+    base = studies[2].difference(studies[2].contrasts[0], PRIMARY, 3, DECREASE).estimate
+    low, high = base.interval
+    assert f"since m0 it has forgotten less, by {-base.mean:.2f} [{-high:.2f}, {-low:.2f}] of held-out" in \
+        " ".join((ROOT / "docs/answer.md").read_text().split())
     for measure, *cells in rows:
         assert cells == [written(study.difference(study.contrasts[0], measure, 3)) for study in studies]
 

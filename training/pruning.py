@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-
 def undo_changes(run: Run, engine: "DeepSpeedEngine", anchors: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """FAPM (arXiv 2509.08255): gives a share of each matrix's weights their initial values again, those with the
     smallest |Δw| − mean|w₀| · |Δw| / |w₀|: small changes, and changes that are large compared to the weight. Norms and

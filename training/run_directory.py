@@ -36,8 +36,8 @@ def claim(out: str | Path) -> Iterator[None]:
         return
     for path in (Path(out), directory):
         if path.is_symlink() and not path.exists() or path.exists() and not path.is_dir():
-            what = "a link to nothing" if path.is_symlink() else "a file"
-            raise UserError(f"{path} is {what}, expected no or another directory: remove it or choose another --out")
+            what = "a file" if path.exists() else "a link to nothing"
+            raise UserError(f"{path} is {what}, expected a directory or nothing: remove it or choose another --out")
     with explain_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     try:

@@ -16,6 +16,7 @@ from analysis.method_plane import (
     Point,
     gap_of,
     left_out_of_plane,
+    left_out_of_profits,
     method_study,
     over_items,
     pareto_front,
@@ -142,6 +143,9 @@ def test_both_models_are_compared_at_the_same_losses(folder):
         change(stage, stage.parents[1].name, 0.0, 0.5)
     _, studies = studies_of(folder)
     assert list(profits([studies["stack"], studies["llm"]], "lora", RISE)) == [1, 3, 4]
+    assert left_out_of_profits(studies, ("stack", "llm"), RISE) == [
+        f"pair 2 is left out of the profits of {method}: the curves of both models, with the method and without, reach "
+        "no common new-task loss" for method in ("lora", "replay")]
 
 
 def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
