@@ -112,12 +112,11 @@ class MemoryPlan:
         return self.total() <= FILLED * memory * GIB
 
     def gradients(self) -> float:
-        """Accumulated gradients; with ZeRO-1 also those of a backward pass, with ZeRO-3 those of a sub-group's step."""
+        """Accumulated gradients in fp32, to which the gradient of each parameter is added at once; with ZeRO-3 also
+        those of a step of a sub-group."""
         trained, shards = self.num_trained, self.processes
-        if self.zero == 0:
+        if self.zero < 2:
             return 4 * trained
-        if self.zero == 1:
-            return (4 + self.weight_bytes) * trained
         return 4 * trained / shards + (4 * min(trained / shards, LIVE) if self.zero == 3 else 0)
 
     def buffers(self) -> float:

@@ -33,6 +33,8 @@ from analysis.pair_tables import answer, signed
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
 from common import scripts
+from common.files import read_json
+from pipeline.growth_study import compare, compared_text, conclusion, study_table
 from report import ReportConfig
 from tests.conftest import ROOT
 
@@ -273,6 +275,25 @@ def test_differences_of_grown_models_are_those_of_their_table():
         " ".join((ROOT / "docs/answer.md").read_text().split())
     for measure, *cells in rows:
         assert cells == [written(study.difference(study.contrasts[0], measure, 3)) for study in studies]
+
+
+def test_the_growth_in_stages_is_that_of_its_table():
+    rows = read_json(ROOT / "docs/growth-small.json")
+    text = (ROOT / "docs/growing.md").read_text().split("## Growth in stages")[1].partition("\n## ")[0]
+    lines = {line[0]: line for line in table_rows(study_table(rows))}
+    found = table_rows(text)
+    assert len(found) == len(lines) - 1  # without the base that is grown
+    for name, *cells in found:
+        of_study = lines["base, trained further" if name.startswith("base ") else name.strip("`")]
+        assert cells == [of_study[place] for place in (1, 3, 4, 6)]
+    assert f"```text\n{conclusion(rows)}```" in text
+    text = " ".join(text.split())
+    for one, other, sign in (("midas-copied", "scratch", -1), ("midas-copied", "stack", 1),
+                             ("lidas-copied", "scratch", -1), ("lidas-copied", "stack", 1)):
+        difference = compare(rows, one, other)
+        low, high = sorted(sign * end for end in difference.interval)
+        assert f"{sign * difference.mean:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert compared_text("", "", compare(rows, "midas-copied", "lidas-copied")).split(" nats")[0][len(" − : "):] in text
 
 
 def test_the_profit_of_both_models_is_that_of_its_table():

@@ -36,7 +36,7 @@ def test_it_suggests_what_to_change(capsys):
     printed = capsys.readouterr().out
     assert "gradient checkpointing off, reduction of gradients overlapped, blocks not compiled\n" in printed
     assert "it fits, with " in printed
-    main(PlanConfig(size="7b", processes=8, zero=1, gpu_memory=60, gradient_checkpointing=True))
+    main(PlanConfig(size="7b", processes=8, zero=1, gpu_memory=45, gradient_checkpointing=True))
     assert "it does not fit in 95% of the memory: with --zero 2 it does" in capsys.readouterr().out
     main(PlanConfig(size="7b", processes=1, zero=2, gradient_checkpointing=True))
     assert "it does not fit in 95% of the memory: with --offload true it does" in capsys.readouterr().out
