@@ -4,10 +4,9 @@
     python bench/memory_use.py --data DIR/simp.json --folder /tmp/memory --checkpoint DIR       and your own checkpoint
 
 Fine-tunes for a few steps under each ZeRO stage with each number of processes, plainly and with each of `methods`, and
-compares the peak memory of rank 0
-(ru_maxrss, in run.json) with the plan of pipeline/memory_plan.py. The size small has random weights. The plan counts
-what tensors hold, as torch.cuda.max_memory_allocated does. The runs therefore return freed memory at once, unless
-`--plain` is given.
+compares the peak memory of rank 0 (ru_maxrss, in run.json) with the plan of pipeline/memory_plan.py. The size small has
+random weights. The plan counts what tensors hold, as torch.cuda.max_memory_allocated does. The runs therefore return
+freed memory at once, unless `--plain` is given.
 """
 import itertools
 import os
@@ -35,7 +34,7 @@ SAMPLES = 128
 class MemoryBenchConfig(SimpBenchConfig):
     """Settings of the comparison."""
     checkpoint: str | None = setting(None, "checkpoint to fine-tune, in addition to one of the size small")
-    stages: tuple[int, ...] = setting((0, 2, 3), "ZeRO stages; bf16 only with those above 0", at_least=0, at_most=3)
+    stages: tuple[int, ...] = setting((0, 1, 2, 3), "ZeRO stages; bf16 only with those above 0", at_least=0, at_most=3)
     dtypes: tuple[str, ...] = setting(("fp32", "bf16"), "dtypes of the weights; bf16 is slow on a CPU without "
                                                         "instructions for it", names=("fp32", "bf16"))
     processes: tuple[int, ...] = setting((1, 2), "numbers of processes", at_least=1)
