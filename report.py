@@ -18,15 +18,9 @@ from pathlib import Path
 from analysis.comparison import usable_stages
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.measures import PRIMARY, check_measure, make_measures, read_primary
-from analysis.method_plane import (
-    finished_methods,
-    left_out_of_plane,
-    left_out_of_profits,
-    method_study,
-    plane_section,
-    plot_planes,
-    profit_section,
-)
+from analysis.method_figures import plot_planes
+from analysis.method_plane import finished_methods, left_out_of_plane, method_study, plane_section
+from analysis.method_profits import left_out_of_profits, profit_section
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs

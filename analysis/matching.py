@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+EVERYWHERE = -math.inf, math.inf
+
 
 def efficient_branch(x: np.ndarray) -> np.ndarray:
     """The positions of the rates that lower x below that of every smaller rate, in order of x, ascending.
@@ -43,7 +45,7 @@ class Match:
     weights: tuple[np.ndarray, np.ndarray] | None
 
 
-def match(one: np.ndarray, two: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)) -> Match:
+def match(one: np.ndarray, two: np.ndarray, within: tuple[float, float] = EVERYWHERE) -> Match:
     """Matches two curves, given the x [R] of each, which may be of different rates. within: bounds of x."""
     branches = efficient_branch(one), efficient_branch(two)
     first, second = ((float(x[branch[0]]), float(x[branch[-1]])) for x, branch in zip((one, two), branches))

@@ -6,30 +6,21 @@ of a difference is over the pairs, with several seeds of a single one over the s
 verdict, since runs that differ only in their seed differ, too; its interval is over the items.
 """
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from analysis.comparison import training_minutes
-from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
 from analysis.inference import ALPHA, PairedDifference, holm
-from analysis.matching import efficient_branch, match
-from analysis.measures import LEARNING, ItemValues, losses_at, task_at
+from analysis.measures import ItemValues, losses_at, task_at
 from analysis.pair_tables import p_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
-from analysis.record import ModelPair
-from analysis.record_figures import use_few_ticks
 from analysis.stages import Stage
 from analysis.tables import Section
 from common.formatting import markdown_table
 
 START = "m0"  # a point of the plane, where nothing was learned or forgotten
-HOLLOW: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4, "mfc": "white"}
 
 
 @dataclass(frozen=True)
@@ -222,133 +213,3 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     head = ["method", "new-task loss", "compared at", f"{measure}, difference to {baseline}", "p", "on the front",
             "minutes"]
     return sentences, (f"Learned and forgotten: {model}", note + markdown_table(head, rows))
-
-
-def profits(studies: Sequence[Study], method: str, measure: str) -> dict[int, tuple[float, float]]:
-    """{pair: how much more each of two models forgets with a method than with the baseline}, for the pairs that have
-    both. With several learning rates at the same losses on the new task: those that all four curves of a pair reach."""
-    if not all(study.matches_learning for study in studies):
-        one, two = (difference_of(study, method, measure) for study in studies)
-        return {pair: (one.of_pairs[pair].value, two.of_pairs[pair].value)
-                for pair in sorted(one.of_pairs.keys() & two.of_pairs.keys())} if one and two else {}
-    found = {}
-    for pair in sorted(set(studies[0].pairs) & set(studies[1].pairs)):
-        curves = [[study.curve(measure, pair, name, study.last)[:2] for name in (method, study.reference)]
-                  for study in studies]
-        if not all(len(x) for of_model in curves for x, _ in of_model):
-            continue
-        lows, highs = zip(*(match(one, two).common for (one, _), (two, _) in curves))
-        matches = [match(one, two, (max(lows), min(highs))) for (one, _), (two, _) in curves]
-        one, two = (sum(sign * weight * value.value for sign, (_, y), weights in zip((1, -1), of_model, one.weights)
-                        for weight, value in zip(weights, y)) if one.weights else None
-                    for of_model, one in zip(curves, matches))
-        if one is not None and two is not None:
-            found[pair] = one, two
-    return found
-
-
-def left_out_of_profits(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[str]:
-    """Sentences on the pairs that have results of both models with a method and without, and no profits."""
-    both = [studies[model] for model in pair if model in studies]
-    if len(both) < 2:
-        return []
-    reference, lines = both[0].reference, []
-    for method in (method for method in both[0].models if method != reference):
-        found = profits(both, method, measure)
-        lines += [f"{both[0].name_of(number)} is left out of the profits of {method}: the curves of both models, with "
-                  "the method and without, reach no common new-task loss" for number in both[0].pairs
-                  if number not in found and all(has_results(study, measure, number, name) for study in both
-                                                 for name in (method, reference))]
-    return lines
-
-
-def profit_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[Section]:
-    """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
-    if not all(model in studies and studies[model].unit == "pair" and len(studies[model].pairs) > 1 for model in pair):
-        return []
-    both = [studies[model] for model in pair]
-    found = {method: of_pairs for method in both[0].models if method != both[0].reference and method in both[1].models
-             and (of_pairs := profits(both, method, measure))}
-    differences = {method: PairedDifference(tuple(round(one - two, 12) for one, two in of_pairs.values()))
-                   for method, of_pairs in found.items()}
-    corrected = dict(zip(found, holm([difference.p for difference in differences.values()])))
-    rows = [[method, *(with_interval(PairedDifference(values)) for values in zip(*of_pairs.values())),
-             with_interval(differences[method]), p_text(differences[method].p), p_text(corrected[method]),
-             f"{differences[method].smallest_detectable:.3g}" if len(of_pairs) > 1 else "–", len(of_pairs)]
-            for method, of_pairs in found.items()]
-    where = " at losses on the new task that both models reach with and without the method" \
-        if all(study.matches_learning for study in both) else ""
-    note = (f"The {measure} with a method less that with {both[0].reference}, for each model{where}, and the "
-            "difference of both, with 95% intervals over the pairs that have both. Holm's p is corrected for the "
-            "number of methods. Detectable: the smallest true difference found with 80% power.\n\n")
-    head = ["method", *pair, " − ".join(pair), "p", "p (Holm)", "detectable", "pairs"]
-    return [("Do both models profit equally", note + markdown_table(head, rows))] if rows else []
-
-
-@styled
-def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[str, str]:
-    """Plots forgetting over the loss on the new task: a panel for each method of each model, with the curve of the
-    baseline and the Pareto front of all methods. Returns {file name without suffix: caption}, empty without points."""
-    points = {model: points_of(study, measure) for model, study in studies.items()}
-    places = [(model, method) for model in studies
-              for method in dict.fromkeys(point.method for point in points[model])
-              if method != studies[model].reference]
-    if not places:
-        return {}
-    titles = [fold(method if len(studies) == 1 else f"{model}: {method}", 2.2) for model, method in places]
-    figure, panels = make_panels(len(places), 2.4, 2.0 + text_height(*titles))
-    fronts = {model: [point for point in pareto_front([*points[model], *start_point(study, measure)])
-                      if point.method != START] for model, study in studies.items()}
-    for panel, title, (model, method) in zip(panels, titles, places):
-        study, own, front = studies[model], points[model], fronts[model]
-        panel.plot(*coordinates(own), ls="", marker=".", ms=3, color="#BBBBBB", zorder=0)
-        panel.step(*coordinates(front), where="post", color="#DDDDDD", lw=5, zorder=-1)
-        draw_curve(panel, [point for point in own if point.method == study.reference], PALETTE[0])
-        draw_curve(panel, [point for point in own if point.method == method], PALETTE[1], with_rates=True)
-        efficient = [point for name in study.models for point in split_curve(own, name)[0]]
-        panel.set(**{limit: with_margin(values) for limit, values in zip(("xlim", "ylim"), coordinates(efficient))})
-        panel.set_title(title)
-        panel.invert_xaxis()
-        panel.grid()
-        use_few_ticks(panel.xaxis, panel.yaxis)
-    figure.supxlabel(f"{LEARNING} after the last stage (nats/token), to the right more was learned")
-    figure.supylabel(fold(f"{measure} ({next(iter(studies.values())).measures[measure].unit})", 2.6 + 1.2 * (
-        len(places) > 4)))
-    baselines = " / ".join(dict.fromkeys(study.reference for study in studies.values()))
-    add_legend(figure, [Line2D([], [], color=PALETTE[0], marker="o", ms=4, lw=1.2, label=baselines),
-                        Line2D([], [], color=PALETTE[1], marker="o", ms=4, lw=1.2, label="the method, with its rates"),
-                        Line2D([], [], color="#666666", **HOLLOW, label="rate that learns no more than a smaller one"),
-                        Line2D([], [], color="#BBBBBB", ls="", marker=".", ms=3, label="all methods and rates"),
-                        Line2D([], [], color="#DDDDDD", lw=5, label="Pareto front")])
-    save_figure(figure, folder / "methods")
-    return {"methods": f"{measure} over {LEARNING}: a panel for each method, with its learning rates, {baselines} and "
-                       f"the Pareto front of all methods and {START}, which lies outside. So may rates that learn no "
-                       "more than a smaller one of their method."}
-
-
-def coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """The losses and the forgetting of points."""
-    return [point.loss for point in points], [point.forgetting for point in points]
-
-
-def with_margin(values: Sequence[float]) -> tuple[float, float]:
-    """The limits of an axis that shows all values."""
-    margin = 0.15 * (max(values) - min(values)) or 0.1
-    return min(values) - margin, max(values) + margin
-
-
-def split_curve(points: Sequence[Point], method: str) -> tuple[list[Point], list[Point]]:
-    """The points of a method on its efficient branch, and the others."""
-    own = [point for point in points if point.method == method]
-    branch = efficient_branch(np.array([point.loss for point in own])).tolist() if own else []
-    return [own[place] for place in branch], [point for place, point in enumerate(own) if place not in branch]
-
-
-def draw_curve(panel: Axes, points: Sequence[Point], color: str, with_rates: bool = False) -> None:
-    """Draws the points of one method, joined where a larger learning rate learns more."""
-    joined, others = split_curve(points, points[0].method) if points else ([], [])
-    panel.plot(*coordinates(joined), color=color, lw=1.2, marker="o", ms=4)
-    panel.plot(*coordinates(others), color=color, **HOLLOW)
-    for point in points if with_rates else ():
-        panel.annotate(f"{float(point.rate):g}" if point.rate else "", (point.loss, point.forgetting), (4, 4),
-                       textcoords="offset points", fontsize=6, color=color, annotation_clip=True)

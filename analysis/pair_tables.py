@@ -9,6 +9,7 @@ from analysis.inference import POWER, PairedDifference, holm
 from analysis.loss_curves import flops_to_loss
 from analysis.measures import DECREASE, LEARNING
 from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
+from analysis.stages import TEXT
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
@@ -114,10 +115,10 @@ def start_losses(study: Study, pairs: Collection[int]) -> list[str]:
     return lines
 
 
-def start_difference(study: Study, contrast: Contrast, pairs: Collection[int]) -> PairedDifference:
-    """The difference between the held-out losses of both m0, in those of some pairs that have both."""
-    return PairedDifference(tuple(one - two for pair, (one, two) in study.start_losses(contrast).items()
-                                  if pair in pairs))
+def start_difference(study: Study, contrast: Contrast, pairs: Collection[int], name: str = TEXT) -> PairedDifference:
+    """The difference between the losses of both m0 on held-out text or on a task, in the pairs that have both."""
+    return PairedDifference(tuple(round(one - two, 12) for pair, (one, two) in study.start_losses(
+        contrast, name).items() if pair in pairs))  # smaller differences are rounding errors
 
 
 def signed(value: float) -> str:
@@ -216,16 +217,18 @@ def match_section(study: Study) -> list[Section]:
 
 
 def start_section(study: Study) -> list[Section]:
-    """The held-out losses of the m0 of each contrast: whether growing paid before anything was fine-tuned."""
+    """The losses of the m0 of each contrast: on held-out text, which tells whether growing paid before anything was
+    fine-tuned, and on the last task, on which an equal loss and an equal decrease differ if these losses do."""
     rows = []
-    for contrast in study.contrasts:
-        if found := study.start_losses(contrast):
-            estimate = start_difference(study, contrast, found)
-            rows.append([str(contrast), estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
+    for contrast, (name, title) in itertools.product(study.contrasts, (
+            (TEXT, "held-out text"), (study.last_task, study.last_task))):
+        if found := study.start_losses(contrast, name):
+            estimate = start_difference(study, contrast, found, name)
+            rows.append([str(contrast), title, estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
                 *found.values())), with_interval(estimate), p_text(estimate.p)])
-    return [("Held-out loss before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "
+    return [("Losses before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "
              "first model is better.\n\n" + markdown_table(
-                 ["models", "pairs", "first", "second", "difference", "p"], rows))] if rows else []
+                 ["models", "loss on", "pairs", "first", "second", "difference", "p"], rows))] if rows else []
 
 
 def pretraining_section(study: Study) -> list[Section]:
@@ -243,10 +246,12 @@ def pretraining_section(study: Study) -> list[Section]:
         rows.append([model, len(both), f"{statistics.fmean(own[0][1] for own, _ in both):.3f}",
                      f"{statistics.fmean(own[-1][1] for own, _ in both):.3f}",
                      "–" if model == reference else
-                     f"{statistics.fmean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})",
+                     f"{with_interval(PairedDifference(tuple(differences)))} ({min(differences):+.3f} to "
+                     f"{max(differences):+.3f})",
                      f"{min(speed_ups):+.0%} to {max(speed_ups):+.0%}" if is_faster else "–"])
     note = ("Held-out loss in nats per token, as evaluated during pretraining: means over the pairs, and the "
-            f"differences to {reference} within the pairs (smallest to largest). Speed-up: C / C' − 1 of the FLOPs C "
+            f"differences to {reference} within the pairs, with their 95% intervals (smallest to largest). Speed-up: "
+            "C / C' − 1 of the FLOPs C "
             f"of {reference} and the FLOPs C' at which a model reaches its final loss, those of a base included.\n\n")
     header = ["model", "pairs", "first loss", "final loss", f"difference to {reference}", "speed-up"]
     return [("Pretraining", note + markdown_table(header, rows))] if rows else []

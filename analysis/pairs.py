@@ -13,7 +13,7 @@ import numpy as np
 from analysis.comparison import Chain, drop_unlike_items, pair_name, stage_names, title_of
 from analysis.inference import PairedDifference, VarianceComponents, variance_components
 from analysis.loss_curves import Curve, curve_of_log
-from analysis.matching import Match, match
+from analysis.matching import EVERYWHERE, Match, match
 from analysis.measures import (
     DECREASE,
     LEARNING,
@@ -85,6 +85,16 @@ class Difference:
         """The variance between the pairs and that of the items in them."""
         found = self.of_pairs.values()
         return variance_components(np.array([one.value for one in found]), np.array([one.residuals for one in found]))
+
+
+RateCurve = tuple[np.ndarray, list[ItemValues], list[str]]  # one of MATCHED_ON [R], a measure, the learning rates
+
+
+def matched_difference(one: RateCurve, two: RateCurve, within: tuple[float, float] = EVERYWHERE) -> ItemValues | None:
+    """The mean difference of two curves over the learning that both reach, within bounds. None without any."""
+    found = match(one[0], two[0], within) if len(one[0]) and len(two[0]) else None
+    return weighted_sum([(sign * weight, value) for sign, (_, y, _), weights in zip((1, -1), (one, two), found.weights)
+                         for weight, value in zip(weights, y)]) if found and found.weights else None
 
 
 class Study:
@@ -193,8 +203,7 @@ class Study:
         known = [one for one in found if one is not None]
         return weighted_sum([(1 / len(known), one) for one in known]) if known and len(known) == len(found) else None
 
-    def curve(self, name: str, pair: int, model: str, number: int,
-              learning: str = LEARNING) -> tuple[np.ndarray, list[ItemValues], list[str]]:
+    def curve(self, name: str, pair: int, model: str, number: int, learning: str = LEARNING) -> RateCurve:
         """(one of MATCHED_ON [R], the measure at each rate, the rates), of the rates that have both."""
         points = [(x.value, y, rate) for rate in self.rates
                   if (x := self.values(learning, pair, model, rate, number))
@@ -236,11 +245,8 @@ class Study:
         if setting not in MATCHED_ON:
             one, two = (self.values(name, pair, model, setting, number) for model in models)
             return weighted_sum([(1, one), (-1, two)]) if one and two else None
-        found = self.match(contrast, pair, number, name, setting)
-        if found is None or found.weights is None:
-            return None
-        return weighted_sum([(sign * weight, y) for sign, model, weights in zip((1, -1), models, found.weights)
-                             for weight, y in zip(weights, self.curve(name, pair, model, number, setting)[1])])
+        first, second = (self.curve(name, pair, model, number, setting) for model in models)
+        return matched_difference(first, second)
 
     @functools.cache  # noqa: B019
     def difference(self, contrast: Contrast, name: str, number: int, setting: str = LEARNING) -> Difference | None:

@@ -249,11 +249,12 @@ def read_results_file(path: Path) -> ResultsFile:
             if not isinstance(entry, dict):
                 raise UserError(f"{path}: the result of {name} is {JSON_NAMES[type(entry)]}, expected an object")
             check_values(entry, f"{path}: {name}")
-        samples = {task: read_json_lines(file) for task, file in sample_files(path).items()}
-        for task, items in samples.items():
-            for number, item in enumerate(items, 1):
-                check_values({name: value for name, value in item.items() if name in BOUNDS and not isinstance(
-                    value, bool)}, f"{sample_files(path)[task]}, line {number}")
+        samples = {}
+        for task, sample_file in sample_files(path).items():
+            samples[task] = read_json_lines(sample_file)
+            for number, item in enumerate(samples[task], 1):
+                checked = {name: item[name] for name in BOUNDS.keys() & item.keys() if not isinstance(item[name], bool)}
+                check_values(checked, f"{sample_file}, line {number}")
         file = ResultsFile(path, content, samples)
         for entry in file.suite:
             if wrong := wrong_types(entry, SUITE_TYPES):

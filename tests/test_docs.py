@@ -26,9 +26,9 @@ from analysis.method_plane import (
     method_study,
     pareto_front,
     points_of,
-    profit_section,
     start_point,
 )
+from analysis.method_profits import profit_section
 from analysis.pair_tables import answer, signed
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
@@ -147,10 +147,14 @@ def test_commands(doc, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("doc", [doc for doc in DOCS if blocks(doc, "python")], ids=lambda path: path.name)
-def test_python(doc, folder):
+def test_python(doc, folder, capsys):
+    """A block of text directly after one of Python is what that prints."""
     names = {}
     for block in blocks(doc, "python"):
         exec(compile(block.text, str(doc), "exec"), names)
+        printed = capsys.readouterr().out
+        said = re.search(re.escape(block.text) + r"```\n\n```text\n(.*?)```", doc.read_text(), re.DOTALL)
+        assert said is None or said[1] == printed
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)

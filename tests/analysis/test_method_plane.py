@@ -9,24 +9,22 @@ import numpy as np
 import pytest
 
 import report
-from analysis import method_plane, pair_tables
+from analysis import method_figures, method_plane, pair_tables
 from analysis.inference import PairedDifference, t_quantile
 from analysis.measures import item_values, pool
+from analysis.method_figures import plot_planes
 from analysis.method_plane import (
     Point,
     gap_of,
     left_out_of_plane,
-    left_out_of_profits,
     method_study,
     over_items,
     pareto_front,
     plane_section,
-    plot_planes,
     points_of,
-    profit_section,
-    profits,
     start_point,
 )
+from analysis.method_profits import left_out_of_profits, profit_section, profits
 from analysis.results import read_runs
 from common.files import UserError
 from evaluation.result_files import total_losses
@@ -105,7 +103,7 @@ def test_do_both_models_profit_equally(folder):
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
     values = [float(cell.split()[0]) for cell in row.strip("| ").split(" | ")[1:4]]
     assert values == pytest.approx([-0.1, -0.3, 0.2], abs=0.02)
-    assert row.endswith("| 4 |")
+    assert row.endswith("| 4 | 0.1500 |")
     assert profit_section({"stack": studies["stack"]}, ("stack", "llm"), RISE) == []
 
 
@@ -119,7 +117,8 @@ def test_the_differences_of_profits_are_corrected_for_their_number(folder):
     rows = {cells(line)[0]: cells(line) for line in text.splitlines() if line.startswith(("| lora", "| replay"))}
     p_values = {}
     for method in EFFECTS:
-        values = [one - two for one, two in profits([studies["stack"], studies["llm"]], method, RISE).values()]
+        values = [profit.one - profit.two
+                  for profit in profits([studies["stack"], studies["llm"]], method, RISE).values()]
         p_values[method] = PairedDifference(tuple(values)).p
     assert {method: row[4] for method, row in rows.items()} == {
         method: pair_tables.p_text(p) for method, p in p_values.items()}
@@ -138,7 +137,7 @@ def test_both_models_are_compared_at_the_same_losses(folder):
     common = (2.5, 2.65)  # of stack 2.25 to 2.65 and 2.35 to 2.75, of llm 2.4 to 2.8 and 2.5 to 2.9
     for pair, of_models in found.items():
         own = deviation(f"pair-{pair}", "lora") + 3 - sum(common) / 2
-        assert of_models == pytest.approx([EFFECTS["lora"][model] + own for model in ("stack", "llm")])
+        assert of_models == pytest.approx([*(EFFECTS["lora"][model] + own for model in ("stack", "llm")), 0.15])
     for stage in folder.glob("pair-2/llm/*/rate-*/m2-empd"):  # both learn too little for a loss that stack reaches
         change(stage, stage.parents[1].name, 0.0, 0.5)
     _, studies = studies_of(folder)
@@ -432,7 +431,7 @@ def test_curves_of_the_figure(folder, tmp_path):
         ("finetune", "0.0003"), ("finetune", "0.001"), ("finetune", "0.003"), ("lora", "0.0003")]
     assert [point.loss for point in points[:3]] == pytest.approx([2.8, 2.6, 2.4])
     assert [point.forgetting for point in points[:3]] == pytest.approx([2 * SLOPE * (3.2 - x) for x in (2.8, 2.6, 2.4)])
-    with mock.patch.object(method_plane, "save_figure") as save:
+    with mock.patch.object(method_figures, "save_figure") as save:
         assert list(plot_planes(studies, tmp_path, RISE)) == ["methods"]
     panels = save.call_args.args[0].axes
     assert [panel.get_title("left") for panel in panels] == ["llm: lora", "llm: replay", "stack: lora", "stack: replay"]
@@ -446,7 +445,7 @@ def test_curves_of_the_figure(folder, tmp_path):
 
 def test_rates_that_learn_no_more_are_not_joined():
     points = [Point("a", rate, x, y) for rate, x, y in (("1", 3.0, 0.1), ("2", 2.0, 0.3), ("3", 2.5, 0.9))]
-    joined, others = method_plane.split_curve(points, "a")
+    joined, others = method_figures.split_curve(points, "a")
     assert [point.rate for point in joined] == ["2", "1"]
     assert [point.rate for point in others] == ["3"]
 

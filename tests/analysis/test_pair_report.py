@@ -59,8 +59,9 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
     tested = sum(row[6] != "–" for row in table[1:])
     assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
     assert "With m0 of equal held-out loss (remaining difference 0 [0, 0]), it differs by -0." in text
-    assert "| stack − llm | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
-    assert "| stack − llm, m0 of equal loss | 4 | 4.8000 | 4.8000 | 0 " in text
+    assert "| stack − llm | held-out text | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
+    assert "| stack − llm | empd | 4 | 3.2000 | 3.2000 | 0 [0, 0] | – |" in text
+    assert "| stack − llm, m0 of equal loss | held-out text | 4 | 4.8000 | 4.8000 | 0 " in text
     assert re.search(r"^\| stack − llm, m0 of equal loss \| m1-simp \| rate 0\.001 \| 4 \| ", text, re.MULTILINE)
     assert "| quiz | llm | 160 | 16 | 0 |" in text  # four of 40 items in each pair
 
