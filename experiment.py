@@ -81,7 +81,7 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
         raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
                         f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
                         "evaluate_args")
-    if any(job.script == "evaluate.py" for job in to_do):
+    if cfg.suite and any(job.script == "evaluate.py" for job in to_do):
         from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
         for benchmark in read_suite(cfg.suite, cfg.suite_files):
             if benchmark.file and not Path(benchmark.file).is_file():
@@ -124,7 +124,8 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name != "slurm_file"
               and getattr(cfg, field.name) != field.default}
     values["launcher"] = f"bash {shlex.quote(str(ROOT / 'configs/slurm/launch.sh'))}"
-    text = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())  # TOML
+    text = "".join(f"{name} = {json.dumps('none' if value is None else value, ensure_ascii=False)}\n"
+                   for name, value in values.items())  # TOML
     config = folder / f"settings-{hashlib.sha256(text.encode()).hexdigest()[:12]}.toml"
     write_text(config, text)
     numbers: dict[str, str] = {}  # of the Slurm jobs, by the directory that each makes

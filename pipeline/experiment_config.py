@@ -49,7 +49,7 @@ class ExperimentConfig:
     out: str = setting(None, "folder of the models, such as runs/tiny", required=True)
     init_llm: str | None = setting(None, "checkpoint to use as the m0 of llm: a directory or a Hub id")
     init_stack: str | None = setting(None, "checkpoint to use as the m0 of stack")
-    suite: str = setting("sample", "suite of benchmarks, as for evaluate.py")
+    suite: str | None = setting("sample", "suite of benchmarks, as for evaluate.py; none: no benchmarks")
     suite_files: str | None = setting(None, "folder of the suite's local files")
     report: str = setting("report", "folder of the report")
     primary: str = setting(PRIMARY, "the measure that answers the question, named before the first run: the others are "
@@ -140,7 +140,7 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
 
 def check_primary(cfg: ExperimentConfig) -> None:
     """Raises UserError if the primary measure is not one that the report of this experiment has."""
-    entries = open_suite(cfg.suite, cfg.suite_files)[1]
+    entries = open_suite(cfg.suite, cfg.suite_files)[1] if cfg.suite else []
     names = measure_names(list(dict.fromkeys(entry.get("category", "") for entry in entries
                                              if entry.get("metric", "acc") in CHOICE_METRICS)))
     if cfg.primary not in names:
@@ -150,9 +150,10 @@ def check_primary(cfg: ExperimentConfig) -> None:
 def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:
     """The settings of the evaluations, apart from those that identify one. Raises UserError if evaluate_args is not
     valid."""
+    suite = optional_flags(suite=cfg.suite, suite_files=cfg.suite_files,
+                           posterior_samples=cfg.posterior_samples if cfg.suite else 0)
     try:
-        return load(EvaluateConfig, [
-            "--checkpoint", "x", "--suite", cfg.suite, "--posterior_samples", str(cfg.posterior_samples),
-            *further_flags(cfg.evaluate_args, EVALUATION_SETTINGS)])
+        return load(EvaluateConfig, ["--checkpoint", "x", "--tasks", ",".join(cfg.order), "--data", "x", *suite,
+                                     *further_flags(cfg.evaluate_args, EVALUATION_SETTINGS)])
     except UserError as error:
         raise UserError(f"{'evaluate_args' if cfg.evaluate_args else 'evaluate.py'}: {error}") from None

@@ -110,22 +110,24 @@ def m0_job(cfg: ExperimentConfig, arm: Arm) -> Job:
 def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: str | Path | None = None,
                    sampled: Sequence[object] = (), whole: bool = True) -> Job:
     """The evaluation of a checkpoint: held-out text, references of all tasks of the order, and if `whole` also the
-    generated test sets and the suite. m0: what a stage's KL divergence is measured from; None: the checkpoint is m0."""
+    generated test sets and the suite, if there is one. m0: what a stage's KL divergence is measured from; None: the
+    checkpoint is m0."""
     tasks, data = list(dict.fromkeys(cfg.order)), Path(cfg.data)
     out = (Path(checkpoint) if m0 else arm.folder / "m0") / "eval"
-    path, entries, folder = open_suite(cfg.suite, cfg.suite_files)
-    files = [folder / name for name in dict.fromkeys(entry["file"] for entry in entries if "file" in entry)]
-    suite = [*optional_flags(suite=cfg.suite, suite_files=cfg.suite_files), *sampled] if whole else \
-        ["--decode", "false"]
-    command = chain.evaluate_command(launcher_words(cfg), checkpoint, out, cfg.data, tasks, [
-        *optional_flags(text=cfg.text, reference=m0), *suite, *split_words(cfg.evaluate_args)])
-    suite_files = [path, *files] if whole else []
+    flags: list[object] = [] if whole else ["--decode", "false"]
     inputs: list[str | Path] = [checkpoint, *([m0] if m0 else []), *([Path(cfg.text)] if cfg.text else [])]
     inputs += [file for task in tasks for file in (data / f"{task}.json", CONFIGS / f"task/{task}.toml")]
-    inputs += suite_files
+    files: list[Path] = []  # of the suite
+    if whole and cfg.suite:
+        path, entries, folder = open_suite(cfg.suite, cfg.suite_files)
+        files = [folder / name for name in dict.fromkeys(entry["file"] for entry in entries if "file" in entry)]
+        flags += [*optional_flags(suite=cfg.suite, suite_files=cfg.suite_files), *sampled]
+        inputs += [path, *files]
+    command = chain.evaluate_command(launcher_words(cfg), checkpoint, out, cfg.data, tasks, [
+        *optional_flags(text=cfg.text, reference=m0), *flags, *split_words(cfg.evaluate_args)])
     settings = evaluate_settings(cfg)
     windows = math.inf if settings.limit is None else settings.limit * (settings.text_length or WINDOW_TOKENS)
-    flops = evaluate_flops(model_config(cfg, arm.model), data, tasks, suite_files[1:], settings.limit,
+    flops = evaluate_flops(model_config(cfg, arm.model), data, tasks, files, settings.limit,
                            min(settings.text_tokens, windows) if cfg.text else 0, 2 if m0 else 1, whole)
     return Job(out, command, flops, tuple(inputs))
 

@@ -92,7 +92,7 @@ class Variables:
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
                   (("evaluate", "experiment"), "SUITE", [] if self.suite.endswith(".toml") else [self.suite],
-                   [*known("eval"), *(["none"] if target == "evaluate" else [])]),
+                   [*known("eval"), "none"]),
                   (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
                    known("method"))]
         unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))

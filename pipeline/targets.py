@@ -159,7 +159,7 @@ def evaluate_commands(v: Variables) -> list[Command]:
     own_text = is_stage and not (v.init or v.hub) and (pretrains or v.m0.exists() and Path(v.text).exists())
     text = v.text if v.get("TEXT") or own_text else ""
     flags = optional_flags(text=text, reference=v.init or v.m0 if text and is_stage else "",
-                           suite=v.suite if v.suite != "none" else "", suite_files=v.files)
+                           suite=v.suite, suite_files=v.files)
     return [*commands, *suite_commands(v.suite), chain.evaluate_command(
         v.torchrun or [PYTHON], checkpoint, None, v.data, v.tasks, [*flags, *split_words(v.args)])]
 

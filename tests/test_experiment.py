@@ -224,6 +224,14 @@ def test_costs_follow_the_settings_of_the_jobs(checkpoint, tasks, suite_file, tm
     assert all(0 < less < all_items / 9 for less, all_items in zip(few, flops()))
 
 
+def test_an_experiment_without_benchmarks(checkpoint, tasks, tmp_path):
+    jobs = jobs_of(settings(checkpoint, tasks, tmp_path, models=("llm",), order=("simp",), suite=None, rates=(1, 2, 3)))
+    evaluations = {str(job.out.relative_to(tmp_path / "llm")): job.argv for job in jobs if "evaluate.py" in job.script}
+    assert not any("--suite" in argv for argv in evaluations.values())
+    assert [name for name, argv in evaluations.items() if "--decode" not in argv] == [
+        "m0/eval", "rate-2/m1-simp/eval"]
+
+
 def test_a_plan_downloads_no_weights(checkpoint, tasks, suite_file, tmp_path, monkeypatch):
     monkeypatch.setattr("model.hub.download", lambda name: pytest.fail(f"{name} was downloaded"))
     monkeypatch.setattr(experiment_jobs, "published_config", lambda name: ModelConfig.read(checkpoint / "config.json"))
@@ -340,6 +348,7 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--evaluate_args", "--limt 2"], "evaluate_args: unknown flag '--limt'"),
     (["--evaluate_args", "--limit inf"], "evaluate_args: limit is 'inf', expected a whole number"),
     (["--evaluate_args", "--suite paper"], "evaluate_args: suite cannot be given here"),
+    (["--suite", "none", "--suite_files", "x"], "suite_files is for benchmarks: give --suite"),
     (["--train_args", "--seq_length 0", "--evaluate_args", "--bertscore_layer 0"], "bertscore_layer is 0"),
     (["--seeds=-1"], "seeds is -1, expected at least 0"),
     (["--seeds", str(2 ** 64)], "seeds is 18446744073709551616, expected a whole number below 2**63"),

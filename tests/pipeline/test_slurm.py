@@ -100,9 +100,9 @@ def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_p
     assert errors[0].startswith("error: lost the connection to another process, which has died or hangs")
 
 
-def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, suite_file, tmp_path, monkeypatch, capsys):
+def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, tmp_path, monkeypatch, capsys):
     cfg = ExperimentConfig(data=str(tasks), out=str(tmp_path / "runs"), init_llm=str(checkpoint), models=("llm",),
-                           order=("simp", "empd"), suite=str(suite_file), report=str(tmp_path / "report"), gpus=2,
+                           order=("simp", "empd"), suite=None, report=str(tmp_path / "report"), gpus=2,
                            stage_args=("--train lora --lora_targets q_proj,v_proj", "--max_steps 2"),
                            launcher="slurm", evaluate_args="--limit 2 --dtype fp32")
     with monkeypatch.context() as patch:
