@@ -88,16 +88,19 @@ def compared_models(stages: Sequence[Stage], cfg: ReportConfig) -> ModelPair | N
 
 
 def shared_rates(stages: Sequence[Stage], cfg: ReportConfig) -> dict[str, str]:
-    """{method: the learning rate at which it is compared without matching}. Raises UserError if no method has the
-    requested one."""
+    """{method: the learning rate at which it is compared without matching: the middle one of those with benchmarks or
+    generated test sets, if there are such. Raises UserError if no method has the requested one."""
     methods = {method: rates_of([stage for stage in stages if stage.method_name == method])
                for method in dict.fromkeys(stage.method_name for stage in stages if stage.number)} or {"none": [""]}
+    whole = {method: rates_of([stage for stage in stages if stage.method_name == method
+                               and (stage.benchmarks or stage.tasks)]) for method in methods}
     given = {method: rate for method, rates in methods.items() for rate in rates if rate and float(rate) == cfg.rate}
     if cfg.rate is not None and not given:
         known = ", ".join(filter(None, rates_of(stages))) or "none"
         raise UserError(f"unknown rate {cfg.rate:g}, expected one of {known}: the runs of a rate are in folders "
                         "rate-<rate>")
-    return {method: middle_rate(rates) for method, rates in methods.items()} | given
+    return {method: middle_rate(whole[method] if any(whole[method]) else rates)
+            for method, rates in methods.items()} | given
 
 
 def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: ModelPair | None,

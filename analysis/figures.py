@@ -10,8 +10,10 @@ from typing import Any
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
+from matplotlib.ticker import MaxNLocator
 
 from common.files import explain_os_errors
 
@@ -55,6 +57,12 @@ def make_panels(count: int, width: float, height: float, margin: float = 0.0) ->
     figure = Figure((max(4.5, columns * max(width, margin / columns) + margin), rows * height), layout="constrained")
     grid = figure.add_gridspec(rows, columns)
     return figure, [figure.add_subplot(grid[divmod(index, columns)]) for index in range(count)]
+
+
+def use_few_ticks(*axes: Axis) -> None:
+    """Limits the ticks of numbers, so that their labels do not overlap in a small panel."""
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
 
 
 def add_legend(figure: Figure, handles: list[Artist]) -> None:

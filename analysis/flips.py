@@ -16,10 +16,9 @@ from analysis.stages import BENCHMARKS, TASKS, Choices, Stage
 from analysis.statistics import Estimate, estimate_of_items
 
 # Options of benchmarks of lm-eval by the beginning of their names, for results without their items.
-OPTIONS = {"mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "mathqa": 5, "mutual": 4, "race": 4,
-           "arc_": 4, "openbookqa": 4, "commonsense_qa": 5, "logiqa": 4, "social_iqa": 3, "crows_pairs": 2, "sciq": 4,
-           "copa": 2, "wsc273": 2}
-
+OPTIONS = {"mmlu_pro": 10, "mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "mathqa": 5, "mutual": 4,
+           "race": 4, "arc_": 4, "openbookqa": 4, "commonsense_qa": 5, "logiqa": 4, "social_iqa": 3, "crows_pairs": 2,
+           "sciq": 4, "copa": 2, "wsc273": 2}
 
 FEWEST_EQUAL = 4  # fewest equal results that are not taken for coincidence
 

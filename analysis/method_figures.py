@@ -7,12 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height
+from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height, use_few_ticks
 from analysis.matching import efficient_branch
 from analysis.measures import LEARNING
 from analysis.method_plane import START, Point, pareto_front, points_of, start_point
 from analysis.pairs import Study
-from analysis.record_figures import use_few_ticks
 
 HOLLOW: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4, "mfc": "white"}
 

@@ -3,6 +3,7 @@
 A profit is how much more a model forgets with the method than with the baseline, so that less is better. It depends on
 how much was learned: both models are compared at the same losses on the new task.
 """
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,13 +24,14 @@ class Profit(NamedTuple):
     width: float = 0.0  # of the range of losses over which both are means
 
 
-def comparable_studies(studies: Mapping[str, Study], pair: ModelPair) -> list[Study]:
+def comparable_studies(studies: Mapping[str, Study], pair: ModelPair) -> tuple[Study, ...]:
     """The studies of both models if they have several pairs; otherwise empty."""
-    both = [studies[model] for model in pair if model in studies]
-    return both if len(both) == 2 and all(study.unit == "pair" and len(study.pairs) > 1 for study in both) else []
+    both = tuple(studies[model] for model in pair if model in studies)
+    return both if len(both) == 2 and all(study.unit == "pair" and len(study.pairs) > 1 for study in both) else ()
 
 
-def profits(studies: Sequence[Study], method: str, measure: str) -> dict[int, Profit]:
+@functools.cache
+def profits(studies: tuple[Study, ...], method: str, measure: str) -> dict[int, Profit]:
     """{pair: Profit} of a method, for the pairs in which both models have one. With several learning rates at the same
     losses on the new task: those that all four curves of a pair reach."""
     if not all(study.matches_learning for study in studies):

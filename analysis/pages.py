@@ -17,14 +17,16 @@ def write_pages(folder: Path, page: str) -> None:
     """Writes a page in Markdown, which begins with its title, as report.md and report.html.
 
     The images are files in the folder; report.html includes them. Images that only an earlier page in the folder has
-    are deleted, as PNG and as SVG.
+    are deleted, as PNG and as SVG, if that page has the same title up to its first colon.
     """
-    if (earlier := folder / "report.md").exists():
-        for name in images_of(earlier.read_text(errors="replace")) - images_of(page):
+    path = folder / "report.md"
+    earlier = path.read_text(errors="replace") if path.exists() else ""
+    if earlier.partition(":")[0] == page.partition(":")[0]:
+        for name in images_of(earlier) - images_of(page):
             for suffix in (".png", ".svg"):
                 (folder / name).with_suffix(suffix).unlink(missing_ok=True)
     title = html.escape(page.partition("\n")[0].removeprefix("# "))
-    write_text(folder / "report.md", page)
+    write_text(path, page)
     write_text(folder / "report.html", f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
                f"<style>{STYLE}</style><body>{to_html(page, folder)}</body></html>\n")
 

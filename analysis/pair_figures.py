@@ -10,12 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures import LINES, add_legend, fold, make_panels, model_styles, save_figure, styled, text_height
+from analysis.figures import (
+    LINES,
+    add_legend,
+    fold,
+    make_panels,
+    model_styles,
+    save_figure,
+    styled,
+    text_height,
+    use_few_ticks,
+)
 from analysis.inference import PairedDifference
 from analysis.loss_curves import draw_loss_curves
 from analysis.measures import DECREASE, LEARNING
 from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
-from analysis.record_figures import use_few_ticks
 from analysis.stages import TEXT
 
 # Of the contrasts, in other colours than the MODELS.

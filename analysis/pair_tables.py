@@ -4,11 +4,13 @@ import math
 import statistics
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
 from analysis.loss_curves import flops_to_loss
-from analysis.measures import DECREASE, LEARNING
-from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
+from analysis.measures import DECREASE, LEARNING, MATCHED_ON
+from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study, range_of_learning
 from analysis.stages import TEXT
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
@@ -52,14 +54,15 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
                          f"{unit}, n = {count(control.estimate.n, 'pair')}.")
     if found.is_matched and (other := study.difference(study.contrasts[0], primary, study.last, DECREASE)):
         lines.append(f"At an equal {DECREASE} since m0 instead, it differs by {with_interval(other.estimate)} {unit}, "
-                     f"n = {count(other.estimate.n, 'pair')}.")
+                     f"n = {count(other.estimate.n, 'pair')} (not the primary comparison).")
     return lines + start_losses(study, found.of_pairs)
 
 
 def named(study: Study, measure: str) -> str:
     """How sentences call the measure of the answer after the last stage."""
     role = "primary measure" if study.is_primary(measure) else \
-        f"not the primary measure, which was named before the first run: {study.named}"
+        f"not the primary measure, which was named before the first run: {study.named}" if study.named else \
+        "chosen for this report, and not known to have been named before the first run"
     return f"{measure} after {study.stages[-1]} ({role})"
 
 
@@ -199,21 +202,24 @@ def stage_section(study: Study, primary: str) -> list[Section]:
 
 
 def match_section(study: Study) -> list[Section]:
-    """The ranges of the new-task loss over which the models were compared, means over the pairs."""
+    """The ranges of the new-task loss, and of its decrease, over which the models were compared."""
     rows = []
-    for contrast in study.contrasts if study.matches_learning else ():
-        found = [one for pair in study.pairs if (one := study.match(contrast, pair, study.last))]
-        matched = [one.ranges for one in found if one.weights]
+    for contrast, learning in itertools.product(study.contrasts, MATCHED_ON) if study.matches_learning else ():
+        found = [one for pair in study.pairs if (one := study.match(contrast, pair, study.last, learning=learning))]
+        if matched := [one for one in found if one.weights]:
+            means = np.mean([one.ranges for one in matched], axis=0)  # [2, 2]
+            widths = [high - low for low, high in (one.common for one in matched)]
+            shown = [*(range_of_learning(ends, learning) for ends in means), f"{min(widths):.4f} to {max(widths):.4f}"]
         if found:
-            ends = [statistics.fmean(values) for values in zip(*((*one, *two) for one, two in matched))]
-            rows.append([str(contrast), f"{len(matched)} of {len(found)}", *(
-                f"{low:.4f} to {high:.4f}" for low, high in zip(ends[::2], ends[1::2]))])
-    note = (f"The {LEARNING} after {study.stages[-1]} in nats per token, from the rate that learns most to the "
-            "smallest rate; means over the pairs whose ranges overlap. A difference at equal new-task loss is the mean "
-            "over what both ranges of a pair have in common.\n\n")
+            rows.append([str(contrast), learning, f"{len(matched)} of {len(found)}", *(shown if matched else "–––")])
+    note = (f"The {LEARNING} after {study.stages[-1]}, and its decrease since m0, in nats per token, from the rate "
+            "that learns most to the smallest rate; means over the pairs whose ranges overlap. A difference at equal "
+            "learning is the mean over what both ranges of a pair have in common. Width: of this common range, from "
+            "the narrowest to the widest pair. Forgetting is interpolated linearly between the learning rates, and the "
+            "intervals do not include what that adds where rates are far apart.\n\n")
     return [("Range of equal learning", note + markdown_table(
-        ["models", "matched pairs", "range of the first", "range of the second"],
-        [[*row, "–", "–"][:4] for row in rows]))] if rows else []
+        ["models", "equal", "matched pairs", "range of the first", "range of the second", "width"], rows))] \
+        if rows else []
 
 
 def start_section(study: Study) -> list[Section]:

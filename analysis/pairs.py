@@ -18,6 +18,7 @@ from analysis.measures import (
     DECREASE,
     LEARNING,
     MATCHED_ON,
+    PRIMARY,
     ItemValues,
     PairMeasure,
     make_measures,
@@ -165,8 +166,9 @@ class Study:
         return len(self.rates) > 1
 
     def is_primary(self, measure: str) -> bool:
-        """Whether a measure may be called primary: no other one was named before the first run."""
-        return self.named in (None, measure)
+        """Whether a measure may be called primary: it was named before the first run, or it is the default one and none
+        is known to have been named."""
+        return measure == (self.named or PRIMARY)
 
     def chains(self, pair: int, model: str, rate: str) -> list[Chain]:
         """The chains of a model, one for each fine-tuning seed."""
@@ -297,9 +299,8 @@ class Study:
         for pair in self.pairs if self.matches_learning else ():
             found = self.match(contrast, pair, number, learning=learning)
             if found and found.weights is None:
-                ranges = (sorted((-low, -high)) if learning == DECREASE else (low, high) for low, high in found.ranges)
-                one, two = (f"{model} {low:.4f} to {high:.4f}" for model, (low, high) in zip(
-                    self.models_of(contrast, pair) or (), ranges))
+                one, two = (f"{model} {range_of_learning(ends, learning)}" for model, ends in zip(
+                    self.models_of(contrast, pair) or (), found.ranges))
                 names = "methods" if contrast.of else "models"
                 yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach "
                        f"no common {learning} ({one}, {two} nats per token)")
@@ -332,6 +333,13 @@ class Study:
         of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
                          for line in self.unmatched(contrast, number, DECREASE)]
         return [*self.left_out, *without, *self._not_level(), *of_contrasts]
+
+
+def range_of_learning(ends: Sequence[float], learning: str) -> str:
+    """The (lowest, highest) value of one of MATCHED_ON as text. It is a change of the loss for a decrease, which is
+    written as a positive number."""
+    low, high = sorted(-end for end in ends) if learning == DECREASE else ends
+    return f"{low:.4f} to {high:.4f}"
 
 
 LEVEL_ENDING = "-level"

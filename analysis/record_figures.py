@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
 from analysis.figures import (
     LINES,
@@ -24,6 +23,7 @@ from analysis.figures import (
     styled,
     text_height,
     text_width,
+    use_few_ticks,
 )
 from analysis.flips import chance_of
 from analysis.record import Record
@@ -284,9 +284,3 @@ def benchmark_title(benchmark: Benchmark, width: float, ending: str = "") -> str
 def stage_labels(record: Record) -> list[str]:
     """The stages as labels of an axis, such as "m0", "m1\nsimp"."""
     return ["\n".join(fold(part, 0.7) for part in stage.split("-", 1)) for stage in record.stages]
-
-
-def use_few_ticks(*axes: Axis) -> None:
-    """Limits the ticks of numbers, so that their labels do not overlap in a small panel."""
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))

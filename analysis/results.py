@@ -26,7 +26,7 @@ from evaluation.result_files import (
 )
 from evaluation.suites import Benchmark, open_suite
 
-STAGE = re.compile(r"m(\d{1,3})(?:-(\w+))?")
+STAGE = re.compile(r"m(\d{1,3})(?:-([\w-]+))?")
 
 # Tried in this order for benchmarks that no suite describes; of several filters of a metric the first one counts.
 METRICS = "acc", "r@1", "pct_stereotype", "exact_match", "prompt_level_strict_acc"

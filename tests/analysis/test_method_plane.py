@@ -36,11 +36,11 @@ RISE = "rise of held-out loss"
 EFFECTS = {"lora": {"llm": -0.3, "stack": -0.1}, "replay": {"llm": 0.0, "stack": 0.0}}  # nats per token
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """A study of two models with three methods. Each forgets as much as finetune, plus its effect, at equal learning;
     lora learns 0.1 nats less at each rate."""
-    study = write_study(tmp_path / "study")
+    study = write_study(tmp_path_factory.mktemp("written") / "study")
     for model in study.glob("pair-*/*"):
         chains = list(model.glob("rate-*"))
         for method in ("finetune", *EFFECTS):
@@ -53,6 +53,12 @@ def folder(tmp_path):
         for chain in chains:
             shutil.rmtree(chain)
     return study
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of the study."""
+    return shutil.copytree(written, tmp_path / "study")
 
 
 def deviation(pair, method):
@@ -118,7 +124,7 @@ def test_the_differences_of_profits_are_corrected_for_their_number(folder):
     p_values = {}
     for method in EFFECTS:
         values = [profit.one - profit.two
-                  for profit in profits([studies["stack"], studies["llm"]], method, RISE).values()]
+                  for profit in profits((studies["stack"], studies["llm"]), method, RISE).values()]
         p_values[method] = PairedDifference(tuple(values)).p
     assert {method: row[4] for method, row in rows.items()} == {
         method: pair_tables.p_text(p) for method, p in p_values.items()}
@@ -133,7 +139,7 @@ def test_both_models_are_compared_at_the_same_losses(folder):
         place = RATES.index(stage.parent.name.removeprefix("rate-"))
         change(stage, "lora", 3 - (learned_loss(stage.parents[2].name, 2, place) + 0.1), 0.0)
     _, studies = studies_of(folder)
-    found = profits([studies["stack"], studies["llm"]], "lora", RISE)
+    found = profits((studies["stack"], studies["llm"]), "lora", RISE)
     common = (2.5, 2.65)  # of stack 2.25 to 2.65 and 2.35 to 2.75, of llm 2.4 to 2.8 and 2.5 to 2.9
     for pair, of_models in found.items():
         own = deviation(f"pair-{pair}", "lora") + 3 - sum(common) / 2
@@ -141,7 +147,7 @@ def test_both_models_are_compared_at_the_same_losses(folder):
     for stage in folder.glob("pair-2/llm/*/rate-*/m2-empd"):  # both learn too little for a loss that stack reaches
         change(stage, stage.parents[1].name, 0.0, 0.5)
     _, studies = studies_of(folder)
-    assert list(profits([studies["stack"], studies["llm"]], "lora", RISE)) == [1, 3, 4]
+    assert list(profits((studies["stack"], studies["llm"]), "lora", RISE)) == [1, 3, 4]
     assert left_out_of_profits(studies, ("stack", "llm"), RISE) == [
         f"pair 2 is left out of the profits of {method}: the curves of both models, with the method and without, reach "
         "no common new-task loss" for method in ("lora", "replay")]
@@ -390,7 +396,8 @@ def test_the_pareto_front_by_hand():
 
 
 def test_the_report_of_methods(folder, tmp_path):
-    report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
+    with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
+        report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
     assert "llm, rise of held-out loss at equal new-task loss, compared with finetune: less with lora." in text
     assert "## Do both models profit equally" in text
@@ -402,7 +409,9 @@ def test_the_report_of_methods(folder, tmp_path):
 def test_a_model_is_not_compared_with_methods_that_it_has_not(folder, tmp_path):
     for place in folder.glob("pair-*/stack/lora"):
         shutil.rmtree(place)
-    report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
+    with (mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}),
+          mock.patch("report.plot_planes", return_value={})):
+        report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
     assert "stack, lora" not in text
     assert "- stack has no runs with lora\n" in text

@@ -37,6 +37,7 @@ def test_layout_of_a_study(tmp_path, case):
 
 def test_the_primary_measure_is_on_top_and_marked(tmp_path):
     study = study_of(tmp_path / "study")
+    study.named = "KL on the new task"
     figure = plot_differences(study, "KL on the new task")
     labels = [label for panel in figure.axes for label in panel.get_yticklabels()]
     assert labels[0].get_text() == "KL on the new task (primary)"

@@ -88,6 +88,15 @@ def test_only_the_measure_named_before_the_first_run_is_primary(tmp_path):
     assert row[7] != "–"  # corrected as all others
 
 
+def test_a_measure_that_is_not_known_to_have_been_named_is_not_primary(tmp_path):
+    """A table of stages does not say which one was."""
+    make_report(tmp_path / "out", runs=write_study(tmp_path / "runs"))
+    for primary, role in (("rise of held-out loss", "primary measure"),
+                          ("KL on the new task", "chosen for this report")):
+        first, *_ = first_lines(make_report(tmp_path / "again", results=tmp_path / "out/stages.csv", primary=primary))
+        assert f"{primary} after m2-empd ({role}" in first
+
+
 def test_a_pair_without_one_of_the_models_is_named(tmp_path):
     runs = write_study(tmp_path / "runs")
     shutil.rmtree(runs / "pair-2/stack")
@@ -194,7 +203,7 @@ def test_a_pair_without_a_common_range_is_named(tmp_path):
     missing = text.split("## What is missing")[1]
     assert ("pair 2 is left out of stack − llm after m2-empd: the models reach no common new-task loss "
             "(stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in missing
-    assert "| stack − llm | 3 of 4 |" in text
+    assert "| stack − llm | new-task loss | 3 of 4 |" in text
 
 
 def test_a_study_without_the_primary_measure_gives_no_answer(tmp_path):
@@ -206,7 +215,7 @@ def test_a_study_without_the_primary_measure_gives_no_answer(tmp_path):
                                     "no pair has it for both models.")
     assert "| rise of earlier tasks' losses | nats/token | stack − llm | not matched | 4 |" in text
     text = make_report(tmp_path / "out", runs=runs, primary="KL on the new task")
-    assert "the KL on the new task after m2-empd (primary measure) differs by" in text
+    assert "the KL on the new task after m2-empd (chosen for this report, and not known to have been named" in text
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -9,6 +9,7 @@ import pytest
 
 import report
 from analysis.stages import Stage
+from analysis.statistics import Estimate
 from common import settings
 from common.files import UserError
 from pipeline.experiment_config import ExperimentConfig
@@ -77,7 +78,7 @@ def test_a_single_model_is_reported_but_not_compared(tmp_path):
 def test_pages_and_figures(runs, tmp_path):
     out = tmp_path / "report"
     out.mkdir()
-    (out / "report.md").write_text("# Earlier\n\n![Of pairs](by-start.png)\n\n![Losses](losses.png)\n")
+    (out / "report.md").write_text("# Forgetting: earlier\n\n![Of pairs](by-start.png)\n\n![Losses](losses.png)\n")
     for name in ("by-start.png", "by-start.svg", "mine.png"):
         (out / name).write_text("")
     printed = run_script("report.py", "--runs", runs, "--out", out).stdout
@@ -264,6 +265,12 @@ def test_folders_that_are_called_like_results_files(tmp_path):
         f'[[result]]\nmodel = "llm"\nstage = "m{number}"\nfile = "results/llm/m{number}/results_Rs.json"\n'
         for number in range(2)))
     assert "| Rs | 20.0 [" in make_report(tmp_path / "out", results=tmp_path / "map.toml")
+
+
+def test_the_report_shows_the_rate_with_benchmarks_where_rates_were_added_later():
+    given = {"1e-4": {}, "3e-4": {}, "1e-3": {"benchmarks": {"next": Estimate(0.5, 0.1)}}, "3e-3": {}}
+    stages = [Stage("llm", 42, 1, "m1", rate=rate, **results) for rate, results in given.items()]
+    assert shared_rates(stages, ReportConfig()) == {"none": "1e-3"}
 
 
 def test_names_with_bars_do_not_break_the_tables(runs, tmp_path):
