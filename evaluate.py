@@ -17,11 +17,12 @@ from typing import Any
 
 from common import scripts
 from common.configs import CONFIGS, read_config
-from common.distributed import TORCH_DTYPES, Distributed, resolve_dtype
+from common.distributed import Distributed
+from common.dtypes import TORCH_DTYPES, resolve_dtype
 from common.files import UserError, check_writable, digest, parsing, read_json
 from common.provenance import DEFAULT_TEMPLATE, TemplateName, last_template, read_lineage
 from corpus.prompts import open_template
-from corpus.tasks import read_task
+from corpus.tasks import first_items, read_task
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.losses import LossSet, evaluate_losses, existing_losses, open_loss_sets
 from evaluation.metrics import SARI_VERSION, bertscore
@@ -164,7 +165,7 @@ def open_test_sets(cfg: EvaluateConfig, template: TemplateName, max_length: int)
         spec, decoding = read_config("task", task), task_decoding(task, cfg.seed)
         with parsing(CONFIGS / "task" / f"{task}.toml", "the description of a task"):
             source, sari = spec["source"], SARI_VERSION if spec.get("sari") else None
-        items = read_task(path, source)[0]["test"][:cfg.limit]
+        items = first_items(read_task(path, source)[0]["test"], cfg.limit)
         if not items:
             problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
         for name, length in (("max_target_length", cfg.max_target_length), ("max_new_tokens", decoding.max_new_tokens)):

@@ -134,7 +134,7 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
         command = [sys.executable, str(ROOT / "experiment.py"), "--config", str(config), "--only", str(job.out)]
         numbers[str(job.out)] = submit_command(command, folder / f"{ledger.name(job)}.sh", template, cfg.gpus,
                                                parent and f"afterok:{parent}")
-    submit_command(report_command(cfg), folder / "report.sh", template, cfg.gpus,
+    submit_command(report_command(cfg), folder / "report.sh", template, 1,  # it needs none, which not all clusters take
                    "afterany:" + ":".join(numbers.values()) if numbers else None)
     print(f"{len(numbers) + 1} jobs submitted; their scripts and logs: {folder}")
 

@@ -22,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 from common import scripts
-from common.distributed import Distributed, StopRequest
+from common.distributed import Distributed
 from common.files import UserError
 from common.metrics_log import MetricsLog
+from common.stop_request import StopRequest
 from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, rank_microbatches, to_inputs
 from training.checks import open_run
@@ -74,7 +75,9 @@ def main(cfg: TrainConfig) -> None:
     with contextlib.ExitStack() as claimed, StopRequest() as request, \
             Distributed(datetime.timedelta(minutes=cfg.timeout_minutes)) as dist:
         dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
-        if (run := open_run(cfg, dist, request)) is None:  # finished earlier
+        with dist.patient():  # rank 0 may download weights, and reads all data
+            run = open_run(cfg, dist, request)
+        if run is None:  # finished earlier
             return dist.on_rank0(lambda: print_result(cfg.out))
         tokenizer = Tokenizer(run.source)
         data = load_data(run, tokenizer)
@@ -190,17 +193,18 @@ def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> flo
             nll += engine.module(*to_inputs(microbatch, dist.device))
     if not num_targets:
         return None
-    loss = dist.all_reduce_sum(nll)[0] / num_targets
-    if not math.isfinite(loss):
-        dist.fail(UserError(f"the evaluation loss is {loss}; last good checkpoint: {last_checkpoint(run.directory)}. "
-                            f"{REMEDY}"))
-    return loss
+    return dist.all_reduce_sum(nll)[0] / num_targets
 
 
 def evaluate_and_log(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset, state: TrainState, log: MetricsLog,
                      name: str = "eval_loss") -> float | None:
-    """Evaluates a split, and logs and prints its loss under a name; None if the split is empty."""
+    """Evaluates a split, and logs and prints its loss under a name; None if the split is empty. All ranks exit if the
+    loss is not finite."""
     if (loss := evaluate(run, engine, dataset)) is not None:
+        if not math.isfinite(loss):
+            reason = f"last good checkpoint: {last_checkpoint(run.directory)}. {REMEDY}" if state.step else \
+                "no step was taken yet: check the weights of --init, or try --dtype fp32"
+            run.dist.fail(UserError(f"the evaluation loss is {loss}; {reason}"))
         log.write(**{"step": state.step, name: loss, "flops": state.flops})
         run.dist.print0(f"step {state.step}  {name.replace('_', ' ')} {loss:.4f}")
     return loss

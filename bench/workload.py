@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from common.configs import ROOT
-from common.distributed import TORCH_DTYPES, StopRequest, resolve_dtype
+from common.dtypes import TORCH_DTYPES, resolve_dtype
 from common.files import UserError, new_directory, read_json, read_json_lines
 from common.settings import setting
+from common.stop_request import StopRequest
 from model.checkpoint import materialize_model, write_checkpoint
 from model.config import ModelConfig
 from model.loss import IGNORE_INDEX

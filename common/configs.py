@@ -1,4 +1,5 @@
 """The TOML files in configs/: sizes, tasks, methods and others, each found by its name."""
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,7 +62,9 @@ def read_config(kind: str, name: str) -> dict:
 
 def check_task(path: Path, tables: Mapping[str, object]) -> None:
     """Raises UserError unless the tables are those of a task (docs/reference.md)."""
-    problems = [f"{key} is missing" for key in REQUIRED_TASK_KEYS if key not in tables]
+    problems = [] if re.fullmatch(r"[\w-]+", path.stem) else [
+        "the name of a task, which folders have, consists of letters, digits, _ and -: rename the file"]
+    problems += [f"{key} is missing" for key in REQUIRED_TASK_KEYS if key not in tables]
     problems += [f"unknown key {key!r}" for key in tables if key not in TASK_KEYS]
     problems += [f"{key} is {value!r:.80}, expected {'a table' if TASK_KEYS[key] is dict else TASK_KEYS[key].__name__}"
                  for key, value in tables.items() if key in TASK_KEYS and not isinstance(value, TASK_KEYS[key])]

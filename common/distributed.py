@@ -1,18 +1,17 @@
 """The processes of a run: a single one, or many under torchrun or the deepspeed launcher."""
+import contextlib
 import datetime
 import os
 import re
-import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from common.files import UserError
 
@@ -119,6 +118,13 @@ class Distributed:
                 self.fail(UserError(reason if self.world_size == 1 else f"{reason} (on rank {rank})"))
         return result
 
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within this context the ranks wait for one another up to a day: one of them may download a model."""
+        set_timeout(datetime.timedelta(days=1))
+        yield
+        set_timeout(self.timeout)
+
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Calls a function on rank 0 and returns its result on every rank. If it raises UserError, all ranks exit."""
         result: list[Any] = [None, False]
@@ -166,51 +172,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-class StopRequest:
-    """A context manager that turns SIGTERM and SIGINT into a request to stop; `signal` is the signal's name or None.
-
-    The loop honours the first signal after its step. A second one ends the process at once, unless it comes within two
-    seconds: launchers forward a signal that the terminal has sent to every process already. A thread listens for
-    signals, since Python runs its own handlers only after the current call returns, and that call may hang.
-    """
-
-    def __enter__(self) -> "StopRequest":
-        self.signal: str | None = None
-        self.since = 0.0
-        self.receiver, self.sender = socket.socketpair()
-        self.sender.setblocking(False)
-        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.wakeup_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self.listen, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.set_wakeup_fd(self.wakeup_fd)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.sender.close()
-
-    def listen(self) -> None:
-        """Receives signal numbers until the sender is closed."""
-        while received := self.receiver.recv(1):
-            if received[0] not in self.handlers:
-                continue
-            if self.signal and time.monotonic() - self.since > 2:
-                os._exit(128 + received[0])
-            if not self.signal:
-                self.signal, self.since = signal.Signals(received[0]).name, time.monotonic()
-
-
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names in settings
-
-
-def resolve_dtype(dtype: str) -> str:
-    """"bf16" or "fp32"; "auto" becomes bf16 if the hardware multiplies bf16 matrices."""
-    if dtype != "auto":
-        return dtype
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"

@@ -23,7 +23,6 @@ DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "r
            "side_digest": "the posterior, Fisher information or moments of the run before",
            "replay_digest": "the replayed text", "start_digest": "the weights that the chain of tasks started from",
            "tokenizer_digest": "the tokenizer files"}
-LATER = {"tokenizer_digest"}  # not in the records of earlier versions, where they are unknown
 
 
 def git_commit() -> str | None:
@@ -126,7 +125,7 @@ def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults
     found = changed({**defaults, **recorded.get("settings", {})}, record["settings"], OPERATIONAL)
     return found + [f"{what} differ ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
                     for key, what in DIGESTS.items()
-                    if recorded.get(key) != record.get(key) and (key in recorded or key not in LATER)]
+                    if recorded.get(key) != record.get(key)]
 
 
 def data_digest(path: str | Path) -> str:

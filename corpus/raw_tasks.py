@@ -88,7 +88,8 @@ def row_samples(row: dict[str, Any], hub: dict[str, Any], where: str) -> list[di
 
 
 def dialogue_samples(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The src_info fields of each turn but the first: it answers the turns before it. Turns of the speaker count."""
+    """The src_info fields of each turn but the first: it answers the turns before it. The turns of
+    both speakers are samples."""
     if unknown := {turn["role"] for turn in turns} - {"user", "assistant"}:
         raise ValueError(f"unknown roles {sorted(map(str, unknown))}")
     texts = [checked_text(turn["content"]).strip() for turn in turns]
@@ -162,7 +163,10 @@ def constraint(prompt_name: str, target: str) -> dict[str, str]:
 
 
 def fill_template(template: str, fields: dict[str, str]) -> str:
-    """The prompt template with the value of each [field] inserted."""
+    """The prompt template with the value of each [field] inserted. Raises UserError for a field that a sample lacks."""
+    if unknown := [name for name in re.findall(r"\[(\w+)\]", template) if name not in fields]:
+        raise UserError(f"the prompt {template!r:.80} names [{unknown[0]}], and samples have {', '.join(fields)}: "
+                        "change [prompts] in the task's file in configs/task")
     return re.sub(r"\[(\w+)\]", lambda match: fields[match[1]], template)
 
 

@@ -1,4 +1,5 @@
 """Preprocessed task files (writer and reader), and a task as samples for supervised fine-tuning."""
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,18 @@ def read_task(path: str | Path,
     if not splits["train"]:
         raise UserError(f"{path} holds no training samples")
     return splits, skipped
+
+
+def first_items(items: list[dict], limit: int | None) -> list[dict]:
+    """The first `limit` items of a test set, or all without a limit: as many of each prompt, in turn, as there are. The
+    prompts of a raw folder follow one another."""
+    if limit is None:
+        return items
+    of_prompts: dict[Any, list[dict]] = {}
+    for item in items:
+        of_prompts.setdefault((item["src_info"] or {}).get("prompt_name"), []).append(item)
+    in_turn = (item for turn in itertools.zip_longest(*of_prompts.values()) for item in turn if item is not None)
+    return list(itertools.islice(in_turn, limit))
 
 
 def item_problem(item: Any, source_field: str | None) -> str:

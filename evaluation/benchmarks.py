@@ -62,6 +62,7 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any], max_le
             known = {entry["name"]: value_settings(entry) for entry in file.suite}
             same = {entry["name"] for entry in run["suite"] if known.get(entry["name"]) == value_settings(entry)}
             if same := same & file.results.keys():
+                # raises for damaged results
                 suite_table([benchmark for benchmark in suite if benchmark.name in same], file.content)
                 print(f"{file.path} already exists, with the same model, data and settings", flush=True)
                 changed = {benchmark.name for benchmark in suite} - same
@@ -123,17 +124,22 @@ def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def supersedes(results: dict[str, Any], old: ResultsFile) -> bool:
-    """Whether results hold every benchmark of an older file, with at least as many items and posterior samples, and
-    with the same prompts."""
+    """Whether results hold every benchmark of an older file, with the same settings and dtype, and with at least as
+    many items and posterior samples."""
+    def settings(suite: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {entry["name"]: value_settings(entry) for entry in suite}
+
     def items(content: dict[str, Any]) -> dict[str, int]:
         return {name: sizes["effective"] for name, sizes in content["n-samples"].items()}
 
     with earlier_results(), parsing(old.path, "a results file of evaluate.py"):
         new_items = items(results)
-        return results["run"].get("template") == old.run.get("template") and \
+        run, new, earlier = results["run"], settings(results["run"].get("suite", [])), settings(old.suite)
+        return all(run.get(name) == old.run.get(name) for name in ("template", "dtype")) and \
+            all(new.get(name) == earlier[name] for name in earlier if name in old.results) and \
             old.results.keys() <= results["results"].keys() and \
             all(new_items.get(name, 0) >= count for name, count in items(old.content).items()) and \
-            results["run"].get("posterior_samples", 0) >= old.run.get("posterior_samples", 0)
+            run.get("posterior_samples", 0) >= old.run.get("posterior_samples", 0)
 
 
 def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,

@@ -74,15 +74,13 @@ def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> d
     with earlier_results():
         existing = read_json(metrics_file, dict)
         with parsing(metrics_file, "a metrics file of evaluate.py"):
-            task_table([existing])
+            task_table([existing])  # raises for damaged results
             if existing["samples"] > len(test_set.items):
                 raise UserError(f"{metrics_file} has results of {existing['samples']} items, which would be replaced "
                                 f"by those of {len(test_set.items)}")
             lines = read_json_lines(predictions_file) if predictions_file.exists() else []
-            is_whole, recorded = len(lines) == existing["samples"], existing["run"]
-            if not recorded["decoding"].get("do_sample"):  # earlier versions recorded a seed that was not used
-                recorded = recorded | {"decoding": recorded["decoding"] | {"seed": None}}
-            return existing if is_whole and is_same_run(recorded, record(test_set, run)) else None
+            is_whole = len(lines) == existing["samples"]
+            return existing if is_whole and is_same_run(existing["run"], record(test_set, run)) else None
 
 
 def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class ChatTemplate:
 
 
 def read_chat_template(tokenizer: Tokenizer) -> str:
-    """Returns the text of a checkpoint's chat template: chat_template.jinja, or the entry in tokenizer_config.json, of
-    several the one with the name "default"."""
+    """Returns the text of a checkpoint's chat template: chat_template.jinja, or the entry in tokenizer_config.json (the
+    one with the name "default", if there are several)."""
     path = tokenizer.directory / "chat_template.jinja"
     if path.exists():
         return read_text(path)

@@ -4,7 +4,6 @@ A directory holds `config.json`, the tokenizer files, and the weights: one `mode
 Older ones with `pytorch_model.bin` are read without a conversion. Weights move one tensor at a time: reading needs
 memory for the model, writing needs memory for one tensor.
 """
-import itertools
 import json
 import math
 import re
@@ -269,6 +268,7 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Name
             assert (tensor.dtype, tuple(tensor.shape)) == specs[name], (name, tensor.shape, specs[name])
             tensor = require_finite(tensor.detach(), name)
             out.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
     sync(path)
 
 
@@ -294,16 +294,15 @@ def set_weights(model: Transformer, tensors: NamedTensors) -> None:
 
 
 def write_checkpoint(directory: str | Path, config: ModelConfig, tensors: NamedTensors,
-                     tokenizer_source: str | Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+                     tokenizer_source: str | Path,
+                     dtypes: torch.dtype | Mapping[str, torch.dtype] = torch.float32) -> None:
     """Writes a checkpoint that any Hugging Face tool can load into an existing directory.
 
-    `tensors` yields (name, tensor) in model order. Only one of them is held at a time. `dtypes` gives the dtype of each
-    if they are not all the same. The tokenizer files are copied from the directory `tokenizer_source`.
+    `tensors` yields (name, tensor) in model order. Only one of them is held at a time. `dtypes` gives their dtype, or
+    the dtype of each. The tokenizer files are copied from the directory `tokenizer_source`.
     """
-    shapes, tensors = parameter_shapes(config), iter(tensors)
-    if dtypes is None:
-        first = next(tensors)
-        dtypes, tensors = dict.fromkeys(shapes, first[1].dtype), itertools.chain([first], tensors)
+    shapes = parameter_shapes(config)
+    dtypes = dtypes if isinstance(dtypes, Mapping) else dict.fromkeys(shapes, dtypes)
     sizes = Counter[torch.dtype]()
     for name, shape in shapes.items():
         sizes[dtypes[name]] += math.prod(shape)

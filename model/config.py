@@ -22,7 +22,7 @@ from model.families import (
 # Options of transformers' configuration that do not change the function that the weights compute. Names that begin
 # with an underscore are private to transformers and are ignored too.
 IGNORED_OPTIONS = {
-    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "pretraining_tp",
+    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "pretraining_tp",
     "name_or_path", "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id",
     "task_specific_params", "problem_type", "id2label", "label2id", "return_dict", "output_attentions",
     "output_hidden_states", "torchscript", "finetuning_task", "tokenizer_class", "prefix", "max_sequence_length",
@@ -30,7 +30,7 @@ IGNORED_OPTIONS = {
     "num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "early_stopping",
     "num_return_sequences", "num_beam_groups", "diversity_penalty", "typical_p", "encoder_no_repeat_ngram_size",
     "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "auto_map", "rope_parameters", "hidden_act", "attention_dropout", "attn_implementation",
+    "auto_map", "rope_parameters", "attn_implementation",
 }
 
 # Options that are accepted only with the value that the decoder implements.
@@ -47,7 +47,7 @@ NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# Fields that only some families have, and what they are in the others.
+# Fields that only some families have, and their values in the other families.
 FAMILY_FIELDS = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "layer_types": None,
                  "no_rope_layers": None}
 LAYER_KINDS = ("layer_types", "no_rope_layers")  # fields with a value for each layer
@@ -221,7 +221,7 @@ def config_values(raw: dict) -> dict:
         del values["pad_token_id"]
     problems = [f"option {name} = {raw[name]!r:.80} is not implemented (expected {expected!r})"
                 for name, expected in (FIXED_OPTIONS | NEUTRAL_OPTIONS).items() if raw.get(name, expected) != expected]
-    known = IGNORED_OPTIONS.union(names, family.options, NEUTRAL_OPTIONS)
+    known = IGNORED_OPTIONS.union(names, family.options, FIXED_OPTIONS, NEUTRAL_OPTIONS)
     problems += [f"option {name} = {value!r:.80} is not implemented" for name, value in raw.items()
                  if name not in known and not name.startswith("_") and value not in (None, False, [], {})]
     problems += [f"{name} is missing" for name in names[:5] if name not in values]

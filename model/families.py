@@ -26,6 +26,7 @@ class Family:
     qkv_bias: bool = False  # query, key and value have biases, the output has none
     qk_norm: Literal["head", "projection"] | None = None  # norm of query and key: each head, or all heads together
     norm_after: bool = False  # norms of the outputs of attention and MLP, not of their inputs
+    fp32_factors: bool = False  # the weights of norms and the rotation multiply in fp32, also in a model in bf16
     no_rope_interval: int | None = None  # n: every n-th layer has no rotary embedding
 
 
@@ -49,7 +50,7 @@ FAMILIES = {
         no_rope_interval=4),
     "olmo2": Family(
         "Olmo2ForCausalLM", frozenset({"attention_bias"}), {"rms_norm_eps": 1e-5}, qk_norm="projection",
-        norm_after=True),
+        norm_after=True, fp32_factors=True),
 }
 
 # What other families need that the decoder lacks, for the error message.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import UserError
 from common.settings import check_values, setting
 from model.kv_cache import KVCache
 from model.logits import finite_logits
@@ -67,8 +68,10 @@ def generate(model: Transformer, prompts: Sequence[list[int]], config: Generatio
     """Returns the new token ids of each prompt, without the id of `eos_ids` that ends them.
 
     Batches are formed from the longest prompts to the shortest. If memory runs out, the batch is halved. Raises
-    UserError if a logit is not finite.
+    UserError for an invalid `config`, an empty prompt, and a logit that is not finite.
     """
+    if problems := config.problems() + [f"prompt {index} has no token" for index, ids in enumerate(prompts) if not ids]:
+        raise UserError("; ".join(problems))
     options = options or BatchOptions()
     sample_ids = range(len(prompts)) if options.sample_ids is None else options.sample_ids
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))

@@ -132,8 +132,8 @@ def check_layer_map(layer_map: Sequence[int], depth: int, zero_init: bool = Fals
 
 
 def new_layers(layer_map: Sequence[int]) -> list[int]:
-    """Returns the new layers of a grown model: the second and later copies of a layer. Of equal layers, the first one
-    counts as the old one, whatever place an operator inserts its copies at."""
+    """Returns the indices of the new layers of a grown model: every copy of a layer but the first, wherever an operator
+    inserts its copies."""
     return [index for index, source in enumerate(layer_map) if source in layer_map[:index]]
 
 

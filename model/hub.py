@@ -2,7 +2,8 @@
 
     python -m model.hub --source llm-stacking/StackLLM_7B_300BToken --out runs/7b/stack/m0
 """
-import common.interrupts
+if __name__ == "__main__":
+    import common.interrupts  # which changes how the whole process ends
 
 import contextlib
 import functools
@@ -17,9 +18,8 @@ import torch
 from tqdm import tqdm
 
 from common.configs import known, read_config
-from common.distributed import TORCH_DTYPES, resolve_dtype
+from common.dtypes import TORCH_DTYPES, resolve_dtype
 from common.files import ExistsError, UserError, first_line, new_directory, read_json, write_json
-from common.scripts import run
 from common.settings import setting
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
@@ -160,4 +160,5 @@ def print_cache(source: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    from common.scripts import run
     run((HubConfig, main), __doc__)

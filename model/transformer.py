@@ -18,17 +18,18 @@ from model.loss import IGNORE_INDEX, Head
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """Root mean square norm in fp32 (Zhang and Sennrich, arXiv 1910.07467). The weight multiplies in the dtype of the
+    model, or in fp32 (`Family.fp32_factors`)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.in_fp32 = config.rms_norm_eps, config.family.fp32_factors
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return (self.weight * y).to(x.dtype) if self.in_fp32 else self.weight * y.to(x.dtype)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -58,7 +59,9 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
 
 
 def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of positions [..., T], each [..., T, D]: the D/2 angles twice, for half-split rotation."""
+    """Returns cos and sin of positions [..., T], each [..., T, D]: the D/2 angles twice, for half-split rotation. They
+    have the dtype of the model, or fp32 (`Family.fp32_factors`)."""
+    dtype = torch.float32 if config.family.fp32_factors else dtype
     angles = positions[..., None].float() * rotary_frequencies(config, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * config.rotary_scale).to(dtype), (angles.sin() * config.rotary_scale).to(dtype)
@@ -67,7 +70,7 @@ def rotary_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [B, H, T, D] by its positions. Dimension i is paired with i + D/2, as in Hugging Face's Llama."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -85,7 +88,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
         if self.qk_norm:
             sizes = (D, D) if self.qk_norm == "head" else (H * D, K * D)
-            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) for size in sizes)
+            self.q_norm, self.k_norm = (RMSNorm(size, config) for size in sizes)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend = attention) -> Tensor:
         B, T, _ = x.shape
@@ -123,12 +126,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm_after = config.family.norm_after
         if not self.norm_after:
-            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
         if self.norm_after:
-            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attend: Attend = attention) -> Tensor:
         if self.norm_after:
@@ -155,7 +158,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False  # recompute each block in the backward pass instead of storing it
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
     def forward(self, input_ids: Tensor, context: AttentionContext | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # B T C

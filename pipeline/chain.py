@@ -86,11 +86,10 @@ def download_command(python: str, hub: str, out: Path) -> list[object]:
     return [python, "-m", "model.hub", "--source", hub, "--out", out]
 
 
-def pretrain_command(python: str, size: str, model: str, text: str | Path, folder: Path, launcher: str,
-                     flags: Sequence[object] = ()) -> list[object]:
+def pretrain_command(python: str, size: str, model: str, text: str | Path, folder: Path,
+                     flags: Sequence[object]) -> list[object]:
     """The command that pretrains m0 in the folder of a model, on a directory of token shards."""
-    return [python, ROOT / "pretrain.py", "--size", size, "--model", model, "--data", text, "--out", folder, *flags,
-            *optional_flags(launcher=launcher)]
+    return [python, ROOT / "pretrain.py", "--size", size, "--model", model, "--data", text, "--out", folder, *flags]
 
 
 def evaluate_command(launcher: Sequence[str], checkpoint: str | Path, out: Path | None, data: str | Path,

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,24 +29,40 @@ def finetune_flops(config: ModelConfig, data: Path, settings: TrainConfig) -> fl
     return config.flops(tokens * epochs)
 
 
-def evaluate_flops(config: ModelConfig, data: Path, tasks: Iterable[str], files: Iterable[Path], limit: int | None,
-                   text_tokens: float = 0, models: int = 1, decodes: bool = True) -> float:
-    """The approximate FLOPs of an evaluation: a third of training's for each token that is read or generated.
+@dataclass(frozen=True)
+class EvaluationWork:
+    """What an evaluation reads and generates.
 
     data: the folder of the preprocessed task files. files: the local files of the suite; what lm-eval downloads is not
     counted. limit: the number of items of each task and file; None: all. text_tokens: of the held-out text. models: how
     many compute the losses, two for a divergence. decodes: whether test sets are generated.
     """
-    tokens = models * text_tokens
-    for task in dict.fromkeys(tasks):
-        decoding = read_config("task", task)["decoding"]
-        new_tokens = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2 if decodes else 0
-        tokens += sum((models + decodes) * len(item["input"]) / CHARACTERS_PER_TOKEN + new_tokens
-                      for item in read_splits(data / f"{task}.json")["test"][:limit])
-    for file in files:
-        lines = read_text(file).splitlines() if file.is_file() else []
-        tokens += sum(map(len, lines[:limit])) / CHARACTERS_PER_TOKEN
-    return config.flops(tokens) / 3
+    data: Path
+    tasks: Iterable[str]
+    files: Iterable[Path]
+    limit: int | None
+    text_tokens: float
+    models: int
+    decodes: bool
+
+    @property
+    def tokens(self) -> float:
+        """The approximate number of tokens, counted once for each time that a model reads or generates them."""
+        tokens = self.models * self.text_tokens
+        for task in dict.fromkeys(self.tasks):
+            decoding = read_config("task", task)["decoding"]
+            new_tokens = decoding.get("num_beams", 1) * decoding["max_new_tokens"] / 2 if self.decodes else 0
+            tokens += sum((self.models + self.decodes) * len(item["input"]) / CHARACTERS_PER_TOKEN + new_tokens
+                          for item in read_splits(self.data / f"{task}.json")["test"][:self.limit])
+        for file in self.files:
+            lines = read_text(file).splitlines() if file.is_file() else []
+            tokens += sum(map(len, lines[:self.limit])) / CHARACTERS_PER_TOKEN
+        return tokens
+
+
+def evaluate_flops(config: ModelConfig, work: EvaluationWork) -> float:
+    """The approximate FLOPs of an evaluation: a third of training's for each token."""
+    return config.flops(work.tokens) / 3
 
 
 @functools.cache

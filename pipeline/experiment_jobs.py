@@ -13,7 +13,7 @@ from evaluation.suites import open_suite
 from model.config import ModelConfig
 from model.hub import published_config
 from pipeline import chain
-from pipeline.costs import evaluate_flops, finetune_flops
+from pipeline.costs import EvaluationWork, evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.jobs import Job, optional_flags, split_words
 from pipeline.pretraining import base_depth, held_out_loss, run_flops, size_config
@@ -102,7 +102,8 @@ def m0_job(cfg: ExperimentConfig, arm: Arm) -> Job:
     if arm.level_with:
         inputs = [arm.folder.parent / model / "m0" for model in (arm.model, arm.level_with)]
         flags += ["--init", inputs[0], "--level_with", inputs[1]]
-    command = chain.pretrain_command(sys.executable, cfg.size, arm.model, cfg.text, arm.folder, cfg.launcher, flags)
+    command = chain.pretrain_command(sys.executable, cfg.size, arm.model, cfg.text, arm.folder, [
+        *flags, *optional_flags(launcher=cfg.launcher)])
     return Job(out, command, run_flops(cfg.size, "llm"),
                (*inputs, Path(cfg.text), CONFIGS / "train/pretrain.toml", *size_files(cfg)))
 
@@ -127,9 +128,9 @@ def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: 
         *optional_flags(text=cfg.text, reference=m0), *flags, *split_words(cfg.evaluate_args)])
     settings = evaluate_settings(cfg)
     windows = math.inf if settings.limit is None else settings.limit * (settings.text_length or WINDOW_TOKENS)
-    flops = evaluate_flops(model_config(cfg, arm.model), data, tasks, files, settings.limit,
-                           min(settings.text_tokens, windows) if cfg.text else 0, 2 if m0 else 1, whole)
-    return Job(out, command, flops, tuple(inputs))
+    work = EvaluationWork(data, tasks, files, settings.limit, min(settings.text_tokens, windows) if cfg.text else 0,
+                          models=2 if m0 else 1, decodes=whole)
+    return Job(out, command, evaluate_flops(model_config(cfg, arm.model), work), tuple(inputs))
 
 
 def size_files(cfg: ExperimentConfig) -> list[Path]:

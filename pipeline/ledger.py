@@ -1,6 +1,5 @@
 """The record of finished jobs, with the command and the inputs of each."""
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 from common.configs import below_root
@@ -30,8 +29,7 @@ class Ledger:
         path = self.path(job)
         if not (job.out.exists() and path.exists()) or None in (entry := ledger_entry(job))["inputs"].values():
             return False
-        # Earlier versions recorded absolute paths.
-        return read_own_json(path, "the job is then run again") in (entry, ledger_entry(job, str))
+        return read_own_json(path, "the job is then run again") == entry
 
     def add(self, job: Job, entry: dict) -> None:
         """Records a finished job. entry: that of the job before it ran, since its inputs may have changed meanwhile."""
@@ -46,13 +44,10 @@ def read_own_json(path: Path, otherwise: str) -> dict:
         raise UserError(f"{error}; remove it: {otherwise}") from None
 
 
-def ledger_entry(job: Job, written: Callable[[str | Path], str] = below_root) -> dict:
-    """The command of a job without its launcher, and the digests of its inputs by path; None for a missing one.
-
-    written: gives the form in which words and paths are recorded.
-    """
-    return {"command": list(map(written, job.script_argv)),
-            "inputs": {written(path): input_digest(path) for path in job.inputs}}
+def ledger_entry(job: Job) -> dict:
+    """The command of a job without its launcher, and the digests of its inputs by path; None for a missing one."""
+    return {"command": list(map(below_root, job.script_argv)),
+            "inputs": {below_root(path): input_digest(path) for path in job.inputs}}
 
 
 def input_digest(source: str | Path) -> str | None:

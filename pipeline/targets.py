@@ -103,8 +103,9 @@ def m0_commands(v: Variables, args: str = "") -> list[Command]:
     if v.hub:
         exists = v.m0.exists() and "HUB" not in v.given  # a given HUB is compared with the source of m0
         return [] if exists else [chain.download_command(PYTHON, v.hub, v.m0)]
-    command = chain.pretrain_command(PYTHON, v.size, v.model, v.text, v.out, shlex.join(v.torchrun))
-    return [*([] if v.m0.exists() else text_commands(v)), [*command, *([f"--args={args}"] if args else [])]]
+    flags = [*optional_flags(launcher=shlex.join(v.torchrun)), *([f"--args={args}"] if args else [])]
+    return [*([] if v.m0.exists() else text_commands(v)),
+            chain.pretrain_command(PYTHON, v.size, v.model, v.text, v.out, flags)]
 
 
 def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:

@@ -22,6 +22,7 @@ from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
+from pipeline import jobs
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_TRANSFORMERS = {"PYTHONPATH": str(ROOT / "tests/without_transformers")}
@@ -94,6 +95,24 @@ def run_ranks(words, ranks, environment):
         stdout, stderr = ("".join(Path(request[name]).read_text() for request in requests)
                           for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(words, next(filter(None, statuses), 0), stdout, stderr)
+
+
+@pytest.fixture
+def forked_jobs(monkeypatch):
+    """Lets the jobs of pretrain.py, of the growth study and of experiment.py that have no launcher run in forks, see
+    tests/preloaded.py."""
+    def run_command(command):
+        if command[0] != sys.executable:
+            return run_in_process(command)
+        result = run_script(*command[1:], check=False)
+        print(result.stdout, end="")
+        print(result.stderr, end="", file=sys.stderr)
+        if result.returncode:
+            sys.exit(result.returncode)
+
+    run_in_process = jobs.run_command
+    for module in ("pipeline.jobs", "experiment"):
+        monkeypatch.setattr(f"{module}.run_command", run_command)
 
 
 def accept_interrupts():

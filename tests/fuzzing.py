@@ -40,7 +40,8 @@ def make_entries():
     import stack
     import train
     from analysis.results import shipped_benchmarks
-    from common.distributed import Distributed, StopRequest
+    from common.distributed import Distributed
+    from common.stop_request import StopRequest
     from evaluation import benchmarks, lm_eval_tasks
     from pipeline import growth_study, plan
 

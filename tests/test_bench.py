@@ -1,5 +1,6 @@
 """The benchmarks run, and the models that they compare have the same losses. RESULTS.md has the measured speed."""
 import dataclasses
+import importlib
 import re
 
 import pytest
@@ -13,8 +14,7 @@ from tests.conftest import ROOT, random_model, run_script
 
 def test_benchmarks_can_be_imported():
     scripts = sorted(f"bench.{path.stem}" for path in ROOT.glob("bench/*.py"))
-    code = "import importlib, sys; print(len([importlib.import_module(name) for name in sys.argv[1:]]))"
-    assert run_script("-c", code, *scripts, PYTHONPATH="").stdout.strip() == str(len(scripts)) != "0"
+    assert len([importlib.import_module(name) for name in scripts]) > 10
 
 
 def test_transformers_has_the_same_losses():

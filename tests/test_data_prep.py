@@ -1,7 +1,5 @@
 """data_prep.py on raw task files, raw text and Hub datasets."""
 import json
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -75,14 +73,10 @@ def test_two_processes_that_make_one_path(tmp_path, command, made, flags):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.jsonl").write_text("".join(f'{{"text": "Text {n}."}}\n' for n in range(400)))
     out = tmp_path if command == "hub" else tmp_path / made
-    words = [sys.executable, "-c", RACE, tmp_path, command, *(flag.format(tmp_path) for flag in flags),
-             "--output_path", out]
-    processes = [subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    late = [stdout for stdout, _ in outputs if "exists already" in stdout]
-    assert len(late) == (command != "task")  # both writers of a task file replace it by the same content
+    result = run_script("-c", RACE, tmp_path, command, *(flag.format(tmp_path) for flag in flags), "--output_path", out,
+                        launcher=2)
+    # both writers of a task file replace it by the same content
+    assert result.stdout.count("exists already") == (command != "task")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([made, "ready", "texts"])
     if command == "task":
         assert read_task(tmp_path / made)[0]["train"]
@@ -313,6 +307,19 @@ def test_hub_rows_become_raw_files(task, tmp_path):
         assert "was made with other settings: dataset is " in error_line(run_script(*words, check=False))
         (folder / "hub.settings").unlink()  # such as the published raw folders
         assert "exists already" in run_script(*words).stdout
+
+
+def test_a_task_file_that_does_not_fit_its_data(tmp_path, monkeypatch, refusal):
+    words = "hub", "--task", "simp", "--output_path", tmp_path / "raw"
+    spec = read_config("task", "simp")
+    splits = {"train": [{"src": "a", spec["target"]: "b"}], "test": []}
+    monkeypatch.setattr(data_prep, "read_hub_task", lambda *_: splits)
+    for changed, said in (({"target": None}, "has no target, which say what to download"),
+                          ({"prompts": {"mine": ["Simplify [sorce]"]}}, "names [sorce], and samples have src, ")):
+        given = {name: value for name, value in (spec | changed).items() if value is not None}
+        monkeypatch.setattr(data_prep, "read_config", lambda *_, given=given: given)
+        assert said in refusal(data_prep.COMMANDS, *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_network_is_reported_in_one_line(tmp_path):

@@ -273,12 +273,28 @@ def test_the_tasks_of_lm_eval_are_loaded_before_the_model(refused, suite_file, m
 
 def test_two_processes_give_the_same_results(done, words, tmp_path):
     out, _ = done
-    run_script(*words, "--out", tmp_path, launcher=[*TORCHRUN])
+    run_script(*words, "--out", tmp_path, launcher=2)
     assert (tmp_path / "predictions-simp.jsonl").read_bytes() == (out / "predictions-simp.jsonl").read_bytes()
     one, two = results(out)["results"]["continuation"], results(tmp_path)["results"]["continuation"]
     assert two["acc,none"] == one["acc,none"]
     assert two["nll,none"] == pytest.approx(one["nll,none"], abs=1e-4)
     assert results(tmp_path)["tokens"]["asked"] == results(out)["tokens"]["asked"]
+
+
+def test_posterior_samples_do_not_depend_on_the_number_of_processes(checkpoint, suite_file, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "m1")
+    save_file({f"{kind}/{name}@0": values for name, parameter in random_model().named_parameters() for kind, values in (
+        ("mean", parameter.detach().view(-1)), ("precision", torch.full((parameter.numel(),), 1e3)))},
+        folder / "posterior-00001-of-00001.safetensors")
+    for ranks in (1, 2):
+        run_script("evaluate.py", "--checkpoint", folder, "--suite", suite_file, "--posterior_samples", "2", "--limit",
+                   "4", "--dtype", "fp32", "--out", tmp_path / f"{ranks}", launcher=ranks)
+    one, two = (results(tmp_path / name) for name in ("1", "2"))
+    assert one["results"]["continuation"]["nll,sampled"] != one["results"]["continuation"]["nll,none"]
+    for name in ("nll,sampled", "nll,none"):
+        assert two["results"]["continuation"][name] == pytest.approx(one["results"]["continuation"][name], abs=1e-4)
+    assert one["run"]["posterior_samples"] == 2
+    assert one["run"]["posterior_digest"] == digest([folder / "posterior-00001-of-00001.safetensors"])
 
 
 def test_two_processes_print_one_error_line(checkpoint, tmp_path, suite_file):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common.distributed import free_port, resolve_dtype
+from common.distributed import free_port
+from common.dtypes import resolve_dtype
 from corpus.prompts import PROMPT
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
@@ -79,12 +80,11 @@ def test_a_stage_of_the_original_tool_continues(simp_file, tmp_path):
     assert Tokenizer(tmp_path / "m1-simp").pad_id == 400
 
 
-def test_an_evaluation_in_parts(train, tmp_path):
+def test_an_evaluation_in_parts(train, finished, tmp_path):
     """A split that is larger than what is evaluated between two updates of the progress bar."""
-    for name, patch in (("whole", ""), ("parts", "train.EVAL_SAMPLES = 2")):
-        train(tmp_path / name, "--max_steps", "1", patch=patch)
-    whole, parts = (read_metrics(tmp_path / name)[1] for name in ("whole", "parts"))
-    assert [line["eval_loss"] for line in parts] == pytest.approx([line["eval_loss"] for line in whole], rel=1e-6)
+    train(tmp_path / "parts", "--max_steps", "1", patch="train.EVAL_SAMPLES = 2")
+    whole, parts = (losses(path)[0, "eval_loss"] for path in (finished[0], tmp_path / "parts"))
+    assert parts == pytest.approx(whole, rel=1e-6)
 
 
 def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_file):
@@ -131,15 +131,23 @@ def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_
         assert logged[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), step
 
 
-@pytest.mark.parametrize(("flags", "launcher"), [
-    (["--max_tokens_per_microbatch", "200"], 1),
-    (["--max_tokens_per_microbatch", "200", "--gradient_checkpointing"], TORCHRUN),
-    (["--max_tokens_per_microbatch", "9000", "--zero", "0"], 2),
-    (["--zero", "2"], 2),
-    (["--zero", "3", "--gradient_checkpointing"], 2),
+CHUNKS = "import model.loss; model.loss.chunk_rows = lambda *_: 20"
+
+
+@pytest.mark.parametrize(("flags", "launcher", "patch"), [
+    (["--max_tokens_per_microbatch", "200"], 1, ""),
+    (["--max_tokens_per_microbatch", "200", "--gradient_checkpointing"], [sys.executable, *TORCHRUN], ""),
+    (["--max_tokens_per_microbatch", "9000", "--zero", "0"], 2, ""),
+    (["--zero", "2"], 2, ""),
+    (["--zero", "3", "--gradient_checkpointing"], 2, CHUNKS),
 ], ids=["small micro-batches", "two processes", "two processes, large micro-batches", "ZeRO 2", "ZeRO 3"])
-def test_losses_do_not_depend_on_how_the_work_is_distributed(train, finished, tmp_path, flags, launcher):
-    train(tmp_path / "run", *flags, launcher=launcher)
+def test_losses_do_not_depend_on_how_the_work_is_distributed(train, finished, tmp_path, flags, launcher, patch):
+    """DeepSpeed compiles extensions when they are first used; training uses none, so it runs with an empty PATH. Under
+    ZeRO 3 ranks with different numbers of targets, and so of chunks of the loss, make the same collective calls."""
+    (tmp_path / "bin").mkdir()
+    train(tmp_path / "run", *flags, launcher=launcher, patch=patch, PATH=str(tmp_path / "bin"), CXX="none",
+          TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    assert not (tmp_path / "compiled").exists()
     expected, actual = losses(finished[0]), losses(tmp_path / "run")
     assert len(actual) == 20 + 3
     assert actual == pytest.approx(expected, rel=1e-5)
@@ -149,18 +157,19 @@ def test_losses_do_not_depend_on_how_the_work_is_distributed(train, finished, tm
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-3 for name in weights[0])
 
 
-@pytest.mark.parametrize(("zero", "launcher"), [("1", 1), ("2", 2)])
-def test_bf16_keeps_fp32_master_weights(train, tmp_path, zero, launcher):
+def test_bf16_keeps_fp32_master_weights(train, tmp_path):
     """bf16 master weights would lose steps of 1e-5: a bf16 weight near 0.2 has a resolution of 1e-3."""
     flags = ["--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--max_steps", "30", "--eval_steps", "30",
              "--max_train_samples", "8"]
     train(tmp_path / "fp32", *flags)
-    train(tmp_path / "bf16", *flags, "--dtype", "bf16", "--zero", zero, launcher=launcher)
-    decrease = {name: losses(tmp_path / name)[1, "loss"] - losses(tmp_path / name)[30, "loss"]
-                for name in ("fp32", "bf16")}
-    assert decrease["fp32"] > 0.01
-    assert decrease["bf16"] == pytest.approx(decrease["fp32"], rel=0.5)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto").dtype == torch.bfloat16
+    train(tmp_path / "1", *flags, "--dtype", "bf16", "--zero", "1")
+    train(tmp_path / "2", *flags, "--dtype", "bf16", "--zero", "2", launcher=2)
+    expected, *decreases = (losses(tmp_path / name)[1, "loss"] - losses(tmp_path / name)[30, "loss"]
+                            for name in ("fp32", "1", "2"))
+    assert expected > 0.01
+    assert decreases == pytest.approx([expected] * 2, rel=0.5)
+    for name in ("1", "2"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").dtype == torch.bfloat16
 
 
 def test_losses_of_compiled_blocks(train, finished, tmp_path):
@@ -338,13 +347,6 @@ def test_checkpoints_of_an_unfinished_run_are_kept(tmp_path):
         assert [path.name for path in partial.iterdir()] == ["run.json"]
     assert (tmp_path / "m1.partial.old/checkpoint-3").is_dir()
     assert (tmp_path / "m1.partial.old-2/checkpoint-6").is_dir()
-
-
-def test_chunked_loss_under_zero_3(train, finished, tmp_path):
-    """Ranks with different numbers of targets, and so of chunks, make the same collective calls."""
-    train(tmp_path / "run", "--zero", "3", launcher=2,
-          patch="import model.loss; model.loss.chunk_rows = lambda *_: 20")
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
 
 
 def test_other_settings_are_refused_with_the_differences(train, finished, simp_file, tmp_path):
@@ -580,15 +582,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(train, tmp_path):
     AutoModelForCausalLM.from_pretrained(partial / "checkpoint-8")
 
 
-def test_no_compiler_is_needed(train, tmp_path):
-    """DeepSpeed compiles extensions when they are first used. Training uses none, so it runs with an empty PATH."""
-    (tmp_path / "bin").mkdir()
-    train(tmp_path / "run", "--max_steps", "1", launcher=[sys.executable, *TORCHRUN], PATH=str(tmp_path / "bin"),
-          CXX="none", TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
-    assert (tmp_path / "run/model.safetensors").exists()
-    assert not (tmp_path / "compiled").exists()
-
-
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -612,15 +605,17 @@ def test_gradient_checkpointing_wraps_each_block(train, tmp_path):
         assert result.stdout.count("recomputed\n") == times, name
 
 
-def test_the_loss_on_the_prompt(train, checkpoint, simp_file, tmp_path):
+def test_the_loss_on_the_prompt(train, finished, checkpoint, simp_file, tmp_path):
+    """Training includes the prompt. Evaluations are on the targets alone, as without --train_on_source."""
     train(tmp_path / "run", "--max_steps", "1", "--train_on_source")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     data = SFTDataset(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
     batch = [torch.tensor(data[index][0])[None] for index in sample_indices(42, 60, 0, 8)]
     with torch.no_grad():
         nll = sum(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in batch)
-    assert read_metrics(tmp_path / "run")[0][0]["loss"] == pytest.approx(
-        nll / sum(ids.shape[1] - 1 for ids in batch), rel=1e-5)
+    logged = losses(tmp_path / "run")
+    assert logged[1, "loss"] == pytest.approx(nll / sum(ids.shape[1] - 1 for ids in batch), rel=1e-5)
+    assert logged[0, "eval_loss"] == losses(finished[0])[0, "eval_loss"]
 
 
 def test_new_weights_follow_the_seed():
@@ -639,10 +634,3 @@ def test_the_last_epoch_has_no_checkpoint_of_its_own(train, tmp_path):
     train(tmp_path / "run", "--max_steps", "none", "--num_train_epochs", "2", "--max_train_samples", "16",
           "--save_total_limit", "9")
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_evaluation_is_on_the_targets_alone(train, tmp_path):
-    for name, flags in (("targets", ()), ("sources", ("--train_on_source",))):
-        train(tmp_path / name, "--max_steps", "1", *flags)
-    targets, sources = (read_metrics(tmp_path / name)[1][0]["eval_loss"] for name in ("targets", "sources"))
-    assert targets == sources

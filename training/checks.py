@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from common.configs import model_shape
-from common.distributed import Distributed, StopRequest
+from common.distributed import Distributed
 from common.files import UserError, digest
 from common.formatting import format_names
 from common.metrics_log import check_services
 from common.provenance import DIGESTS, data_digest, describe, last_template, read_lineage, read_record
 from common.settings import json_values
+from common.stop_request import StopRequest
 from corpus.prompts import open_template
 from corpus.shards import check_shards
 from corpus.tasks import read_task
@@ -190,8 +191,8 @@ def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: di
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
                         f"{lineage.get('flops', 0):.4g}: raise it")
     if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
-        print(f"{cfg.init} was trained on another text, or on this text with another seed or seq_length: starting "
-              "at the first sample")
+        print(f"{cfg.init} was trained on another text, or on this text with another seed, seq_length or "
+              "max_train_samples: starting at the first sample")
 
 
 def find_source(cfg: TrainConfig) -> Path:
@@ -210,7 +211,12 @@ def read_model_config(cfg: TrainConfig, source: Path) -> ModelConfig:
 
 def check_same_on_all_ranks(path: str, dist: Distributed) -> None:
     """Raises UserError if the ranks have different data at a path, such as an old copy on one node's disk."""
-    digests = dist.gather(dist.on_all_ranks(lambda: data_digest(path)))
+    def digest_here() -> str:
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist here: copy it to all nodes, or use a shared folder")
+        return data_digest(path)
+
+    digests = dist.gather(dist.on_all_ranks(digest_here))
     dist.on_rank0(lambda: compare_digests(path, digests))
 
 

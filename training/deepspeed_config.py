@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common.configs import CONFIGS
-from common.distributed import resolve_dtype
+from common.dtypes import resolve_dtype
 from common.files import JSON_NAMES, UserError, is_number, read_json
 from training.train_config import TrainConfig, default_zero_stage
 

@@ -91,8 +91,8 @@ class Distillation:
 
 
 def generate_texts(model: Any, source: Path, numbers: Sequence[int], seed: int, tokens: int) -> list[list[int]]:
-    """Token ids of texts sampled from a model's distribution, from <bos> alone, or from the end-of-text token if there
-    is no <bos>. A text depends on its number and the seed. tokens: the most that are generated for a text."""
+    """Token ids of texts sampled from a model, starting with <bos> or, for a tokenizer without one, the end-of-text
+    token. A text depends on its number and the seed. tokens: the maximum length of a text."""
     tokenizer = Tokenizer(source)
     start = tokenizer.start_id
     assert tokenizer.eos_id is not None  # checkpoints to fine-tune have an end-of-text token

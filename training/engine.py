@@ -187,7 +187,7 @@ def save_checkpoint(run: Run, engine: "DeepSpeedEngine", directory: Path,
 
     if run.dist.rank == 0:
         with contextlib.nullcontext(directory) if directory.exists() else new_directory(directory) as folder:
-            write_checkpoint(folder, engine.module.config, tensors(), run.source)
+            write_checkpoint(folder, engine.module.config, tensors(), run.source, run.dtype)
             if record:
                 write_record(folder, record)
     else:

@@ -52,8 +52,8 @@ class IVON(torch.optim.Optimizer):
         """Sets the fragments and the prior; the flat tensors hold the means.
 
         prior: flat tensor -> (mean, precision), each of the flat tensor's length; the precision may be one number.
-        device: draws the noise, that of the model even if the flat tensors are offloaded: CPUs draw other numbers, and
-        slowly.
+        device: on which the noise is drawn: the model's, also if the flat tensors are offloaded, since CPUs draw other
+        numbers, and slowly.
         """
         self.prior, self.fragments, self.device = prior, {}, device
         for fragment in fragments:

@@ -1,5 +1,5 @@
-"""Methods against forgetting, as hooks around the step: anchors, distillation, adapters, variational learning. Also
-pretraining that continues with the moments of AdamW.
+"""Methods against forgetting, as hooks around the step: anchors, distillation, adapters, variational learning. One more
+hook lets pretraining continue with the moments of AdamW.
 
 A method stores its values in dictionaries keyed by the flat tensors that the optimizer updates
 (training/zero_shards.py), so it works unchanged under every ZeRO stage. What the next task needs is written next to

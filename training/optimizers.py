@@ -54,7 +54,7 @@ class AnchoredAdamW(AdamW):
 
 
 def in_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of the same elements of several tensors, so many that a temporary tensor of them is small."""
+    """Views of several tensors in blocks of the same BLOCK elements, so that temporary tensors stay small."""
     return zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors))
 
 

@@ -48,17 +48,18 @@ class StateSaver:
         self.run, self.engine, self.saved = run, engine, time.monotonic()
 
     def check(self, state: TrainState, steps: int, save: bool = True) -> None:
-        """Saves the state if it is time, and ends the process if any rank was asked to stop."""
+        """Saves the state if it is time, and ends the process if any rank was asked to stop. save: whether there is
+        something to save, which a run that has just started has not."""
         dist = self.run.dist
         elapsed = time.monotonic() - self.saved
         stopping, due = dist.all_reduce_sum(self.run.request.signal is not None,
                                             dist.rank == 0 and elapsed >= 60 * self.run.cfg.save_minutes)
-        if stopping or due:
-            if save:
-                save_state(self.run, self.engine, state)
+        if save and (stopping or due):
+            save_state(self.run, self.engine, state)
             self.saved = time.monotonic()
         if stopping:
-            dist.print0(f"stopped by a signal after step {state.step} of {steps}: the same command resumes from there")
+            dist.print0(f"stopped by a signal after step {state.step} of {steps}: the same command "
+                        + ("resumes from there" if state.step else "starts it again"))
             sys.exit(STOPPED)
 
 

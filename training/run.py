@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from common.distributed import TORCH_DTYPES, Distributed, StopRequest
+from common.distributed import Distributed
+from common.dtypes import TORCH_DTYPES
 from common.files import named
+from common.stop_request import StopRequest
 from model.config import ModelConfig
 from training.selection import Shapes, count_elements, training_flops
 from training.train_config import TrainConfig

@@ -108,7 +108,6 @@ def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[
     """Records in run.json that the run was resumed after a step, with the settings and the held-out text from then on,
     which may differ as far as they do not change the weights; returns the new content."""
     recorded = {key: value for key, value in read_record(directory).items() if key != "held_out_digest"}
-    recorded = {"id": record["id"]} | recorded  # earlier versions recorded none
     recorded |= {key: record[key] for key in ("settings", "held_out_digest") if key in record}
     resumed = {"after_step": step} | {key: record[key] for key in ("commit", "processes", "device")}
     recorded["resumed"] = [*recorded.get("resumed", []), resumed]
@@ -176,7 +175,7 @@ def find_state(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     if folder is None:
         return None
     saved = read_state(folder)
-    if saved["run"] != read_record(directory).get("id", saved["run"]):  # earlier versions recorded none
+    if saved["run"] != read_record(directory).get("id"):
         raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
     if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
         raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")

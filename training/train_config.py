@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.distributed import resolve_dtype
+from common.dtypes import resolve_dtype
 from common.provenance import DEFAULT_TEMPLATE, TemplateName
 from common.settings import setting
 from model.config import MAX_LAYERS

@@ -32,6 +32,14 @@ def test_a_file_that_describes_no_task(folder, text, said):
     assert read_config("task", "mine")["decoding"] == {"max_new_tokens": 5}
 
 
+def test_the_name_of_a_task_is_part_of_the_names_of_folders(folder):
+    for name in ("my-task", "my.task"):
+        (folder / f"task/{name}.toml").write_text(TASK + DECODING)
+    assert read_config("task", "my-task")["folder"] == "mine"
+    with pytest.raises(UserError, match="the name of a task, which folders have, consists of letters, digits, _ and -"):
+        read_config("task", "my.task")
+
+
 def test_a_size_without_all_of_a_shape(folder):
     (folder / "size/mini.toml").write_text("[model]\nhidden_size = 8\nnum_hidden_layers = 1\nintermediate_size = 8\n")
     with pytest.raises(UserError, match=r"mini\.toml: \[model\] lacks vocab_size, num_attention_heads"):

@@ -1,13 +1,13 @@
 """Process groups, requests to stop, and the data type of a machine."""
 import re
-import sys
 
 import pytest
 import torch
 
-from common.distributed import Distributed, resolve_dtype
+from common.distributed import Distributed
+from common.dtypes import resolve_dtype
 from common.files import UserError
-from tests.conftest import TORCHRUN, run_script
+from tests.conftest import run_script
 
 COLLECTIVES = """
 import sys, time
@@ -34,10 +34,20 @@ with Distributed() as dist:
 @pytest.mark.parametrize(("last", "rank"), [("dist.on_all_ranks(fail if dist.rank == 1 else str)", 1),
                                             ("dist.local_rank0_first(fail)", 0)])
 def test_collectives_and_an_error_of_one_rank(tmp_path, last, rank):
-    result = run_script("-c", COLLECTIVES.replace("LAST", last), tmp_path / "file", check=False,
-                        launcher=[*TORCHRUN, "--no_python", sys.executable])
+    result = run_script("-c", COLLECTIVES.replace("LAST", last), tmp_path / "file", check=False, launcher=2)
     assert (result.stdout, result.returncode) == ("2 processes\n", 1), result.stderr
     assert re.findall("UserError: .*", result.stderr) == [f"UserError: the disk is full (on rank {rank})"]
+
+
+def test_a_download_takes_longer_than_the_timeout():
+    code = ("import datetime, time; from common.distributed import Distributed\n"
+            "with Distributed(datetime.timedelta(seconds=1)) as dist:\n"
+            "    with dist.patient(): dist.on_rank0(lambda: time.sleep(1.5))\n"
+            "    dist.print0('downloaded')\n"
+            "    dist.on_rank0(lambda: time.sleep(1.5))")
+    result = run_script("-c", code, launcher=2, check=False)
+    assert result.stdout == "downloaded\n"
+    assert "lost the connection to another process" in result.stderr
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -72,7 +82,7 @@ def test_omp_num_threads_is_respected():
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    code = ("import os, signal, time; from common.distributed import StopRequest\n"
+    code = ("import os, signal, time; from common.stop_request import StopRequest\n"
             "with StopRequest() as request:\n"
             "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5)\n"
             "    print(request.signal, flush=True)  # a launcher's copy of the first signal does not count\n"
@@ -101,4 +111,4 @@ def test_the_users_settings_of_the_allocator_are_kept(given, expected, monkeypat
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)  # of another test's group
     code = ("import os; from common.distributed import Distributed\n"
             "with Distributed(): print(os.environ.get('PYTORCH_ALLOC_CONF'))")
-    assert run_script("-c", code, launcher=[sys.executable], **given).stdout.strip() == expected
+    assert run_script("-c", code, **given).stdout.strip() == expected

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from common.files import UserError
+from corpus import documents
 from corpus.documents import load_hub_dataset, read_docstrings, read_documents, read_text_file
 
 DEEP = "[" * 100_000
@@ -93,6 +94,37 @@ def test_docstrings_keep_the_source_order(tmp_path):
     assert read_docstrings(tmp_path / "m.py") == ["a?b"]
     (tmp_path / "m.py").write_text("def (")
     assert read_docstrings(tmp_path / "m.py") == []
+
+
+def test_installed_documentation(tmp_path, monkeypatch):
+    """Docstrings of the standard library, then of the packages, without their tests; each is kept once."""
+    for path, text in {"lib/b.py": "B.", "lib/a.py": "A.", "lib/test/c.py": "C.", "lib/site-packages/d.py": "D.",
+                       "packages/numpy/e.py": "E.", "packages/numpy/tests/f.py": "F.", "packages/numpy/g.py": "A.",
+                       "packages/other/h.py": "H."}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f'"""{text}"""\n')
+    monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: str(
+        tmp_path / {"stdlib": "lib", "purelib": "packages"}[name]))
+    found = documents.read_installed_docs.__wrapped__()
+    assert [text for text in found if len(text) < 4] == ["A.", "B.", "E.", ""]
+    assert len(found) > 50  # and the topics of pydoc
+
+
+def test_a_dataset_with_a_loading_script_is_read_from_its_conversion(monkeypatch):
+    asked = []
+
+    def load_dataset(name, *_, revision, **__):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(load_hub_dataset("owner/name", "train", ["text"])) == [{"text": "a"}]
+    assert asked == [None, "refs/convert/parquet"]
+    monkeypatch.setattr(documents, "CONVERTED", None)
+    with pytest.raises(UserError, match="scripts are no longer supported"):
+        list(load_hub_dataset("owner/name", "train", ["text"]))
 
 
 def test_rows_of_a_dataset_in_a_folder_whose_name_is_a_pattern(tmp_path, monkeypatch):

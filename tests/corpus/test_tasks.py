@@ -21,7 +21,7 @@ from corpus.raw_tasks import (
     restore_brackets,
     split_of_file,
 )
-from corpus.tasks import SFTDataset, read_task, split_indices, write_task
+from corpus.tasks import SFTDataset, first_items, read_task, split_indices, write_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, sample_texts
 from training.data import TrainData
@@ -330,3 +330,10 @@ def test_a_cut_prompt_ends_as_a_whole_one(tmp_path):
     assert len(short) < 200 == len(long)
     assert tokenizer.token(long[-len(ending) - 1]) == "▁b"
     assert long[-len(ending):] == ending
+
+
+def test_the_first_items_are_of_all_prompts():
+    items = [{"n": n, "src_info": {"prompt_name": prompt}} for n, prompt in enumerate("aaaabbc")]
+    assert [item["n"] for item in first_items(items, 6)] == [0, 4, 6, 1, 5, 2]
+    assert first_items(items, None) == items
+    assert [item["n"] for item in first_items(items[:4], 3)] == [0, 1, 2]

@@ -394,12 +394,13 @@ def test_group_and_missing_dataset(model, monkeypatch, tmp_path):
 
 
 def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model):
-    def evaluate(posterior_samples=0, template=None, **sizes):
+    def evaluate(posterior_samples=0, template=None, shots=0, dtype="fp32", **sizes):
         results = {"results": {name: {"acc,none": 0.5} for name in sizes},
                    "n-samples": {name: {"original": 9, "effective": size} for name, size in sizes.items()}}
         answers = {name: [{"doc_id": n, "acc": 0.5} for n in range(size)] for name, size in sizes.items()}
         monkeypatch.setattr(benchmarks, "run_suite", lambda *_: (results, answers))
-        run = {"limit": None} | ({"posterior_samples": posterior_samples} if posterior_samples else {})
+        run = {"limit": None, "dtype": dtype, "suite": [{"name": name, "num_fewshot": shots} for name in sizes]}
+        run |= {"posterior_samples": posterior_samples} if posterior_samples else {}
         run |= {"template": template} if template else {}
         evaluate_suite(SuiteRun([], run, (), [], {}, {}), model, tmp_path)
         return [{name: len(file.samples[name]) for name in file.results} for file in own_results(tmp_path)]
@@ -411,6 +412,9 @@ def test_results_are_removed_only_where_superseded(tmp_path, monkeypatch, model)
     assert evaluate(a=9, b=8, c=9) == [{"a": 9, "b": 9}, {"a": 9, "b": 8, "c": 9}]
     assert evaluate(0, "chat", a=9, b=9, c=9) == [{"a": 9, "b": 9}, {"a": 9, "b": 8, "c": 9}, {"a": 9, "b": 9, "c": 9}]
     own_results(tmp_path)[-1].path.unlink()
+    for other in ({"shots": 5}, {"dtype": "bf16"}):
+        assert len(evaluate(**other, a=9, b=9, c=9)) == 3
+        own_results(tmp_path)[-1].path.unlink()
     (tmp_path / "results_mine.json").write_text('{"results": {"a": {"acc": 1.0}}}')  # written by another program
     assert evaluate(2, a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}]
     assert evaluate(a=9, b=9, c=9) == [{"a": 9, "b": 9, "c": 9}] * 2  # without posterior samples

@@ -135,7 +135,7 @@ def test_the_table(done):
 
 def test_two_processes_give_the_same(done, words, tmp_path):
     run_script(*words, "--out", tmp_path, launcher=2)
-    for one, two in zip(read_losses(done[0]), read_losses(tmp_path)):
+    for one, two in zip(read_losses(done[0]), read_losses(tmp_path), strict=True):
         for name in ("nll", "kl"):
             assert two["items"].pop(name) == pytest.approx(one["items"].pop(name), rel=1e-5)
         assert two["items"] == one["items"]
@@ -159,9 +159,9 @@ def test_existing_losses_are_kept(done, words, tmp_path):
 def test_kl_is_added_later(done, words, tmp_path):
     without = [word for word in words if word not in (words[3], words[4])]
     run_script(*without, "--out", tmp_path)
-    assert all(found["kl"] is None and found["items"]["kl"] is None for found in read_losses(tmp_path))
+    assert [(found["kl"], found["items"]["kl"]) for found in read_losses(tmp_path)] == [(None, None)] * 2
     run_script(*words, "--out", tmp_path)
-    for one, two in zip(read_losses(done[0]), read_losses(tmp_path)):
+    for one, two in zip(read_losses(done[0]), read_losses(tmp_path), strict=True):
         assert two == one
 
 

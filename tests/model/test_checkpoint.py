@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_neither_read_nor_written(copy, tmp_path,
     config = ModelConfig.read(copy / "config.json")
     with pytest.raises(UserError, match=f"{name} holds values that are not finite"), \
             new_directory(tmp_path / "out") as folder:
-        write_checkpoint(folder, config, [(key, state[key]) for key in parameter_shapes(config)], copy)
+        write_checkpoint(folder, config, [(key, state[key]) for key in parameter_shapes(config)], copy, dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
@@ -266,10 +266,11 @@ def test_open_checkpoint_checks_the_parts_together(checkpoint, copy, tmp_path):
         open_checkpoint(copy)
 
 
-def test_opening_a_checkpoint_does_not_import_the_compiler(checkpoint):
+def test_opening_a_checkpoint_imports_neither_the_compiler_nor_the_hooks_of_scripts(checkpoint):
     code = ("import sys; from model.hub import load_model; from model.checkpoint import open_checkpoint;"
-            "open_checkpoint(sys.argv[1]); load_model(sys.argv[1]); print('torch._dynamo' in sys.modules)")
-    assert run_script("-c", code, checkpoint, launcher=[sys.executable]).stdout == "False\n"
+            "open_checkpoint(sys.argv[1]); load_model(sys.argv[1]);"
+            "print('torch._dynamo' in sys.modules, 'common.interrupts' in sys.modules)")
+    assert run_script("-c", code, checkpoint, launcher=[sys.executable]).stdout == "False False\n"
 
 
 def test_no_space_leaves_nothing_behind(checkpoint, tmp_path):

@@ -35,17 +35,17 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
 def shape(request):
     return request.param
 
 
-@pytest.fixture
-def twins(shape, tokenizer_dir, tmp_path):
-    """A random model of a variant, as a checkpoint and by transformers."""
-    ours = random_model(**shape)
-    write_checkpoint(tmp_path, ours.config, ours.named_parameters(), tokenizer_dir)
-    return load_model(tmp_path), load_theirs(tmp_path)
+@pytest.fixture(scope="module")
+def twins(shape, tokenizer_dir, tmp_path_factory):
+    """A random model of a variant, loaded from a checkpoint by this project and by transformers."""
+    ours, folder = random_model(**shape), tmp_path_factory.mktemp("twins")
+    write_checkpoint(folder, ours.config, ours.named_parameters(), tokenizer_dir)
+    return load_model(folder), load_theirs(folder)
 
 
 def load_theirs(folder):
@@ -76,11 +76,14 @@ def test_logits_and_size(twins):
 @pytest.mark.parametrize("prefix_length", [0, 9])
 def test_loss_and_gradients(twins, prefix_length):
     ours, theirs = twins
+    for model in twins:
+        model.zero_grad()
     ours.model.gradient_checkpointing = bool(prefix_length)
     input_ids, targets, ids, labels, mask = padded_batch()
     prefix = random_ids(prefix_length, seed=4)
     loss = ours(input_ids, targets, prefix)
     loss.backward()
+    ours.model.gradient_checkpointing = False
     expected = loss_after_prefix(theirs, prefix, ids, labels, mask)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -92,10 +95,10 @@ def test_decoding(twins, beams):
     ours, theirs = twins
     prompts = [random_ids(length, seed=length).tolist() for length in (1, 20, 9)]
     prompts.append(prompts[1][:12])
-    found = generate(ours, prompts, GenerationConfig(64, num_beams=beams))
+    found = generate(ours, prompts, GenerationConfig(24, num_beams=beams))
     for prompt, ids in zip(prompts, found):
         expected = theirs.generate(torch.tensor([prompt]), eos_token_id=None, pad_token_id=0, do_sample=False,
-                                   max_new_tokens=64, num_beams=beams)
+                                   max_new_tokens=24, num_beams=beams)
         assert ids == expected[0, len(prompt):].tolist()
 
 

@@ -173,6 +173,13 @@ def test_invalid_settings():
         assert len(GenerationConfig(**wrong).problems()) == 1, wrong
 
 
+def test_what_cannot_be_generated_is_refused(models):
+    for config, prompts, said in ((GenerationConfig(do_sample=True, temperature=0.0), [[1]], "temperature is 0.0"),
+                                  (GenerationConfig(), [[1], []], "prompt 1 has no token")):
+        with pytest.raises(UserError, match=said):
+            generate(models[0], prompts, config)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3},
                                      {"num_beams": 2, "length_penalty": -1.0, "early_stopping": "never"}])
 def test_several_end_tokens(models, prompts, options):

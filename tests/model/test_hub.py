@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.hub import load_model
+from common.settings import load
+from model.hub import HubConfig, load_model, main
 from tests.conftest import error_line, run_script
 from tests.hub import HubStandIn, published_files
 
@@ -27,7 +28,7 @@ def fetch(hub, tmp_path, source=ID, *flags, **options):
                       **hub.environment(tmp_path / "cache"))
 
 
-def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path):
+def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path, capsys, refusal):
     """Without weights in a layout of the publisher's own."""
     hub.add("models", ID, dict(hub.repos["models", ID]["main"]) | {"consolidated.safetensors": b"weights"})
     result = fetch(hub, tmp_path, ID, "--dtype", "fp32")
@@ -44,12 +45,10 @@ def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path):
     assert names.count("pytorch_model.bin") == 1
     assert "README.md" not in names
     shutil.rmtree(cache)
-    assert fetch(hub, tmp_path).stdout == f"{tmp_path}/out is there already\n"
-
-
-def test_a_copy_of_another_source_is_not_taken_for_the_one_asked_for(hub, checkpoint, tmp_path):
-    fetch(hub, tmp_path)
-    line = error_line(fetch(hub, tmp_path, checkpoint, check=False))
+    capsys.readouterr()
+    main(HubConfig(ID, str(tmp_path / "out")))
+    assert capsys.readouterr().out == f"{tmp_path}/out is there already\n"
+    line = refusal((HubConfig, main), "--source", checkpoint, "--out", tmp_path / "out")
     assert f"out is there already and was made from {ID}, not from {checkpoint}: remove it, or choose another" in line
 
 
@@ -60,18 +59,18 @@ def test_safetensors_are_preferred(hub, checkpoint, tmp_path):
     assert not any("pytorch_model.bin" in path for _, path in hub.requests if "/resolve/" in path)
 
 
-def test_weights_in_bf16(hub, checkpoint, tmp_path):
-    fetch(hub, tmp_path, ID, "--dtype", "bf16")
+def test_weights_in_bf16(checkpoint, tmp_path):
+    main(HubConfig(str(checkpoint), str(tmp_path / "out"), "bf16"))
     written, source = load_file(tmp_path / "out/model.safetensors"), load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(tensor, source[name].bfloat16()) for name, tensor in written.items())
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_a_copy_of_another_dtype_is_not_taken_for_the_one_asked_for(hub, tmp_path):
-    fetch(hub, tmp_path, ID, "--dtype", "fp32")
-    line = error_line(fetch(hub, tmp_path, ID, "--dtype", "bf16", check=False))
-    assert "is there already, with weights of another dtype than bf16" in line
-    assert "is there already" in fetch(hub, tmp_path, ID, "--dtype", "fp32").stdout
+def test_a_copy_of_another_dtype_is_not_taken_for_the_one_asked_for(checkpoint, tmp_path, refusal):
+    given = ["--source", checkpoint, "--out", tmp_path / "out", "--dtype"]
+    main(load(HubConfig, map(str, [*given, "fp32"])))
+    assert "is there already, with weights of another dtype than bf16" in refusal((HubConfig, main), *given, "bf16")
+    main(load(HubConfig, map(str, [*given, "fp32"])))
 
 
 def test_a_cut_connection(hub, checkpoint, tmp_path):

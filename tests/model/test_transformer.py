@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.olmo2 import modeling_olmo2
 
 import model.attention
 import model.loss
@@ -17,7 +18,7 @@ from model.attention import attention, causal_attention
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.loss import IGNORE_INDEX
-from model.transformer import RMSNorm, Transformer, initial_weights, rotary_table
+from model.transformer import RMSNorm, Transformer, initial_weights, rotary_table, rotate
 from tests.conftest import SHAPE, random_model
 from training.engine import compile_blocks
 
@@ -252,20 +253,27 @@ def test_parameter_count():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_rotation_equal_transformers_bit_for_bit(dtype):
-    """Both are computed in fp32, whatever the dtype of the weights."""
+@pytest.mark.parametrize("theirs", [modeling_llama, modeling_olmo2], ids=["llama", "olmo2"])
+def test_norm_and_rotation_equal_transformers_bit_for_bit(theirs, dtype):
+    """Llama rounds to the dtype of the model before it multiplies with the weights of a norm, and rounds the table of
+    the rotation; OLMo 2 rounds the products."""
+    name = theirs.__name__.rpartition("_")[2]
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = ModelConfig(**SHAPE | shape | {"model_type": name})
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 700, 32), (32,)))
-    ours, theirs = RMSNorm(32, 1e-5).to(dtype), LlamaRMSNorm(32, 1e-5).to(dtype)
-    for norm in (ours, theirs):
+    norms = [norm.to(dtype) for norm in (
+        RMSNorm(32, config), getattr(theirs, f"{name.capitalize()}RMSNorm")(32, config.rms_norm_eps))]
+    for norm in norms:
         norm.weight.data.copy_(weight)
-    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(*(norm(x) for norm in norms))
     positions = torch.arange(700)
-    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_theta=10_000.0)
-    expected = LlamaRotaryEmbedding(config)(x, positions[None])
-    found = rotary_table(ModelConfig(**SHAPE | {"hidden_size": 64, "num_attention_heads": 2,
-                                                "num_key_value_heads": 2}), positions, dtype)
-    assert all(torch.equal(one, two[0]) for one, two in zip(found, expected))
+    rotary = getattr(theirs, f"{name.capitalize()}RotaryEmbedding")(
+        AutoConfig.for_model(name, **shape, rope_theta=10_000.0))
+    table, expected = rotary_table(config, positions, dtype), rotary(x, positions[None])
+    assert all(torch.equal(one, two[0]) for one, two in zip(table, expected))
+    query = torch.randn(1, 2, 700, 32, generator=generator).to(dtype)
+    assert torch.equal(rotate(query, *table), theirs.apply_rotary_pos_emb(query, query, *expected)[0])
 
 
 def test_new_weights():

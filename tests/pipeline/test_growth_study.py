@@ -91,11 +91,13 @@ def test_invalid_recipes(refusal, tmp_path, flags, said):
     assert not list(tmp_path.iterdir())
 
 
-def test_gradual_growth(text, tmp_path, refusal):
+@pytest.mark.usefixtures("forked_jobs")
+def test_gradual_growth(text, tmp_path, refusal, capsys):
     """Grows twice. Each run continues in the text where the one before it stopped, and finished runs are kept."""
-    words = ["pretrain.py", "--size", "tiny", "--data", text, "--out", tmp_path, "--factors", "2,2",
+    words = ["--size", "tiny", "--data", text, "--out", tmp_path, "--factors", "2,2",
              "--at_tokens", "4096,8192", "--args", "--max_flops none --max_tokens 2048"]
-    result = run_script(*words)
+    cfg = load(PretrainConfig, map(str, words))
+    pretrain.main(cfg)
     depths = {name: json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"]
               for name in ("base", "grown-4", "trained-4", "grown-8", "m0")}
     assert depths == {"base": 2, "grown-4": 4, "trained-4": 4, "grown-8": 8, "m0": 8}
@@ -103,30 +105,33 @@ def test_gradual_growth(text, tmp_path, refusal):
     assert [(run["first_sample"], run["last_sample"]) for run in results] == [(0, 16), (16, 32), (32, 40)]
     sizes = [4096 * 96 + 96 + layers * 98496 for layers in (2, 4, 8)]  # parameters, as in tests/test_train.py
     assert results[-1]["flops"] == 6 * (4096 * sizes[0] + 4096 * sizes[1] + 2048 * sizes[2])
-    assert "[5/5]" in result.stdout
-    assert "left in all" in result.stdout
+    said = capsys.readouterr().out
+    assert "[5/5]" in said
+    assert "left in all" in said
     (tmp_path / "base").rename(tmp_path / "gone")  # the runs after it exist
-    result = run_script(*words)
-    assert "m0 is finished already, nothing to do" in result.stdout
-    assert "[1/1]" in result.stdout
-    line = refusal((PretrainConfig, pretrain.main), *words[1:-2], "--model", "interleave")
+    pretrain.main(cfg)
+    said = capsys.readouterr().out
+    assert "m0 is finished already, nothing to do" in said
+    assert "[1/1]" in said
+    line = refusal((PretrainConfig, pretrain.main), *words[:-2], "--model", "interleave")
     assert "holds stages made with other settings: " in line
     assert "is 'stack' there and 'interleave' here" in line
-    line = refusal((PretrainConfig, pretrain.main), *words[1:5], "--out", tmp_path / "x", "--launcher",
+    line = refusal((PretrainConfig, pretrain.main), *words[:4], "--out", tmp_path / "x", "--launcher",
                    "no-such-launcher")
     assert "no-such-launcher cannot be started" in line
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_model_is_trained_on_until_it_is_level(text, tmp_path):
-    words = ["pretrain.py", "--size", "tiny", "--model", "llm", "--data", text]
-    run_script(*words, "--out", tmp_path / "llm", "--args", "--max_flops none --max_tokens 4096 --max_eval_samples 4 "
-               "--learning_rate 4e-3")
+    given = {"size": "tiny", "model": "llm", "data": str(text)}
+    pretrain.main(PretrainConfig(**given, out=str(tmp_path / "llm"), args="--max_flops none --max_tokens 4096 "
+                                 "--max_eval_samples 4 --learning_rate 4e-3"))
     before = json.loads((tmp_path / "llm/m0/run.json").read_text())["result"]
     goal = before["eval_loss_after"] - 0.01
     (tmp_path / "better").mkdir()
     (tmp_path / "better/run.json").write_text(json.dumps({"result": {"eval_loss_after": goal}}))
-    run_script(*words, "--out", tmp_path / "llm-level", "--init", tmp_path / "llm/m0", "--level_with",
-               tmp_path / "better", "--args", "--max_eval_samples 4")
+    pretrain.main(PretrainConfig(**given, out=str(tmp_path / "llm-level"), init=str(tmp_path / "llm/m0"),
+                                 level_with=str(tmp_path / "better"), args="--max_eval_samples 4"))
     run = json.loads((tmp_path / "llm-level/m0/run.json").read_text())
     entries = [json.loads(line) for line in (tmp_path / "llm-level/m0/metrics.jsonl").read_text().splitlines()]
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
@@ -382,11 +387,13 @@ def test_a_scratch_that_learns_nothing_gives_no_speed_up():
     assert [row["to_scratch"] for row in rows] == [[0.0], [0.0]]
 
 
+@pytest.mark.usefixtures("forked_jobs")
 def test_a_study(text, tmp_path, refusal, capsys):
-    words = ["-m", "pipeline.growth_study", "--size", "tiny", "--data", text, "--out", tmp_path / "study",
-             "--operators", "stack", "--base_tokens", "8192", "--max_flops", "1e11", "--eval_steps", "2",
-             "--max_eval_samples", "8", "--warmup_steps", "1"]
-    result = run_script(*words)
+    words = ["--size", "tiny", "--data", text, "--out", tmp_path / "study", "--operators", "stack", "--base_tokens",
+             "8192", "--max_flops", "1e11", "--eval_steps", "2", "--max_eval_samples", "8", "--warmup_steps", "1"]
+    cfg = load(GrowthStudyConfig, map(str, words))
+    growth_study.main(cfg)
+    said = capsys.readouterr().out
     study = tmp_path / "study"
     logs = {name: [json.loads(line) for line in (study / "seed-42" / name / "metrics.jsonl").read_text().splitlines()]
             for name in ("base", "stack", "scratch", "base-trained-on")}
@@ -400,25 +407,24 @@ def test_a_study(text, tmp_path, refusal, capsys):
     assert logs["base-trained-on"][0]["eval_loss"] == logs["base"][0]["eval_loss"]
     assert logs["base-trained-on"][1]["loss"] == logs["base"][1]["loss"]
     final = {name: log[-1]["eval_loss"] for name, log in logs.items()}
-    assert f"| scratch | 1 | – | {final['scratch']:.3f} | – |" in result.stdout
+    assert f"| scratch | 1 | – | {final['scratch']:.3f} | – |" in said
     trained_on = final["base-trained-on"]
     assert (f"| base, trained further | 1 | – | {trained_on:.3f} | {trained_on - final['scratch']:+.3f} |"
-            in result.stdout)
+            in said)
     assert (f"\n- scratch − base, trained further: {final['scratch'] - trained_on:+.3f} nats per token, lower for "
-            f"{int(final['scratch'] < trained_on)} of 1 seeds.") in result.stdout
-    assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in result.stdout
-    assert (study / "growth-study.md").read_text() in result.stdout
+            f"{int(final['scratch'] < trained_on)} of 1 seeds.") in said
+    assert f"| stack | 1 | {logs['stack'][0]['eval_loss']:.3f} | {final['stack']:.3f} |" in said
+    assert (study / "growth-study.md").read_text() in said
     assert (study / "growth-study.png").read_bytes()[:4] == b"\x89PNG"
-    for said in ("stack: ", "scratch: ", "base, trained further: ", "training compute, base included (FLOPs, 6ND)"):
-        assert f"<!-- {said}" in (study / "growth-study.svg").read_text()
+    for label in ("stack: ", "scratch: ", "base, trained further: ", "training compute, base included (FLOPs, 6ND)"):
+        assert f"<!-- {label}" in (study / "growth-study.svg").read_text()
     # a second call trains nothing; an interrupted study continues where it stopped; another study is refused
-    again = load(GrowthStudyConfig, map(str, words[2:]))
-    growth_study.main(again)
+    growth_study.main(cfg)
     assert "[1/" not in capsys.readouterr().out
     (study / "seed-42/scratch").rename(tmp_path / "scratch")
-    growth_study.main(replace(again, dry_run=True))
+    growth_study.main(replace(cfg, dry_run=True))
     assert re.search(r"\[1/1\] \S+/seed-42/scratch: 0.1 of the 0.1 TFLOP", capsys.readouterr().out)
-    line = refusal((GrowthStudyConfig, growth_study.main), *words[2:], "--max_flops", "2e11")
+    line = refusal((GrowthStudyConfig, growth_study.main), *words, "--max_flops", "2e11")
     assert "holds stages made with other settings: max_flops is 100000000000.0 there and 200000000000.0 here" in line
 
 

@@ -64,16 +64,16 @@ def test_scripts_are_bash(path):
 
 
 def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, checkpoint, simp_file, tmp_path):
-    words = ["configs/slurm/train.sbatch", "--init", checkpoint, "--data", simp_file, *FLAGS]
-    assert batch(*words, "--out", tmp_path / "whole").returncode == 0
-    out = tmp_path / "m1"
-    stopped = batch(*words, "--out", out, "--save_minutes", "0", TERM_WHEN=f"{out}.partial/resume")
+    words = ["--init", checkpoint, "--data", simp_file, *FLAGS]
+    run_script("train.py", *words, "--out", tmp_path / "whole", launcher=2)
+    out, script = tmp_path / "m1", "configs/slurm/train.sbatch"
+    stopped = batch(script, *words, "--out", out, "--save_minutes", "0", TERM_WHEN=f"{out}.partial/resume")
     assert stopped.returncode == 75
     assert cluster.read_text() == f"scontrol requeue {JOB}\n"
     logs = [(tmp_path / f"logs/job-{JOB}-rank{rank}.log").read_text() for rank in (0, 1)]
     assert "of 9: the same command resumes from there" in logs[0]
     assert "Traceback" not in logs[0] + logs[1]
-    assert batch(*words, "--out", out).returncode == 0
+    assert batch(script, *words, "--out", out).returncode == 0
     assert cluster.read_text() == f"scontrol requeue {JOB}\n"
     assert "resuming after step" in (tmp_path / f"logs/job-{JOB}-rank0.log").read_text()
     assert losses(out) == losses(tmp_path / "whole")
@@ -91,8 +91,8 @@ def test_a_process_that_hangs_ends_the_job(cluster, checkpoint, simp_file, tmp_p
     """The other process gives up after its timeout, also in DeepSpeed's collectives, and says so on one line. srun ends
     the rest."""
     result = batch("configs/slurm/launch.sh", "tests/interrupted.py", "3", "SIGSTOP", "1", "train.py", "--init",
-                   checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.3",
-                   "--zero", "2", "--max_tokens_per_microbatch", "200")
+                   checkpoint, "--data", simp_file, *FLAGS, "--out", tmp_path / "m1", "--timeout_minutes", "0.15",
+                   "--zero", "2", "--max_tokens_per_microbatch", "200", WAIT="1")
     assert result.returncode > 0
     lines = (tmp_path / f"logs/job-{JOB}-rank0.log").read_text().splitlines()
     errors = [line for line in lines if "rror" in line]
@@ -123,7 +123,8 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, tmp_path, monkeyp
     for script in place.glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
         assert "@" not in script.read_text().replace("between @", "").replace("TERM@300", "")
-    assert "#SBATCH --gpus-per-node=2" in (place / "report.sh").read_text()
+    assert "#SBATCH --gpus-per-node=2" in (place / "llm-m0-eval.sh").read_text()
+    assert "#SBATCH --gpus-per-node=1" in (place / "report.sh").read_text()
     result = batch(place / "llm-m0-eval.sh", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", WAIT="60")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the Slurm job has recorded its job

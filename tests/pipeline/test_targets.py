@@ -14,7 +14,7 @@ from pipeline import make_variables, targets
 from pipeline.jobs import run_command
 from pipeline.make_variables import VARIABLES, Variables
 from pipeline.targets import COMMANDS, target_commands
-from tests.conftest import ROOT, accept_interrupts
+from tests.conftest import ROOT, accept_interrupts, run_script
 
 SOURCES = "".join((ROOT / f"pipeline/{name}.py").read_text() for name in ("targets", "make_variables"))
 
@@ -314,7 +314,12 @@ def test_a_command_runs_with_unchanged_words(monkeypatch, capfd):
     ("evaluate", {"ARGS": "--limit few"}, "error: limit is 'few', expected a whole number"),
     ("experiment", {"ARGS": "--seeds=-1"}, "error: seeds is -1, expected at least 0")])
 def test_arguments_are_checked_before_the_first_command(monkeypatch, tmp_path, capfd, target, given, said):
-    monkeypatch.setattr(targets, "PYTHON", sys.executable)
+    def run_in_fork(words, **_):
+        result = run_script(*words[1:], check=False)
+        print(result.stderr, file=sys.stderr)
+        return result
+
+    monkeypatch.setattr(targets.subprocess, "run", run_in_fork)
     monkeypatch.setattr(targets, "run_command", lambda words: pytest.fail(f"{words} was run"))
     monkeypatch.setattr(targets, "SAMPLE_SUITE", tmp_path / "suite")
     for name, value in {"OUT": "/nonexistent", "TEXT": f"{tmp_path}", "NPROC": "2", **given}.items():

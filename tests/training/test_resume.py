@@ -101,8 +101,8 @@ def test_a_signal_saves_the_state_after_the_step(train, uninterrupted, tmp_path)
 def test_an_unexpected_error_names_its_rank_in_one_line(train, tmp_path):
     patch = ("import os; train_step = train.train_step\n"
              "train.train_step = lambda *args: 1 / 0 if os.environ['RANK'] == '1' else train_step(*args)")
-    result = train(tmp_path / "m1", launcher=TORCHRUN, patch=patch, check=False)
-    assert result.returncode == 1
+    result = train(tmp_path / "m1", launcher=2, patch=patch, check=False)
+    assert result.returncode
     assert "error on rank 1: ZeroDivisionError: division by zero" in result.stderr.splitlines()
 
 
@@ -198,11 +198,19 @@ def test_ranks_with_different_data_are_refused(train, simp_file, tmp_path):
         compare_digests("data", ["aa", "aa", "bb"])
 
 
-def test_the_same_loss_spikes_are_skipped_under_every_zero_stage(train, tmp_path):
-    """A loss above 0.98 times the mean of the last steps counts as a spike, so that there are some."""
-    flags = "--max_steps", "16", "--skip_loss_above", "0.98", "--learning_rate", "1e-3", "--save_minutes", "99"
-    train(tmp_path / "0", *flags)
-    entries = read_metrics(tmp_path / "0")[0]
+SPIKES = "--max_steps", "16", "--skip_loss_above", "0.98", "--learning_rate", "1e-3"
+
+
+@pytest.fixture(scope="module")
+def with_spikes(train, tmp_path_factory):
+    """The directory of a run with loss spikes: a loss above 0.98 times the mean of the last steps counts as one."""
+    out = tmp_path_factory.mktemp("spikes") / "m1"
+    train(out, *SPIKES)
+    return out
+
+
+def test_the_same_loss_spikes_are_skipped_under_every_zero_stage(train, with_spikes, tmp_path):
+    entries = read_metrics(with_spikes)[0]
     skipped = [entry for entry in entries if "skipped_samples" in entry]
     assert skipped
     assert all(entry["step"] > 10 and len(entry["skipped_samples"]) == 8 for entry in skipped)
@@ -210,7 +218,7 @@ def test_the_same_loss_spikes_are_skipped_under_every_zero_stage(train, tmp_path
         earlier = [entry["loss"] for entry in entries if entry["step"] < spike["step"] and entry not in skipped]
         assert spike["loss"] > 0.98 * sum(earlier) / len(earlier)
     for zero, extra, rel in (("1", [], 2e-6), ("2", ["--dtype", "bf16", "--offload"], 2e-3), ("3", [], 2e-6)):
-        train(tmp_path / zero, *flags, "--zero", zero, *extra, launcher=2)
+        train(tmp_path / zero, *SPIKES, "--save_minutes", "99", "--zero", zero, *extra, launcher=2)
         assert [entry["loss"] for entry in read_metrics(tmp_path / zero)[0]] == \
             pytest.approx([entry["loss"] for entry in entries], rel=rel)
 
@@ -224,7 +232,7 @@ def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file
              "train.build_model = slow")
     out, partial = tmp_path / "m1", tmp_path / "m1.partial"
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(train, out, patch=patch, launcher=TORCHRUN)
+        first = pool.submit(train, out, patch=patch, launcher=[*TORCHRUN[:-1], "1"])
         while not partial.exists() and not first.done():
             time.sleep(0.01)
         assert f"another process is using {partial}" in error_line(train(out, check=False))
@@ -269,7 +277,6 @@ def test_a_kill_within_an_epochs_checkpoint_does_not_hinder_the_next_start(train
     assert train(tmp_path / "m1", *flags, patch=patch, check=False).returncode == -9
     (left,) = (tmp_path / "m1.partial").glob(".*")
     assert (left / "model.safetensors").exists()
-    (tmp_path / "m1.partial/checkpoint-4.writing").mkdir()  # as earlier versions called it
     assert "resuming after step 3" in train(tmp_path / "m1", *flags).stdout
     assert not left.exists()
     train(tmp_path / "whole", *flags)
@@ -377,16 +384,6 @@ def test_two_launchers_form_one_run(train, uninterrupted, tmp_path):
     assert losses(tmp_path / "m1") == pytest.approx(losses(uninterrupted), rel=2e-6)
 
 
-def test_a_resumed_run_skips_the_same_batches(train, tmp_path):
-    flags = "--max_steps", "14", "--skip_loss_above", "1e-9"  # from the eleventh step on, every loss is above it
-    train(tmp_path / "whole", *flags)
-    train(tmp_path / "m1", *flags, interrupted=(12, "SIGTERM", "all"))
-    assert "resuming after step 12" in train(tmp_path / "m1", *flags).stdout
-    skipped = [entry["step"] for entry in read_metrics(tmp_path / "whole")[0] if "skipped_samples" in entry]
-    assert skipped == [11, 12, 13, 14]
-    assert losses(tmp_path / "m1") == losses(tmp_path / "whole")
-
-
 def test_the_limit_of_a_loss_spike_by_hand():
     def limit(steps):
         state = TrainState()
@@ -410,11 +407,10 @@ def test_the_state_is_saved_so_many_minutes_after_the_last_save(monkeypatch):
     assert saved == [901, 1802]
 
 
-def test_a_resumed_run_counts_the_updates_and_not_the_skipped_steps(train, tmp_path):
-    flags = "--max_steps", "16", "--skip_loss_above", "0.98", "--learning_rate", "1e-3"
-    train(tmp_path / "whole", *flags)
-    first = next(entry["step"] for entry in read_metrics(tmp_path / "whole")[0] if "skipped_samples" in entry)
+def test_a_resumed_run_skips_the_same_batches_and_counts_the_updates(train, with_spikes, tmp_path):
+    first = next(entry["step"] for entry in read_metrics(with_spikes)[0] if "skipped_samples" in entry)
     assert first < 14
-    train(tmp_path / "m1", *flags, interrupted=(first + 1, "SIGTERM", "all"))
-    train(tmp_path / "m1", *flags)
-    assert losses(tmp_path / "m1") == losses(tmp_path / "whole")
+    for steps in (first - 1, 2):  # before the first one that is skipped, and after it
+        train(tmp_path / "m1", *SPIKES, interrupted=(steps, "SIGTERM", "all"))
+    assert f"resuming after step {first + 1}" in train(tmp_path / "m1", *SPIKES).stdout
+    assert losses(tmp_path / "m1") == losses(with_spikes)

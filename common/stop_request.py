@@ -1,0 +1,41 @@
+"""Signals that ask a run to stop."""
+import os
+import signal
+import socket
+import threading
+import time
+
+
+class StopRequest:
+    """A context manager that turns SIGTERM and SIGINT into a request to stop; `signal` is the signal's name or None.
+
+    The loop honours the first signal after its step. A second one ends the process at once, unless it comes within two
+    seconds: launchers forward a signal that the terminal has sent to every process already. A thread listens for
+    signals, since Python runs its own handlers only after the current call returns, and that call may hang.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self.signal: str | None = None
+        self.since = 0.0
+        self.receiver, self.sender = socket.socketpair()
+        self.sender.setblocking(False)
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.wakeup_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self.wakeup_fd)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.sender.close()
+
+    def listen(self) -> None:
+        """Receives signal numbers until the sender is closed."""
+        while received := self.receiver.recv(1):
+            if received[0] not in self.handlers:
+                continue
+            if self.signal and time.monotonic() - self.since > 2:
+                os._exit(128 + received[0])
+            if not self.signal:
+                self.signal, self.since = signal.Signals(received[0]).name, time.monotonic()

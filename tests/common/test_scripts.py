@@ -1,0 +1,41 @@
+"""How scripts end."""
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from common.files import UserError
+from common.scripts import dispatch
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Settings of a script that has none."""
+
+
+def fail(cfg):
+    raise UserError("the disk is full")
+
+
+def test_errors_keep_their_traceback_for_debugging(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.delenv("DEBUG", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        dispatch((NoSettings, fail), "")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the disk is full\n"
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(UserError, match="the disk is full"):
+        dispatch((NoSettings, fail), "")
+
+
+def test_a_closed_output_ends_a_script_without_a_message():
+    """As `head` closes it."""
+    with subprocess.Popen([sys.executable, "data_prep.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
