@@ -319,7 +319,7 @@ def test_a_task_file_that_does_not_fit_its_data(tmp_path, monkeypatch, refusal):
         given = {name: value for name, value in (spec | changed).items() if value is not None}
         monkeypatch.setattr(data_prep, "read_config", lambda *_, given=given: given)
         assert said in refusal(data_prep.COMMANDS, *words)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "raw").iterdir())
 
 
 def test_a_missing_network_is_reported_in_one_line(tmp_path):
