@@ -14,6 +14,7 @@ from analysis.method_plane import START, Point, pareto_front, points_of, start_p
 from analysis.pairs import Study
 
 HOLLOW: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4, "mfc": "white"}
+FRONT: dict[str, Any] = {"color": "#DDDDDD", "lw": 5, "marker": "o", "ms": 11}  # a front may be a single point
 
 
 @styled
@@ -33,7 +34,7 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
     for panel, title, (model, method) in zip(panels, titles, places):
         study, own, front = studies[model], points[model], fronts[model]
         panel.plot(*coordinates(own), ls="", marker=".", ms=3, color="#BBBBBB", zorder=0)
-        panel.step(*coordinates(front), where="post", color="#DDDDDD", lw=5, zorder=-1)
+        panel.step(*coordinates(front), where="post", **FRONT, zorder=-1)
         draw_curve(panel, [point for point in own if point.method == study.reference], PALETTE[0])
         draw_curve(panel, [point for point in own if point.method == method], PALETTE[1], with_rates=True)
         efficient = [point for name in study.models for point in split_curve(own, name)[0]]
@@ -50,7 +51,7 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
                         Line2D([], [], color=PALETTE[1], marker="o", ms=4, lw=1.2, label="the method, with its rates"),
                         Line2D([], [], color="#666666", **HOLLOW, label="rate that learns no more than a smaller one"),
                         Line2D([], [], color="#BBBBBB", ls="", marker=".", ms=3, label="all methods and rates"),
-                        Line2D([], [], color="#DDDDDD", lw=5, label="Pareto front")])
+                        Line2D([], [], **FRONT, label="Pareto front")])
     save_figure(figure, folder / "methods")
     return {"methods": f"{measure} over {LEARNING}: a panel for each method, with its learning rates, {baselines} and "
                        f"the Pareto front of all methods and {START}, which lies outside. So may rates that learn no "

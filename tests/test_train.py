@@ -504,6 +504,11 @@ def test_weights_that_are_not_finite_are_not_published(train, tmp_path, flags, r
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_initial_weights_that_overflow_are_to_blame_before_the_first_step(train, tmp_path):
+    line = error_line(train(tmp_path / "run", patch="train.evaluate = lambda *_: float('nan')", check=False))
+    assert "the evaluation loss is nan; no step was taken yet: check the weights of --init, or try --dtype fp32" in line
+
+
 def test_the_last_good_checkpoint_is_one(train, tmp_path):
     """The learning rate explodes in the second epoch, whose checkpoint is not written."""
     patch = "rate = train.learning_rate; train.learning_rate = lambda cfg, step, steps: 1e-3 if step < 8 else 1e308"
