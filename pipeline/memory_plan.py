@@ -150,14 +150,14 @@ class MemoryPlan:
         """
         c, width = self.config, self.weight_bytes
         adapters = self.has_adapters and self.trained or {}
-        trains_norms = trained and not adapters
-        norms = 2 * ((4 + (trained + trains_norms) * width) * c.hidden_size + 4)
+        normalized = (trained and not adapters) * (4 if c.family.fp32_factors else width)
+        norms = 2 * ((4 + trained * width + normalized) * c.hidden_size + 4)
         adapted = width * sum(shape[0] for name, shape in adapters.items() if name.startswith("model.layers.0.")
                               and name.endswith(A))
         attention: float = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
         if c.family.qk_norm:
             heads = c.num_attention_heads + c.num_key_value_heads
-            norms += (4 + trains_norms * width) * heads * c.head_dim
+            norms += (4 + normalized) * heads * c.head_dim
             norms += 4 * (heads if c.family.qk_norm == "head" else 2)
         if self.prefix_tokens:
             tokens, prefix = self.max_tokens_per_microbatch, self.prefix_tokens

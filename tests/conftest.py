@@ -29,9 +29,16 @@ WITHOUT_TRANSFORMERS = {"PYTHONPATH": str(ROOT / "tests/without_transformers")}
 SHAPE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
          "bos_token_id": 1, "eos_token_id": 2}
+LONGEST = ("test_fuzz.py", "test_growth_study.py", "test_methods.py", "test_paper_suite.py", "test_resume.py",
+           "test_selection.py", "test_train.py")
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 TRAIN_FLAGS = ["--task", "simp", "--global_batch_size", "8", "--learning_rate", "5e-3", "--max_eval_samples", "6",
                "--max_source_length", "128", "--max_target_length", "64", "--dtype", "fp32"]
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest start first: a process that starts one of them at the end would run on alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def random_model(seed=0, **shape):

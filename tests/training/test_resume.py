@@ -151,22 +151,10 @@ def test_another_tokenizer_is_refused(train, killed_copy, checkpoint, tmp_path):
     assert "the tokenizer files differ (" in error_line(train(out, init=renamed, check=False))
 
 
-def test_the_state_of_an_earlier_version_is_found(train, killed_copy):
-    """It has another id, and run.json has none. A setting that run.json lacks has its default value."""
-    out, directory = killed_copy
-    record = json.loads((directory / "run.json").read_text())
-    del record["settings"]["fapm_sparsity"], record["id"], record["tokenizer_digest"]
-    (directory / "run.json").write_text(json.dumps(record))
-    folder = directory / "resume/step-4"
-    write_state(folder, read_state(folder) | {"run": "0" * 64})
-    train(out, "--save_minutes", "99", interrupted=(1, "SIGKILL", 0))  # before it saves its state
-    assert "resuming after step 4" in train(out).stdout
-    assert json.loads((out / "run.json").read_text())["id"] == "0" * 64
-
-
-def test_a_record_without_a_digest_of_the_tokenizer_is_that_of_an_earlier_version():
-    record = {"settings": {}, "data_digest": "d", "tokenizer_digest": "t"}
-    assert differences(record, {"settings": {}, "data_digest": "d"}, {}) == []
+def test_a_setting_that_a_record_lacks_had_its_default():
+    record = {"settings": {"tau": 1.0}, "data_digest": "d", "tokenizer_digest": "t"}
+    assert differences(record, record | {"settings": {}}, {"tau": 1.0}) == []
+    assert differences(record, record | {"settings": {}}, {"tau": 0.5}) == ["tau is 0.5 there and 1.0 here"]
     assert differences(record, record | {"tokenizer_digest": "u"}, {}) == [
         "the tokenizer files differ (u there, t here)"]
 
