@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 import report
+from analysis.pages import write_pages
 from analysis.stages import Stage
 from analysis.statistics import Estimate
 from common import settings
@@ -303,3 +304,10 @@ def test_each_method_is_shown_at_its_own_middle_rate():
     assert shared_rates(stages, ReportConfig(rate=3e-4)) == {
         "finetune": "0.0003", "lora": "0.0003", "vcl": "0.0002"}
     assert shared_rates([Stage("llm", 42, 0, "m0")], ReportConfig()) == {"none": ""}
+
+
+def test_images_of_another_programs_page_are_kept(tmp_path):
+    (tmp_path / "report.md").write_text("# Notes: mine\n\n![A photo](photo.png)\n")
+    (tmp_path / "photo.png").touch()
+    write_pages(tmp_path, "# Forgetting: llm\n")
+    assert (tmp_path / "photo.png").exists()
