@@ -133,8 +133,8 @@ def prepare_hub(cfg: HubDataConfig) -> None:
     """Writes the raw folder of a task from its Hub dataset, in the format that `data_prep.py task` reads."""
     spec = read_config("task", cfg.task)
     if lacking := [name for name in ("hub", "prompts", "target") if name not in spec]:
-        raise UserError(f"configs/task/{cfg.task}.toml has no {' and no '.join(lacking)}, which say what to download: "
-                        "give your own raw files with --folder_path, or RAW")
+        raise UserError(f"configs/task/{cfg.task}.toml lacks {' and '.join(lacking)}, without which nothing can be "
+                        "downloaded: give your own raw files with --folder_path, or RAW")
     folder = Path(cfg.output_path) / spec["folder"]
     settings = {name: value for name, value in asdict(cfg).items() if name != "output_path"}
     if raw_task_exists(folder, settings):

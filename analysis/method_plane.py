@@ -6,7 +6,7 @@ of a difference is over the pairs, with several seeds of a single one over the s
 verdict, since runs that differ only in their seed differ, too; its interval is over the items.
 """
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from analysis.comparison import training_minutes
 from analysis.inference import ALPHA, PairedDifference, holm
 from analysis.measures import ItemValues, losses_at, task_at
-from analysis.pair_tables import p_text, with_interval
+from analysis.pair_tables import p_text, range_text, with_interval
 from analysis.pairs import Contrast, Difference, Study
 from analysis.stages import Stage
 from analysis.tables import Section
@@ -157,12 +157,6 @@ def compared_at(study: Study, method: str, measure: str) -> str:
     if not ends or not study.matches_learning:
         return "–"
     return range_text(np.mean(ends, axis=0))
-
-
-def range_text(ends: Iterable[float]) -> str:
-    """The lowest and the highest loss as text."""
-    low, high = (f"{end:.4f}" for end in ends)
-    return low if low == high else f"{low} to {high}"
 
 
 def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from analysis.inference import PairedDifference, holm
 from analysis.matching import match
-from analysis.method_plane import difference_of, has_results, range_text
-from analysis.pair_tables import p_text, with_interval
+from analysis.method_plane import difference_of, has_results
+from analysis.pair_tables import p_text, range_text, with_interval
 from analysis.pairs import Study, matched_difference
 from analysis.record import ModelPair
 from analysis.tables import Section

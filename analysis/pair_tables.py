@@ -2,7 +2,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -134,6 +134,12 @@ def p_text(p: float, equals: str = "") -> str:
     return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
+def range_text(ends: Iterable[float]) -> str:
+    """The lowest and the highest of some losses as text."""
+    low, high = (f"{end:.4f}" for end in ends)
+    return low if low == high else f"{low} to {high}"
+
+
 def with_interval(estimate: PairedDifference) -> str:
     """A difference with its 95% interval, as far as there is one."""
     low, high = estimate.interval
@@ -206,14 +212,15 @@ def match_section(study: Study) -> list[Section]:
     rows = []
     for contrast, learning in itertools.product(study.contrasts, MATCHED_ON) if study.matches_learning else ():
         found = [one for pair in study.pairs if (one := study.match(contrast, pair, study.last, learning=learning))]
-        if matched := [one for one in found if one.weights]:
+        matched, cells = [one for one in found if one.weights], ["–"] * 3
+        if matched:
             means = np.mean([one.ranges for one in matched], axis=0)  # [2, 2]
             widths = [high - low for low, high in (one.common for one in matched)]
-            shown = [*(range_of_learning(ends, learning) for ends in means), f"{min(widths):.4f} to {max(widths):.4f}"]
+            cells = [*(range_of_learning(ends, learning) for ends in means), range_text([min(widths), max(widths)])]
         if found:
-            rows.append([str(contrast), learning, f"{len(matched)} of {len(found)}", *(shown if matched else "–––")])
-    note = (f"The {LEARNING} after {study.stages[-1]}, and its decrease since m0, in nats per token, from the rate "
-            "that learns most to the smallest rate; means over the pairs whose ranges overlap. A difference at equal "
+            rows.append([str(contrast), learning, f"{len(matched)} of {len(found)}", *cells])
+    note = (f"The {LEARNING} after {study.stages[-1]}, and its decrease since m0, in nats per token: the lowest and "
+            "the highest value that a model reaches, means over the pairs whose ranges overlap. A difference at equal "
             "learning is the mean over what both ranges of a pair have in common. Width: of this common range, from "
             "the narrowest to the widest pair. Forgetting is interpolated linearly between the learning rates, and the "
             "intervals do not include what that adds where rates are far apart.\n\n")

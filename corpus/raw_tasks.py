@@ -88,8 +88,8 @@ def row_samples(row: dict[str, Any], hub: dict[str, Any], where: str) -> list[di
 
 
 def dialogue_samples(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The src_info fields of each turn but the first: it answers the turns before it. The turns of
-    both speakers are samples."""
+    """The src_info fields of each turn but the first: it answers the turns before it. The turns of both
+    speakers are samples."""
     if unknown := {turn["role"] for turn in turns} - {"user", "assistant"}:
         raise ValueError(f"unknown roles {sorted(map(str, unknown))}")
     texts = [checked_text(turn["content"]).strip() for turn in turns]

@@ -314,7 +314,7 @@ def test_a_task_file_that_does_not_fit_its_data(tmp_path, monkeypatch, refusal):
     spec = read_config("task", "simp")
     splits = {"train": [{"src": "a", spec["target"]: "b"}], "test": []}
     monkeypatch.setattr(data_prep, "read_hub_task", lambda *_: splits)
-    for changed, said in (({"target": None}, "has no target, which say what to download"),
+    for changed, said in (({"target": None}, "lacks target, without which nothing can be downloaded"),
                           ({"prompts": {"mine": ["Simplify [sorce]"]}}, "names [sorce], and samples have src, ")):
         given = {name: value for name, value in (spec | changed).items() if value is not None}
         monkeypatch.setattr(data_prep, "read_config", lambda *_, given=given: given)
