@@ -18,6 +18,7 @@ from torch import Tensor
 from common.files import UserError
 from common.settings import check_values, setting
 from model.kv_cache import KVCache
+from model.linear import packed_weights
 from model.logits import finite_logits
 from model.oom import halve_batch
 from model.transformer import Transformer
@@ -77,20 +78,21 @@ def generate(model: Transformer, prompts: Sequence[list[int]], config: Generatio
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     outputs: list[list[int]] = [[] for _ in prompts]
     max_batch_size = len(prompts)
-    while order:
-        columns = len(prompts[order[0]]) + config.num_beams * config.max_new_tokens
-        batch = order[:min(max_batch_size, max(1, options.max_tokens // columns))]
-        try:
-            results = generate_batch(model, [prompts[index] for index in batch], config, eos_ids, stop,
-                                     [sample_ids[index] for index in batch])
-        except Exception as error:
-            max_batch_size = halve_batch(len(batch), "prompts", error)
-            continue
-        for index, ids in zip(batch, results):
-            outputs[index] = ids
-        order = order[len(batch):]
-        if options.progress:
-            options.progress(len(batch))
+    with packed_weights(model):
+        while order:
+            columns = len(prompts[order[0]]) + config.num_beams * config.max_new_tokens
+            batch = order[:min(max_batch_size, max(1, options.max_tokens // columns))]
+            try:
+                results = generate_batch(model, [prompts[index] for index in batch], config, eos_ids, stop,
+                                         [sample_ids[index] for index in batch])
+            except Exception as error:
+                max_batch_size = halve_batch(len(batch), "prompts", error)
+                continue
+            for index, ids in zip(batch, results):
+                outputs[index] = ids
+            order = order[len(batch):]
+            if options.progress:
+                options.progress(len(batch))
     return outputs
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from common.files import UserError, write_json
 from model.checkpoint import NamedTensors, write_safetensors
 from model.config import ModelConfig
+from model.linear import Linear
 from model.posterior import named_generator
 from model.transformer import Transformer, parameter_shapes
 
@@ -33,7 +34,7 @@ class LoRA:
     targets: tuple[str, ...] = TARGETS
 
 
-class AdaptedLinear(nn.Linear):
+class AdaptedLinear(Linear):
     """A linear layer with a low-rank update: lora_A [r, I] and lora_B [O, r]."""
 
     def __init__(self, linear: nn.Linear, lora: LoRA):

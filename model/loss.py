@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+from model.linear import Linear
 
 IGNORE_INDEX = -100  # marks a position without a target, as in F.cross_entropy
 
@@ -74,7 +75,7 @@ class FusedLinearLoss(torch.autograd.Function):
             None, None, None
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The output head. Returns logits of hidden states, or the summed loss if targets [N] are given. With the weight
     [V, C] of a teacher's head, the targets are the teacher's hidden states [N, C].
 

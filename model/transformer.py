@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from common.distributed import to_device
 from model.attention import Attend, AttentionContext, CausalAttention, SharedPrefix, attention
 from model.config import ModelConfig
+from model.linear import Linear
 from model.loss import IGNORE_INDEX, Head
 
 
@@ -82,10 +83,10 @@ class Attention(nn.Module):
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim, self.qk_norm = D, config.family.qk_norm
         qkv_bias = config.attention_bias or config.family.qkv_bias
-        self.q_proj = nn.Linear(C, H * D, bias=qkv_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+        self.q_proj = Linear(C, H * D, bias=qkv_bias)
+        self.k_proj = Linear(C, K * D, bias=qkv_bias)
+        self.v_proj = Linear(C, K * D, bias=qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=config.attention_bias)
         if self.qk_norm:
             sizes = (D, D) if self.qk_norm == "head" else (H * D, K * D)
             self.q_norm, self.k_norm = (RMSNorm(size, config) for size in sizes)
@@ -110,9 +111,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, hidden, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(C, hidden, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(hidden, C, bias=config.mlp_bias)
+        self.gate_proj = Linear(C, hidden, bias=config.mlp_bias)
+        self.up_proj = Linear(C, hidden, bias=config.mlp_bias)
+        self.down_proj = Linear(hidden, C, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,55 @@
+"""Packed weights compared with plain products."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.linear import Linear, packed_weights
+from model.lora import AdaptedLinear, LoRA
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return Linear(48, 80).requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (16, 1, 48), (2, 300, 48), (0, 3, 48)])
+def test_packed_weights_compute_the_same(layer, shape):
+    x = torch.randn(shape)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with packed_weights(layer):
+        assert layer.packed.is_mkldnn
+        y = layer(x)
+    assert layer.packed is None and y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products in bf16 on this CPU")
+def test_in_bf16_they_are_equal_to_the_bit(layer):
+    layer, x = layer.bfloat16(), torch.randn(16, 48, dtype=torch.bfloat16)
+    expected = F.linear(x, layer.weight, layer.bias)
+    with packed_weights(layer):
+        assert layer.packed.is_mkldnn and layer(x).equal(expected)
+
+
+def test_the_copies_are_gone_after_an_error(layer):
+    with pytest.raises(RuntimeError), packed_weights(layer):
+        layer(torch.randn(1, 47))
+    assert layer.packed is None
+
+
+def test_an_adapter_is_added_to_the_packed_product(layer):
+    adapted = AdaptedLinear(layer, LoRA(rank=2, alpha=4.0)).requires_grad_(False)
+    for matrix in (adapted.lora_A, adapted.lora_B):
+        matrix.normal_()
+    x = torch.randn(5, 48)
+    with packed_weights(adapted):
+        torch.testing.assert_close(adapted(x), F.linear(x, adapted.merged(), adapted.bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [torch.randn(80, 48, dtype=torch.float64), torch.empty(0),
+                                    torch.empty(80, 48, device="meta")])
+def test_a_dtype_without_kernels_a_part_of_zero_3_and_other_devices_are_left_as_they_are(layer, weight):
+    layer.weight = torch.nn.Parameter(weight)
+    with packed_weights(layer):
+        assert layer.packed is None
