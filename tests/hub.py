@@ -59,6 +59,7 @@ class HubStandIn:
 class Handler(BaseHTTPRequestHandler):
     """Answers the requests that huggingface_hub and datasets make for public repositories."""
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # each answer would wait 40 ms for its content
 
     def __init__(self, hub: HubStandIn, *args: object):
         self.hub = hub

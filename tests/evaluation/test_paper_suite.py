@@ -14,10 +14,12 @@ from tests.hub_datasets import add_benchmarks
 ORACLE = """
 import json, sys, lm_eval
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 model = HFLM(pretrained=sys.argv[1], dtype="float32", device="cpu", batch_size=8)
-found = {}
+found, index = {}, TaskManager()
 for shots, names in json.loads(sys.argv[2]):
-    found |= lm_eval.simple_evaluate(model, tasks=names, num_fewshot=shots, bootstrap_iters=0)["results"]
+    found |= lm_eval.simple_evaluate(model, tasks=names, num_fewshot=shots, bootstrap_iters=0,
+                                     task_manager=index)["results"]
 print(json.dumps(found, default=str))
 """
 
