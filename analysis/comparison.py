@@ -145,11 +145,12 @@ class CommonPart:
         return min(others, default=math.inf)
 
     def compare(self, measure: Measure) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
-        """The values of a measure, and the difference within each seed, each over the seeds."""
+        """The values of a measure, and the difference within each pair and seed, each over pairs or seeds."""
         values = measure([*self.one.values(), *self.two.values()])
         one, two = values[:len(self.one)], values[len(self.one):]
-        return over_seeds(one), over_seeds(two), over_seeds(first - second if first and second else None
-                                                            for first, second in zip(one, two))
+        differences = (first - second if first and second else None for first, second in zip(one, two))
+        grown, reference, difference = (over_seeds(dict(zip(self.one, found))) for found in (one, two, differences))
+        return grown, reference, difference
 
 
 def same(one: Estimate | None, two: Estimate | None) -> bool:

@@ -137,8 +137,8 @@ class Record:
         return [b.name for b in self.benchmarks_of(category) if b.name not in self._uncounted]
 
     def benchmark_value(self, model: str, number: int, name: str) -> Estimate | None:
-        """A benchmark at a stage, over the seeds. None if a seed lacks it."""
-        return over_seeds(benchmark_at(chain, number, name) for chain in self.own[model].values())
+        """A benchmark at a stage, over pairs or seeds (`over_seeds`). None if a chain lacks it."""
+        return over_seeds({key: benchmark_at(chain, number, name) for key, chain in self.own[model].items()})
 
     def version(self, model: str, name: str) -> str:
         """The version of lm-eval's task by which a benchmark of a model was measured; "" if it is unknown."""
@@ -146,8 +146,8 @@ class Record:
                      if (version := stage.conditions.get((BENCHMARKS, name), {}).get("version"))), "")
 
     def task_value(self, model: str, number: int, task: str) -> Estimate | None:
-        """A task's metric at a stage, over the seeds. None if a seed lacks it."""
-        return over_seeds(matrix_of(chain).get((number, task)) for chain in self.own[model].values())
+        """A task's metric at a stage, over pairs or seeds. None if a chain lacks it."""
+        return over_seeds({key: matrix_of(chain).get((number, task)) for key, chain in self.own[model].items()})
 
     def fg_measure(self, *names: str) -> Measure:
         """The measure of FG: in each chain the mean over benchmarks, since a seed affects them together."""
@@ -176,8 +176,8 @@ class Record:
         return found | ({name: self.task_measure(name) for name in TASK_MEASURES} if has_tasks else {})
 
     def own_value(self, model: str, measure: Measure) -> Estimate | None:
-        """A measure over all that a model has, over its seeds."""
-        return over_seeds(measure(list(self.own[model].values())))
+        """A measure over all that a model has, over its pairs or seeds."""
+        return over_seeds(dict(zip(self.own[model], measure(list(self.own[model].values())))))
 
     def compare(self, measure: Measure) -> Comparison:
         """A measure of all models, and the difference of those that are compared."""

@@ -1,7 +1,7 @@
 """Estimates with standard errors, and the measures of forgetting: pure functions."""
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,21 +81,26 @@ def mean(estimates: Iterable[Estimate | None]) -> Estimate | None:
     return combine(statistics.fmean(e.value for e in known), [(1 / len(known), e) for e in known])
 
 
-def over_seeds(estimates: Iterable[Estimate | None]) -> Estimate | None:
-    """The mean of the estimates of several seeds, measured on the same items. None if a seed has none.
+def over_seeds(estimates: Mapping[tuple[int, int], Estimate | None]) -> Estimate | None:
+    """The mean of estimates {(pair, seed): Estimate} measured on the same items. None if one is None.
 
-    The error due to the choice of items is the same for all seeds and does not shrink with their number. The spread of
-    the seeds adds its standard error, widened by Student's t.
+    The error due to the choice of items is the same for all and does not shrink with their number. The spread of the
+    pairs adds its standard error, widened by Student's t. All seeds of a pair start from the same models, so their
+    estimates are averaged first. In a single pair the spread is that of its seeds.
     """
-    given = list(estimates)
-    known = [estimate for estimate in given if estimate is not None]
-    average, count = mean(known), len(known)
-    if average is None or count < len(given):
+    known = {key: estimate for key, estimate in estimates.items() if estimate is not None}
+    if not known or len(known) < len(estimates):
         return None
+    several_pairs = len({pair for pair, _ in known}) > 1
+    units: dict[int, list[Estimate]] = {}
+    for (pair, seed), estimate in known.items():
+        units.setdefault(pair if several_pairs else seed, []).append(estimate)
+    values, count = [statistics.fmean(e.value for e in unit) for unit in units.values()], len(units)
+    average = combine(statistics.fmean(values), [(1 / len(unit) / count, e) for unit in units.values() for e in unit])
     if count == 1:
         return average
-    item_error = math.hypot(parts_error(average.parts), statistics.fmean(e.rest for e in known))
-    seed_error = t_quantile(count - 1) / NORMAL * statistics.stdev(e.value for e in known) / count ** 0.5
+    item_error = math.hypot(parts_error(average.parts), statistics.fmean(e.rest for e in known.values()))
+    seed_error = t_quantile(count - 1) / NORMAL * statistics.stdev(values) / count ** 0.5
     return Estimate(average.value, math.hypot(item_error, seed_error), average.parts)
 
 
