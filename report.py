@@ -12,7 +12,7 @@ then left out. The rows of several tables can be put into one file.
 import common.interrupts
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.comparison import usable_stages
@@ -185,6 +185,12 @@ def method_studies(stages: Sequence[Stage], baseline: str, primary: str, recorde
     return found
 
 
+def with_choices_of(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
+    """The stages with the answers to some benchmarks only."""
+    return [replace(stage, choices={name: one for name, one in stage.choices.items() if name in names})
+            for stage in stages]
+
+
 def main(cfg: ReportConfig) -> None:
     """Reads the results, compares the models and the methods, and writes the report."""
     out = Path(cfg.out)
@@ -197,18 +203,21 @@ def main(cfg: ReportConfig) -> None:
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]
-    shown = [stage for stage in stages if not stage.number or stage.method_name == method]
+    counted = with_choices_of(stages, {name for category in record.categories for name in record.counted_in(category)})
+    shown = [stage for stage in counted if not stage.number or stage.method_name == method]
     recorded = read_primary(cfg.runs) if cfg.runs else None
     primary = cfg.primary or recorded or PRIMARY
     study = Study(shown, *pair, named=recorded) if pair else None
-    check_measure(primary, study.measures if study else make_measures(stages))
-    planes, noise = method_studies(stages, next(iter(records)), primary, recorded), noise_flags(stages)
+    check_measure(primary, study.measures if study else make_measures(counted))
+    planes, noise = method_studies(counted, next(iter(records)), primary, recorded), noise_flags(stages)
     sentences, sections, missing = describe(Comparisons(records, rates, method, study, planes, primary), cfg.effect,
                                             noise)
     missing += unusable
     if str(cfg.results).endswith(".csv"):
-        missing.append("single items are not in a table of stages: intervals of FG and over the tasks take the values "
-                       "before and after, and those of both models, as independent, and are wider than from the runs")
+        missing += [f"a table of stages does not tell which measure was named before the first run: the {PRIMARY} is "
+                    "called primary",
+                    "single items are not in a table of stages: intervals of FG and over the tasks take the values "
+                    "before and after, and those of both models, as independent, and are wider than from the runs"]
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []

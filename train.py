@@ -90,10 +90,10 @@ def main(cfg: TrainConfig) -> None:
         log = open_log(run, state.step)
 
         result = train(run, engine, method, data, state, log)
+        save_checkpoint(run, engine, run.directory)
         with eager_blocks(cfg.compile):
             examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
                                        cfg.max_target_length, cfg.template)
-        save_checkpoint(run, engine, run.directory)
         began = time.perf_counter()
         method.write_side_files(data, train_step)
         seconds = time.perf_counter() - began

@@ -17,6 +17,7 @@ LEARNING = "new-task loss"  # the measure of learning, at which models are match
 DECREASE = "decrease of new-task loss"  # since m0: the other meaning of equal learning
 PRIMARY = "rise of held-out loss"  # the default primary measure
 OF_TEXT = (PRIMARY, "KL on held-out text")  # the measures of held-out text
+EARLIER = "rise of earlier tasks' losses"
 
 TOKEN, NATS, BYTE, SHARE = "nats/token", "nats", "bits/byte", "share of items"  # units
 
@@ -145,7 +146,7 @@ def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
              PairMeasure(OF_TEXT[1], TOKEN, lambda chain, number: kl(chain, number, TEXT)),
              PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
-             PairMeasure("rise of earlier tasks' losses", TOKEN, earlier_tasks),
+             PairMeasure(EARLIER, TOKEN, earlier_tasks),
              PairMeasure(LEARNING, TOKEN, learning)]
     categories: dict[str, list[str]] = {}
     for benchmark in find_benchmarks(stages):

@@ -17,7 +17,7 @@ RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth,
 OPERATIONAL = {"out", "init", "data", "max_tokens_per_microbatch", "microbatch_overhead_tokens",
                "gradient_checkpointing", "logging_steps", "save_total_limit", "save_minutes", "timeout_minutes",
                "held_out_text", "examples", "tensorboard", "wandb", "local_rank", "zero", "offload", "deepspeed",
-               "replay_text", "method"}
+               "replay_text", "method", "compile"}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
 DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "rehearsed": "the data of earlier tasks",
            "side_digest": "the posterior, Fisher information or moments of the run before",

@@ -160,5 +160,6 @@ def generation_settings(kwargs: dict[str, Any]) -> tuple[GenerationConfig, list[
     if options["do_sample"]:
         options.setdefault("top_k", TOP_K)
     else:
-        options.pop("temperature", None)
+        for name in ("temperature", "top_k", "top_p"):
+            options.pop(name, None)
     return make_generation_config(options, "lm-eval's generation settings"), stops

@@ -21,7 +21,9 @@ def keeps_probabilities(device: str, dtype_bytes: int, num_scores: int) -> bool:
     the probabilities for the backward pass, instead of by SDPA.
 
     On CPUs in bf16 the backward pass of SDPA takes 2 to 5 times as long, unless the scores exceed 32 MiB: then most of
-    the time goes into reading and writing them.
+    the time goes into reading and writing them. The scores are rounded to bf16 before the softmax, as in transformers'
+    "eager" attention: where their standard deviation is 3, the output differs from that in fp64 by 0.7% (SDPA 0.2%) and
+    the gradients of query and key by 0.8% (SDPA 0.4%).
     """
     return device == "cpu" and dtype_bytes == 2 and dtype_bytes * num_scores <= 32 << 20
 

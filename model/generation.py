@@ -51,6 +51,12 @@ class GenerationConfig:
             problems.append(f"early_stopping is {self.early_stopping!r}, expected true, false or never")
         if self.do_sample and self.num_beams > 1:
             problems.append("do_sample and num_beams above 1 exclude each other")
+        default = type(self)()
+        for used, needs, names in ((self.do_sample, "do_sample", ("temperature", "top_k", "top_p")),
+                                   (self.num_beams > 1, "num_beams above 1", ("length_penalty", "early_stopping"))):
+            changed = [name for name in names if getattr(self, name) != getattr(default, name)]
+            if changed and not used and not problems:
+                problems.append(f"{' and '.join(changed)} would change nothing without {needs}")
         return problems
 
 
@@ -69,9 +75,15 @@ def generate(model: Transformer, prompts: Sequence[list[int]], config: Generatio
     """Returns the new token ids of each prompt, without the id of `eos_ids` that ends them.
 
     Batches are formed from the longest prompts to the shortest. If memory runs out, the batch is halved. Raises
-    UserError for an invalid `config`, an empty prompt, and a logit that is not finite.
+    UserError for an invalid `config`, a prompt that is empty or leaves no room in the model's context for the new
+    tokens, and a logit that is not finite.
     """
-    if problems := config.problems() + [f"prompt {index} has no token" for index, ids in enumerate(prompts) if not ids]:
+    problems = config.problems() + [f"prompt {index} has no token" for index, ids in enumerate(prompts) if not ids]
+    longest, context = max(map(len, prompts), default=0), model.config.max_position_embeddings
+    if longest + config.max_new_tokens > context:
+        problems.append(f"a prompt of {longest} tokens and {config.max_new_tokens} new ones are more than the model's "
+                        f"max_position_embeddings, {context}")
+    if problems:
         raise UserError("; ".join(problems))
     options = options or BatchOptions()
     sample_ids = range(len(prompts)) if options.sample_ids is None else options.sample_ids

@@ -1,8 +1,8 @@
 """Growth in depth: operators, layer maps, and the weights of the grown model.
 
 A layer map lists, for each layer of the grown model, the layer of the base that it copies. An operator is a pure
-function operator(depth, target) that returns the layer map from `depth` to `target` layers, and raises UserError if it
-cannot make that many. To add one, write the function and list it in OPERATORS.
+function operator(depth, target) that returns the layer map from `depth` to `target` layers, which are more, and raises
+UserError if it cannot make that many. To add one, write the function and list it in OPERATORS.
 """
 import functools
 import math
@@ -84,9 +84,9 @@ def midas(depth: int, target: int) -> list[int]:
 def lidas(depth: int, target: int) -> list[int]:
     """One stage of LIDAS (Kapl et al., arXiv 2512.08819): inserts a copy of the layers around the middle in the middle,
     half a block of those before it and half a block of those after it. Blocks of two: 0 1 2 3 -> 0 1 1 2 2 3."""
-    size, middle = block_size(depth, target, "lidas"), depth // 2
-    start = middle - size // 2
-    return [*range(middle), *range(start, start + size), *range(middle, depth)]
+    size, centre = block_size(depth, target, "lidas"), depth // 2
+    start = centre - size // 2
+    return [*range(centre), *range(start, start + size), *range(centre, depth)]
 
 
 def block_size(depth: int, target: int, operator: str) -> int:

@@ -4,11 +4,13 @@ A matrix product usually copies the weights to the layout of its kernel. With th
 longer than the arithmetic.
 """
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.oom import is_out_of_memory
 
 
 class Linear(nn.Linear):
@@ -25,17 +27,33 @@ class Linear(nn.Linear):
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Lets the linear layers of a model on a CPU compute with packed copies of their weights, without gradients.
 
-    In bf16 the results are the same to the bit. The copies take as much memory as the weights. Weights that oneDNN has
-    no kernels for, and those that ZeRO-3 has divided among processes, are not packed.
+    In bf16 the results are the same to the bit. The copies take as much memory as the weights. Where there is too
+    little, none are made. Weights that oneDNN has no kernels for, and those that ZeRO-3 has divided among processes,
+    are not packed.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear) and can_pack(module.weight)]
     try:
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+        pack(layers)
         yield
     finally:
+        unpack(layers)
+
+
+def pack(layers: Sequence[Linear]) -> None:
+    """Makes the packed copies, or none if there is not enough memory for all."""
+    try:
         for layer in layers:
-            layer.packed = None
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        unpack(layers)
+
+
+def unpack(layers: Sequence[Linear]) -> None:
+    """Deletes the packed copies."""
+    for layer in layers:
+        layer.packed = None
 
 
 def can_pack(weight: Tensor) -> bool:

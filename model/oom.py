@@ -1,9 +1,15 @@
-"""Recovery from running out of memory: halve the batch and try again."""
+"""Recovery from running out of memory."""
 import sys
 
 import torch
 
 from common.files import UserError, first_line
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error means that the memory of the GPU or the machine is exhausted."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
 
 
 def halve_batch(size: int, unit: str, error: Exception) -> int:
@@ -12,9 +18,7 @@ def halve_batch(size: int, unit: str, error: Exception) -> int:
     Raises the error again if it does not mean that the memory of the GPU or the machine is exhausted, and UserError if
     the size is 1.
     """
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
-    if not out_of_memory:
+    if not is_out_of_memory(error):
         raise error
     if size <= 1:
         raise UserError(f"there is not enough memory for one of the {unit}: {first_line(error)}") from error

@@ -3,7 +3,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from analysis.measures import OF_TEXT, PRIMARY, measure_names
+from analysis.measures import EARLIER, OF_TEXT, PRIMARY, measure_names
 from analysis.pairs import middle_rate
 from analysis.stages import CHOICE_METRICS
 from common.configs import CONFIGS, known
@@ -29,7 +29,7 @@ class ExperimentConfig:
                                                   "operator, base (the shallow base trained further)", required=True,
                                       names=chain.MODELS)
     pairs: tuple[int, ...] = setting((), "pretraining seeds, each a pair of models in a folder pair-<seed>; none: one "
-                                         "pair without a folder", at_least=0)
+                                         "pair without a folder", at_least=1)
     controls: tuple[str, ...] = setting(("flops",), "what is equal between the m0 of llm and stack: flops; loss (the "
                                                     "worse one is also trained further until it is level)",
                                         required=True, names=("flops", "loss"))
@@ -145,6 +145,12 @@ def check_primary(cfg: ExperimentConfig) -> None:
                                              if entry.get("metric", "acc") in CHOICE_METRICS)))
     if cfg.primary not in names:
         raise UserError(f"unknown primary measure {cfg.primary!r}, expected one of {'; '.join(names)}")
+    if cfg.primary == EARLIER and not set(cfg.order[:-1]) - {cfg.order[-1]}:
+        raise UserError(f"the primary measure, {EARLIER}, needs another task before the last one of order")
+    if cfg.primary not in measure_names([]) and len(cfg.rates) > 1:
+        raise UserError(f"the primary measure, {cfg.primary}, is of benchmarks, which run at one of the rates only, "
+                        "and with several rates models are compared at equal new-task loss: give one rate, or a "
+                        "--primary of losses")
 
 
 def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:

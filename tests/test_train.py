@@ -191,6 +191,16 @@ def test_losses_of_compiled_blocks(train, finished, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
 
 
+def test_the_weights_are_saved_before_examples_are_decoded(train, tmp_path):
+    patch = """if True:
+        from common.files import UserError
+        def fail(*args):
+            raise UserError("no examples")
+        train.decode_examples = fail"""
+    assert error_line(train(tmp_path / "run", patch=patch, check=False)) == "error: no examples"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run.partial")
+
+
 @pytest.mark.parametrize("zero", ["1", "3"])
 @pytest.mark.parametrize("method", [[], ["--method", "vcl", "--weight_decay", "0"]])
 def test_the_host_does_not_wait_for_the_gpu(train, tmp_path, zero, method):

@@ -177,20 +177,21 @@ def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file, expected a directory of token shards: make it with data_prep.py "
                         "text")
-    digest = data_digest(path)
+    of_text = data_digest(path)
     if not same_tokenizer(source, Path(path)):
         raise UserError(f"{name} {path} was made with a tokenizer other than that of {cfg.init}: leave it out, or make "
                         f"it with data_prep.py text --tokenizer {cfg.init}")
-    return digest
+    return of_text
 
 
-def check_length(cfg: TrainConfig, config: ModelConfig, digest: str, lineage: dict[str, Any], trained: Shapes) -> None:
+def check_length(cfg: TrainConfig, config: ModelConfig, of_data: str, lineage: dict[str, Any],
+                 trained: Shapes) -> None:
     """Checks that the run has at least one step, and reports where in its text it starts."""
     if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):
         step = training_flops(cfg.global_batch_size * cfg.seq_length, config, trained)
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
                         f"{lineage.get('flops', 0):.4g}: raise it")
-    if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, digest, lineage):
+    if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, of_data, lineage):
         print(f"{cfg.init} was trained on another text, or on this text with another seed, seq_length or "
               "max_train_samples: starting at the first sample")
 

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import UserError
+from common.provenance import GROWTH, RUN
 from model.lora import AdaptedLinear
 from model.parameter_files import (
     FISHER,
@@ -142,9 +143,8 @@ class Continued(Method):
 
     def __init__(self, run: Run, engine: "DeepSpeedEngine", moments: ParameterFiles | None):
         super().__init__(run, engine)
-        updates = run.lineage.get("updates", 0)
-        if moments and updates:
-            run.dist.on_all_ranks(lambda: fill_optimizer_state(engine, moments, SIDE_FILES[MOMENTS], updates))
+        if moments:
+            run.dist.on_all_ranks(lambda: fill_optimizer_state(engine, moments, SIDE_FILES[MOMENTS], num_updates(run)))
         elif run.cfg.init:
             run.dist.print0(f"{run.cfg.init} has no optimizer moments: they start at zero")
 
@@ -154,6 +154,15 @@ class Continued(Method):
             return
         write_side_file(self.run, self.engine, MOMENTS,
                         {kind: partial(state_of, state, kind) for kind in SIDE_FILES[MOMENTS]})
+
+
+def num_updates(run: Run) -> int:
+    """The updates after which the moments of the checkpoint to train on were saved. Raises UserError if its record does
+    not tell."""
+    if not (updates := run.lineage.get("updates", 0)):
+        raise UserError(f"{run.cfg.init} has optimizer moments, but no record ({RUN} or {GROWTH}) that tells after how "
+                        "many updates: copy it as well, or remove the moments")
+    return updates
 
 
 class Adapted(Method):

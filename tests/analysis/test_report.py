@@ -22,7 +22,8 @@ from tests.conftest import run_script
 def make_report(out, **options):
     """The text of report.md, without figures, which take long."""
     with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
-        report.main(ReportConfig(out=str(out), **{name: str(value) for name, value in options.items()}))
+        report.main(ReportConfig(out=str(out), **{name: value if isinstance(value, bool | tuple) else str(value)
+                                                   for name, value in options.items()}))
     return (out / "report.md").read_text()
 
 

@@ -38,7 +38,7 @@ def test_fg_of_a_category_is_the_mean_of_its_benchmarks():
 
 def test_seeds_add_their_spread_to_the_error_of_the_items():
     assert over_seeds({(0, 42): Estimate(3, 1)}) == Estimate(3, 1)
-    found = over_seeds({(0, 42): Estimate(2, 3), (0, 43): Estimate(4, 5)})  # standard deviation √2, t of one degree of freedom 12.706
+    found = over_seeds({(0, 42): Estimate(2, 3), (0, 43): Estimate(4, 5)})  # deviation √2, t of one degree 12.706
     assert found.value == 3
     assert over_seeds({(0, 42): Estimate(2, 3), (0, 43): None}) is None  # not of the same items
     assert over_seeds({}) is None

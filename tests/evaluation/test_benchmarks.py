@@ -140,7 +140,8 @@ def test_sampled_texts_do_not_depend_on_other_tasks(models):
 
 
 def test_generation_settings():
-    config, stops = generation_settings({"until": "x", "max_gen_toks": 9, "do_sample": False, "temperature": 0.0})
+    config, stops = generation_settings({"until": "x", "max_gen_toks": 9, "do_sample": False, "temperature": 0.0,
+                                          "top_p": 0.9, "top_k": 3})
     assert (config, stops) == (GenerationConfig(9), ["x"])
     assert generation_settings({"do_sample": True, "top_p": 0.5})[0] == GenerationConfig(
         256, do_sample=True, top_p=0.5, top_k=50)

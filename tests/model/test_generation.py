@@ -171,11 +171,15 @@ def test_invalid_settings():
     for wrong in ({"length_penalty": 1e308}, {"length_penalty": -3.0}, {"temperature": 1e-300}, {"num_beams": 10 ** 9},
                   {"early_stopping": 3}, {"early_stopping": "sometimes"}):
         assert len(GenerationConfig(**wrong).problems()) == 1, wrong
+    for unused, other in (({"temperature": 0.5, "top_p": 0.9}, "do_sample"),
+                          ({"length_penalty": 2.0}, "num_beams above 1")):
+        assert GenerationConfig(**unused).problems() == [f"{' and '.join(unused)} would change nothing without {other}"]
 
 
 def test_what_cannot_be_generated_is_refused(models):
     for config, prompts, said in ((GenerationConfig(do_sample=True, temperature=0.0), [[1]], "temperature is 0.0"),
-                                  (GenerationConfig(), [[1], []], "prompt 1 has no token")):
+                                  (GenerationConfig(), [[1], []], "prompt 1 has no token"),
+                                  (GenerationConfig(48), [[1] * 2001], "2001 tokens and 48 new ones")):
         with pytest.raises(UserError, match=said):
             generate(models[0], prompts, config)
 

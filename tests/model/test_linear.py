@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from model.linear import Linear, packed_weights
 from model.lora import AdaptedLinear, LoRA
@@ -20,7 +21,8 @@ def test_packed_weights_compute_the_same(layer, shape):
     with packed_weights(layer):
         assert layer.packed.is_mkldnn
         y = layer(x)
-    assert layer.packed is None and y.dtype == torch.float32
+    assert layer.packed is None
+    assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -29,13 +31,33 @@ def test_in_bf16_they_are_equal_to_the_bit(layer):
     layer, x = layer.bfloat16(), torch.randn(16, 48, dtype=torch.bfloat16)
     expected = F.linear(x, layer.weight, layer.bias)
     with packed_weights(layer):
-        assert layer.packed.is_mkldnn and layer(x).equal(expected)
+        assert layer.packed.is_mkldnn
+        assert layer(x).equal(expected)
 
 
 def test_the_copies_are_gone_after_an_error(layer):
     with pytest.raises(RuntimeError), packed_weights(layer):
         layer(torch.randn(1, 47))
     assert layer.packed is None
+
+
+def test_without_memory_for_all_copies_there_are_none(layer, monkeypatch):
+    """Decoding is slower then, but does not fail."""
+    def limited(weight):
+        if len(weight) > 48:
+            raise RuntimeError(said)
+        return reorder(weight)
+
+    two, reorder = nn.Sequential(Linear(48, 48), layer).requires_grad_(False), torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", limited)
+    said = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B"
+    with packed_weights(two):
+        assert [one.packed for one in two] == [None, None]
+        assert two(torch.ones(48)).isfinite().all()
+    said = "something else"
+    with pytest.raises(RuntimeError, match=said), packed_weights(two):
+        pass
+    assert two[0].packed is None
 
 
 def test_an_adapter_is_added_to_the_packed_product(layer):
@@ -50,6 +72,6 @@ def test_an_adapter_is_added_to_the_packed_product(layer):
 @pytest.mark.parametrize("weight", [torch.randn(80, 48, dtype=torch.float64), torch.empty(0),
                                     torch.empty(80, 48, device="meta")])
 def test_a_dtype_without_kernels_a_part_of_zero_3_and_other_devices_are_left_as_they_are(layer, weight):
-    layer.weight = torch.nn.Parameter(weight)
+    layer.weight = nn.Parameter(weight)
     with packed_weights(layer):
         assert layer.packed is None

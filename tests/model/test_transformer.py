@@ -214,6 +214,13 @@ def test_the_heads_gradient_is_as_exact_in_many_chunks_as_in_one(dtype, monkeypa
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_the_heads_gradient_cannot_be_differentiated_again():
+    hidden, weight = torch.ones(4, 8), torch.ones(16, 8, requires_grad=True)
+    loss = model.loss.FusedLinearLoss.apply(hidden, weight, torch.arange(4), None, True)
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+
 def test_training_uses_the_flash_kernel():
     input_ids, targets, *_ = padded_batch()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), mock.patch.object(  # any other kernel is an error

@@ -143,6 +143,17 @@ def test_a_model_is_trained_on_until_it_is_level(text, tmp_path):
     assert run["settings"]["max_flops"] == 2 * before["flops"]
 
 
+def test_a_model_whose_rate_ended_at_zero_is_not_trained_on(text, tmp_path, refusal):
+    m0 = tmp_path / "m0"
+    m0.mkdir()
+    (m0 / "run.json").write_text(json.dumps({
+        "settings": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.0},
+        "lineage": {"flops": 1e9}, "result": {"eval_loss_after": 4.0}}))
+    line = refusal((PretrainConfig, pretrain.main), "--size", "tiny", "--model", "llm", "--data", text, "--out",
+                   tmp_path / "level", "--init", m0, "--level_with", m0)
+    assert f"{m0} was trained with min_lr_ratio 0, so that its learning rate ended at 0" in line
+
+
 def test_mean_curves_by_hand():
     """Growth in stages has two losses at the FLOPs at which it grows."""
     grown = [(5, 5.0), (10, 4.0), (10, 4.6), (15, 3.8)]

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, losses, read_metrics
 from training import optimizers
 from training.batches import sample_indices
-from training.methods import find_side_files, side_file
+from training.methods import find_side_files, num_updates, side_file
 from training.optimizers import AnchoredAdamW
 from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed_items
 from training.run import TASK_SEEDS
@@ -454,3 +455,10 @@ def test_each_task_has_noise_of_its_own(run, checkpoint, simp_file, tmp_path):
             parameter.copy_((means[name] + noise / (1e7 * 1e-3 + 0.3 * precisions[name]).sqrt()).view_as(parameter))
         loss = mean_loss(model, checkpoint, simp_file, sample_indices(42, 60, 0, 8))
     assert losses(m2)[1, "loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_moments_without_a_record_of_their_updates_are_refused():
+    run = SimpleNamespace(cfg=SimpleNamespace(init="m0"), lineage={})
+    with pytest.raises(UserError, match="m0 has optimizer moments, but no record"):
+        num_updates(run)
+    assert num_updates(SimpleNamespace(lineage={"updates": 7})) == 7
