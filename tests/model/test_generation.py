@@ -163,6 +163,14 @@ def test_done_rows_are_filled_from_the_end():
     assert rows_to_keep([False, False, True]) == [0, 1]
 
 
+def test_weights_are_packed_while_decoding():
+    model, packed = random_model(), []
+    model.lm_head.register_forward_hook(lambda head, *_: packed.append(head.packed is not None))
+    generate(model, [[5, 6]], GenerationConfig(3))
+    assert packed == [True] * 3
+    assert model.lm_head.packed is None
+
+
 def test_invalid_settings():
     assert GenerationConfig().problems() == []
     assert len(GenerationConfig(0, 0, no_repeat_ngram_size=-1, temperature=0.0, top_p=0.0, top_k=-1).problems()) == 6

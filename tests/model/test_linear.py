@@ -66,6 +66,7 @@ def test_an_adapter_is_added_to_the_packed_product(layer):
         matrix.normal_()
     x = torch.randn(5, 48)
     with packed_weights(adapted):
+        assert adapted.packed.is_mkldnn
         torch.testing.assert_close(adapted(x), F.linear(x, adapted.merged(), adapted.bias), rtol=1e-4, atol=1e-4)
 
 
