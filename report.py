@@ -54,8 +54,8 @@ class ReportConfig:
                                        "learning; none, and of methods without it: their middle one",
                                  above=0)
     effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
-    constant: bool = setting(False, "count benchmarks in their categories that have the same value for all models and "
-                                    "stages, as in published figures")
+    constant: bool = setting(False, "count benchmarks in the FG of their categories that have the same value for all "
+                                    "models and stages, as in published figures")
     categories: tuple[str, ...] = setting((), "only these categories; none: all categories in the results")
 
     def problems(self) -> list[str]:
@@ -203,13 +203,17 @@ def main(cfg: ReportConfig) -> None:
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]
-    counted = with_choices_of(stages, {name for category in record.categories for name in record.counted_in(category)})
-    shown = [stage for stage in counted if not stage.number or stage.method_name == method]
+    selected = with_choices_of(stages, {benchmark.name for benchmark in record.benchmarks})
+    shown = [stage for stage in selected if not stage.number or stage.method_name == method]
     recorded = read_primary(cfg.runs) if cfg.runs else None
     primary = cfg.primary or recorded or PRIMARY
     study = Study(shown, *pair, named=recorded) if pair else None
-    check_measure(primary, study.measures if study else make_measures(counted))
-    planes, noise = method_studies(counted, next(iter(records)), primary, recorded), noise_flags(stages)
+    measures = study.measures if study else make_measures(selected)
+    if primary == recorded and primary not in measures:
+        raise UserError(f"these results do not have {primary}, the primary measure that the experiment recorded: leave "
+                        "out --categories, or give --primary")
+    check_measure(primary, measures)
+    planes, noise = method_studies(selected, next(iter(records)), primary, recorded), noise_flags(stages)
     sentences, sections, missing = describe(Comparisons(records, rates, method, study, planes, primary), cfg.effect,
                                             noise)
     missing += unusable

@@ -14,8 +14,8 @@ HIGHER_IS_BETTER = ("average performance", "backward transfer")  # of the other 
 
 NOTE = ("FG in percent, positive is forgetting; measures over the tasks in points of the tasks' metrics; ECE (expected "
         "calibration error) and NLL (negative log-likelihood of the right option, in nats) are means over the "
-        "benchmarks that all methods have after the last stage. In brackets 95% intervals: over the items, and the "
-        "pairs and seeds if there are several, not corrected for the number of measures.")
+        "benchmarks that all methods have after the last stage. In brackets 95% intervals: over the items, and over "
+        "the pairs or the seeds of a single pair if there are several, not corrected for the number of measures.")
 
 PART_NOTE = ("\n(part): the method or the baseline lacks stages, benchmarks, test sets or seeds that the other has, "
              "see What is missing. The differences are without them.\n")

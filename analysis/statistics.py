@@ -99,7 +99,8 @@ def over_seeds(estimates: Mapping[tuple[int, int], Estimate | None]) -> Estimate
     average = combine(statistics.fmean(values), [(1 / len(unit) / count, e) for unit in units.values() for e in unit])
     if count == 1:
         return average
-    item_error = math.hypot(parts_error(average.parts), statistics.fmean(e.rest for e in known.values()))
+    item_error = math.hypot(parts_error(average.parts),
+                            statistics.fmean(statistics.fmean(e.rest for e in unit) for unit in units.values()))
     seed_error = t_quantile(count - 1) / NORMAL * statistics.stdev(values) / count ** 0.5
     return Estimate(average.value, math.hypot(item_error, seed_error), average.parts)
 

@@ -61,7 +61,7 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
                          caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.compared else []
     names = [f"{short}: {name}" for short, name in CATEGORIES.items() if short in record.categories]
-    units = " and the pairs or seeds" if record.several_seeds else ""
+    units = f" and the spread of the {'pairs' if record.several_pairs else 'seeds'}" if record.several_seeds else ""
     note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
             f"from the benchmarks' standard errors{units}.")
     if names:

@@ -53,8 +53,8 @@ class EvaluateConfig:
                      if getattr(self, name) and not self.suite]
         if (self.bertscore_model is None) != (self.bertscore_layer is None):
             problems.append("bertscore_model and bertscore_layer must be given together")
-        if self.bertscore_model is not None and not (self.tasks and self.decode):
-            problems.append("bertscore_model is for generated texts: give --tasks, without --decode false")
+        if self.bertscore_model is not None and not self.tasks:
+            problems.append("bertscore_model is for the generated texts of tasks: give --tasks")
         if self.bertscore_model is not None and not Path(self.bertscore_model, "config.json").is_file():
             problems.append(f"bertscore_model {self.bertscore_model} is not the directory of an encoder: it holds no "
                             "config.json")

@@ -51,11 +51,11 @@ class GenerationConfig:
             problems.append(f"early_stopping is {self.early_stopping!r}, expected true, false or never")
         if self.do_sample and self.num_beams > 1:
             problems.append("do_sample and num_beams above 1 exclude each other")
-        default = type(self)()
+        default, valid = type(self)(), not problems
         for used, needs, names in ((self.do_sample, "do_sample", ("temperature", "top_k", "top_p")),
                                    (self.num_beams > 1, "num_beams above 1", ("length_penalty", "early_stopping"))):
             changed = [name for name in names if getattr(self, name) != getattr(default, name)]
-            if changed and not used and not problems:
+            if changed and not used and valid:
                 problems.append(f"{' and '.join(changed)} would change nothing without {needs}")
         return problems
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.oom import is_out_of_memory
+from model.oom import available_memory, is_out_of_memory
 
 
 class Linear(nn.Linear):
@@ -27,9 +27,9 @@ class Linear(nn.Linear):
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Lets the linear layers of a model on a CPU compute with packed copies of their weights, without gradients.
 
-    In bf16 the results are the same to the bit. The copies take as much memory as the weights. Where there is too
-    little, none are made. Weights that oneDNN has no kernels for, and those that ZeRO-3 has divided among processes,
-    are not packed.
+    In bf16 the results are the same to the bit. The copies take as much memory as the weights, and are not made if less
+    than twice as much is left, since batches need memory, too. Weights that oneDNN has no kernels for, and those that
+    ZeRO-3 has divided among processes, are not packed.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear) and can_pack(module.weight)]
     try:
@@ -41,6 +41,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 def pack(layers: Sequence[Linear]) -> None:
     """Makes the packed copies, or none if there is not enough memory for all."""
+    if 2 * sum(layer.weight.nbytes for layer in layers) > available_memory():
+        return
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
@@ -53,7 +55,7 @@ def pack(layers: Sequence[Linear]) -> None:
 def unpack(layers: Sequence[Linear]) -> None:
     """Deletes the packed copies."""
     for layer in layers:
-        layer.packed = None
+        vars(layer).pop("packed", None)  # compiled code notices an attribute that it has not seen
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -70,7 +70,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: what depends on these gradients would be silently left out
-            raise RuntimeError("the loss can be differentiated only once")
+            raise RuntimeError("the loss has no second derivatives: leave out create_graph")
         hidden_grad, weight_grad = ctx.gradients
         ctx.gradients = None  # they are changed in place, so that a second call has to fail
         return hidden_grad.mul_(gradient), weight_grad if weight_grad is None else weight_grad.mul_(gradient), \

@@ -1,9 +1,21 @@
 """Recovery from running out of memory."""
+import math
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from common.files import UserError, first_line
+
+
+def available_memory() -> float:
+    """Returns the bytes of memory that programs can still get on this machine; infinity where that is not known. An
+    allocation may succeed beyond that: the system then ends the program that uses the memory."""
+    with suppress(OSError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].removesuffix("kB"))
+    return math.inf
 
 
 def is_out_of_memory(error: Exception) -> bool:

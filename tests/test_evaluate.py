@@ -256,7 +256,7 @@ def test_bertscore_is_tried_before_the_model_is_loaded(refused, monkeypatch, tmp
     line = refused(**flags)
     assert "is not the directory of an encoder: it holds no config.json" in line
     assert "bertscore_model needs a package that is not installed: pip install bert-score" in line
-    assert "bertscore_model is for generated texts" in refused(**flags | {"decode": "false"})
+    assert "bertscore_model is for the generated texts of tasks" in refused(**flags | {"tasks": None})
     (tmp_path / "config.json").write_text("{}")
     package = types.ModuleType("bert_score")
     package.__spec__ = importlib.machinery.ModuleSpec("bert_score", None)

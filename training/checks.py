@@ -66,9 +66,8 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
                         "`make data`")
     if cfg.task is None and Path(cfg.data).is_file():
         raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
-    if cfg.replay_text and not cfg.replay_share:
-        raise UserError(f"replay_share is 0, so that nothing of replay_text {cfg.replay_text} would be replayed: give "
-                        "replay_share, or --method replay")
+    if cfg.replay_text and not cfg.replay_share:  # which train_args may give to all methods of an experiment
+        print(f"nothing of replay_text {cfg.replay_text} is replayed: replay_share is 0")
     of_data = data_digest(cfg.data)
     resolved = resolve_choices(cfg, dist.world_size)
     settings, defaults = json_values(resolved), json_values(TrainConfig())

@@ -251,19 +251,16 @@ def test_differences_in_differences(tmp_path):
 
 
 def test_categories_that_are_left_out_have_no_measures(tmp_path):
-    """Nor benchmarks that do not count, since all models and stages have the same value."""
     runs = write_study(tmp_path / "runs")
     for path in list(runs.rglob("results_1.json")):
-        known, new = read_json(path), {"puzzle": ("RC", path.with_name("samples_quiz_1.jsonl").read_text())}
-        lines = [json.loads(line) for line in new["puzzle"][1].splitlines()]
-        same = "\n".join(json.dumps(line | {"acc": float(line["doc_id"] % 2)}) for line in lines)
-        for number, (name, (category, samples)) in enumerate((new | {"riddle": ("Rs", same)}).items(), 2):
-            value = np.mean([json.loads(line)["acc"] for line in samples.splitlines()])
-            suite = [known["run"]["suite"][0] | {"name": name, "category": category}]
-            path.with_name(f"results_{number}.json").write_text(json.dumps({"run": {"suite": suite}, "results": {
-                name: {"acc,none": value, "acc_stderr,none": 0.1}}}))
-            path.with_name(f"samples_{name}_{number}.jsonl").write_text(samples)
-    for settings, expected in (({}, {"DK", "RC"}), ({"categories": ("DK",)}, {"DK"}),
-                               ({"constant": True}, {"DK", "RC", "Rs"})):
+        results = read_json(path)
+        suite = [results["run"]["suite"][0] | {"name": "puzzle", "category": "RC"}]
+        path.with_name("results_2.json").write_text(json.dumps({
+            "run": {"suite": suite}, "results": {"puzzle": results["results"]["quiz"]}}))
+        shutil.copy(path.with_name("samples_quiz_1.jsonl"), path.with_name("samples_puzzle_2.jsonl"))
+    for settings, expected in (({}, {"DK", "RC"}), ({"categories": ("DK",)}, {"DK"})):
         text = make_report(tmp_path / "out", runs=runs, **settings)
         assert set(re.findall(r"loss of accuracy, (\w+)", text)) == expected
+    write_primary(runs, "loss of accuracy, RC")
+    with pytest.raises(UserError, match="do not have loss of accuracy, RC, the primary measure that the experiment"):
+        make_report(tmp_path / "out", runs=runs, categories=("DK",))

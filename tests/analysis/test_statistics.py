@@ -46,8 +46,8 @@ def test_seeds_add_their_spread_to_the_error_of_the_items():
 
 
 def test_the_pairs_are_the_units_and_not_the_seeds_of_their_fine_tuning():
-    found = over_seeds({(1, 42): Estimate(1, 3), (1, 43): Estimate(3, 3), (2, 42): Estimate(5, 3),
-                        (2, 43): Estimate(7, 3), (2, 44): Estimate(9, 3)})
+    found = over_seeds({(1, 42): Estimate(1, 5), (1, 43): Estimate(3, 5), (2, 42): Estimate(5, 1),
+                        (2, 43): Estimate(7, 1), (2, 44): Estimate(9, 1)})
     assert found.value == 4.5  # of the pairs' means 2 and 7, whose standard deviation is 5 / √2
     assert found.error == pytest.approx((3 ** 2 + (12.7062 / 1.96 * 5 / 2) ** 2) ** 0.5)
 

@@ -163,6 +163,7 @@ def test_done_rows_are_filled_from_the_end():
     assert rows_to_keep([False, False, True]) == [0, 1]
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 def test_weights_are_packed_while_decoding():
     model, packed = random_model(), []
     model.lm_head.register_forward_hook(lambda head, *_: packed.append(head.packed is not None))
@@ -179,6 +180,7 @@ def test_invalid_settings():
     for wrong in ({"length_penalty": 1e308}, {"length_penalty": -3.0}, {"temperature": 1e-300}, {"num_beams": 10 ** 9},
                   {"early_stopping": 3}, {"early_stopping": "sometimes"}):
         assert len(GenerationConfig(**wrong).problems()) == 1, wrong
+    assert len(GenerationConfig(temperature=0.5, length_penalty=2.0).problems()) == 2
     for unused, other in (({"temperature": 0.5, "top_p": 0.9}, "do_sample"),
                           ({"length_penalty": 2.0}, "num_beams above 1")):
         assert GenerationConfig(**unused).problems() == [f"{' and '.join(unused)} would change nothing without {other}"]

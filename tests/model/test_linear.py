@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.linear import Linear, packed_weights
+from model import linear
+from model.linear import Linear, can_pack, packed_weights
 from model.lora import AdaptedLinear, LoRA
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def test_packed_weights_compute_the_same(layer, shape):
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products in bf16 on this CPU")
+@pytest.mark.skipif(not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="no products in bf16 on this CPU")
 def test_in_bf16_they_are_equal_to_the_bit(layer):
     layer, x = layer.bfloat16(), torch.randn(16, 48, dtype=torch.bfloat16)
     expected = F.linear(x, layer.weight, layer.bias)
@@ -58,6 +61,13 @@ def test_without_memory_for_all_copies_there_are_none(layer, monkeypatch):
     with pytest.raises(RuntimeError, match=said), packed_weights(two):
         pass
     assert two[0].packed is None
+
+
+def test_no_copies_are_made_that_leave_no_memory_for_batches(layer, monkeypatch):
+    for left, packed in ((2 * layer.weight.nbytes, True), (2 * layer.weight.nbytes - 1, False)):
+        monkeypatch.setattr(linear, "available_memory", lambda left=left: left)
+        with packed_weights(layer):
+            assert (layer.packed is not None) == packed
 
 
 def test_an_adapter_is_added_to_the_packed_product(layer):
