@@ -25,12 +25,12 @@ from analysis.method_tables import compare_methods
 from analysis.pages import markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
 from analysis.pair_tables import answer, pair_sections
-from analysis.pairs import Study, middle_rate, rates_of
+from analysis.pairs import Study
 from analysis.record import ModelPair, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
-from analysis.stages import Stage
+from analysis.stages import Stage, middle_rate, rates_of
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
 from common.files import UserError, explain_os_errors, write_text
 from common.scripts import run

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from analysis.stages import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
-from analysis.statistics import Estimate, over_seeds
+from analysis.statistics import Estimate, over_chains
 from common.files import UserError
 from evaluation.conditions import Conditions, shown, unlike
 
@@ -149,7 +149,7 @@ class CommonPart:
         values = measure([*self.one.values(), *self.two.values()])
         one, two = values[:len(self.one)], values[len(self.one):]
         differences = (first - second if first and second else None for first, second in zip(one, two))
-        grown, reference, difference = (over_seeds(dict(zip(self.one, found))) for found in (one, two, differences))
+        grown, reference, difference = (over_chains(dict(zip(self.one, found))) for found in (one, two, differences))
         return grown, reference, difference
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.comparison import training_minutes
+from analysis.contrasts import Contrast, Difference
 from analysis.inference import ALPHA, PairedDifference, holm
 from analysis.measures import ItemValues, losses_at, task_at
 from analysis.pair_tables import p_text, range_text, with_interval
-from analysis.pairs import Contrast, Difference, Study
+from analysis.pairs import Study
 from analysis.stages import Stage
 from analysis.tables import Section
 from common.formatting import markdown_table

@@ -7,11 +7,12 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from analysis.contrasts import matched_difference
 from analysis.inference import PairedDifference, holm
 from analysis.matching import match
 from analysis.method_plane import difference_of, has_results
 from analysis.pair_tables import p_text, range_text, with_interval
-from analysis.pairs import Study, matched_difference
+from analysis.pairs import Study
 from analysis.record import ModelPair
 from analysis.tables import Section
 from common.formatting import markdown_table

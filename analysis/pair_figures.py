@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.contrasts import Contrast, Difference
 from analysis.figures import (
     LINES,
     add_legend,
@@ -24,7 +25,7 @@ from analysis.figures import (
 from analysis.inference import PairedDifference
 from analysis.loss_curves import draw_loss_curves
 from analysis.measures import DECREASE, LEARNING
-from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study
+from analysis.pairs import LEVEL_ENDING, Study
 from analysis.stages import TEXT
 
 # Of the contrasts, in other colours than the MODELS.

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
+from analysis.contrasts import Contrast, Difference
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, holm
 from analysis.loss_curves import flops_to_loss
 from analysis.measures import DECREASE, LEARNING, MATCHED_ON
-from analysis.pairs import LEVEL_ENDING, Contrast, Difference, Study, range_of_learning
+from analysis.pairs import LEVEL_ENDING, Study, range_of_learning
 from analysis.stages import TEXT
 from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate

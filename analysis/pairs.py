@@ -4,98 +4,28 @@ Learning is matched: models are compared at equal loss on the new task, see matc
 compared at an equal decrease of this loss since m0, since the m0 of two models differ on the task.
 """
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from analysis.comparison import Chain, drop_unlike_items, pair_name, stage_names, title_of
-from analysis.inference import PairedDifference, VarianceComponents, variance_components
+from analysis.contrasts import Contrast, Difference, RateCurve, matched_difference
 from analysis.loss_curves import Curve, curve_of_log
-from analysis.matching import EVERYWHERE, Match, match
+from analysis.matching import Match, match
 from analysis.measures import (
     DECREASE,
     LEARNING,
     MATCHED_ON,
     PRIMARY,
     ItemValues,
-    PairMeasure,
     make_measures,
     per_token,
     task_at,
     weighted_sum,
 )
 from analysis.record import find_benchmarks, make_chains
-from analysis.stages import TEXT, Stage
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two models that are compared: values of `one` minus those of `two`.
-
-    equal_loss: the control at equal held-out loss. In each pair, whichever of the two was trained further until its
-    held-out loss was that of the other, <model>-level, stands for its model. of: the model whose methods are compared,
-    if methods stand for models.
-    """
-    one: str
-    two: str
-    equal_loss: bool = False
-    of: str = ""
-
-    def __str__(self) -> str:
-        what = f"{self.one} − {self.two}"
-        if self.of:
-            return f"{what} of {self.of}"
-        return f"{what}, m0 of equal loss" if self.equal_loss else what
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The difference of two models by a measure after a stage, in each pair that has it.
-
-    setting: what is equal: one of MATCHED_ON, or the learning rate. of_pairs: {pair: values of the items}.
-    """
-    contrast: Contrast
-    measure: PairMeasure
-    number: int
-    setting: str
-    of_pairs: Mapping[int, ItemValues]
-
-    @property
-    def is_matched(self) -> bool:
-        """Whether learning was matched."""
-        return self.setting in MATCHED_ON
-
-    @property
-    def learning(self) -> str:
-        """What is equal, as text."""
-        if self.is_matched:
-            return f"equal {self.setting}"
-        return (f"learning rate {self.setting}" if self.setting else "one learning rate") + " (learning not matched)"
-
-    @functools.cached_property
-    def estimate(self) -> PairedDifference:
-        """The mean over the pairs. Smaller differences than 1e-12 are rounding errors."""
-        return PairedDifference(tuple(round(one.value, 12) for one in self.of_pairs.values()))
-
-    @functools.cached_property
-    def components(self) -> VarianceComponents | None:
-        """The variance between the pairs and that of the items in them."""
-        found = self.of_pairs.values()
-        return variance_components(np.array([one.value for one in found]), np.array([one.residuals for one in found]))
-
-
-RateCurve = tuple[np.ndarray, list[ItemValues], list[str]]  # one of MATCHED_ON [R], a measure, the learning rates
-
-
-def matched_difference(one: RateCurve, two: RateCurve, within: tuple[float, float] = EVERYWHERE) -> ItemValues | None:
-    """The mean difference of two curves over the learning that both reach, within bounds. None without any."""
-    found = match(one[0], two[0], within) if len(one[0]) and len(two[0]) else None
-    return weighted_sum([(sign * weight, value) for sign, (_, y, _), weights in zip((1, -1), (one, two), found.weights)
-                         for weight, value in zip(weights, y)]) if found and found.weights else None
+from analysis.stages import TEXT, Stage, rates_of
 
 
 class Study:
@@ -349,13 +279,3 @@ LEVEL_TOLERANCE = 0.05  # nats per token between the held-out losses of two m0 t
 def level(model: str) -> str:
     """The name of a model that was trained further to the held-out loss of the other model of its pair."""
     return model + LEVEL_ENDING
-
-
-def middle_rate(rates: Sequence[T]) -> T:
-    """The learning rate with which test sets are generated and benchmarks run. rates: ascending."""
-    return rates[(len(rates) - 1) // 2]
-
-
-def rates_of(stages: Sequence[Stage]) -> list[str]:
-    """The learning rates in the folders of stages, ascending; [""] if there are none."""
-    return sorted({stage.rate for stage in stages if stage.number and stage.rate}, key=float) or [""]

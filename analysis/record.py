@@ -19,7 +19,7 @@ from analysis.comparison import (
 )
 from analysis.results import shipped_benchmarks
 from analysis.stages import BENCHMARKS, Stage
-from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_seeds
+from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_chains
 from common.files import UserError
 from evaluation.suites import Benchmark
 
@@ -137,8 +137,8 @@ class Record:
         return [b.name for b in self.benchmarks_of(category) if b.name not in self._uncounted]
 
     def benchmark_value(self, model: str, number: int, name: str) -> Estimate | None:
-        """A benchmark at a stage, over pairs or seeds (`over_seeds`). None if a chain lacks it."""
-        return over_seeds({key: benchmark_at(chain, number, name) for key, chain in self.own[model].items()})
+        """A benchmark at a stage, over pairs or seeds (`over_chains`). None if a chain lacks it."""
+        return over_chains({key: benchmark_at(chain, number, name) for key, chain in self.own[model].items()})
 
     def version(self, model: str, name: str) -> str:
         """The version of lm-eval's task by which a benchmark of a model was measured; "" if it is unknown."""
@@ -147,7 +147,7 @@ class Record:
 
     def task_value(self, model: str, number: int, task: str) -> Estimate | None:
         """A task's metric at a stage, over pairs or seeds. None if a chain lacks it."""
-        return over_seeds({key: matrix_of(chain).get((number, task)) for key, chain in self.own[model].items()})
+        return over_chains({key: matrix_of(chain).get((number, task)) for key, chain in self.own[model].items()})
 
     def fg_measure(self, *names: str) -> Measure:
         """The measure of FG: in each chain the mean over benchmarks, since a seed affects them together."""
@@ -177,7 +177,7 @@ class Record:
 
     def own_value(self, model: str, measure: Measure) -> Estimate | None:
         """A measure over all that a model has, over its pairs or seeds."""
-        return over_seeds(dict(zip(self.own[model], measure(list(self.own[model].values())))))
+        return over_chains(dict(zip(self.own[model], measure(list(self.own[model].values())))))
 
     def compare(self, measure: Measure) -> Comparison:
         """A measure of all models, and the difference of those that are compared."""

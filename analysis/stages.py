@@ -1,8 +1,9 @@
 """Stages of an experiment: a checkpoint each, with its results and how it was trained."""
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from analysis.statistics import Estimate
 from common.files import is_number
 from evaluation.conditions import Conditions
 from evaluation.suites import Benchmark
+
+T = TypeVar("T")
 
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
 TEXT = "text"  # name of the losses of held-out text
@@ -102,3 +105,13 @@ class Stage:
     def method_name(self) -> str:
         """The name of the method, "none" without one."""
         return self.method or "none"
+
+
+def middle_rate(rates: Sequence[T]) -> T:
+    """The learning rate with which test sets are generated and benchmarks run. rates: ascending."""
+    return rates[(len(rates) - 1) // 2]
+
+
+def rates_of(stages: Sequence[Stage]) -> list[str]:
+    """The learning rates in the folders of stages, ascending; [""] if there are none."""
+    return sorted({stage.rate for stage in stages if stage.number and stage.rate}, key=float) or [""]

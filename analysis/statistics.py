@@ -81,7 +81,7 @@ def mean(estimates: Iterable[Estimate | None]) -> Estimate | None:
     return combine(statistics.fmean(e.value for e in known), [(1 / len(known), e) for e in known])
 
 
-def over_seeds(estimates: Mapping[tuple[int, int], Estimate | None]) -> Estimate | None:
+def over_chains(estimates: Mapping[tuple[int, int], Estimate | None]) -> Estimate | None:
     """The mean of estimates {(pair, seed): Estimate} measured on the same items. None if one is None.
 
     The error due to the choice of items is the same for all and does not shrink with their number. The spread of the

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from analysis.measures import EARLIER, OF_TEXT, PRIMARY, measure_names
-from analysis.pairs import middle_rate
-from analysis.stages import CHOICE_METRICS
+from analysis.stages import CHOICE_METRICS, middle_rate
 from common.configs import CONFIGS, known
 from common.files import UserError
 from common.provenance import DEFAULT_TEMPLATE

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.comparison import usable_stages
+from analysis.contrasts import Difference
 from analysis.inference import ALPHA, POWER, VarianceComponents, units_needed
 from analysis.measures import PRIMARY, check_measure, read_primary
-from analysis.pairs import Difference, Study
+from analysis.pairs import Study
 from analysis.results import read_runs
 from common.configs import unknown_name
 from common.files import UserError

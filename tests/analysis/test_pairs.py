@@ -7,12 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
+from analysis.contrasts import Contrast
 from analysis.inference import variance_components
 from analysis.matching import efficient_branch, match, mean_weights
 from analysis.measures import DECREASE, earlier_tasks
-from analysis.pairs import Contrast, Study, rates_of
+from analysis.pairs import Study
 from analysis.results import read_runs
-from analysis.stages import ItemLosses, Stage
+from analysis.stages import ItemLosses, Stage, rates_of
 from common.files import read_json
 from evaluation.result_files import total_losses
 from tests.analysis.studies import RATES, SLOPE, TASKS, TOKENS, write_study

@@ -10,7 +10,7 @@ from analysis.statistics import (
     fg,
     forgetting_from_best,
     mean,
-    over_seeds,
+    over_chains,
 )
 
 
@@ -37,16 +37,16 @@ def test_fg_of_a_category_is_the_mean_of_its_benchmarks():
 
 
 def test_seeds_add_their_spread_to_the_error_of_the_items():
-    assert over_seeds({(0, 42): Estimate(3, 1)}) == Estimate(3, 1)
-    found = over_seeds({(0, 42): Estimate(2, 3), (0, 43): Estimate(4, 5)})  # deviation √2, t of one degree 12.706
+    assert over_chains({(0, 42): Estimate(3, 1)}) == Estimate(3, 1)
+    found = over_chains({(0, 42): Estimate(2, 3), (0, 43): Estimate(4, 5)})  # deviation √2, t of one degree 12.706
     assert found.value == 3
-    assert over_seeds({(0, 42): Estimate(2, 3), (0, 43): None}) is None  # not of the same items
-    assert over_seeds({}) is None
+    assert over_chains({(0, 42): Estimate(2, 3), (0, 43): None}) is None  # not of the same items
+    assert over_chains({}) is None
     assert found.error == pytest.approx((4 ** 2 + (12.7062 / 1.96 * 2 ** 0.5 / 2 ** 0.5) ** 2) ** 0.5)
 
 
 def test_the_pairs_are_the_units_and_not_the_seeds_of_their_fine_tuning():
-    found = over_seeds({(1, 42): Estimate(1, 5), (1, 43): Estimate(3, 5), (2, 42): Estimate(5, 1),
+    found = over_chains({(1, 42): Estimate(1, 5), (1, 43): Estimate(3, 5), (2, 42): Estimate(5, 1),
                         (2, 43): Estimate(7, 1), (2, 44): Estimate(9, 1)})
     assert found.value == 4.5  # of the pairs' means 2 and 7, whose standard deviation is 5 / √2
     assert found.error == pytest.approx((3 ** 2 + (12.7062 / 1.96 * 5 / 2) ** 2) ** 0.5)
@@ -68,7 +68,7 @@ def test_values_of_the_same_items_are_compared_in_pairs():
     assert mean([a, a]).error == pytest.approx(a.error)
     unknown = mean([a, Estimate(0.5)])  # an unknown error makes that of a difference unknown
     assert np.isnan((unknown - b).error)
-    seeds = over_seeds({(0, 42): a, (0, 43): b})
+    seeds = over_chains({(0, 42): a, (0, 43): b})
     spread = 12.7062 / 1.96 * np.std([a.value, b.value], ddof=1) / 2 ** 0.5
     assert seeds.error == pytest.approx(np.hypot(((one + two) / 2).std(ddof=1) / 200 ** 0.5, spread))
     assert (seeds - estimate_of_items(one, "test set")).error == pytest.approx(
