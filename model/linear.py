@@ -55,7 +55,7 @@ def pack(layers: Sequence[Linear]) -> None:
 def unpack(layers: Sequence[Linear]) -> None:
     """Deletes the packed copies."""
     for layer in layers:
-        vars(layer).pop("packed", None)  # compiled code notices an attribute that it has not seen
+        vars(layer).pop("packed", None)  # setting it to None would make compiled blocks compile again
 
 
 def can_pack(weight: Tensor) -> bool:

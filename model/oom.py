@@ -12,7 +12,7 @@ from common.files import UserError, first_line
 def available_memory() -> float:
     """Returns the bytes of memory that programs can still get on this machine; infinity where that is not known. An
     allocation may succeed beyond that: the system then ends the program that uses the memory."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError, KeyError):
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024 * int(fields["MemAvailable"].removesuffix("kB"))
     return math.inf
