@@ -25,7 +25,10 @@ class MetricsLog:
         self.file, self.services = None, services
         if directory is not None:
             path = directory / "metrics.jsonl"
-            write_text(path, "".join(lines_until(path, step)))
+            lines = list(lines_until(path, step))
+            if (last := json.loads(lines[-1])["step"] if lines else 0) < step:
+                print(f"{path} is damaged or incomplete: of {step} earlier steps those after {last} are lost")
+            write_text(path, "".join(lines))
             with explain_os_errors(directory):
                 self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 

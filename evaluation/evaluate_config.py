@@ -51,6 +51,8 @@ class EvaluateConfig:
             problems.append("--reference needs --text or --tasks")
         problems += [f"{name} is for benchmarks: give --suite" for name in ("posterior_samples", "suite_files")
                      if getattr(self, name) and not self.suite]
+        if self.text_length and not self.text:
+            problems.append("text_length is that of windows of a text: give --text")
         if (self.bertscore_model is None) != (self.bertscore_layer is None):
             problems.append("bertscore_model and bertscore_layer must be given together")
         if self.bertscore_model is not None and not self.tasks:

@@ -69,7 +69,8 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     count = found.estimate.n if found else 0
     if found is None or count < 2 or not found.estimate.sd:
         raise UserError(f"{cfg.runs} has {count} pairs with the {primary} of {cfg.grown} and {cfg.reference} after "
-                        f"{study.stages[-1]}, expected at least 2 that differ: run experiment.py with more --pairs")
+                        f"{study.stages[-1]}, expected at least 2 that differ: run experiment.py with more --pairs"
+                        + "".join(f"; {line}" for line in study.unmatched(study.contrasts[0], study.last)))
     return found
 
 

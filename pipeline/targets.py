@@ -9,6 +9,7 @@ import common.interrupts
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -278,3 +279,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of the output has closed it, such as `head`
+        os._exit(128 + signal.SIGPIPE)

@@ -1,6 +1,7 @@
 """The table of stages gives the same differences as the runs that it was made from."""
 import json
 import re
+import shutil
 
 import pytest
 
@@ -19,15 +20,21 @@ from tests.analysis.test_report import make_report
 MODELS = "llm", "stack", "llm-level"
 
 
-@pytest.fixture
-def runs(tmp_path):
-    return write_study(tmp_path / "runs", models=MODELS)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A study that no test changes: it has 700 files."""
+    return write_study(tmp_path_factory.mktemp("study") / "runs", models=MODELS)
+
+
+@pytest.fixture(scope="module")
+def table_text(runs):
+    return stage_table(read_runs(runs))
 
 
 @pytest.fixture
-def table(runs, tmp_path):
+def table(table_text, tmp_path):
     path = tmp_path / "stages.csv"
-    path.write_text(stage_table(read_runs(runs)))
+    path.write_text(table_text)
     return path
 
 
@@ -71,7 +78,7 @@ def test_a_report_is_not_replaced_by_that_of_its_table(refusal, runs, tmp_path):
     assert (tmp_path / "out/report.md").read_text() == before
 
 
-def test_tables_of_several_machines_make_one(tmp_path):
+def test_tables_of_several_machines_make_one(runs, tmp_path):
     lines = []
     for pairs in ((1, 2), (3, 4)):
         text = stage_table(read_runs(write_study(tmp_path / f"runs-{pairs[0]}", pairs=pairs)))
@@ -79,7 +86,7 @@ def test_tables_of_several_machines_make_one(tmp_path):
     path = tmp_path / "all.csv"
     path.write_text("".join(lines))
     found = Study(read_stage_table(path), "stack", "llm").main_difference("rise of held-out loss")
-    expected = Study(read_runs(write_study(tmp_path / "runs")), "stack", "llm").main_difference("rise of held-out loss")
+    expected = Study(read_runs(runs), "stack", "llm").main_difference("rise of held-out loss")
     assert found.estimate.values == pytest.approx(expected.estimate.values)
 
 
@@ -100,6 +107,7 @@ def test_what_cannot_be_compared_is_known_from_the_table(table):
 
 def test_a_limit_matters_only_where_the_number_of_items_is_unknown(runs, tmp_path):
     """Also in the table, which tells a digest of the conditions; and FLOPs are told."""
+    runs = shutil.copytree(runs, tmp_path / "runs")
     for path in runs.glob("pair-2/*/**/losses-*.json"):
         found = read_json(path)
         path.write_text(json.dumps(found | {"run": found["run"] | {"limit": 24}}))

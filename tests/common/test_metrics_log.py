@@ -24,6 +24,20 @@ def test_a_resumed_log_is_cut_back_to_its_step(tmp_path):
     assert read_log(tmp_path / "none.jsonl") == []
 
 
+@pytest.mark.parametrize(("content", "last"), [('{"step": 1}\n{"st\n{"step": 3}\n', 1), (None, 0), ("[1]\n", 0)])
+def test_lost_entries_of_a_resumed_log_are_told(tmp_path, capsys, content, last):
+    path = tmp_path / "metrics.jsonl"
+    if content:
+        path.write_text(content)
+    MetricsLog(tmp_path, 3).write(step=4)
+    assert capsys.readouterr().out == f"{path} is damaged or incomplete: of 3 earlier steps those after " \
+                                      f"{last} are lost\n"
+    assert [line["step"] for line in read_log(path)] == [1] * last + [4]
+    path.write_text('{"step": 3}\n')
+    MetricsLog(tmp_path, 3)
+    assert capsys.readouterr().out == ""
+
+
 def test_services(tmp_path, monkeypatch):
     tensorboard, wandb = MagicMock(), MagicMock()
     for name, module in (("tensorboard", tensorboard), ("torch.utils.tensorboard", tensorboard), ("wandb", wandb)):

@@ -318,6 +318,8 @@ def test_contradictions(refusal):
     line = refusal((EvaluateConfig, None), "--checkpoint", "x", "--reference", "y", "--text_length", "0")
     assert "--reference needs --text or --tasks" in line
     assert "text_length is 0" in line
+    line = refusal((EvaluateConfig, None), "--checkpoint", "x", "--suite", "y", "--text_length", "8")
+    assert "text_length is that of windows of a text: give --text" in line
     line = refusal((EvaluateConfig, None), "--checkpoint", "x", "--text", "y", "--posterior_samples", "2",
                    "--suite_files", "z")
     assert "posterior_samples is for benchmarks: give --suite; suite_files is for benchmarks: give --suite" in line

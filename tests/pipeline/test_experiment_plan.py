@@ -63,3 +63,12 @@ def test_the_pilot_has_one_method(tmp_path, refusal, capsys):
 def test_too_little_for_a_plan(tmp_path, refusal, options, flags, message):
     runs = write_study(tmp_path / "study", rates=RATES[:1], **options)
     assert message in refusal((ExperimentPlanConfig, print_plan), "--runs", runs, *flags)
+
+
+def test_pairs_without_a_common_loss_are_named(tmp_path, refusal):
+    runs = write_study(tmp_path / "study", pairs=(1, 2))
+    for rate in RATES[1:]:
+        shutil.rmtree(runs / f"pair-2/llm/rate-{rate}")
+    line = refusal((ExperimentPlanConfig, print_plan), "--runs", runs)
+    assert ("run experiment.py with more --pairs; pair 2 is left out of stack − llm after m2-empd: the models reach no "
+            "common new-task loss (stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in line

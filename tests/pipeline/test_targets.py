@@ -404,6 +404,16 @@ def test_the_next_commands_keep_the_folders():
         "make experiment SIZE=tiny RAW=my/raw TEXT=my/text 'ORDER=simp hgen' NPROC=2  # the models compared")
 
 
+def test_a_reader_that_has_enough():
+    """As in `make help | head -1`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-m", "pipeline.targets", "help"], cwd=ROOT, env=ENVIRON, stdout=writer,
+                            stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_help_needs_no_packages():
     result = subprocess.run([sys.executable, "-S", "-m", "pipeline.targets", "help"], cwd=ROOT, env=ENVIRON,
                             capture_output=True, text=True, check=True)
