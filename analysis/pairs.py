@@ -58,8 +58,9 @@ class Study:
                           for stage in stages if stage.number and (stage.rate or "") not in self.rates]
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
                         for rate in self.rates}
-        self._drop_other_starts()
         self.pairs = sorted({stage.pair or 0 for stage in stages})
+        self._drop_other_seeds()
+        self._drop_other_starts()
         self.models = list(dict.fromkeys(stage.model for stage in stages))
         self.stages = stage_names(stages)
         self.measures = make_measures(stages)
@@ -108,6 +109,22 @@ class Study:
     def name_of(self, pair: int) -> str:
         """How sentences call a pair."""
         return pair_name(pair, self.unit)
+
+    def _drop_other_seeds(self) -> None:
+        """Drops the fine-tuning seeds that not all fine-tuned models of a pair have at all their rates: means over
+        different seeds would not be alike."""
+        for pair in self.pairs:
+            seeds = {(model, rate): {seed for (number, seed), chain in groups.items()
+                                     if number == pair and chain.keys() - {0}}
+                     for rate, models in self._chains.items() for model, groups in models.items()}
+            found = [own for own in seeds.values() if own]
+            for seed in sorted(set().union(*found) - set.intersection(*found)) if found else ():
+                model, rate = next(place for place, own in seeds.items() if own and seed not in own)
+                self.left_out.append(f"{self.name_of(pair)}: fine-tuning seed {seed} is not used, since {model} lacks it"
+                                     + (f" at the rate {rate}" if rate else ""))
+                for models in self._chains.values():
+                    for groups in models.values():
+                        groups.pop((pair, seed), None)
 
     def _drop_other_starts(self) -> None:
         """Drops the divergences that were not measured from the m0 of their chain."""

@@ -1,5 +1,6 @@
 """Stages and their results, read from the files of evaluated runs."""
 import functools
+import math
 import re
 import statistics
 from collections.abc import Hashable, Sequence
@@ -114,8 +115,10 @@ def add_task_results(stage: Stage, found: dict[str, Any]) -> None:
     if (value := found["metrics"].get(metric)) is None:
         stage.unused.append(f"{task} (no {metric})")
         return
-    stage.tasks[task] = make_estimate(value["mean"], (value["high"] - value["low"]) / (2 * NORMAL),
-                                      found["scores"].get(metric), (task, found["run"].get("data_digest")))
+    # the bootstrap of a single sample has no spread, which does not mean that its value is certain
+    error = (value["high"] - value["low"]) / (2 * NORMAL) if found.get("samples") != 1 else math.nan
+    stage.tasks[task] = make_estimate(value["mean"], error, found["scores"].get(metric),
+                                      (task, found["run"].get("data_digest")))
     stage.conditions[TASKS, task] = task_conditions(found, metric)
 
 

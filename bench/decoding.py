@@ -68,7 +68,7 @@ def transformers_generate(model, decoding, eos, batch_size, prompts):
 
 class Bounds:
     """Adds up the least seconds of decoding: in each step the weights and the used columns of the cache are read
-    (`memory`), and the products of the rows with the weights computed, whichever takes longer (`both`).
+    (`memory`), and the products of all beams with the weights computed, whichever takes longer (`both`).
 
     read_rate: bytes per second. matrix_rate: FLOP per second.
     """
@@ -81,11 +81,12 @@ class Bounds:
     def count(self, decoder, inputs, output):
         """A hook of the decoder: counts a step, which is a pass over the cache."""
         if len(inputs) > 1 and isinstance(inputs[1], KVCache):
-            rows, cache = len(inputs[0]), inputs[1]
-            columns = cache.keys[0][:rows, :, :cache.length]
+            tokens, cache = inputs[0], inputs[1]  # tokens [B, M], a column of the cache for each of M beams
+            columns = cache.keys[0][:len(tokens), :, :cache.length]
             size = sum(weight.numel() for weight in self.weights)
             elements = size + 2 * len(cache.keys) * columns.numel()
-            reading, computing = elements * columns.element_size() / self.rates[0], 2 * size * rows / self.rates[1]
+            reading = elements * columns.element_size() / self.rates[0]
+            computing = 2 * size * tokens.numel() / self.rates[1]
             self.memory += reading
             self.both += max(reading, computing)
 

@@ -5,10 +5,11 @@
     python bench/run_all.py … --only startup,scaling --out /tmp/results.md
 
 Runs one script after another and writes the output of each under its command, below a line with the machine, the
-versions and the date. The part of the file from the heading "Tried" on is written by hand and is kept.
+versions and the date. The part of the file from the first other heading on is written by hand and is kept.
 """
 import datetime
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from common.settings import setting
 
 PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
 RESULTS = str(ROOT / "bench/RESULTS.md")
-TRIED = "\n## Tried"
 TITLES = {"finetuning": "Fine-tuning", "pretraining_speed": "Pretraining", "decoding": "Decoding",
           "scoring": "Benchmarks", "long_scoring": "Losses of long texts", "scaling": "Growth of cost",
           "startup": "Start-up", "published_steps": "Steps on many GPUs, modelled"}
@@ -65,6 +65,12 @@ def describe_machine():
     return f"{len(names)} × {names[0]} ({', '.join(features)})" + (f", {', '.join(gpus)}" if gpus else "")
 
 
+def written_by_hand(text):
+    """The part of a file of results from the first heading on that is not of a benchmark."""
+    headings = re.finditer("^## (.*)$", text, re.MULTILINE)
+    return next((text[found.start():] for found in headings if found[1] not in TITLES.values()), "")
+
+
 def main(cfg):
     """Runs the benchmarks and writes the file."""
     flags = benchmark_flags(cfg, cfg.checkpoint or small_checkpoint(cfg.folder))
@@ -85,8 +91,8 @@ def main(cfg):
             failed.append(name)
         pages.append(f"\n## {TITLES[name]}\n\n```\n$ {shlex.join(command)}\n{text}```\n")
     out = Path(cfg.out)
-    _, heading, rest = (out.read_text(encoding="utf-8") if out.exists() else "").partition(TRIED)
-    out.write_text("".join(pages) + heading + rest, encoding="utf-8")
+    kept = written_by_hand(out.read_text(encoding="utf-8")) if out.exists() else ""
+    out.write_text("".join(pages) + ("\n" + kept if kept else ""), encoding="utf-8")
     print(f"results: {out}")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, with the messages above; {out} has the results of the others")

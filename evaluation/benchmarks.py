@@ -57,7 +57,9 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any], max_le
         dataclasses.asdict(benchmark) | {"file": file_digest(benchmark)} for benchmark in suite]}
     existing: list[dict[str, Any]] = []
     measured: set[str] = set()
-    for file in [file for file in own_results(out) if is_same_run(file.run | {"suite": run["suite"]}, run)]:
+    files = own_results(out)
+    newest = {name: file.path for file in files for name in file.results}
+    for file in [file for file in files if is_same_run(file.run | {"suite": run["suite"]}, run)]:
         with earlier_results(), parsing(file.path, "a results file of evaluate.py"):
             known = {entry["name"]: value_settings(entry) for entry in file.suite}
             same = {entry["name"] for entry in run["suite"] if known.get(entry["name"]) == value_settings(entry)}
@@ -65,6 +67,9 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any], max_le
                 # raises for damaged results
                 suite_table([benchmark for benchmark in suite if benchmark.name in same], file.content)
                 print(f"{file.path} already exists, with the same model, data and settings", flush=True)
+                for other in sorted({newest[name] for name in same} - {file.path}):
+                    print(f"{other} is newer and has other settings: reports use its results unless they are of fewer "
+                          "items; delete it to use those of this run", flush=True)
                 changed = {benchmark.name for benchmark in suite} - same
                 existing.append(file.content | {"results": {
                     name: values for name, values in file.results.items() if name not in changed}})

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from bench.run_all import TITLES, written_by_hand
 from bench.workload import random_checkpoint
 from common.files import UserError
 from model.generation import GenerationConfig, generate
@@ -47,16 +48,17 @@ def test_steps_from_a_checkpoint(tmp_path):
     assert ours[1] < ours[0] - 0.05
 
 
-def test_the_bounds_of_decoding():
-    """Two prompts of 3 tokens, 4 new tokens: after the pass over the prompts three steps over 4, 5 and 6 columns."""
+@pytest.mark.parametrize(("beams", "columns"), [(1, (4, 5, 6)), (3, (6, 9, 12))])
+def test_the_bounds_of_decoding(beams, columns):
+    """Two prompts of 3 tokens, 4 new tokens: three steps after the pass over the prompts, a column for each beam."""
     from bench.decoding import Bounds  # imports transformers
     model = random_model()
     bounds, shape = Bounds(model, read_rate=100.0, matrix_rate=10.0), model.config
-    generate(model, [[5, 6, 7], [8, 9, 10]], GenerationConfig(max_new_tokens=4))
+    generate(model, [[5, 6, 7], [8, 9, 10]], GenerationConfig(max_new_tokens=4, num_beams=beams))
     weights = shape.num_parameters - shape.vocab_size * shape.hidden_size - shape.hidden_size  # no embedding, last norm
     column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    assert bounds.memory == pytest.approx(4 * (3 * weights + 2 * column * (4 + 5 + 6)) / 100)
-    assert bounds.both == pytest.approx(3 * 2 * weights * 2 / 10)  # computing takes longer
+    assert bounds.memory == pytest.approx(4 * (3 * weights + 2 * column * sum(columns)) / 100)
+    assert bounds.both == pytest.approx(3 * 2 * weights * 2 * beams / 10)  # computing takes longer
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
@@ -65,3 +67,13 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     assert random_checkpoint(folder, config) == folder
     with pytest.raises(UserError, match="another shape"):
         random_checkpoint(folder, dataclasses.replace(config, num_hidden_layers=3))
+
+
+def test_what_is_written_by_hand_is_kept():
+    text = (ROOT / "bench/RESULTS.md").read_text()
+    kept = written_by_hand(text)
+    assert kept.startswith("## Compared with an earlier version\n")
+    assert re.findall("^## (.*)$", text, re.MULTILINE)[:len(TITLES)] == list(TITLES.values())
+    assert text.endswith(kept)
+    assert len(re.findall("^## ", text, re.MULTILINE)) == len(TITLES) + len(re.findall("^## ", kept, re.MULTILINE))
+    assert written_by_hand("# Results\n\n## Fine-tuning\n") == ""

@@ -96,6 +96,10 @@ def test_a_missing_benchmark_is_tried_again_alone(checkpoint, suite_file, tmp_pa
     printed = run_script(*command).stdout
     assert f"{other} already exists" in printed
     assert f"{first} already exists" not in printed
+    last, = set(out.glob("results_*.json")) - {first, other}
+    suite.write_text(SUITE)
+    assert f"{last} is newer and has other settings: reports use its results" in run_script(*command).stdout
+    assert "newer" not in printed
 
 
 def test_predictions_and_metrics(done, checkpoint, simp_file):

@@ -244,10 +244,10 @@ def test_the_kl_counts_from_the_own_m0(tmp_path):
 
 
 def test_seeds_of_a_pair_are_averaged(tmp_path):
-    place = write_study(tmp_path / "study", pairs=(1, 2), rates=("0.001",)) / "pair-1/llm"
-    for stage in ("m1-simp", "m2-empd"):
-        shutil.copytree(place / stage, place / "seed-43" / stage)
-    text, name = place / "seed-43/m2-empd/eval/losses-text.json", "rise of held-out loss"
+    pair = write_study(tmp_path / "study", pairs=(1, 2), rates=("0.001",)) / "pair-1"
+    for stage in (*pair.glob("*/m1-simp"), *pair.glob("*/m2-empd")):
+        shutil.copytree(stage, stage.parent / "seed-43" / stage.name)
+    text, name = pair / "llm/seed-43/m2-empd/eval/losses-text.json", "rise of held-out loss"
     one = study_of(tmp_path / "study").values(name, 1, "llm", "", 2)
     change_items(text, lambda nll, tokens: nll + 0.1 * tokens)
     assert study_of(tmp_path / "study").values(name, 1, "llm", "", 2).value == pytest.approx(one.value + 0.05)
@@ -255,6 +255,22 @@ def test_seeds_of_a_pair_are_averaged(tmp_path):
     study = study_of(tmp_path / "study")
     assert study.values(name, 1, "llm", "", 2) is None
     assert list(study.main_difference(name).of_pairs) == [2]
+
+
+@pytest.mark.parametrize(("lacking", "said"), [("stack/*", "stack lacks it at the rate 0.0003"),
+                                               ("llm/rate-0.003", "llm lacks it at the rate 0.003")])
+def test_a_seed_counts_where_all_models_of_a_pair_have_it_at_all_rates(tmp_path, lacking, said):
+    """As in an experiment that was stopped: with the other seed the difference would be that of a single model."""
+    folder, name = write_study(tmp_path / "study", pairs=(1, 2)), "rise of held-out loss"
+    expected = study_of(folder).main_difference(name).estimate.values
+    chains = set(folder.glob("pair-1/*/rate-*")) - set(folder.glob(f"pair-1/{lacking}"))
+    for chain in chains:
+        for stage in list(chain.iterdir()):
+            shutil.copytree(stage, chain / "seed-43" / stage.name)
+        change_items(chain / "seed-43/m2-empd/eval/losses-text.json", lambda nll, tokens: nll + tokens)
+    study = study_of(folder)
+    assert study.main_difference(name).estimate.values == expected
+    assert study.left_out == [f"pair 1: fine-tuning seed 43 is not used, since {said}"]
 
 
 def test_rates_ascend_as_numbers():

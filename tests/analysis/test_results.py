@@ -1,5 +1,6 @@
 """Reading results of this program and of lm-eval's own command line."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_results_of_lm_evals_own_command_line(tmp_path):
         (("before", start), ("after", "results/llm/m1-any-task/deep/results_x.json"))))
     record = Record(read_results(tmp_path / "map.toml"))
     assert [record.benchmark_value("llm", number, "local_choice").value for number in range(2)] == [0.5, 0.4]
+
+
+def test_a_test_set_of_one_sample_has_an_unknown_error(runs):
+    path = runs / "llm/m1-simp/eval/metrics-simp.json"
+    found = read_json(path) | {"samples": 1, "metrics": {"sari": {"mean": 40.0, "low": 40.0, "high": 40.0}}}
+    path.write_text(json.dumps(found))
+    one, two = (next(stage for stage in read_runs(runs) if (stage.model, stage.number) == (model, 1)).tasks["simp"]
+                for model in ("llm", "stack"))
+    assert one.value == 40
+    assert math.isnan(one.error)
+    assert not (one - two).excludes_zero
 
 
 def test_a_stage_without_its_record_is_refused(runs):
