@@ -66,9 +66,9 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     for settings in training:
         check_services(settings.tensorboard, settings.wandb)
         resolve_choices(settings, 1)  # reads the DeepSpeed file
-        if settings.replay_share and cfg.text and not Path(cfg.text).is_dir():
-            raise UserError(f"{cfg.text} is a file, and text is replayed from token shards: make a directory of them "
-                            "with data_prep.py text, and give it as --text")
+        if settings.replay_share and not Path(str(settings.replay_text)).is_dir():
+            raise UserError(f"{settings.replay_text} is not a directory of token shards, from which text is replayed: "
+                            "make one with data_prep.py text, and give it as --text")
     evaluated = evaluate_settings(cfg)
     lengths = [settings.max_source_length + settings.max_target_length for settings in training]
     lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]

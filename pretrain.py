@@ -32,6 +32,7 @@ from pipeline.pretraining import (
     base_job,
     growth_job,
     held_out_loss,
+    layer_maps,
     record_recipe,
     run_flops,
     size_config,
@@ -76,6 +77,11 @@ class PretrainConfig:
                          "growth")
         if any(later <= earlier for earlier, later in zip(self.at_tokens, self.at_tokens[1:])):
             found.append(f"at_tokens is {', '.join(map(str, self.at_tokens))}, expected increasing numbers")
+        if self.phase_of_m0 == "stack" and self.model in MODELS and self.size in known("size") and not self.init:
+            try:
+                layer_maps(self.size, self.model, self.factors)
+            except UserError as error:
+                found.append(str(error))
         if self.size in known("size"):
             init = ["--init", "x"] if self.phase_of_m0 == "stack" else []
             try:

@@ -117,13 +117,12 @@ class Study:
             seeds = {(model, rate): {seed for (number, seed), chain in groups.items()
                                      if number == pair and chain.keys() - {0}}
                      for rate, models in self._chains.items() for model, groups in models.items()}
-            found = [own for own in seeds.values() if own]
-            for seed in sorted(set().union(*found) - set.intersection(*found)) if found else ():
-                model, rate = next(place for place, own in seeds.items() if own and seed not in own)
-                self.left_out.append(f"{self.name_of(pair)}: fine-tuning seed {seed} is not used, since {model} lacks it"
-                                     + (f" at the rate {rate}" if rate else ""))
-                for models in self._chains.values():
-                    for groups in models.values():
+            for seed in sorted({seed for own in seeds.values() for seed in own}):
+                if lacking := [place for place, own in seeds.items() if own and seed not in own]:
+                    model, rate = lacking[0]
+                    self.left_out.append(f"{self.name_of(pair)}: fine-tuning seed {seed} is not used, since {model} "
+                                         f"lacks it{f' at the rate {rate}' if rate else ''}")
+                    for groups in (groups for models in self._chains.values() for groups in models.values()):
                         groups.pop((pair, seed), None)
 
     def _drop_other_starts(self) -> None:

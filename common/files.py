@@ -282,6 +282,15 @@ def digest(paths: Iterable[str | Path]) -> str:
     return total.hexdigest()
 
 
+def describe_error(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename):.200}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is not enough"
+    return " ".join(str(error).split("\n"))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the exception's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

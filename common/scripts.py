@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.files import UserError
+from common.files import UserError, describe_error
 from common.settings import load
 
 Commands = tuple[type, Callable[[Any], Any]] | dict[str, tuple[type, Callable[[Any], Any]]]
@@ -81,12 +81,3 @@ def dispatch(commands: Commands, description: str) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def describe_error(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{str(error.filename):.200}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return "the memory of this machine is not enough"
-    return " ".join(str(error).split("\n"))

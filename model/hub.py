@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.configs import known, read_config
 from common.dtypes import TORCH_DTYPES, resolve_dtype
 from common.files import ExistsError, UserError, first_line, new_directory, read_json, write_json
+from common.provenance import GROWTH, RUN
 from common.settings import setting
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
@@ -125,6 +126,9 @@ def main(cfg: HubConfig) -> None:
             if not (Path(cfg.out) / "config.json").exists():  # not a checkpoint that another process has made
                 raise
     record = Path(cfg.out) / SOURCE
+    if made_here := [name for name in (RUN, GROWTH) if (Path(cfg.out) / name).exists()]:
+        raise UserError(f"{cfg.out} is there already and was made by this program ({made_here[0]}), not from "
+                        f"{cfg.source}: remove it, or choose another --out")
     if record.exists() and (recorded := read_json(record, dict).get("source")) != cfg.source:
         raise UserError(f"{cfg.out} is there already and was made from {recorded}, not from {cfg.source}: remove it, "
                         "or choose another --out")

@@ -11,8 +11,10 @@ from common.provenance import DEFAULT_TEMPLATE
 from common.settings import load, setting
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.suites import open_suite
+from model.growth import OPERATORS
 from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags
+from pipeline.pretraining import layer_maps
 from training.train_config import TrainConfig
 
 # The settings that identify an evaluation.
@@ -92,6 +94,8 @@ class ExperimentConfig:
         if self.size is None or self.size in known("size"):
             checks += [functools.partial(train_settings, self, method, stage_args)
                        for method in self.methods or [None] for stage_args in dict.fromkeys(self.stage_args or [""])]
+        if self.size in known("size"):
+            checks.append(functools.partial(check_growth, self))
         for check in checks:
             try:
                 check()
@@ -122,6 +126,16 @@ def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = 
         origins = [name for name, given in (("train_args", cfg.train_args), ("stage_args", stage_args),
                                             (f"the method {method!r}", method)) if given]
         raise UserError(f"{' and '.join(origins) or 'train.py'}: {error}") from None
+
+
+def check_growth(cfg: ExperimentConfig) -> None:
+    """Raises UserError if an operator cannot grow the base of the size, or grows it as another one does."""
+    found: dict[tuple, str] = {}
+    grown = [model for model in cfg.models
+             if model in OPERATORS and not cfg.init(model) and not chain.hub_id(cfg.size, model)]
+    for model in grown:
+        if (same := found.setdefault(tuple(layer_maps(str(cfg.size), model)), model)) != model:
+            raise UserError(f"{model} repeats the layers of the base as {same} does: leave one of these models out")
 
 
 def template_problems(cfg: ExperimentConfig) -> list[str]:
@@ -158,7 +172,8 @@ def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:
     suite = optional_flags(suite=cfg.suite, suite_files=cfg.suite_files,
                            posterior_samples=cfg.posterior_samples if cfg.suite else 0)
     try:
-        return load(EvaluateConfig, ["--checkpoint", "x", "--tasks", ",".join(cfg.order), "--data", "x", *suite,
+        return load(EvaluateConfig, ["--checkpoint", "x", "--tasks", ",".join(cfg.order), "--data", "x",
+                                     *optional_flags(text=cfg.text), *suite,
                                      *further_flags(cfg.evaluate_args, EVALUATION_SETTINGS)])
     except UserError as error:
         raise UserError(f"{'evaluate_args' if cfg.evaluate_args else 'evaluate.py'}: {error}") from None

@@ -78,11 +78,11 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, method: str | No
     for stage, args, own in zip(stages, stage_args, settings):
         data = Path(cfg.data) / f"{stage.task}.json"
         first = ["--rehearsal", "0"] if stage is stages[0] and own.rehearsal else []
-        replay = ["--replay_text", cfg.text] if own.replay_share and cfg.text else []
+        replay = ["--replay_text", own.replay_text] if own.replay_share else []
         command = chain.finetune_command(launcher_words(cfg), stage, data, cfg.size, [
             "--seed", seed, *split_words(cfg.train_args), *split_words(args), *flags, *replay, *shared, *first])
         jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, own),
-                        (stage.parent, data, *recipe, *([Path(str(cfg.text))] if replay else []))))
+                        (stage.parent, data, *recipe, *map(Path, filter(None, (own.deepspeed, *replay[1:]))))))
         jobs.append(evaluation_job(cfg, arm, stage.out, m0, sampled, rate in (None, cfg.shared_rate)))
     return jobs
 

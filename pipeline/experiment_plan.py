@@ -88,7 +88,8 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     pairs = units_needed(estimate.sd, cfg.effect)
     print(f"pairs needed: {pairs} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
           f"{POWER:.0%} power at the level {ALPHA:g}\n"
-          f"hours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot; evaluation comes on top")
+          f"hours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, with all "
+          "runs of all its models and methods; evaluation comes on top")
     if estimate.n < FEW:
         print(f"note: the standard deviation of {estimate.n} pairs is rough, and the plan with it")
 

@@ -30,8 +30,9 @@ from training.train_config import TrainConfig, default_zero_stage
 @dataclass(frozen=True)
 class PlanConfig:
     """Settings of a plan. Those that are not given come from the size's recipe, or are train.py's defaults."""
-    size: str | None = setting(None, "size preset (a file in configs/size)", names="size")
-    init: str | None = setting(None, "checkpoint, instead of a size: a directory or a Hub id")
+    size: str | None = setting(None, "size preset (a file in configs/size): the shape of the model, and the recipe",
+                               names="size")
+    init: str | None = setting(None, "checkpoint with the shape of the model: a directory or a Hub id")
     recipe: Literal["base", "stack", "llm", "finetune"] = setting("finetune", "table of the size's file to read")
     processes: int = setting(1, "processes, one per GPU", at_least=1, at_most=1 << 20)
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage")
@@ -55,7 +56,10 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
-        return ["give either --size or --init"] if (self.size is None) == (self.init is None) else []
+        found = [] if self.size or self.init else ["neither --size nor --init says which model to train"]
+        if self.recipe != "finetune" and not self.size:
+            found.append(f"the recipe {self.recipe} is a table of a size's file: give --size")
+        return found
 
 
 SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strength"  # settings that take time

@@ -28,17 +28,37 @@ def size_config(size: str, depth: int | None = None) -> ModelConfig:
     return ModelConfig(**model_shape(size, depth))
 
 
+def growth_factors(size: str) -> Sequence[int]:
+    """The factors by which a size's base is grown, one for each growth."""
+    return read_config("size", size).get("growth", {}).get("factors", FACTORS)
+
+
 def base_depth(size: str, factors: Sequence[int] = ()) -> int:
     """The number of layers of the base that growth factors turn into a size's model. factors: none: those of the size.
 
     Raises UserError if the depth of the model is not a multiple of them.
     """
-    factors = factors or read_config("size", size).get("growth", {}).get("factors", FACTORS)
+    factors = factors or growth_factors(size)
     full = size_config(size).num_hidden_layers
     if full % math.prod(factors):
         raise UserError(f"{full} layers are not a multiple of the growth factors {' × '.join(map(str, factors))}: "
                         "choose others")
     return full // math.prod(factors)
+
+
+def layer_maps(size: str, operator: str, factors: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    """The layer map of each growth of a size's base by an operator. factors: none: those of the size.
+
+    Raises UserError if the operator cannot make these depths.
+    """
+    depth, maps = base_depth(size, factors), []
+    for factor in factors or growth_factors(size):
+        try:
+            maps.append(tuple(OPERATORS[operator](depth, depth * factor)))
+        except UserError as error:
+            raise UserError(f"a base of {depth} layers cannot be grown by the factor {factor}: {error}") from None
+        depth *= factor
+    return maps
 
 
 def run_flops(size: str, phase: str, spent: float = 0.0) -> float:

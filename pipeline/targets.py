@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.configs import below_root, known, unknown_name
-from common.files import UserError
+from common.files import UserError, describe_error
 from pipeline import chain
-from pipeline.jobs import optional_flags, run_command, split_words
+from pipeline.jobs import further_flags, optional_flags, run_command, split_words
 from pipeline.make_variables import Variables, split_names
 
 Command = list[object]
@@ -115,7 +115,9 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
     missing = stages[made + 1:]
     tasks = [stage.task for stage in (stages if missing else stages[-1:])]
-    commands = m0_commands(v) if made < 0 and not v.init and not v.m0.exists() else []
+    further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
+    given_hub = bool(v.hub) and "HUB" in v.given  # is compared with the source of m0
+    commands = m0_commands(v) if not v.init and (given_hub or made < 0 and not v.m0.exists()) else []
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
     held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or own_text else "")
     settings = chain.method_settings(v.method) if v.method else set()
@@ -214,7 +216,7 @@ COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
                                                  effect=v.get("EFFECT"))],
     "report": lambda v: [script_command(v, "report.py", runs=v.runs, out=v.get("OUT"))],
     "growth-study": study_commands,
-    "plan": lambda v: [script_command(v, "-m", "pipeline.plan", init=v.init, size="" if v.init else v.size,
+    "plan": lambda v: [script_command(v, "-m", "pipeline.plan", init=v.init, size=v.preset,
                                       processes=v.nproc, zero=v.get("ZERO"), method=v.method,
                                       gpu=v.get("GPU_MODEL"), gpu_memory=v.get("GPU_MEMORY"),
                                       tokens=v.get("TOKENS"))],
@@ -276,8 +278,8 @@ def main(target: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os._exit(128 + signal.SIGPIPE)
+    except (UserError, OSError) as error:
+        print(f"error: {describe_error(error)}", file=sys.stderr)
+        sys.exit(2)

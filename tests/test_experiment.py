@@ -68,6 +68,18 @@ def test_a_chain_for_each_method(checkpoint, tasks, tmp_path):
     assert any("method/rehearsal.toml" in str(path) for path in jobs[7].inputs)
 
 
+def test_the_text_that_is_replayed(checkpoint, tasks, tmp_path):
+    """That of the experiment, unless train_args names another one, which then counts as an input of the stage."""
+    given = {"models": ("llm",), "order": ("simp",), "methods": ("replay",), "text": "my/text"}
+    for train_args, text in (("", "my/text"), ("--replay_text my/other", "my/other")):
+        stage = jobs_of(settings(checkpoint, tasks, tmp_path, train_args=train_args, **given))[1]
+        assert stage.argv[-2:] == ["--replay_text", text]
+        assert Path(text) in stage.inputs
+        assert Path("my/text") in stage.inputs or text == "my/other"
+    ds = jobs_of(settings(checkpoint, tasks, tmp_path, **given | {"methods": ()}, train_args="--deepspeed my.json"))[1]
+    assert Path("my.json") in ds.inputs
+
+
 def test_pairs_rates_and_controls(tasks, tmp_path):
     cfg = ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path), order=("simp", "empd"),
                            pairs=(1, 2), rates=(3e-3, 3e-4, 1e-3), controls=("flops", "loss"),
@@ -360,6 +372,11 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--rates", "0"], "rates is 0.0, expected a number above 0"), (["--pairs=-1"], "pairs is -1, expected at least 1"),
     (["--controls", "loss"], "controls lacks flops"),
     (["--models", "llm,base", "--controls", "flops,loss"], "which needs the models llm and stack"),
+    (["--size", "tiny", "--text", "x", "--models", "llm,solar"],
+     "a base of 2 layers cannot be grown by the factor 4: solar joins two copies of at most 2 layers"),
+    (["--size", "tiny", "--text", "x", "--models", "stack,interleave,middle"],
+     "middle repeats the layers of the base as stack does: leave one of these models out"),
+    (["--size", "tiny", "--text", "x", "--models", "stack,big"], "unknown models 'big'"),
     (["--pairs", "1", "--init_llm", "x"], "pairs and the loss control pretrain m0: leave out --init_llm"),
     (["--size", "tiny", "--text", "x", "--primary", "rise of loss"], "unknown primary measure 'rise of loss'"),
     (["--size", "tiny", "--text", "x", "--primary", "loss of accuracy, RD"], "; loss of accuracy, DK; loss "),
@@ -419,8 +436,9 @@ def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(check
     (["--train_args", "--max_source_length 1800"], "samples may have 2056 tokens, more than the model's max_position_"),
     (["--evaluate_args", "--max_source_length 2000"], "samples may have 2256 tokens, more than the model's"),
     (["--evaluate_args", "--max_target_length 1500"], "samples may have 2524 tokens, more than the model's"),
-    (["--evaluate_args", "--text_length 3000"], "samples may have 3000 tokens, more than the model's"),
-    (["--methods", "replay", "--text", "FOLDER/file"], "file is a file, and text is replayed from token shards: make"),
+    (["--text", "FOLDER/file", "--evaluate_args", "--text_length 3000"], "samples may have 3000 tokens, more than"),
+    (["--methods", "replay", "--text", "FOLDER/file"], "file is not a directory of token shards, from which"),
+    (["--methods", "replay", "--train_args", "--replay_text FOLDER/none"], "none is not a directory of token shards"),
     (["--evaluate_args", "--bertscore_model ENCODER --bertscore_layer 2"], "pip install bert-score")])
 def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, tasks, suite_file, tmp_path, monkeypatch,
                                                                 refusal, flags, said):

@@ -14,7 +14,8 @@ class TrainConfig:
     """Settings of one training run. The defaults that change the result are those of the published fine-tuning, apart
     from the batch size."""
     task: str | None = setting(None, "task to fine-tune on (a file in configs/task); none: pretraining", names="task")
-    size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and the recipe",
+    size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and with --phase "
+                                     "the recipe",
                                names="size")
     phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "table of the size's file to read")
     init: str | None = setting(None, "initial checkpoint: a directory or a Hub id; none: new weights")

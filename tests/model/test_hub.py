@@ -66,6 +66,14 @@ def test_weights_in_bf16(checkpoint, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("record", ["run.json", "growth.json"])
+def test_a_model_that_was_trained_or_grown_is_not_taken_for_a_published_one(checkpoint, tmp_path, refusal, record):
+    shutil.copytree(checkpoint, tmp_path / "m0")
+    (tmp_path / "m0" / record).write_text("{}")
+    line = refusal((HubConfig, main), "--source", ID, "--out", tmp_path / "m0")
+    assert f"m0 is there already and was made by this program ({record}), not from {ID}: remove it, or choose" in line
+
+
 def test_a_copy_of_another_dtype_is_not_taken_for_the_one_asked_for(checkpoint, tmp_path, refusal):
     given = ["--source", checkpoint, "--out", tmp_path / "out", "--dtype"]
     main(load(HubConfig, map(str, [*given, "fp32"])))

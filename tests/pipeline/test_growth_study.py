@@ -73,6 +73,7 @@ def test_recipes_by_hand():
     (["--factors", "3"], "8 layers are not a multiple of the growth factors 3"),
     (["--factors", "2,2", "--at_tokens", "9000,9900000"], "the jobs before m0 cost"),
     (["--size", "7b", "--factors", "2,2", "--at_tokens", "9,99", "--model", "middle"], "cannot make 32"),
+    (["--model", "solar"], "a base of 2 layers cannot be grown by the factor 4: solar joins two copies of at most 2 "),
     (["--model", "partial"], "unknown model 'partial', expected one of llm, base, stack, interleave, middle, solar"),
     (["--args", "'x"], "is not a command line: No closing quotation"),
     (["--args", "--learning_rat 1"], "args: unknown flag '--learning_rat'"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from common.configs import read_config
+from model.config import ModelConfig
 from pipeline import plan as plan_module
 from pipeline.plan import PlanConfig, main, read_plan
 from pipeline.step_time import GPUS, plan_step
@@ -20,6 +21,15 @@ def test_defaults_come_from_the_recipe():
     assert plan.prefix_tokens == 40
     pretraining, _ = read_plan(PlanConfig(size="small", recipe="llm"))
     assert (pretraining.sample_tokens, pretraining.prefix_tokens) == (256, 0)
+
+
+def test_a_checkpoint_with_the_recipe_of_a_size(checkpoint):
+    """As in `make train INIT=… SIZE=7b`: the shape is that of the checkpoint, how it is trained that of the size."""
+    plan, recipe = read_plan(PlanConfig(size="7b", init=str(checkpoint), processes=8))
+    assert plan.config == ModelConfig.read(checkpoint / "config.json")
+    assert (plan.zero, plan.max_tokens_per_microbatch, recipe["global_batch_size"]) == (
+        2, 8_192, read_config("size", "7b")["finetune"]["global_batch_size"])
+    assert read_plan(PlanConfig(init=str(checkpoint)))[1]["global_batch_size"] == 32
 
 
 def test_the_recipe_may_offload(monkeypatch):
@@ -93,7 +103,9 @@ def test_a_method_may_have_settings(capsys):
 @pytest.mark.parametrize(("flags", "said"), [
     (["--size", "7b", "--method", "lora:lora_rank=99999"], "lora_rank is 99999, more than the"),
     (["--size", "7b", "--method", "lra"], "unknown method 'lra'"),
-    ([], "give either --size or --init"), (["--size", "7b", "--processes", "0"], "processes is 0"),
+    ([], "neither --size nor --init says which model to train"),
+    (["--init", "x", "--recipe", "llm"], "the recipe llm is a table of a size's file: give --size"),
+    (["--size", "7b", "--processes", "0"], "processes is 0"),
     (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number from 0.001 to 1"),
     (["--size", "7b", "--tokens", "1e308"], "tokens is 1e+308, expected a number from 1 to 1e+18"),
     (["--size", "7b", "--network", "1e-300"], "network is 1e-300, expected a number from 0.001"),

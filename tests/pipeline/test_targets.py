@@ -181,6 +181,11 @@ def test_published_weights_come_from_the_hub(tmp_path):
     (tmp_path / "7b/m0").mkdir(parents=True)
     assert commands("pretrain", SIZE="7b", OUT=f"{tmp_path}/7b") == []
     assert "--source my/own" in commands("pretrain", SIZE="7b", OUT=f"{tmp_path}/7b", HUB="my/own")[-1]  # is it that?
+    for task in ("simp", "empd"):
+        assert not any("model.hub" in line for line in commands("train", TASK=task, SIZE="7b", OUT=f"{tmp_path}/7b"))
+        given = commands("train", TASK=task, SIZE="7b", OUT=f"{tmp_path}/7b", HUB="my/own", GIVEN="HUB")
+        assert any(f"-m model.hub --source my/own --out {tmp_path}/7b/m0" in line for line in given)
+        (tmp_path / "7b/m1-simp").mkdir(exist_ok=True)
 
 
 def test_the_stages_of_a_method_have_a_folder(tmp_path):
@@ -235,6 +240,7 @@ def test_tests_and_style():
     ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, expansion, fapm"),
     ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
     ("plan", {"NPROC": "x"}, "NPROC is 'x', expected a whole number of at least 1"),
+    ("train", {"ARGS": "--init x --out=y --learning_rate 1"}, "init, out cannot be given here"),
     ("train", {"ARGS": "'x"}, 'ARGS: "\'x" is not a command line: No closing quotation'),
     ("pretrain", {"OUT": "no/model", "TEXT": "no/shards"},
      "TEXT=no/shards does not exist: make token shards there with data_prep.py"),
