@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from common.configs import known, model_shape, read_config
+from common.configs import known, read_config
 from common.files import ExistsError, UserError, new_directory
 from common.scripts import Commands, run
 from common.settings import setting
@@ -25,7 +25,8 @@ from corpus.raw_tasks import raw_task_exists, read_hub_task, read_raw_task, writ
 from corpus.sample_suite import suite_exists, write_suite
 from corpus.shards import shards_exist, write_shards
 from corpus.tasks import split_indices, write_task
-from model.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
+from model.config import size_config
+from model.tokenizer import Tokenizer, copy_special_ids, copy_tokenizer, train_tokenizer
 
 MAX_SAMPLES = 1_000_000_000  # an upper bound of settings
 TOKENIZER_DOCUMENTS = 1_000_000  # maximum number of documents that a tokenizer is trained on
@@ -103,8 +104,9 @@ def prepare_text(cfg: TextDataConfig) -> None:
             if cfg.tokenizer:
                 tokenizer = Tokenizer(cfg.tokenizer)
                 copy_tokenizer(cfg.tokenizer, folder)
+                copy_special_ids(cfg.tokenizer, folder)
             else:
-                vocab_size = model_shape(cfg.size)["vocab_size"] if cfg.size else cfg.vocab_size
+                vocab_size = size_config(cfg.size).vocab_size if cfg.size else cfg.vocab_size
                 tokenizer = train_tokenizer(islice(documents(), TOKENIZER_DOCUMENTS), vocab_size, folder)
             meta = write_shards(folder, documents(), tokenizer, settings)
     except ExistsError:

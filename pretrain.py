@@ -24,6 +24,7 @@ from common.files import UserError
 from common.provenance import data_digest, read_record
 from common.scripts import run
 from common.settings import load, setting
+from model.config import size_config
 from pipeline.chain import MODELS
 from pipeline.jobs import Job, further_flags, run_jobs, split_words
 from pipeline.pretraining import (
@@ -35,7 +36,6 @@ from pipeline.pretraining import (
     layer_maps,
     record_recipe,
     run_flops,
-    size_config,
     training_job,
 )
 from training.train_config import TrainConfig

@@ -30,8 +30,8 @@ from bench.workload import make_run, our_model, random_samples, transformers_mod
 from common.distributed import Distributed
 from common.scripts import run
 from common.settings import setting
+from model.config import size_config
 from pipeline.memory_plan import GIB, RUNTIME, MemoryPlan
-from pipeline.pretraining import size_config
 from train import train_step
 from training.engine import build_engine, peak_memory
 from training.train_config import TrainConfig

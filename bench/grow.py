@@ -24,7 +24,7 @@ from common.configs import ROOT
 from common.files import UserError
 from common.scripts import run
 from common.settings import setting
-from pipeline.pretraining import size_config
+from model.config import size_config
 
 # stack.py as from the command line, and then the status of its process
 GROW = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; import stack; from common import "

@@ -22,10 +22,10 @@ from common.distributed import Distributed
 from common.scripts import run
 from common.settings import setting
 from model.checkpoint import materialize_model
+from model.config import size_config
 from model.hub import load_model
 from model.token_losses import sample_losses
 from model.transformer import initial_weights
-from pipeline.pretraining import size_config
 
 PASS_TOKENS = 4096  # of sample_losses
 

@@ -32,8 +32,8 @@ from bench.workload import (
 )
 from common.scripts import run
 from common.settings import setting
+from model.config import size_config
 from model.transformer import rotary_table
-from pipeline.pretraining import size_config
 from training.batches import collate
 from training.train_config import TrainConfig
 

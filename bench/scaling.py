@@ -28,7 +28,7 @@ from bench.workload import FRUGAL_MALLOC, make_our_step, random_samples
 from common.distributed import Distributed, free_port
 from common.scripts import run
 from common.settings import setting
-from pipeline.pretraining import size_config
+from model.config import size_config
 from training.deepspeed_config import import_deepspeed
 from training.engine import peak_memory
 from training.train_config import TrainConfig

@@ -22,7 +22,7 @@ from common.configs import ROOT
 from common.files import UserError
 from common.scripts import run
 from common.settings import setting
-from pipeline.pretraining import size_config
+from model.config import size_config
 
 HEAVY = ("torch", "deepspeed", "lm_eval", "datasets", "transformers", "matplotlib", "numpy", "tokenizers",
          "sentencepiece", "sacrebleu", "rouge_score")

@@ -14,11 +14,10 @@ from common.files import UserError, new_directory, read_json, read_json_lines
 from common.settings import setting
 from common.stop_request import StopRequest
 from model.checkpoint import materialize_model, write_checkpoint
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from model.loss import IGNORE_INDEX
 from model.tokenizer import train_tokenizer
 from model.transformer import initial_weights, parameter_shapes
-from pipeline.pretraining import size_config
 from train import train_step
 from training.batches import count_tokens
 from training.deepspeed_config import resolve_zero_stage

@@ -12,7 +12,7 @@ TASK_KEYS: dict[str, type] = {"folder": str, "source": str, "decoding": dict, "t
                               "sari": bool, "test_prompt": list, "hub": dict, "prompts": dict}
 REQUIRED_TASK_KEYS = ["folder", "source", "decoding"]
 PHASES = "base", "stack", "llm"  # of pretraining: tables in the file of a size
-SHAPE_KEYS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+SIZE_TABLES = "hub", "model", "growth", "pretraining", *PHASES, "study", "finetune"
 
 
 def below_root(path: str | Path) -> str:
@@ -44,7 +44,8 @@ def read_toml(path: str | Path) -> dict:
 
 
 def read_config(kind: str, name: str) -> dict:
-    """The tables of configs/<kind>/<name>.toml. Raises UserError for a task that lacks a key or has an unknown one.
+    """The tables of configs/<kind>/<name>.toml. Raises UserError for a task that lacks a key or has an unknown one, and
+    for a size with an unknown table.
 
     The phases of pretraining of a size begin with what they share, its table [pretraining].
     """
@@ -55,6 +56,8 @@ def read_config(kind: str, name: str) -> dict:
     if kind == "task":
         check_task(path, tables)
     if kind == "size":
+        if unknown := [table for table in tables if table not in SIZE_TABLES]:
+            raise UserError(f"{below_root(path)}: unknown table [{unknown[0]}], expected {', '.join(SIZE_TABLES)}")
         shared = tables.pop("pretraining", {})
         tables |= {phase: shared | tables[phase] for phase in PHASES if phase in tables}
     return tables
@@ -68,14 +71,7 @@ def check_task(path: Path, tables: Mapping[str, object]) -> None:
     problems += [f"unknown key {key!r}" for key in tables if key not in TASK_KEYS]
     problems += [f"{key} is {value!r:.80}, expected {'a table' if TASK_KEYS[key] is dict else TASK_KEYS[key].__name__}"
                  for key, value in tables.items() if key in TASK_KEYS and not isinstance(value, TASK_KEYS[key])]
+    if isinstance(hub := tables.get("hub"), dict):
+        problems += [f"[hub] lacks {key}" for key in ("dataset", "splits", "columns") if key not in hub]
     if problems:
         raise UserError(f"{below_root(path)}: {'; '.join(problems)}")
-
-
-def model_shape(size: str, depth: int | None = None) -> dict:
-    """The fields of ModelConfig that a size preset gives, with `depth` layers instead of its own if given."""
-    if (shape := read_config("size", size).get("model")) is None:
-        raise UserError(f"configs/size/{size}.toml gives no model shape: this size starts from published weights")
-    if missing := [name for name in SHAPE_KEYS if name not in shape]:
-        raise UserError(f"configs/size/{size}.toml: [model] lacks {', '.join(missing)}")
-    return shape | ({} if depth is None else {"num_hidden_layers": depth})

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from common.configs import read_config
 from common.files import UserError, is_number, parsing, read_json, write_json
 from model.families import (
     FAMILIES,
@@ -205,6 +206,22 @@ class ModelConfig:
         head = {"architectures": [self.family.architecture], "torch_dtype": dtype}
         write_json(Path(directory) / "config.json",
                    head | FIXED_OPTIONS | values | layer_kinds_options(vars(self), self.family))
+
+
+def size_config(size: str, depth: int | None = None, **token_ids: Any) -> ModelConfig:
+    """Returns the configuration of a size preset (configs/size), with `depth` layers instead of its own if given.
+
+    token_ids: bos_token_id and eos_token_id. Raises UserError if the preset's table [model] is missing, lacks a field
+    or has an unknown one.
+    """
+    if (shape := read_config("size", size).get("model")) is None:
+        raise UserError(f"configs/size/{size}.toml gives no model shape: this size starts from published weights")
+    names = [field.name for field in fields(ModelConfig)]
+    problems = [f"lacks {name}" for name in names[:5] if name not in shape]
+    problems += [f"has an unknown field {name!r}" for name in shape if name not in names]
+    if problems:
+        raise UserError(f"configs/size/{size}.toml: [model] {', '.join(problems)}")
+    return ModelConfig(**shape | ({} if depth is None else {"num_hidden_layers": depth}) | token_ids)
 
 
 def config_values(raw: dict) -> dict:

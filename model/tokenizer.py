@@ -187,6 +187,16 @@ def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(directory) / name)
 
 
+def copy_special_ids(source: str | Path, directory: str | Path) -> None:
+    """Writes the ids of bos and eos that only the config.json of a checkpoint names to the generation_config.json of a
+    copy of its tokenizer, which has no config.json."""
+    theirs, ours = Tokenizer(source), Tokenizer(directory)
+    if (theirs.bos_id, theirs.eos_ids) != (ours.bos_id, ours.eos_ids):
+        path, config = Path(directory) / "generation_config.json", read_json(Path(source) / "config.json", dict)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id") if name in config}
+        write_json(path, ids | (read_json(path, dict) if path.exists() else {}))
+
+
 def tokenizer_digest(directory: str | Path) -> str:
     """Returns the SHA-256 of the tokenizer files of a checkpoint directory."""
     return digest([path for name in TOKENIZER_FILES if (path := Path(directory) / name).exists()])

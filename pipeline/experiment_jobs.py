@@ -10,13 +10,13 @@ from common.configs import CONFIGS, read_config
 from common.files import UserError
 from corpus.shards import WINDOW_TOKENS
 from evaluation.suites import open_suite
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from model.hub import published_config
 from pipeline import chain
 from pipeline.costs import EvaluationWork, evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
 from pipeline.jobs import Job, optional_flags, split_words
-from pipeline.pretraining import base_depth, held_out_loss, run_flops, size_config
+from pipeline.pretraining import base_depth, held_out_loss, run_flops
 
 DEFAULT_SEED = 42  # of pretraining, without pairs
 

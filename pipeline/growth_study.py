@@ -36,6 +36,7 @@ from common.metrics_log import read_log
 from common.provenance import data_digest
 from common.scripts import run
 from common.settings import setting
+from model.config import size_config
 from model.growth import OPERATORS, ZERO_OPERATORS
 from pipeline.jobs import Job, run_jobs
 from pipeline.pretraining import (
@@ -44,7 +45,6 @@ from pipeline.pretraining import (
     base_job,
     growth_job,
     record_recipe,
-    size_config,
     training_job,
 )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from common.files import UserError
 from common.settings import setting
-from pipeline.pretraining import size_config
+from model.config import size_config
 
 FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
 # Models that the guideline is applied to: parameters, tokens, and d in billions of tokens as printed there.

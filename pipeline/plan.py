@@ -15,12 +15,12 @@ from common.files import UserError
 from common.formatting import format_duration
 from common.scripts import run
 from common.settings import load, setting
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from model.growth import new_layers
 from model.hub import fetch_checkpoint
 from pipeline import chain
 from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alternatives
-from pipeline.pretraining import base_depth, size_config
+from pipeline.pretraining import base_depth
 from pipeline.step_time import GPUS, plan_step
 from training.checks import expansion
 from training.selection import ALL, NEW_LAYERS, Shapes, describe_selection, selected_shapes

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.configs import CONFIGS, PHASES, ROOT, model_shape, read_config, read_toml
+from common.configs import CONFIGS, PHASES, ROOT, read_config, read_toml
 from common.files import UserError, is_number, write_json
 from common.provenance import RUN, changed, read_record
-from model.config import ModelConfig
+from model.config import size_config
 from model.growth import BLOCK_OPERATORS, OPERATORS
 from pipeline.jobs import Job, split_words
 from pipeline.ledger import read_own_json
@@ -21,11 +21,6 @@ FACTORS = (4,)  # of growth, if a size names none
 
 # The operators that grow a model in many stages of one block each.
 STAGED_OPERATORS = "midas", "lidas"
-
-
-def size_config(size: str, depth: int | None = None) -> ModelConfig:
-    """The model configuration of a size preset, with `depth` layers instead of its own if given."""
-    return ModelConfig(**model_shape(size, depth))
 
 
 def growth_factors(size: str) -> Sequence[int]:

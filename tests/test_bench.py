@@ -8,8 +8,8 @@ import pytest
 from bench.run_all import TITLES, written_by_hand
 from bench.workload import random_checkpoint
 from common.files import UserError
+from model.config import size_config
 from model.generation import GenerationConfig, generate
-from pipeline.pretraining import size_config
 from tests.conftest import ROOT, random_model, run_script
 
 

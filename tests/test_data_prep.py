@@ -1,5 +1,6 @@
 """data_prep.py on raw task files, raw text and Hub datasets."""
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -232,6 +233,9 @@ def test_text_to_shards(tmp_path):
 
 
 def test_text_with_an_existing_tokenizer(checkpoint, tmp_path):
+    """The end-of-text token is one that only the checkpoint's config.json names."""
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "tokenizer_config.json").unlink()
     (tmp_path / "texts").mkdir()
     texts = [f"Text {n}\nof two lines" for n in range(300)]
     for n, text in enumerate(texts):
@@ -239,7 +243,8 @@ def test_text_with_an_existing_tokenizer(checkpoint, tmp_path):
     run_script("data_prep.py", "text", "--source", tmp_path / "texts", "--tokenizer", checkpoint,
                "--output_path", tmp_path / "out")
     train, held_out = (np.load(tmp_path / f"out/{split}-00000.npy").tolist() for split in ("train", "val"))
-    tokenizer = Tokenizer(checkpoint)
+    tokenizer = Tokenizer(tmp_path / "out")
+    assert tokenizer.eos_id == Tokenizer(checkpoint).eos_id == 2
     found = tokenizer.fast.decode(train + held_out, skip_special_tokens=False).split("</s>")
     assert sorted(found) == sorted(["", *texts])
     kept = iter(texts)  # in the order of the files

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.configs import model_shape
 from common.distributed import Distributed
 from common.files import UserError, digest
 from common.formatting import format_names
@@ -16,7 +15,7 @@ from corpus.prompts import open_template
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.checkpoint import check_vocabulary, checkpoint_digest, open_checkpoint
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from model.growth import expand, new_layers
 from model.hub import fetch_checkpoint
 from model.parameter_files import open_side_files
@@ -208,7 +207,7 @@ def read_model_config(cfg: TrainConfig, source: Path) -> ModelConfig:
     if cfg.init:
         return ModelConfig.read(source / "config.json")
     tokenizer = Tokenizer(source)
-    return ModelConfig(**model_shape(cfg.size or "", cfg.num_hidden_layers), bos_token_id=tokenizer.bos_id,
+    return size_config(str(cfg.size), cfg.num_hidden_layers, bos_token_id=tokenizer.bos_id,
                        eos_token_id=tokenizer.eos_id)
 
 

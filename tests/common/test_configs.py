@@ -4,8 +4,9 @@ import re
 import pytest
 
 from common import configs
-from common.configs import known, model_shape, read_config
+from common.configs import known, read_config
 from common.files import UserError
+from model.config import size_config
 
 TASK = 'folder = "mine"\nsource = "text"\n'
 DECODING = "[decoding]\nmax_new_tokens = 5\n"
@@ -23,6 +24,7 @@ def folder(tmp_path, monkeypatch):
     (TASK, "decoding is missing"), ('folder = "mine"\n' + DECODING, "source is missing"),
     (TASK + 'measur = "sari"\n' + DECODING, "unknown key 'measur'"),
     (TASK.replace('"mine"', "5") + DECODING, "folder is 5, expected str"),
+    (TASK + DECODING + "[hub]\ndataset = 'me/mine'\ncolumns = {}\n", "[hub] lacks splits"),
     (TASK + "decoding = 4\n", "decoding is 4, expected a table")])
 def test_a_file_that_describes_no_task(folder, text, said):
     (folder / "task/mine.toml").write_text(text)
@@ -40,10 +42,17 @@ def test_the_name_of_a_task_is_part_of_the_names_of_folders(folder):
         read_config("task", "my.task")
 
 
-def test_a_size_without_all_of_a_shape(folder):
-    (folder / "size/mini.toml").write_text("[model]\nhidden_size = 8\nnum_hidden_layers = 1\nintermediate_size = 8\n")
-    with pytest.raises(UserError, match=r"mini\.toml: \[model\] lacks vocab_size, num_attention_heads"):
-        model_shape("mini")
+@pytest.mark.parametrize(("text", "said"), [
+    ("[model]\nhidden_size = 8\nnum_hidden_layers = 1\nintermediate_size = 8\n",
+     "[model] lacks vocab_size, lacks num_attention_heads"),
+    ("[model]\nvocab_size = 8\nhidden_size = 8\nintermediate_size = 8\nnum_hidden_layers = 1\n"
+     "num_attention_heads = 1\nnum_key_values_heads = 1\n", "[model] has an unknown field 'num_key_values_heads'"),
+    ("[finetune]\nzero = 1\n", "gives no model shape"),
+    ("[pretrainig]\nzero = 1\n", "unknown table [pretrainig], expected hub, model, growth, pretraining, base,")])
+def test_a_file_that_describes_no_size(folder, text, said):
+    (folder / "size/mini.toml").write_text(text)
+    with pytest.raises(UserError, match=rf"mini\.toml:? {re.escape(said)}"):
+        size_config("mini")
 
 
 def test_the_tasks_of_this_project():

@@ -10,7 +10,7 @@ import tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from common.files import UserError
-from model.tokenizer import Tokenizer, train_tokenizer
+from model.tokenizer import Tokenizer, copy_special_ids, copy_tokenizer, train_tokenizer
 from tests.conftest import sample_texts
 
 
@@ -77,6 +77,26 @@ def test_a_bos_that_only_config_json_names(tokenizer_dir, tmp_path):
     for added, expected in (({}, None), ({"bos_token": "<s>"}, 1)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | added))
         assert Tokenizer(tmp_path).bos_id == AutoTokenizer.from_pretrained(tmp_path).bos_token_id == expected
+
+
+@pytest.mark.parametrize(("config", "generation"), [
+    ({"eos_token_id": 2}, None), ({"bos_token_id": 1, "eos_token_id": [2, 0]}, {"temperature": 0.6}),
+    ({"bos_token_id": 1, "eos_token_id": 2}, {"eos_token_id": 0}), ({}, None)])
+def test_a_copy_keeps_the_ids_that_only_config_json_names(tokenizer_dir, tmp_path, config, generation):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    for folder in (source, copy):
+        folder.mkdir()
+    shutil.copy(tokenizer_dir / "tokenizer.json", source)
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    if generation:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    copy_tokenizer(source, copy)
+    copy_special_ids(source, copy)
+    theirs, ours = Tokenizer(source), Tokenizer(copy)
+    assert (ours.bos_id, ours.eos_id, ours.eos_ids) == (theirs.bos_id, theirs.eos_id, theirs.eos_ids)
+    assert (copy / "generation_config.json").exists() == bool(config)
+    if generation:
+        assert generation.items() <= json.loads((copy / "generation_config.json").read_text()).items()
 
 
 def test_bos_of_the_post_processor(tokenizer_dir, tmp_path):

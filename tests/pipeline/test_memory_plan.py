@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import SharedPrefix, attention
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
 from model.transformer import Block, Transformer, rotary_table
 from pipeline.memory_plan import GIB, MemoryPlan, alternatives
 from pipeline.plan import read_method, trained_parameters
-from pipeline.pretraining import size_config
 from pipeline.step_time import plan_step
 from tests.conftest import SHAPE
 

@@ -5,9 +5,8 @@ from statistics import mean
 import pytest
 
 from bench.published_steps import SHAPES, fitted_utilisations, read_runs
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from pipeline.memory_plan import MemoryPlan
-from pipeline.pretraining import size_config
 from pipeline.step_time import COLLECTIVES, EXPOSED, GPUS, Gpu, Step, plan_step
 
 N = 5_933_109_248  # parameters of the 7B: 32 layers, and heads of 4,096 dimensions in all
