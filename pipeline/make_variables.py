@@ -100,7 +100,7 @@ class Variables:
         found += [f"make {' '.join(goals)} does not use {', '.join(unused)}"] if unused else []
         found += [problem for targets, variable, values, accepted in checks if target in targets
                   for value in values for problem in unknown_name(variable, value, accepted)]
-        if target in stages and self.init and "SIZE" not in self.given and self.preset:
+        if target in (*stages, "plan") and self.init and "SIZE" not in self.given and self.preset:
             found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
                          "its recipe, or SIZE= and RUNS=folder for none")
         if target == "experiment" and "HUB" in self.given:

@@ -14,7 +14,7 @@ from pipeline import make_variables, targets
 from pipeline.jobs import run_command
 from pipeline.make_variables import VARIABLES, Variables
 from pipeline.targets import COMMANDS, target_commands
-from tests.conftest import ROOT, accept_interrupts, run_script
+from tests.conftest import ROOT, accept_interrupts, error_line, run_script
 
 SOURCES = "".join((ROOT / f"pipeline/{name}.py").read_text() for name in ("targets", "make_variables"))
 
@@ -186,6 +186,20 @@ def test_published_weights_come_from_the_hub(tmp_path):
         given = commands("train", TASK=task, SIZE="7b", OUT=f"{tmp_path}/7b", HUB="my/own", GIVEN="HUB")
         assert any(f"-m model.hub --source my/own --out {tmp_path}/7b/m0" in line for line in given)
         (tmp_path / "7b/m1-simp").mkdir(exist_ok=True)
+
+
+def test_the_plan_is_that_of_the_run():
+    """Shape and recipe are those that `make train` has with the same variables."""
+    (line,), (trained,) = commands("plan", INIT="my/7b", SIZE="7b"), commands("train", INIT="my/7b", SIZE="7b")[-1:]
+    assert "--init my/7b --size 7b" in line
+    assert "--size 7b" in trained
+    assert "--size" not in commands("plan", INIT="my/smol")[0] + commands("train", INIT="my/smol")[-1]
+
+
+def test_a_path_that_the_system_refuses():
+    result = subprocess.run([sys.executable, "-m", "pipeline.targets", "train"], cwd=ROOT, capture_output=True,
+                            text=True, env=ENVIRON | {"OUT": "x" * 300, "DRY_RUN": "1"})
+    assert error_line(result) == f"error: {'x' * 200}: File name too long"
 
 
 def test_the_stages_of_a_method_have_a_folder(tmp_path):
