@@ -43,9 +43,10 @@ def arms(cfg: ExperimentConfig, pair: int | None) -> list[Arm]:
     folder = Path(cfg.out) if pair is None else Path(cfg.out) / f"pair-{pair}"
     found = [Arm(folder / model, model, pair) for model in cfg.models]
     if "loss" in cfg.controls:
-        losses = {model: held_out_loss(folder / model / "m0") if (folder / model / "m0").exists() else math.inf
-                  for model in chain.PAIR}
-        ahead, behind = sorted(chain.PAIR, key=lambda model: (losses[model], model == "llm"))
+        starts = {model: folder / model / "m0" for model in chain.PAIR}
+        are_finished = all(start.exists() for start in starts.values())
+        behind = max(starts, key=lambda model: held_out_loss(starts[model])) if are_finished else "llm"
+        ahead, = set(chain.PAIR) - {behind}
         found.append(Arm(folder / f"{behind}-level", behind, pair, ahead))
     return found
 

@@ -104,7 +104,8 @@ def test_pairs_rates_and_controls(tasks, tmp_path):
 
 
 @pytest.mark.parametrize(("llm", "stack", "level"), [
-    (4.0, 3.9, "llm-level"), (3.9, 4.0, "stack-level"), (None, 4.0, "llm-level"), (None, None, "llm-level")])
+    (4.0, 3.9, "llm-level"), (3.9, 4.0, "stack-level"), (None, 4.0, "llm-level"), (4.0, None, "llm-level"),
+    (None, None, "llm-level"), (4.0, 4.0, "llm-level")])
 def test_the_model_that_is_behind_is_trained_on(tasks, tmp_path, llm, stack, level):
     cfg = ExperimentConfig(size="tiny", text="x", data=str(tasks), out=str(tmp_path), controls=("flops", "loss"))
     for model, loss in (("llm", llm), ("stack", stack)):
