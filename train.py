@@ -80,7 +80,8 @@ def main(cfg: TrainConfig) -> None:
         if run is None:  # finished earlier
             return dist.on_rank0(lambda: print_result(cfg.out))
         tokenizer = Tokenizer(run.source)
-        data = load_data(run, tokenizer)
+        with dist.patient():  # all shards of a replayed text are read
+            data = load_data(run, tokenizer)
         engine = build_engine(run, build_model(run))
         method = make_method(run, engine)
         run, state = resume(run, engine) or (run, TrainState(flops=run.lineage.get("flops", 0)))

@@ -213,7 +213,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> 
     Llama. Words are cut at MAX_TRAINING_WORD bytes in training, and nowhere else.
 
     <s> is reserved and not named as bos: in pretraining, documents are separated by </s> alone, so a model would begin
-    a text with a token that it has never seen.
+    a text with a token that separates nothing. A text that spells out <s> or </s> gets their ids, as in transformers.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -227,18 +227,39 @@ def test_the_host_does_not_wait_for_the_gpu(train, tmp_path, zero, method):
 
 
 def test_bf16_gradients_are_accumulated_in_fp32(checkpoint):
-    """Checks the data types that DeepSpeed reports for the engine of a bf16 run: weights, accumulated gradients."""
-    code = ("import sys, torch; from common.distributed import Distributed; from model import load_model\n"
-            "from training.engine import build_engine; from training.run import Run\n"
-            "from training.train_config import TrainConfig\n"
-            "with Distributed() as dist:\n"
-            "    for zero in (1, 2, 3):\n"
-            "        model = load_model(sys.argv[1], torch.bfloat16)\n"
-            "        cfg = TrainConfig(dtype='bf16', zero=zero)\n"
-            "        engine = build_engine(Run(cfg, dist, None, None, model.config, {}, {}), model)\n"
-            "        print(*engine.get_data_types(), engine.communication_data_type)")
+    """A gradient and 1/512 of it add up to 513/512 of it; in bf16, whose numbers have eight bits, to itself."""
+    code = """if True:
+        import sys, torch
+        from common.distributed import Distributed
+        from model import load_model
+        from training.engine import build_engine
+        from training.run import Run
+        from training.train_config import TrainConfig
+        from training.zero_shards import base_optimizer
+        ids = torch.arange(3, 43).view(2, 20)
+        with Distributed() as dist:
+            for zero in (1, 2, 3):
+                totals = []
+                for scales in ([1.0], [1.0, 2.0 ** -9]):
+                    model = load_model(sys.argv[1], torch.bfloat16)
+                    cfg = TrainConfig(dtype="bf16", zero=zero, max_grad_norm=0.0)
+                    engine = build_engine(Run(cfg, dist, None, None, model.config, {}, {}), model)
+                    optimizer = base_optimizer(engine)
+                    totals.append(0.0)
+
+                    def add(optimizer, *_):
+                        totals[-1] += sum(float(flat.grad.double().abs().sum()) for group in optimizer.param_groups
+                                          for flat in group["params"] if flat.grad is not None)
+
+                    optimizer.register_step_pre_hook(add)  # stages 2 and 3 take a step for each group
+                    for scale in scales:
+                        engine.set_gradient_accumulation_boundary(scale == scales[-1])
+                        engine.backward(scale * engine(ids, ids), scale_wrt_gas=False)
+                    engine.step()
+                print("ratio", totals[1] / totals[0])"""
     lines = run_script("-c", code, checkpoint).stdout.splitlines()
-    assert lines == ["torch.bfloat16 torch.float32 torch.float32"] * 3
+    ratios = [float(line.split()[1]) for line in lines if line.startswith("ratio")]
+    assert ratios == 3 * [pytest.approx(513 / 512, rel=1e-6)]
 
 
 def test_a_place_that_cannot_become_a_run_is_refused(train, tmp_path):

@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, replay_indices, sample_indices
 from training.rehearsal import rehearsed_items
 from training.run import Run, num_samples
+from training.run_directory import saved_states
 from training.train_config import TrainConfig
 
 HELD_OUT_WINDOWS = 64  # enough for a loss, and evaluated in seconds
@@ -104,10 +105,11 @@ def load_held_out(run: Run) -> list[Sample]:
 
 def load_replay(run: Run) -> SampleDataset | None:
     """The windows of the training part of `replay_text`; None without replay. Raises UserError if this part is
-    damaged."""
+    damaged, which a resumed run does not check again."""
     if not run.cfg.replay_share:
         return None
-    check_shards(str(run.cfg.replay_text), run.dist.local_rank, run.dist.local_world_size, split="train")
+    if not saved_states(run.directory):
+        check_shards(str(run.cfg.replay_text), run.dist.local_rank, run.dist.local_world_size, split="train")
     return ShardDataset(str(run.cfg.replay_text), "train", window_tokens(run))
 
 

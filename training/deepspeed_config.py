@@ -14,6 +14,9 @@ from common.dtypes import resolve_dtype
 from common.files import JSON_NAMES, UserError, is_number, read_json
 from training.train_config import TrainConfig, default_zero_stage
 
+# Switches of DeepSpeed that keep in bf16 what is kept in fp32 here.
+BF16_STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
+
 
 def import_deepspeed(device: torch.device) -> ModuleType:
     """Imports deepspeed, silences it, and prepares the process for training on a device."""
@@ -81,9 +84,19 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
     given.pop("steps_per_print", None)  # import_deepspeed silences these lines
     problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
                  if name in given and given[name] != {"enabled": False}]
+    problems += [f"bf16.{name} is set, but master weights and moments are those of fp32" for name in BF16_STATES
+                 if table(given, "bf16").get(name)]
+    problems += [f"zero_optimization.{name}.device is nvme, expected cpu: weights and moments are saved from memory"
+                 for name in ("offload_optimizer", "offload_param")
+                 if table(table(given, "zero_optimization"), name).get("device") == "nvme"]
     if problems:
         raise UserError(f"{path} contradicts the run's settings: {'; '.join(problems)}")
     return merge(given, own)
+
+
+def table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table of a DeepSpeed file; empty if it is missing, or no table, which DeepSpeed itself reports."""
+    return tables[name] if isinstance(tables.get(name), dict) else {}
 
 
 def check_deepspeed_config(config: dict[str, Any], device: torch.device) -> None:

@@ -38,7 +38,8 @@ class Distillation:
 
     def __init__(self, run: Run):
         self.run, self.source = run, start_of(run.cfg, run.lineage)
-        self.model = load_model(self.source, run.dtype, run.dist.device)
+        # without gradients: under ZeRO-3 autograd would make one, of zeros, for the head that is passed to the engine
+        self.model = load_model(self.source, run.dtype, run.dist.device).requires_grad_(False)
         self.texts: list[Sample] = []
 
     def begin(self) -> None:

@@ -205,7 +205,8 @@ def test_the_same_loss_spikes_are_skipped_under_every_zero_stage(train, with_spi
     for spike in skipped:
         earlier = [entry["loss"] for entry in entries if entry["step"] < spike["step"] and entry not in skipped]
         assert spike["loss"] > 0.98 * sum(earlier) / len(earlier)
-    for zero, extra, rel in (("1", [], 2e-6), ("2", ["--dtype", "bf16", "--offload"], 2e-3), ("3", [], 2e-6)):
+    for zero, extra, rel in (("1", [], 2e-6), ("2", ["--dtype", "bf16", "--offload"], 2e-3),
+                             ("3", ["--offload"], 2e-6)):
         train(tmp_path / zero, *SPIKES, "--save_minutes", "99", "--zero", zero, *extra, launcher=2)
         assert [entry["loss"] for entry in read_metrics(tmp_path / zero)[0]] == \
             pytest.approx([entry["loss"] for entry in entries], rel=rel)
@@ -316,6 +317,9 @@ def test_the_state_of_a_finished_run_is_removed(train, uninterrupted):
     ({"zero_optimization": {"stage": 3}, "gradient_clipping": 5.0},
      "gradient_clipping is 5.0 there and 0.3 by the run's settings"),
     ({"zero_optimization": {"stage": 2}, "train_batch_size": 7}, "train_batch_size is 7 there and 32 by"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+     "zero_optimization.offload_param.device is nvme, expected cpu: weights and moments are saved from memory"),
+    ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads is set, but"),
     ({"optimizer": {"type": "Adam"}}, "optimizer is set, but train.py has its own"),
     ([], "ds.json: expected an object, found a list"),
     ({"zero_optimization": "stage 2"}, "zero_optimization is 'stage 2', expected an object with a stage from 0 to 3"),
