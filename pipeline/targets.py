@@ -116,8 +116,8 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     missing = stages[made + 1:]
     tasks = [stage.task for stage in (stages if missing else stages[-1:])]
     further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
-    given_hub = bool(v.hub) and "HUB" in v.given  # is compared with the source of m0
-    commands = m0_commands(v) if not v.init and (given_hub or made < 0 and not v.m0.exists()) else []
+    is_compared = bool(v.hub) and "HUB" in v.given and v.m0.exists()  # a given HUB with the source of m0
+    commands = m0_commands(v) if not v.init and (is_compared or made < 0 and not v.m0.exists()) else []
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
     held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or own_text else "")
     settings = chain.method_settings(v.method) if v.method else set()
