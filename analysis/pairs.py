@@ -252,12 +252,15 @@ class Study:
                        f"no common {learning} ({one}, {two} nats per token)")
 
     def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
-        """Sentences on the pairs in which a model of a contrast lacks learning rates that the other one has, or a
-        method some of those with which it was begun: methods may have rates of their own."""
+        """Sentences on the pairs in which a model of a contrast lacks results at all rates, or at learning rates that
+        the other one has, or a method at some of those with which it was begun: methods may have rates of their own."""
         for pair in self.pairs if self.matches_learning else ():
             models = self.models_of(contrast, pair) or ()
             rates = {model: set(self.curve(LEARNING, pair, model, number)[2]) for model in models}
             for model, own in rates.items():
+                if not own and any(self.chains(pair, model, rate) for rate in self.rates):
+                    yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: {model} lacks "
+                           "results of a seed or of all")
                 expected = {rate for rate in self.rates if self.chains(pair, model, rate)} if contrast.of else \
                     set().union(*rates.values())
                 if own and (lacking := sorted(expected - own, key=float)):

@@ -273,6 +273,20 @@ def test_a_seed_counts_where_all_models_of_a_pair_have_it_at_all_rates(tmp_path,
     assert study.left_out == [f"pair 1: fine-tuning seed 43 is not used, since {said}"]
 
 
+def test_a_seed_that_is_not_finished_leaves_its_pair_out(tmp_path):
+    folder = write_study(tmp_path / "study", pairs=(1, 2))
+    for chain in folder.glob("pair-1/*/rate-*"):
+        for stage in list(chain.iterdir()):
+            shutil.copytree(stage, chain / "seed-43" / stage.name)
+        if chain.parent.name == "stack":
+            shutil.rmtree(chain / "seed-43/m2-empd")
+    study = study_of(folder)
+    assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2]
+    assert list(study.main_difference("rise of held-out loss").of_pairs) == [2]
+    assert study.all_left_out() == ["pair 1 is left out of stack − llm after m2-empd: stack lacks results of a seed or "
+                                    "of all"]
+
+
 def test_rates_ascend_as_numbers():
     stages = [Stage("llm", 42, 1, "m1", rate=rate) for rate in ("0.0001", "2e-05", "0.001", "5e-05")]
     assert rates_of(stages) == ["2e-05", "5e-05", "0.0001", "0.001"]
