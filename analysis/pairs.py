@@ -251,7 +251,7 @@ class Study:
                 yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach "
                        f"no common {learning} ({one}, {two} nats per token)")
 
-    def lacking_rates(self, contrast: Contrast, number: int) -> Iterator[str]:
+    def lacking_results(self, contrast: Contrast, number: int) -> Iterator[str]:
         """Sentences on the pairs in which a model of a contrast lacks results at all rates, or at learning rates that
         the other one has, or a method at some of those with which it was begun: methods may have rates of their own."""
         for pair in self.pairs if self.matches_learning else ():
@@ -260,7 +260,7 @@ class Study:
             for model, own in rates.items():
                 if not own and any(self.chains(pair, model, rate) for rate in self.rates):
                     yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: {model} lacks "
-                           "results of a seed or of all")
+                           "results of one seed or of all")
                 expected = {rate for rate in self.rates if self.chains(pair, model, rate)} if contrast.of else \
                     set().union(*rates.values())
                 if own and (lacking := sorted(expected - own, key=float)):
@@ -278,7 +278,7 @@ class Study:
         """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
         without = [line for contrast in self.contrasts for line in self.without_model(contrast)]
         of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
-                        for find in (self.lacking_rates, self.unmatched) for line in find(contrast, number)]
+                        for find in (self.lacking_results, self.unmatched) for line in find(contrast, number)]
         of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
                          for line in self.unmatched(contrast, number, DECREASE)]
         return [*self.left_out, *without, *self._not_level(), *of_contrasts]

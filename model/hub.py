@@ -127,7 +127,7 @@ def main(cfg: HubConfig) -> None:
                 raise
     record = Path(cfg.out) / SOURCE
     if made_here := [name for name in (RUN, GROWTH) if (Path(cfg.out) / name).exists()]:
-        raise UserError(f"{cfg.out} is there already and was made by this program ({made_here[0]}), not from "
+        raise UserError(f"{cfg.out} is there already and was trained or grown ({made_here[0]}), not made from "
                         f"{cfg.source}: remove it, or choose another --out")
     if record.exists() and (recorded := read_json(record, dict).get("source")) != cfg.source:
         raise UserError(f"{cfg.out} is there already and was made from {recorded}, not from {cfg.source}: remove it, "

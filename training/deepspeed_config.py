@@ -84,19 +84,19 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
     given.pop("steps_per_print", None)  # import_deepspeed silences these lines
     problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
                  if name in given and given[name] != {"enabled": False}]
-    problems += [f"bf16.{name} is set, but master weights and moments are those of fp32" for name in BF16_STATES
-                 if table(given, "bf16").get(name)]
+    problems += [f"bf16.{name} is set, but master weights and moments are kept in fp32" for name in BF16_STATES
+                 if section(given, "bf16").get(name)]
     problems += [f"zero_optimization.{name}.device is nvme, expected cpu: weights and moments are saved from memory"
                  for name in ("offload_optimizer", "offload_param")
-                 if table(table(given, "zero_optimization"), name).get("device") == "nvme"]
+                 if section(section(given, "zero_optimization"), name).get("device") == "nvme"]
     if problems:
         raise UserError(f"{path} contradicts the run's settings: {'; '.join(problems)}")
     return merge(given, own)
 
 
-def table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A table of a DeepSpeed file; empty if it is missing, or no table, which DeepSpeed itself reports."""
-    return tables[name] if isinstance(tables.get(name), dict) else {}
+def section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a DeepSpeed file; empty if it is missing, or not an object, which DeepSpeed itself reports."""
+    return given[name] if isinstance(given.get(name), dict) else {}
 
 
 def check_deepspeed_config(config: dict[str, Any], device: torch.device) -> None:

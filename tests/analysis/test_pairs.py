@@ -138,9 +138,9 @@ def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     folder = write_study(tmp_path / "study")
     shutil.rmtree(folder / "pair-2/stack/rate-0.001")
     study = study_of(folder)
-    assert list(study.lacking_rates(study.contrasts[0], 2)) == [
+    assert list(study.lacking_results(study.contrasts[0], 2)) == [
         "pair 2, stack − llm after m2-empd: stack lacks results at the rate 0.001"]
-    assert set(study.lacking_rates(study.contrasts[0], 2)) < set(study.all_left_out())
+    assert set(study.lacking_results(study.contrasts[0], 2)) < set(study.all_left_out())
 
 
 def test_pairs_may_have_other_rates(tmp_path):
@@ -283,8 +283,8 @@ def test_a_seed_that_is_not_finished_leaves_its_pair_out(tmp_path):
     study = study_of(folder)
     assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2]
     assert list(study.main_difference("rise of held-out loss").of_pairs) == [2]
-    assert study.all_left_out() == ["pair 1 is left out of stack − llm after m2-empd: stack lacks results of a seed or "
-                                    "of all"]
+    assert study.all_left_out() == ["pair 1 is left out of stack − llm after m2-empd: stack lacks results of one seed "
+                                    "or of all"]
 
 
 def test_rates_ascend_as_numbers():

@@ -71,7 +71,7 @@ def test_a_model_that_was_trained_or_grown_is_not_taken_for_a_published_one(chec
     shutil.copytree(checkpoint, tmp_path / "m0")
     (tmp_path / "m0" / record).write_text("{}")
     line = refusal((HubConfig, main), "--source", ID, "--out", tmp_path / "m0")
-    assert f"m0 is there already and was made by this program ({record}), not from {ID}: remove it, or choose" in line
+    assert f"m0 is there already and was trained or grown ({record}), not made from {ID}: remove it, or choose" in line
 
 
 def test_a_copy_of_another_dtype_is_not_taken_for_the_one_asked_for(checkpoint, tmp_path, refusal):
