@@ -20,7 +20,8 @@ from common.files import UserError
 
 
 def setting(default: Any, help: str, *, required: bool = False, names: str | Collection[str] | None = None,
-            overlay: bool = False, replaced_by: Collection[str] = (), **bounds: float) -> Any:
+            overlay: bool = False, replaced_by: Collection[str] = (),
+            used_if: tuple[str, Collection[Any]] | None = None, **bounds: float) -> Any:
     """A field of a settings dataclass.
 
     Args:
@@ -30,12 +31,13 @@ def setting(default: Any, help: str, *, required: bool = False, names: str | Col
         names: the accepted names, or the folder in configs/ whose TOML files are the accepted names.
         overlay: the settings in the named TOML file override those of earlier files.
         replaced_by: settings that take the place of this one if they are set; its flag is refused if a file sets one.
+        used_if: another setting and its values with which this one is used; its flag is refused with any other value.
         bounds: `at_least`, `above`, `at_most` and `below`, for a number or each number in a list.
     """
     assert bounds.keys() <= {"at_least", "above", "at_most", "below"}, bounds
     return dataclasses.field(default=default, metadata={"help": help, "required": required, "bounds": bounds,
                                                         "names": names, "overlay": overlay,
-                                                        "replaced_by": replaced_by})
+                                                        "replaced_by": replaced_by, "used_if": used_if})
 
 
 # The types a field may have: what TOML and flags may give for them, and how messages and `--help` call them.
@@ -124,11 +126,20 @@ class Resolved:
                 self.values[name], self.origins[name] = converted, where
 
     def without_effect(self) -> list[str]:
-        """Sentences on the flags that a setting in a file replaces."""
-        return [f"{name} would change nothing, since {other} is {self.values[other]} ({self.origins[other]}): leave it "
-                f"out, or give --{other} none" for name in self.fixed
-                for other in self.fields[name].metadata["replaced_by"]
-                if other not in self.fixed and self.values.get(other) is not None]
+        """Sentences on the flags that a setting in a file replaces, and on those that another setting makes useless."""
+        found = []
+        for name in sorted(self.fixed):
+            meta = self.fields[name].metadata
+            found += [f"{name} would change nothing, since {other} is {self.values[other]} ({self.origins[other]}): "
+                      f"leave it out, or give --{other} none" for other in meta["replaced_by"]
+                      if other not in self.fixed and self.values.get(other) is not None]
+            if meta["used_if"]:
+                other, values = meta["used_if"]
+                value = self.values.get(other, self.fields[other].default)
+                if value not in values:
+                    found.append(f"{name} would change nothing, since {other} is {value or 'not set'} "
+                                 f"({self.origins.get(other, 'default')}): leave it out")
+        return found
 
     def show(self, cfg: Any) -> None:
         """Prints every setting with its value and origin."""

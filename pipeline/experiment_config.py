@@ -57,8 +57,9 @@ class ExperimentConfig:
                                     "secondary")
     launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process; "
                                 "slurm: a Slurm job for each job")
-    gpus: int = setting(8, "GPUs, and processes, of a Slurm job", at_least=1)
-    slurm_file: str = setting("configs/slurm/step.sbatch", "script of a Slurm job, with the placeholder @COMMAND@")
+    gpus: int = setting(8, "GPUs, and processes, of a Slurm job", at_least=1, used_if=("launcher", ("slurm",)))
+    slurm_file: str = setting("configs/slurm/step.sbatch", "script of a Slurm job, with the placeholder @COMMAND@",
+                              used_if=("launcher", ("slurm",)))
     only: str | None = setting(None, "run only the job that makes this directory, and no report")
     train_args: str = setting("", "flags for every fine-tuning, such as '--max_train_samples 400'")
     stage_args: tuple[str, ...] = setting((), "flags for the fine-tuning of each stage, after train_args; in a file a "

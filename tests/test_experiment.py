@@ -366,6 +366,7 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--seeds=-1"], "seeds is -1, expected at least 0"),
     (["--seeds", str(2 ** 64)], "seeds is 18446744073709551616, expected a whole number below 2**63"),
     (["--gpus", "9" * 30], "expected a whole number below 2**63"),
+    (["--size", "tiny", "--text", "x", "--gpus", "4"], "gpus would change nothing, since launcher is not set (default"),
     (["--methods", "ewc,ewc"], "methods names one twice"),
     (["--seeds", "1,1"], "seeds names one twice"), (["--rates", "1e-3,0.001"], "rates names one twice"),
     (["--rates", "1e-3", "--train_args", "--learning_rate 1e-4"], "rates replaces the learning_rate of train_args"),
