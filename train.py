@@ -26,6 +26,7 @@ from common.distributed import Distributed
 from common.files import UserError
 from common.metrics_log import MetricsLog
 from common.stop_request import StopRequest
+from model.oom import oom_remedy
 from model.tokenizer import Tokenizer
 from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, rank_microbatches, to_inputs
 from training.checks import open_run
@@ -52,6 +53,8 @@ from training.train_state import StepResult, TrainState
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+OOM_REMEDY = "Try a smaller --max_tokens_per_microbatch, --zero 2 or 3, --gradient_checkpointing or --offload; `make " \
+             "plan` estimates the memory. The run continues from its last saved state"
 EVAL_SAMPLES = 64  # per rank that are cut into micro-batches together; the progress bar moves once for each
 
 
@@ -72,7 +75,7 @@ def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
 
 def main(cfg: TrainConfig) -> None:
     """Runs one training run, from settings to a finished checkpoint."""
-    with contextlib.ExitStack() as claimed, StopRequest() as request, \
+    with oom_remedy(OOM_REMEDY), contextlib.ExitStack() as claimed, StopRequest() as request, \
             Distributed(datetime.timedelta(minutes=cfg.timeout_minutes)) as dist:
         dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
         with dist.patient():  # rank 0 may download weights, and reads all data

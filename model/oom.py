@@ -1,7 +1,8 @@
 """Recovery from running out of memory."""
 import math
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,17 @@ def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that the memory of the GPU or the machine is exhausted."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
+
+
+@contextmanager
+def oom_remedy(remedy: str) -> Iterator[None]:
+    """Within the block, an error that means that memory is exhausted becomes a UserError that ends with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {first_line(error)} {remedy}") from error
 
 
 def halve_batch(size: int, unit: str, error: Exception) -> int:

@@ -618,6 +618,23 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(train, tmp_path):
     AutoModelForCausalLM.from_pretrained(partial / "checkpoint-8")
 
 
+def test_out_of_memory_is_told_with_what_to_do(train, finished, tmp_path):
+    """The second step asks for more memory than there are addresses. With smaller micro-batches the run continues."""
+    patch = ("import torch\n"
+             "optimizer_step, calls = train.optimizer_step, []\n"
+             "def step(*args):\n"
+             "    calls.append(1)\n"
+             "    if len(calls) == 2: torch.empty(1 << 50)\n"
+             "    return optimizer_step(*args)\n"
+             "train.optimizer_step = step")
+    line = error_line(train(tmp_path / "run", "--save_minutes", "0", patch=patch, check=False))
+    assert "out of memory: " in line
+    assert "allocate" in line
+    assert "Try a smaller --max_tokens_per_microbatch, --zero 2 or 3" in line
+    train(tmp_path / "run", "--save_minutes", "0", "--max_tokens_per_microbatch", "64")
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -1,6 +1,7 @@
 """Jobs of a Slurm cluster, run with replacements of Slurm's commands (tests/slurm)."""
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 import experiment
 from common.files import UserError
 from common.settings import load
+from corpus.shards import write_shards
 from experiment import ExperimentConfig
+from model.tokenizer import Tokenizer
 from pipeline.jobs import read_slurm_template
 from pipeline.ledger import Ledger
 from tests.conftest import ROOT, TRAIN_FLAGS, losses, run_script
@@ -77,6 +80,19 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, chec
     assert cluster.read_text() == f"scontrol requeue {JOB}\n"
     assert "resuming after step" in (tmp_path / f"logs/job-{JOB}-rank0.log").read_text()
     assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_pretraining_in_one_job(cluster, tokenizer_dir, tmp_path):
+    text, out = shutil.copytree(tokenizer_dir, tmp_path / "text"), tmp_path / "llm"
+    write_shards(text, [f"{n} is a number." for n in range(900)], Tokenizer(tokenizer_dir), {"source": "x"})
+    args = "--max_flops none --max_steps 9 --save_minutes 0 --dtype fp32 --seq_length 32"
+    stopped = batch("configs/slurm/pretrain.sbatch", "--size", "tiny", "--model", "llm", "--data", text, "--out", out,
+                    "--args", args, TERM_WHEN=f"{out}/m0.partial/resume")
+    assert stopped.returncode == 75
+    assert cluster.read_text() == f"scontrol requeue {JOB}\n"
+    log = (tmp_path / f"logs/job-{JOB}-rank0.log").read_text()
+    assert "on 2 × cpu" in log
+    assert "of 9: the same command resumes from there" in log
 
 
 @pytest.mark.parametrize(("given", "expected"), [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({}, "None"),
