@@ -46,8 +46,10 @@ class ReportConfig:
     out: str = setting("report", "folder to write the report into")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model to compare it with")
-    method: str | None = setting(None, "the method whose stages are shown and models compared; none: baseline")
-    baseline: str = setting("finetune", "the method to compare the other methods with")
+    method: str = setting("", "the method whose stages are shown and models compared, the word none for the stages "
+                              "without a method; not given: the baseline")
+    baseline: str = setting("", "the method to compare the other methods with; not given: finetune if there is one, or "
+                                "else none, the stages without a method")
     primary: str | None = setting(None, "the measure that answers the question; all others are secondary; none: the "
                                         f"one that experiment.py recorded before the first run, or else {PRIMARY}")
     rate: float | None = setting(None, "learning rate at which models and methods are compared without matching their "
@@ -103,18 +105,23 @@ def shared_rates(stages: Sequence[Stage], cfg: ReportConfig) -> dict[str, str]:
             for method, rates in methods.items()} | given
 
 
+def baseline_of(stages: Sequence[Stage], requested: str) -> str:
+    """The method that the others are compared with. Raises UserError if there are no runs of the requested one."""
+    methods = sorted({stage.method_name for stage in stages if stage.number} or {"none"})
+    if requested and requested not in methods:
+        raise UserError(f"unknown baseline {requested!r}, expected one of {', '.join(methods)}")
+    return requested or next((name for name in ("finetune", "none") if name in methods), methods[0])
+
+
 def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: ModelPair | None,
                  rates: Mapping[str, str]) -> dict[str, Record]:
     """{method: Record}, the baseline first, of the runs of each method at one learning rate. Differences between models
     are those of a single pair; of several pairs only the means are shown, since the study compares them. Raises
     UserError if there are no runs of a requested baseline."""
     is_single = len({stage.pair for stage in stages}) == 1
-    records = records_by_method(
-        [stage for stage in stages if not stage.number or (stage.rate or "") == rates[stage.method_name]],
-        cfg.categories, cfg.baseline, pair if is_single else None, () if cfg.constant else constant_benchmarks(stages))
-    if cfg.baseline not in records and cfg.baseline != ReportConfig.baseline:
-        raise UserError(f"unknown baseline {cfg.baseline!r}, expected one of {', '.join(records)}")
-    return records
+    shown = [stage for stage in stages if not stage.number or (stage.rate or "") == rates[stage.method_name]]
+    return records_by_method(shown, cfg.categories, baseline_of(stages, cfg.baseline), pair if is_single else None,
+                             () if cfg.constant else constant_benchmarks(stages))
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,9 @@ def describe(compared: Comparisons, effect: float,
         hint = ": give --grown and --reference to compare two" if len(record.chains) > 1 else ""
         sentences.append(f"The models are {', '.join(record.chains)}{hint}.")
     else:
+        if len(records) > 1:
+            sentences.append(f"The models are compared with the method {compared.method}; --method shows another one: "
+                             + ", ".join(name for name in records if name != compared.method) + ".")
         sentences += answer(study, primary, effect)
         sections += pair_sections(study, primary, compared.rates[compared.method], effect)
         missing += study.all_left_out()
@@ -199,7 +209,7 @@ def main(cfg: ReportConfig) -> None:
     stages, unusable = usable_stages(read_stages(cfg))
     pair, rates = compared_models(stages, cfg), shared_rates(stages, cfg)
     records = make_records(stages, cfg, pair, rates)
-    method = next(iter(records)) if cfg.method is None else cfg.method
+    method = cfg.method or next(iter(records))
     if method not in records:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     record = records[method]

@@ -33,7 +33,7 @@ class ExperimentPlanConfig:
                                         f"recorded before the first run, or else {PRIMARY}")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model to compare it with")
-    method: str | None = setting(None, "only the stages with this method against forgetting")
+    method: str = setting("", "only the stages with this method against forgetting, the word none for those without")
 
 
 def training_seconds(folder: Path) -> float:
@@ -55,13 +55,13 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     """The primary difference of the pilot. Raises UserError if it has less than two pairs."""
     stages, _ = usable_stages(read_runs(cfg.runs))
     methods = list(dict.fromkeys(stage.method_name for stage in stages if stage.number))
-    if len(methods) > 1 and cfg.method is None:
+    if len(methods) > 1 and not cfg.method:
         raise UserError(f"{cfg.runs} has stages of several methods, {', '.join(methods)}: give --method, one of them")
     models = list(dict.fromkeys(stage.model for stage in stages))
     if unknown := [*(unknown_name("method", cfg.method, methods) if cfg.method else []),
                    *(line for model in (cfg.grown, cfg.reference) for line in unknown_name("model", model, models))]:
         raise UserError(f"{cfg.runs}: {'; '.join(unknown)}")
-    stages = [stage for stage in stages if not stage.number or cfg.method in (None, stage.method_name)]
+    stages = [stage for stage in stages if not stage.number or cfg.method in ("", stage.method_name)]
     study = Study(stages, cfg.grown, cfg.reference)
     primary = cfg.primary or read_primary(cfg.runs) or PRIMARY
     check_measure(primary, study.measures)

@@ -3,12 +3,15 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 
 import report
 from analysis.pages import write_pages
+from analysis.results import read_runs
+from analysis.stage_table import stage_table
 from analysis.stages import Stage
 from analysis.statistics import Estimate
 from common import settings
@@ -16,6 +19,7 @@ from common.files import UserError
 from pipeline.experiment_config import ExperimentConfig
 from report import ReportConfig, shared_rates
 from tests.analysis.conftest import VALUES, write_stage
+from tests.analysis.studies import RATES, write_study
 from tests.conftest import run_script
 
 
@@ -149,6 +153,22 @@ def test_the_method_and_the_baseline_can_be_chosen(method_runs, tmp_path):
         make_report(tmp_path / "out", runs=method_runs, method="best")
     with pytest.raises(UserError, match="unknown baseline 'finetnue', expected one of ewc, finetune, vcl-tau=0.5"):
         make_report(tmp_path / "out", runs=method_runs, baseline="finetnue")
+
+
+@pytest.mark.parametrize(("methods", "first"), [
+    (("ewc", "finetune", None), "finetune"), (("ewc", None), "none"), (("lora", "ewc"), "ewc")])
+def test_the_method_of_the_answer_is_named(tmp_path, methods, first):
+    """Of stages with and without a method, none is shown without its name."""
+    runs = write_study(tmp_path / "study", pairs=(1, 2), rates=RATES[:1])
+    stages = [replace(stage, method=method) for stage in read_runs(runs)
+              for method in (methods if stage.number else [None])]
+    (tmp_path / "stages.csv").write_text(stage_table(stages))
+    names = {str(method or "none") for method in methods}
+    for flags, shown in (([], first), (["--method", "none"], "none"))[:1 + (None in methods)]:
+        method = settings.load(ReportConfig, ["--runs", "x", *flags]).method
+        text = make_report(tmp_path / "out", results=tmp_path / "stages.csv", method=method)
+        others = ", ".join(sorted(names - {shown}, key=lambda name: (name != first, name)))
+        assert f"- The models are compared with the method {shown}; --method shows another one: {others}.\n- st" in text
 
 
 def test_methods_are_compared_only_where_both_were_measured(method_runs, tmp_path):
