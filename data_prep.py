@@ -8,6 +8,7 @@
 """
 import common.interrupts
 
+import os
 import sys
 from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from common.configs import known, read_config
 from common.files import ExistsError, UserError, new_directory
 from common.scripts import Commands, run
 from common.settings import setting
-from corpus.documents import read_documents
+from corpus.documents import read_documents, size_of_source
 from corpus.mutual import write_mutual
 from corpus.raw_tasks import raw_task_exists, read_hub_task, read_raw_task, write_raw_task
 from corpus.sample_suite import suite_exists, write_suite
@@ -87,6 +88,11 @@ class TextDataConfig:
         if self.size in known("size") and "model" not in read_config("size", self.size):
             found.append(f"the size {self.size} starts from published weights: give their directory as --tokenizer "
                          "instead of --size")
+        is_text = self.source == "docs" or Path(self.source).suffix == ".txt"
+        is_local = is_text or os.path.lexists(self.source)
+        found += [f"{name} would change nothing, since {self.source} {what}" for name, is_useless, what in (
+            ("text_column", is_text, "has no fields"), ("dataset_config", is_local, "is no Hub dataset"))
+            if is_useless and getattr(self, name) != getattr(TextDataConfig, name)]
         given = [name for name in ("size", "vocab_size") if getattr(self, name) != getattr(TextDataConfig, name)]
         if self.tokenizer and given:
             found.append(f"{' and '.join(given)} would change nothing, since --tokenizer gives the vocabulary")
@@ -97,7 +103,7 @@ class TextDataConfig:
 
 def prepare_text(cfg: TextDataConfig) -> None:
     """Writes a directory of token shards with its tokenizer. To train a tokenizer, the documents are read twice."""
-    settings = asdict(cfg) | {"output_path": None}
+    settings = asdict(cfg) | {"output_path": None} | size_of_source(cfg.source)
     documents = partial(read_documents, cfg.source, cfg.text_column, cfg.dataset_config, cfg.max_documents)
     try:
         with new_directory(cfg.output_path) as folder:

@@ -54,8 +54,10 @@ class PretrainConfig:
     out: str = setting(None, "folder of the runs; the last one is m0 in it", required=True)
     init: str | None = setting(None, "finished m0 of this model, to train further until it is level with another")
     level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained further to reach")
-    factors: tuple[int, ...] = setting(FACTORS, "growth factors, one for each growth", at_least=2)
-    at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18)
+    factors: tuple[int, ...] = setting(FACTORS, "growth factors, one for each growth", at_least=2,
+                                          used_if=("model", [name for name in MODELS if name != "llm"]))
+    at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18,
+                                         used_if=("model", [name for name in MODELS if name not in ("llm", "base")]))
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)
     launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
     args: str = setting("", "flags for the last run of train.py, such as '--learning_rate 1e-4'")
@@ -141,8 +143,10 @@ def main(cfg: PretrainConfig) -> None:
     """Runs the missing jobs. The last job always runs: train.py notices that it is finished."""
     jobs = pretraining_jobs(cfg)
     if not cfg.dry_run:
-        record_recipe(Path(cfg.out) / "recipe.json", jobs, size=cfg.size, trained=cfg.model, factors=cfg.factors,
-                      at_tokens=cfg.at_tokens, seed=cfg.seed, data_digest=data_digest(cfg.data))
+        growth = {"factors": cfg.factors} if cfg.model != "llm" else {}
+        growth |= {"at_tokens": cfg.at_tokens} if cfg.phase_of_m0 == "stack" else {}
+        record_recipe(Path(cfg.out) / "recipe.json", jobs, size=cfg.size, trained=cfg.model, seed=cfg.seed,
+                      data_digest=data_digest(cfg.data), **growth)
     last_made = max((index for index, job in enumerate(jobs) if job.out.exists()), default=-1)
     run_jobs(jobs[last_made + 1:] or jobs[-1:], cfg.dry_run)
 

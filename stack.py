@@ -80,6 +80,8 @@ class GrowConfig:
         if (self.block is None) == (self.operator in BLOCK_OPERATORS):
             found.append(f"block (two numbers, first and last layer) is for the operator {', '.join(BLOCK_OPERATORS)}, "
                          "which needs it")
+        if self.seed != GrowConfig.seed and not self.noise:
+            found.append("seed would change nothing without noise: give it as well")
         if self.block is not None and len(self.block) != 2:
             found.append(f"block has {len(self.block)} numbers, expected two: the first and the last layer")
         return found
@@ -89,6 +91,8 @@ def layer_map_of(cfg: GrowConfig, depth: int) -> list[int]:
     """The layer map that the settings describe, on a base of `depth` layers. Raises UserError if there is none."""
     if cfg.layers is not None:
         check_layer_map(cfg.layers, depth, cfg.zero_init)
+        if len(cfg.layers) <= depth:
+            raise UserError(f"layers names {len(cfg.layers)} layers, expected more than the {depth} of the base")
         return list(cfg.layers)
     factor = cfg.factor or 4
     target = depth + cfg.new_layers if cfg.new_layers else \

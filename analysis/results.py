@@ -226,7 +226,9 @@ def choices_of(file: ResultsFile, name: str, metric: str) -> Choices | None:
         return None
     nll, bits = (np.array(values, float) if all(map(is_number, values)) else None
                  for values in (file.items(name, key) for key in ("nll", "bits_per_byte")))
-    return Choices(np.array(right, float), nll, bits, statistics.fmean(1 / len(one) for one in options))
+    # for acc_mutual_info, lm-eval also measures every option without its context
+    passes = 2 if all(map(is_number, file.items(name, "acc_mutual_info"))) else 1
+    return Choices(np.array(right, float), nll, bits, statistics.fmean(passes / len(one) for one in options))
 
 
 def replaces(stage: Stage, file: ResultsFile, name: str, value: float, conditions: Conditions) -> bool:

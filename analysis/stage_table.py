@@ -93,13 +93,14 @@ def stage_table(stages: Sequence[Stage]) -> str:
 
 
 def read_stage_table(path: Path) -> list[Stage]:
-    """The stages of a table, or of several that were put together. Raises UserError if it is damaged or has two rows
-    for the same result."""
+    """The stages of a table, or of several that were put together. Raises UserError if it is damaged or has two
+    different rows for the same result."""
     lines = csv.DictReader(io.StringIO(read_text(path)))
     if lacking := [name for name in COLUMNS if name not in (lines.fieldnames or ())]:
         raise UserError(f"{path} is not a table of stages with commas between its columns, as a report writes it: the "
                         f"column {lacking[0]} is missing")
     stages: dict[tuple[str, ...], Stage] = {}
+    rows = set()
     with parsing(path, "a table of stages"):
         for row in lines:
             if not any(row.values()) or all(row[name] == name for name in COLUMNS):  # the head of another table
@@ -111,7 +112,9 @@ def read_stage_table(path: Path) -> list[Stage]:
                 key = tuple(row[name] for name in STAGE_COLUMNS)
                 if key not in stages:
                     stages[key] = empty_stage(row)
-                add_row(stages[key], row, path)
+                if tuple(row.items()) not in rows:  # several tables in one file may share rows, such as those of m0
+                    add_row(stages[key], row, path)
+                rows.add(tuple(row.items()))
     if not stages:
         raise UserError(f"{path} has no rows")
     return list(stages.values())

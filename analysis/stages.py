@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
 TEXT = "text"  # name of the losses of held-out text
-CHOICE_METRICS = "acc", "r@1"  # of multiple-choice benchmarks: the shares of right answers
+CHOICE_METRICS = "acc", "acc_norm", "acc_mutual_info", "r@1"  # of multiple choice: the shares of right answers
 
 
 @dataclass(frozen=True)

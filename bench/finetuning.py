@@ -17,6 +17,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import compare, profile_steps
 from bench.workload import make_our_step, make_transformers_step, small_checkpoint, split_batches, torch_dtype
+from common.files import UserError
 from common.scripts import run
 from common.settings import setting
 from corpus.tasks import SFTDataset, read_task
@@ -51,6 +52,9 @@ def main(cfg):
     dtype, config = torch_dtype(train_cfg), ModelConfig.read(Path(train_cfg.init) / "config.json")
     data = SFTDataset(read_task(cfg.data)[0]["train"][:cfg.samples], Tokenizer(train_cfg.init),
                       train_cfg.max_source_length, train_cfg.max_target_length)
+    if len(data) < cfg.global_batch_size:
+        raise UserError(f"{len(data)} samples are less than a batch of {cfg.global_batch_size}: give more, or a "
+                        "smaller --global_batch_size")
     steps = 1 + len(data) // cfg.global_batch_size * cfg.repeats
     batches = split_batches([data[index] for index in sample_indices(
         train_cfg.seed, len(data), 0, steps * cfg.global_batch_size)], cfg.global_batch_size)

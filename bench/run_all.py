@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import SimpBenchConfig, small_checkpoint
 from common.configs import ROOT
-from common.files import UserError
+from common.files import UserError, read_text, write_text
 from common.scripts import run
 from common.settings import setting
 
@@ -59,6 +59,7 @@ def describe_machine():
     """The processors and GPUs of this machine, in one line."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    names = names or [platform.machine()]  # where /proc/cpuinfo names no model, as on ARM
     features = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
                 if torch.cpu.get_capabilities().get(name)]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -77,7 +78,8 @@ def main(cfg):
     pages = [f"# Results\n\n{describe_machine()}; Python {platform.python_version()}, "
              + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
              + f"; {datetime.date.today()}. Written by `bench/run_all.py` (`make bench`).\n"]
-    failed = []
+    failed, out = [], Path(cfg.out)
+    partial = out.with_name(f"{out.name}.partial")  # an interrupted run leaves the results so far
     for name in cfg.only:
         command = ["python", f"bench/{name}.py", *map(str, flags[name])]
         print(shlex.join(command), flush=True)
@@ -90,9 +92,10 @@ def main(cfg):
             text += f"ended with status {process.returncode}\n"
             failed.append(name)
         pages.append(f"\n## {TITLES[name]}\n\n```\n$ {shlex.join(command)}\n{text}```\n")
-    out = Path(cfg.out)
-    kept = written_by_hand(out.read_text(encoding="utf-8")) if out.exists() else ""
-    out.write_text("".join(pages) + ("\n" + kept if kept else ""), encoding="utf-8")
+        write_text(partial, "".join(pages))
+    kept = written_by_hand(read_text(out)) if out.exists() else ""
+    write_text(partial, "".join(pages) + ("\n" + kept if kept else ""))
+    partial.replace(out)
     print(f"results: {out}")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, with the messages above; {out} has the results of the others")

@@ -6,6 +6,7 @@ Runs `make train TASK=simp` on the sample for one step, from a checkpoint of the
 times the lines that it prints. The environment and the data exist already. Then each script is imported in a new
 process, and the heavy packages that it imports are listed with the time that each takes, its own imports included.
 """
+import os
 import re
 import shutil
 import statistics
@@ -40,17 +41,20 @@ class StartupBenchConfig:
 def time_lines(folder):
     """Seconds from `make train` to its lines."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    # SOURCE is given because make would pass on that of `make bench`, whose whole task takes longer to evaluate
-    command = ["make", "train", "TASK=simp", "SOURCE=sample", "SIZE=tiny", f"OUT={folder / 'run'}",
+    command = ["make", "train", "TASK=simp", "SIZE=tiny", f"OUT={folder / 'run'}",
                f"INIT={random_checkpoint(folder / 'tiny', size_config('tiny'))}", "ARGS=--max_steps 1"]
-    began, seen = time.perf_counter(), {}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    of_make = {"ARGS", "GIVEN", "GOALS", "MAKEFLAGS", "MFLAGS", *os.environ.get("GIVEN", "").split()}  # of `make bench`
+    environment = {name: value for name, value in os.environ.items() if name not in of_make}
+    began, seen, lines = time.perf_counter(), {}, []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as process:
         for line in process.stdout:
+            lines.append(line)
             for name, start in LINES.items():
                 if line.startswith(start):
                     seen.setdefault(name, time.perf_counter() - began)
     if process.returncode or len(seen) < len(LINES):
-        raise UserError(f"{' '.join(command)} ended with status {process.returncode} after: {', '.join(seen)}")
+        raise UserError(f"{' '.join(command)} ended with status {process.returncode} after: {''.join(lines[-5:])}")
     return seen
 
 
@@ -66,7 +70,7 @@ def time_import(module):
 def main(cfg):
     """Prints both tables."""
     runs = [time_lines(Path(cfg.folder)) for _ in range(1 + cfg.repeats)][1:]
-    print("make train TASK=simp SOURCE=sample SIZE=tiny, seconds until")
+    print("make train TASK=simp SIZE=tiny, seconds until")
     for name in LINES:
         print(f"  {name:<20} {statistics.median(seen[name] for seen in runs):6.2f}")
     print("importing, seconds")

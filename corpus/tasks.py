@@ -97,7 +97,7 @@ def first_items(items: list[dict], limit: int | None) -> list[dict]:
         return items
     of_prompts: dict[Any, list[dict]] = {}
     for item in items:
-        of_prompts.setdefault((item["src_info"] or {}).get("prompt_name"), []).append(item)
+        of_prompts.setdefault(str((item["src_info"] or {}).get("prompt_name")), []).append(item)
     in_turn = (item for turn in itertools.zip_longest(*of_prompts.values()) for item in turn if item is not None)
     return list(itertools.islice(in_turn, limit))
 

@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def main(cfg: HubConfig) -> None:
     if made_here := [name for name in (RUN, GROWTH) if (Path(cfg.out) / name).exists()]:
         raise UserError(f"{cfg.out} is there already and was trained or grown ({made_here[0]}), not made from "
                         f"{cfg.source}: remove it, or choose another --out")
-    if record.exists() and (recorded := read_json(record, dict).get("source")) != cfg.source:
+    recorded = read_json(record, dict).get("source") if record.exists() else cfg.source
+    if recorded != cfg.source and os.path.abspath(str(recorded)) != os.path.abspath(cfg.source):
         raise UserError(f"{cfg.out} is there already and was made from {recorded}, not from {cfg.source}: remove it, "
                         "or choose another --out")
     made = open_checkpoint(cfg.out)

@@ -29,13 +29,13 @@ from matplotlib.lines import Line2D
 from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styled
 from analysis.inference import PairedDifference
 from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, flops_to_loss, mean_curve
-from common.configs import read_config
+from common.configs import CONFIGS
 from common.files import UserError, write_json, write_text
 from common.formatting import markdown_table
 from common.metrics_log import read_log
 from common.provenance import data_digest
 from common.scripts import run
-from common.settings import setting
+from common.settings import load, setting
 from model.config import size_config
 from model.growth import OPERATORS, ZERO_OPERATORS
 from pipeline.jobs import Job, run_jobs
@@ -47,6 +47,7 @@ from pipeline.pretraining import (
     record_recipe,
     training_job,
 )
+from training.train_config import TrainConfig
 
 # What may change when runs are added to a study.
 MAY_CHANGE = "data", "out", "launcher", "dry_run", "operators", "staged", "moments", "repeated", "seeds"
@@ -96,6 +97,10 @@ class GrowthStudyConfig:
                  for name in ("operators", "seeds", "staged", "moments")
                  if len(set(values := getattr(self, name))) < len(values)]
         grown = [*self.operators, *staged_names(self)]
+        given = [name for name in ("stages", "alpha", "moments")
+                 if getattr(self, name) != getattr(GrowthStudyConfig, name)]
+        if given and not self.staged:
+            found.append(f"{' and '.join(given)} would change nothing without staged: give it as well")
         if unknown := [name for name in self.repeated if name not in grown and name != "stack"]:
             found.append(f"repeated names {', '.join(unknown)}, expected some of {', '.join(grown)}")
         return found
@@ -153,9 +158,10 @@ def staged_jobs(cfg: GrowthStudyConfig, folder: Path, flags: Sequence[object]) -
     if rest:
         raise UserError(f"{cfg.stages} stages of one block each do not reach {full} layers: choose a divisor of {full} "
                         "as stages")
-    depths, recipe = [block * stage for stage in range(1, cfg.stages + 1)], read_config("size", cfg.size)["llm"]
-    step_flops = [size_config(cfg.size, depth).flops(recipe["global_batch_size"] * recipe["seq_length"])
-                  for depth in depths]
+    depths = [block * stage for stage in range(1, cfg.stages + 1)]
+    recipe = load(TrainConfig, ["--config", str(CONFIGS / "train/pretrain.toml"), "--size", cfg.size, "--phase", "llm",
+                                "--data", cfg.data, "--out", cfg.out])
+    step_flops = [size_config(cfg.size, depth).flops(recipe.global_batch_size * recipe.seq_length) for depth in depths]
     shares = [stage ** cfg.alpha for stage in range(1, cfg.stages + 1)]
     total = cfg.max_flops / sum(share * flops for share, flops in zip(shares, step_flops))
     ends = [0, *(round(total * sum(shares[:stage])) for stage in range(1, cfg.stages + 1))]

@@ -33,6 +33,10 @@ class GrowthPlanConfig:
             found.append("params and size both give the size of the model: give one")
         if (self.size is None and self.params is None) != (self.tokens is None):
             found.append("a plan needs the size of the model (--params or --size) and --tokens")
+        given = [name for name in ("num_hidden_layers", "factor")
+                 if getattr(self, name) != getattr(GrowthPlanConfig, name)]
+        if self.tokens is None and given:
+            found.append(f"{' and '.join(given)} would change nothing without --tokens: give it as well")
         return found
 
 

@@ -112,6 +112,9 @@ class Variables:
             found.append("LAUNCHER is for make experiment: for other targets give NPROC")
         if target == "pretrain" and self.hub and self.args:
             found.append(f"ARGS are for pretraining, and the m0 of {self.size} is downloaded: give HUB= to pretrain it")
+        if target == "evaluate" and self.get("CHECKPOINT") and (
+                of_stage := {"MODEL", "METHOD", "INIT", "HUB", "RUNS", "OUT"} & set(self.get("GIVEN").split())):
+            found.append(f"CHECKPOINT is evaluated instead of a stage: leave out {', '.join(sorted(of_stage))}")
         if target == "experiment" and self.init:
             found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
         if self.method and target in ("train", "evaluate", "plan"):

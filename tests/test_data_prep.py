@@ -189,6 +189,8 @@ def test_bad_flags(raw, tmp_path, flags, said):
     ("text", ["--vocab_size", "10000000000000"], "vocab_size is 10000000000000, expected a number from 300 to 1048576"),
     ("text", ["--tokenizer", "x", "--size", "tiny"], "size would change nothing, since --tokenizer gives the"),
     ("text", ["--size", "tiny", "--vocab_size", "999"], "vocab_size would change nothing, since --size gives it"),
+    ("text", ["--text_column", "body"], "text_column would change nothing, since docs has no fields"),
+    ("text", ["--source", "a.txt", "--dataset_config", "en"], "dataset_config would change nothing, since a.txt is no"),
     ("text", ["--source", "missing.txt"], "missing.txt does not exist"),
     ("hub", ["--task", "hgen", "--max_samples", 2 ** 62], "expected a number from 1 to 1000000000"),
     ("hub", ["--task", "hgen", "--max_test_samples", 2 ** 62], "expected a number from 1 to 1000000000")])
@@ -230,6 +232,12 @@ def test_text_to_shards(tmp_path):
     assert "exists already" in run_script(*again, "--vocab_size", "320").stdout
     line = error_line(run_script(*again, check=False))
     assert "made with other settings: vocab_size is 320 there and 4096 here" in line
+    size = (tmp_path / "a.jsonl").stat().st_size
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    assert "exists already" in run_script(*again, "--vocab_size", "320").stdout  # the text may be gone
+    (tmp_path / "a.jsonl").write_text('{"text": "new"}\n')
+    line = error_line(run_script(*again, "--vocab_size", "320", check=False))
+    assert f"made with other settings: bytes is {size} there and 16 here" in line
 
 
 def test_text_with_an_existing_tokenizer(checkpoint, tmp_path):

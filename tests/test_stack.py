@@ -72,7 +72,7 @@ def test_how_deep():
         return len(layer_map_of(GrowConfig(**given), 6))
     assert (depth(), depth(factor=2.0), depth(factor=2.5, operator="interleave"), depth(target_layers=12)) == \
         (24, 12, 15, 12)
-    assert layer_map_of(GrowConfig(layers=(0, 5, 0)), 6) == [0, 5, 0]
+    assert layer_map_of(GrowConfig(layers=(0, 5, 0, 1, 1, 1, 1)), 6) == [0, 5, 0, 1, 1, 1, 1]
     assert layer_map_of(GrowConfig(operator="partial", block=(1, 2), target_layers=8), 6) == partial(6, 8, 1, 2)
     for given, said in (({"factor": 2.3}, "2.3 times 6 layers are not a whole number"),
                         ({"target_layers": 6}, "target_layers is 6, expected more than the 6 of the base"),
@@ -170,6 +170,8 @@ def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(check
     (["--operator", "partial"], "block (two numbers, first and last layer) is for the operator partial"),
     (["--operator", "partial", "--block", "0,4"], "block 0,4 is not a block"),
     (["--operator", "double"], "unknown operator 'double', expected one of stack, interleave, middle, partial, solar"),
+    (["--layers", "1,0"], "layers names 2 layers, expected more than the 2 of the base"),
+    (["--seed", "7"], "seed would change nothing without noise: give it as well"),
     (["--layers", "1,0", "--zero_init"], "zero_init preserves the function only if"),
     (["--layers", "1,0", "--operator", "solar"], "layers and operator solar both say which layers to repeat"),
     (["--noise", "-1"], "noise is -1.0, expected a number from 0 to 100"),
@@ -284,6 +286,8 @@ def test_a_plan_by_hand():
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--params", "7e9"], "a plan needs the size of the model (--params or --size) and --tokens"),
+    (["--factor", "2", "--num_hidden_layers", "8"],
+     "num_hidden_layers and factor would change nothing without --tokens"),
     (["--tokens", "7e9"], "a plan needs the size of the model (--params or --size) and --tokens"),
     (["--params", "-1", "--tokens", "1e9"], "params is -1.0, expected a number from 1 to 1e+18"),
     (["--params", "7e9", "--tokens", "1e9", "--factor", "1"], "factor is 1, expected at least 2"),

@@ -52,8 +52,7 @@ class TrainConfig:
     learning_rate: float = setting(2e-5, "peak learning rate; with IVON the largest change of a weight", above=0)
     lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "schedule after warm-up")
     warmup_steps: int = setting(0, "steps of linear warm-up", at_least=0)
-    min_lr_ratio: float = setting(0.0, "rate that the decay approaches, as a share of the peak", at_least=0, at_most=1,
-                                  used_if=("lr_scheduler_type", ("cosine", "linear", "wsd")))
+    min_lr_ratio: float = setting(0.0, "rate that the decay approaches, as a share of the peak", at_least=0, at_most=1)
     decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", at_least=0, at_most=1,
                                  used_if=("lr_scheduler_type", ("wsd",)))
     schedule_start: int = setting(0, "steps of the schedule before this run, which continues it", at_least=0)

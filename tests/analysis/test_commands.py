@@ -68,8 +68,8 @@ def test_commands_that_an_experiment_has_recorded(jobs, tmp_path):
 def test_commands_of_runs_without_a_record(jobs, tmp_path, model):
     """They are made from the settings in run.json, here of pretraining with two growths and of fine-tuning."""
     pretraining = load(pretrain.PretrainConfig, [
-        "--size", "tiny", "--model", model, "--data", "text", "--out", str(tmp_path / "m"), "--factors", "2,2",
-        "--at_tokens", "100000,200000"])
+        "--size", "tiny", "--model", model, "--data", "text", "--out", str(tmp_path / "m"),
+        *(["--factors", "2,2", "--at_tokens", "100000,200000"] if model == "stack" else [])])
     commands = [job.script_argv for job in jobs if job.script == "train.py"]
     commands += [[str(word) for word in job.command[1:]] for job in pretrain.pretraining_jobs(pretraining)
                  if str(job.command[1]).endswith("train.py")]

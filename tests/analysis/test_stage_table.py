@@ -138,7 +138,7 @@ def test_tables_may_be_put_together(table):
     """As by `cat`, with the head of each."""
     head, *rows = table.read_text().splitlines(keepends=True)
     expected = read_stage_table(table)
-    table.write_text("".join([head, *rows[:9], head, *rows[9:]]))
+    table.write_text("".join([head, *rows[:9], head, *rows]))  # some rows are in both
     assert [stage.name for stage in read_stage_table(table)] == [stage.name for stage in expected]
 
 
@@ -149,7 +149,8 @@ def test_a_kl_of_this_start_is_used(runs, table):
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda lines: [lines[0].replace(",tokens,", ",words,"), *lines[1:]], "the column tokens is missing"),
-    (lambda lines: [*lines, lines[-1]], r"has two rows for benchmarks quiz of stack m2-empd, pair 4: remove one"),
+    (lambda lines: [*lines, lines[-1].replace(",1.6", ",1.7")],
+     r"has two rows for benchmarks quiz of stack m2-empd, pair 4: remove one"),
     (lambda lines: [lines[0], re.sub(r"(losses,\w+,,,\w+,)\d+", r"\1nan", lines[1])], "nan is not a finite number"),
     (lambda lines: [lines[0], re.sub(r"(losses,\w+,,,\w+,[\d.]+,)", r"\1-", lines[1])],
      r"loss is -\d.\d, expected 0 to"),

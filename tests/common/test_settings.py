@@ -157,6 +157,7 @@ def test_a_flag_that_another_setting_makes_useless_is_refused(tmp_path):
     file.write_text("floor = 0.1\n")
     assert load(Scheduled, ["--config", str(file)]) == Scheduled("constant", 0.1)
     assert load(Scheduled, ["--floor", "0.2", "--schedule", "linear"]) == Scheduled("linear", 0.2)
+    assert load(Scheduled, ["--floor", "0"]) == Scheduled("constant", 0.0)
     for given, origin in (([], "default"), (["--schedule", "constant"], "the flags")):
         with pytest.raises(UserError) as error:
             load(Scheduled, ["--floor", "0.2", *given])
@@ -164,7 +165,6 @@ def test_a_flag_that_another_setting_makes_useless_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "reason"), [
-    (["--min_lr_ratio", "0.1"], "lr_scheduler_type is constant"),
     (["--decay_ratio", "0.1", "--lr_scheduler_type", "cosine"], "lr_scheduler_type is cosine"),
     (["--adam_beta2", "0.9", "--method", "vcl"], "optimizer is ivon"),
     (["--adam_epsilon", "0.1", "--method", "vcl"], "optimizer is ivon"),

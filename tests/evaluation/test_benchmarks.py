@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from analysis.results import choices_of
 from common.configs import known
 from common.files import UserError
 from evaluation import benchmarks
@@ -41,7 +42,7 @@ from evaluation.lm_eval_tasks import (
     with_parts,
 )
 from evaluation.parallel import ParallelModel
-from evaluation.result_files import write_results
+from evaluation.result_files import ResultsFile, write_results
 from evaluation.suites import Benchmark, open_suite
 from evaluation.summary import benchmark_scores
 from model.checkpoint import write_checkpoint
@@ -210,7 +211,7 @@ def test_loaded_tasks_are_not_searched_again(model, suite_file, monkeypatch):
     assert not folders
 
 
-def test_results_equal_the_backend(models, suite_file):
+def test_results_equal_the_backend(models, suite_file, tmp_path):
     suite = read_suite(str(suite_file))
     assert [b.name for b in suite] == ["questions", "questions_even_ones", "questions_odd", "continuation", "pairs"]
     found, answers, missing = run(suite, models[0].parallel_model)
@@ -244,6 +245,10 @@ def test_results_equal_the_backend(models, suite_file):
     assert "bits_per_byte" not in answers["pairs"][0]
     assert "ece,none" in found["results"]["continuation"]
     assert "ece,none" not in found["results"]["pairs"]
+    file = ResultsFile(tmp_path, found, json.loads(json.dumps(answers, default=str)))
+    for benchmark in suite[:4]:  # three choices each
+        assert choices_of(file, benchmark.name, benchmark.metric).chance == pytest.approx(1 / 3)
+    assert choices_of(file, "pairs", "pct_stereotype") is None
 
 
 def test_chat_templates_equal_the_backend(suite_file, tokenizer_dir, tmp_path, dist):

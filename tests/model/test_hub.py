@@ -48,6 +48,8 @@ def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path, capsys,
     capsys.readouterr()
     main(HubConfig(ID, str(tmp_path / "out")))
     assert capsys.readouterr().out == f"{tmp_path}/out is there already\n"
+    main(HubConfig(f"{checkpoint}", str(tmp_path / "copy")))
+    main(HubConfig(f"{checkpoint}/", str(tmp_path / "copy")))  # the same directory in other words
     line = refusal((HubConfig, main), "--source", checkpoint, "--out", tmp_path / "out")
     assert f"out is there already and was made from {ID}, not from {checkpoint}: remove it, or choose another" in line
 

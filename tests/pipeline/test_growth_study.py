@@ -1,6 +1,7 @@
 """Pretraining recipes as jobs, gradual growth, and the growth study."""
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,13 @@ from safetensors.torch import load_file
 
 import pretrain
 from analysis.loss_curves import flops_to_loss, mean_curve
+from common import configs
+from common.configs import CONFIGS, read_config
 from common.files import UserError
 from common.settings import load
+from model.config import size_config
 from model.growth import OPERATORS
-from pipeline import growth_study
+from pipeline import growth_study, pretraining
 from pipeline.growth_study import (
     GrowthStudyConfig,
     conclusion,
@@ -66,6 +70,8 @@ def test_recipes_by_hand():
 
 
 @pytest.mark.parametrize(("flags", "said"), [
+    (["--model", "base", "--at_tokens", "5"], "at_tokens would change nothing, since model is base"),
+    (["--model", "llm", "--factors", "2"], "factors would change nothing, since model is llm"),
     (["--factors", "2,2"], "2 factors and 1 at_tokens, expected one of each per growth"),
     (["--factors", "2,2", "--at_tokens", "9,9"], "at_tokens is 9, 9, expected increasing numbers"),
     (["--factors", "2,2", "--at_tokens", "0,9"], "at_tokens is 0, expected a number from 1 to 1000000000"),
@@ -309,6 +315,39 @@ def test_growth_in_stages_is_added_to_a_study(text, tmp_path):
         record(replace(plain, staged=("midas",), stages=2))
     with pytest.raises(UserError, match="holds stages made with other settings: max_flops is "):
         record(replace(plain, max_flops=2e12))
+
+
+def test_stages_of_a_size_without_a_batch(tmp_path, monkeypatch):
+    """The steps are those of train.py's defaults: 32 samples of 1,024 tokens."""
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    text = (CONFIGS / "size/tiny.toml").read_text()
+    (tmp_path / "configs/size/own.toml").write_text(re.sub("(?m)^(seq_length|global_batch_size) = .*$", "", text))
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path / "configs")
+    cfg = GrowthStudyConfig(size="own", data="d", out="o", factor=2, base_tokens=8192, max_flops=2e13,
+                            operators=("stack",), staged=("midas",), stages=2)
+    of_stages = [job for job in study_jobs(cfg) if job.out.name.startswith("stage-")]
+    for job, depth in zip(of_stages, (4, 8)):
+        steps = int(job.argv[job.argv.index("--max_steps") + 1])
+        assert job.flops == pytest.approx(steps * size_config("own", depth).flops(32 * 1024))
+
+
+@pytest.mark.parametrize(("model", "table", "key"), [
+    ("llm", "stack", "learning_rate"), ("stack", "llm", "learning_rate"), ("base", "stack", "learning_rate")])
+def test_a_recipe_has_what_its_jobs_use(tmp_path, monkeypatch, model, table, key):
+    """What the jobs do not use may change, what they use may not. Older files have all tables."""
+    cfg = PretrainConfig(size="tiny", model=model, data="d", out=str(tmp_path), at_tokens=(9000,))
+    tables, record = read_config("size", "tiny"), tmp_path / "recipe.json"
+    jobs = pretraining_jobs(cfg)
+    monkeypatch.setattr(pretraining, "read_config", lambda *_: tables)
+    record_recipe(record, jobs, size="tiny")
+    assert table not in json.loads(record.read_text())
+    record.write_text(json.dumps(json.loads(record.read_text()) | {table: {}}))
+    jobs[0].out.mkdir()
+    tables = tables | {table: tables[table] | {key: 5.0}}
+    record_recipe(record, jobs, size="tiny")
+    tables = tables | {model: tables[model] | {key: 5.0}}
+    with pytest.raises(UserError, match=f"made with other settings: {model} is "):
+        record_recipe(record, jobs, size="tiny")
 
 
 def test_operators_that_give_the_same_model():

@@ -251,6 +251,8 @@ def test_tests_and_style():
     ("train", {"METHOD": "ewc:help=1"}, "METHOD: 'help=1' is not name=value of a setting"),
     ("train", {"METHOD": "ewc:config=x"}, "METHOD: 'config=x' is not name=value of a setting"),
     ("growth-study", {"GIVEN": "OUT"}, "make growth-study does not use OUT"),
+    ("evaluate", {"GIVEN": "METHOD CHECKPOINT MODEL", "CHECKPOINT": "x", "METHOD": "ewc"},
+     "CHECKPOINT is evaluated instead of a stage: leave out METHOD, MODEL"),
     ("train", {"METHOD": "ewk"}, "unknown METHOD 'ewk', expected one of ewc, expansion, fapm"),
     ("train", {"NPROC": "0"}, "NPROC is '0', expected a whole number of at least 1"),
     ("plan", {"NPROC": "x"}, "NPROC is 'x', expected a whole number of at least 1"),
@@ -296,9 +298,10 @@ def test_values_arrive_unchanged_and_nothing_is_executed(tmp_path, in_environmen
     values = {"INIT": "a b'c", "OUT": f"$(shell touch {probe})", "RAW": f'r`touch {probe}`"; touch {probe}; "',
               "FILES": f"x' ; touch {probe}; '", "CHECKPOINT": f"$$(touch {probe}) ${{HOME}} $HOME #c\\ \t\n|& ü",
               "ARGS": f"--limit '1 2' \"$(touch {probe})\""}
-    words = [] if in_environment else [f"{name}={value}" for name, value in values.items()]
+    of_checkpoint = {name: value for name, value in values.items() if in_environment or name not in ("INIT", "OUT")}
+    words = [] if in_environment else [f"{name}={value}" for name, value in of_checkpoint.items()]
     environment = values if in_environment else {}
-    expected = commands("evaluate", **values)
+    expected = commands("evaluate", **of_checkpoint)
     assert make("evaluate", *words, **environment).stdout == "\n".join(expected) + "\n"
     evaluate = shlex.split(expected[-1])
     assert evaluate[evaluate.index("--checkpoint") + 1] == values["CHECKPOINT"]
