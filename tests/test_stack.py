@@ -150,12 +150,17 @@ def test_noise_is_on_the_new_layers_matrices_alone():
 
 
 def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(checkpoint, tmp_path):
-    run_script("stack.py", "grow", "--init", checkpoint, "--out", tmp_path / "grown", "--noise", "0.2", "--factor", "2")
+    flags = "--init", checkpoint, "--noise", "0.2", "--factor", "2"
+    run_script("stack.py", "grow", *flags, "--seed", "3", "--out", tmp_path / "grown")
     base = load_model(checkpoint)
-    grown, on_disk = grow_model(base, [0, 1, 0, 1], noise=0.2), load_model(tmp_path / "grown")
+    grown, on_disk = grow_model(base, [0, 1, 0, 1], noise=0.2, seed=3), load_model(tmp_path / "grown")
     assert all(torch.equal(a, b) for a, b in zip(grown.parameters(), on_disk.parameters(), strict=True))
     pointers = [parameter.data_ptr() for model in (base, grown) for parameter in model.parameters()]
     assert len(set(pointers)) == len(pointers)
+    run_script("stack.py", "grow", *flags, "--zero_init", "--out", tmp_path / "zero")
+    ids = torch.arange(3, 90)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "zero")(ids), base(ids))
 
 
 @pytest.mark.parametrize(("flags", "said"), [
