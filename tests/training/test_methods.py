@@ -329,7 +329,7 @@ def test_rehearsal_needs_the_data_of_earlier_tasks(chain, checkpoint, simp_file,
         check_earlier_tasks(tasks)
 
 
-def test_rehearsal_in_a_run(run, train, chain, tmp_path):
+def test_rehearsal_in_a_run(run, train, chain, checkpoint, tmp_path):
     out = run(tmp_path / "m3", "--rehearsal", "0.1", init=chain, steps=2, launcher=2)
     record, before = (json.loads((path / "run.json").read_text()) for path in (out, chain))
     assert record["rehearsed"] == [task["data_digest"] for task in before["lineage"]["tasks"]]
@@ -337,6 +337,12 @@ def test_rehearsal_in_a_run(run, train, chain, tmp_path):
     flags, data = ["--max_steps", "1", "--rehearsal", "0.1"], tmp_path / "simp.json"
     result = train(tmp_path / "m4", *flags, init=chain, data=data)
     assert "71 training samples, 11 of them from earlier tasks" in result.stdout  # none of the run's own task
+    items = read_task(data)[0]["train"][:60] + rehearsed(TrainConfig(data=str(data), rehearsal=0.1), before["lineage"])
+    chosen = [items[index] for index in sample_indices(42, 71, 0, 8)]
+    assert any(item["output"].startswith("empd") for item in chosen)
+    (tmp_path / "chosen.json").write_text(json.dumps({"train": chosen, "eval": [], "test": []}))
+    loss = mean_loss(load_model(chain), checkpoint, tmp_path / "chosen.json", range(8))
+    assert losses(tmp_path / "m4")[1, "loss"] == pytest.approx(loss.item(), rel=1e-5)
     (tmp_path / "empd.json").unlink()  # a finished stage does not need it
     assert "is finished already" in train(tmp_path / "m4", *flags, init=chain, data=data).stdout
 
