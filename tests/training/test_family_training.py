@@ -39,9 +39,13 @@ def make_checkpoint(folder, tokenizer_dir, **shape):
 
 
 def plain_losses(folder, samples, steps):
-    """Losses of a plain loop over transformers' model with AdamW, one sample at a time."""
+    """Losses of a plain loop over transformers' model with AdamW, one sample at a time. Norms and biases do not decay.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0), []
+    kept = {parameter for name, parameter in model.named_parameters() if name.endswith(("norm.weight", "bias"))}
+    groups = [{"params": [parameter for parameter in model.parameters() if parameter not in kept], "weight_decay": 1.0},
+              {"params": list(kept), "weight_decay": 0.0}]
+    optimizer, losses = torch.optim.AdamW(groups, lr=5e-3), []
     for step in range(steps):
         batch = [samples[index] for index in sample_indices(42, len(samples), 8 * step, 8 * step + 8)]
         num_targets, losses = sum(len(ids) - first for ids, first in batch), [*losses, 0.0]
@@ -63,7 +67,7 @@ def test_losses_equal_a_plain_loop(family, template, tokenizer_dir, simp_file, t
     start = make_checkpoint(tmp_path / "start", tokenizer_dir, **SHAPES[family])
     run_script("train.py", *TRAIN_FLAGS, "--init", start, "--data", simp_file, "--out", tmp_path / "m1", "--max_steps",
                "3", "--template", template, "--zero", "3" if template == "chat" else "1", "--max_train_samples", "40",
-               launcher=2)
+               "--weight_decay", "1", launcher=2)
     samples = SFTDataset(read_task(simp_file)[0]["train"][:40], Tokenizer(start), 128, 64, template=template)
     text = Tokenizer(start).fast.decode(samples[0][0], skip_special_tokens=False)
     assert text.startswith("<|im_start|>user\n" if template == "chat" else "Below is an instruction")  # without bos
