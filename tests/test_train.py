@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from common.distributed import free_port
 from common.dtypes import resolve_dtype
-from corpus.prompts import PROMPT
+from corpus.prompts import PROMPT, open_template
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
 from model.config import ModelConfig
@@ -340,6 +340,19 @@ def test_files_of_a_finished_run(finished, checkpoint, simp_file):
     _, info = AutoModelForCausalLM.from_pretrained(out / "checkpoint-15", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_decoded_examples_equal_those_of_transformers(finished, checkpoint, simp_file):
+    model = AutoModelForCausalLM.from_pretrained(finished[0], dtype=torch.float32)
+    tokenizer, template = AutoTokenizer.from_pretrained(checkpoint), open_template("alpaca", Tokenizer(checkpoint))
+    expected = []
+    for item in read_task(simp_file)[0]["test"][:2]:
+        ids = torch.tensor(template.encode_prompts([item["input"]], 128))
+        new = model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, ids.shape[1]:]
+        assert new[-1] == 2  # it ends before 64 tokens
+        expected.append({"input": item["input"], "output": item["output"],
+                         "prediction": tokenizer.decode(new, skip_special_tokens=True).strip()})
+    assert json.loads((finished[0] / "run.json").read_text())["result"]["examples"] == expected
 
 
 def test_a_finished_run_is_not_repeated(train, finished):
