@@ -44,7 +44,7 @@ from evaluation.lm_eval_tasks import (
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import ResultsFile, write_results
 from evaluation.suites import Benchmark, open_suite
-from evaluation.summary import benchmark_scores
+from evaluation.summary import benchmark_scores, suite_table
 from model.checkpoint import write_checkpoint
 from model.generation import GenerationConfig
 from model.hub import load_model
@@ -249,6 +249,15 @@ def test_results_equal_the_backend(models, suite_file, tmp_path):
     for benchmark in suite[:4]:  # three choices each
         assert choices_of(file, benchmark.name, benchmark.metric).chance == pytest.approx(1 / 3)
     assert choices_of(file, "pairs", "pct_stereotype") is None
+
+
+def test_a_part_does_not_count_in_the_mean_of_its_category():
+    """The mean of 40% and 60% is 50%."""
+    suite = [Benchmark("questions", "Rs"), Benchmark("pairs", "Rs"), Benchmark("pairs_odd", "Rs", part_of="pairs")]
+    table = suite_table(suite, {"results": {name: {"acc,none": value} for name, value in (
+        ("questions", 0.4), ("pairs", 0.6), ("pairs_odd", 0.9))}, "tokens": {"computed": 0},
+        "n-samples": {benchmark.name: {"effective": 10} for benchmark in suite}})
+    assert [line.split() for line in table.splitlines() if " mean " in line] == [["Rs", "mean", "50.0"]]
 
 
 def test_chat_templates_equal_the_backend(suite_file, tokenizer_dir, tmp_path, dist):
