@@ -19,12 +19,14 @@ from analysis.stages import Stage
 from common.configs import known, read_config
 from common.files import UserError, digest, read_json, read_json_lines
 from corpus.prompts import open_template
-from evaluate import main, prepare_evaluation
+from evaluate import main, open_test_sets, prepare_evaluation
 from evaluation import benchmarks
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.metrics import sari, sari_hf
+from evaluation.parallel import ParallelModel
 from evaluation.result_files import is_same_run, sample_files
 from evaluation.test_sets import TaskTestSet, evaluate_test_set, task_decoding
+from model.hub import load_model
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, TORCHRUN, error_line, random_model, run_script, sample_texts
 
@@ -300,6 +302,28 @@ def test_posterior_samples_do_not_depend_on_the_number_of_processes(checkpoint, 
         assert two["results"]["continuation"][name] == pytest.approx(one["results"]["continuation"][name], abs=1e-4)
     assert one["run"]["posterior_samples"] == 2
     assert one["run"]["posterior_digest"] == digest([folder / "posterior-00001-of-00001.safetensors"])
+    cfg = EvaluateConfig(checkpoint=str(folder), suite=str(suite_file), posterior_samples=2, seed=7)
+    assert prepare_evaluation(cfg).suite.posterior_samples == [(folder, ("weights", 7, number)) for number in (0, 1)]
+
+
+def test_benchmarks_in_the_chat_template(checkpoint, suite_file, dist, tmp_path):
+    """transformers scores the prompts as the template writes them."""
+    folder = shutil.copytree(checkpoint, tmp_path / "m1")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}")
+    cfg = EvaluateConfig(checkpoint=str(folder), suite=str(suite_file), template="chat", limit=4, dtype="fp32")
+    evaluate.evaluate(prepare_evaluation(cfg), ParallelModel(dist, load_model(folder), Tokenizer(folder)))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer, (file,) = AutoTokenizer.from_pretrained(checkpoint), folder.glob("eval/samples_*")
+    for found, item in zip(read_json_lines(file), read_json_lines(suite_file.parent / "items.jsonl")):
+        for (score, _), choice in zip(found["filtered_resps"], item["choices"], strict=True):
+            prompt = f"[user] {item['text']}[assistant]"
+            start = len(tokenizer.encode(prompt))
+            ids = torch.tensor(tokenizer.encode(f"{prompt} {choice}"))
+            with torch.no_grad():
+                log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            assert score == pytest.approx(float(log_p.gather(1, ids[1:, None])[start - 1:].sum()), abs=1e-3)
 
 
 def test_two_processes_print_one_error_line(checkpoint, tmp_path, suite_file):
@@ -361,7 +385,7 @@ def test_contradictions(refusal):
                                                                                       "--checkpoint", "x")
 
 
-def test_decoding_and_source_field_of_every_task():
+def test_decoding_and_source_field_of_every_task(simp_file):
     published = {"simp": (3, 0.8, 184), "inqqg": (4, 0.9, 64)}
     for task in known("task"):
         decoding, spec = task_decoding(task, 7), read_config("task", task)
@@ -369,6 +393,8 @@ def test_decoding_and_source_field_of_every_task():
         assert all(spec["source"] in info for info in sample_infos(spec["folder"]))
         if task in published:
             assert (decoding.num_beams, decoding.length_penalty, decoding.max_new_tokens) == published[task]
+    simp, = open_test_sets(EvaluateConfig(tasks=("simp",), data=str(simp_file.parent), seed=7), "alpaca", 2048)
+    assert simp.decoding == task_decoding("simp", 7)
     empd = task_decoding("empd", 7)
     assert (empd.do_sample, empd.temperature, empd.top_p, empd.top_k) == (True, 0.8, 0.9, 50)
     assert (empd.no_repeat_ngram_size, task_decoding("inqqg", 7).no_repeat_ngram_size) == (3, 2)
