@@ -1,10 +1,12 @@
 """Process groups, requests to stop, and the data type of a machine."""
+import os
 import re
+from unittest import mock
 
 import pytest
 import torch
 
-from common.distributed import Distributed
+from common.distributed import Distributed, free_port
 from common.dtypes import resolve_dtype
 from common.files import UserError
 from tests.conftest import run_script
@@ -79,6 +81,21 @@ def test_omp_num_threads_is_respected():
     code = "import torch; from common.distributed import Distributed\n" \
            "with Distributed(): print(torch.get_num_threads())"
     assert run_script("-c", code, OMP_NUM_THREADS="1").stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(("given", "processes", "set_to"), [
+    ({}, 1, [8]), ({}, 2, [4]), ({}, 16, [1]), ({"OMP_NUM_THREADS": "1"}, 2, [4]), ({"OMP_NUM_THREADS": "1"}, 1, []),
+    ({"OMP_NUM_THREADS": "3"}, 2, [])])
+def test_processes_share_the_cores_of_a_node(monkeypatch, given, processes, set_to):
+    """Unless OMP_NUM_THREADS is the user's: torchrun sets it to 1 for several processes."""
+    found = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # of the tests
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port())}
+    with mock.patch.dict(os.environ, launcher | given), Distributed():
+        assert found == set_to
 
 
 def test_a_second_signal_ends_the_process_at_once():
