@@ -95,10 +95,12 @@ def test_pretraining_in_one_job(cluster, tokenizer_dir, tmp_path):
     assert "of 9: the same command resumes from there" in log
 
 
-@pytest.mark.parametrize(("given", "expected"), [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({}, "None"),
-                                                 ({"SLURM_CPUS_PER_TASK": "3", "SRUN_CPUS_PER_TASK": "5"}, "5")])
-def test_each_task_gets_the_cores_of_the_job(cluster, tmp_path, given, expected):
-    code = "import os; print(os.environ.get('SRUN_CPUS_PER_TASK'))"
+@pytest.mark.parametrize(("given", "expected"), [({"SLURM_CPUS_PER_TASK": "3"}, "3 3"), ({}, "None None"),
+                                                 ({"SLURM_CPUS_PER_TASK": "3", "SRUN_CPUS_PER_TASK": "5"}, "5 5"),
+                                                 ({"SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "2"}, "3 2")])
+def test_each_task_gets_the_cores_of_the_job(cluster, monkeypatch, tmp_path, given, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # of the tests
+    code = "import os; print(*map(os.environ.get, ('SRUN_CPUS_PER_TASK', 'OMP_NUM_THREADS')))"
     assert batch("configs/slurm/launch.sh", "-c", code, **given).returncode == 0
     assert (tmp_path / f"logs/job-{JOB}-rank1.log").read_text() == f"{expected}\n"
 
