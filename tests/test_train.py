@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -24,12 +25,13 @@ from tests.conftest import SHAPE, TORCHRUN, TRAIN_FLAGS, error_line, losses, rea
 from train import learning_rate, main
 from training.batches import count_tokens, make_microbatches, sample_indices
 from training.engine import run_weights
-from training.run import num_samples
+from training.run import first_sample, num_samples
 from training.run_directory import prune_checkpoints, start_run
 from training.train_config import TrainConfig
 
 FLAGS = ["--max_steps", "20", "--warmup_steps", "4", "--lr_scheduler_type", "cosine", "--weight_decay", "0.1",
-         "--max_grad_norm", "1", "--eval_steps", "10", "--max_train_samples", "60", "--examples", "2"]
+         "--max_grad_norm", "1", "--eval_steps", "10", "--max_train_samples", "60", "--examples", "2",
+         "--logging_steps", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +351,7 @@ def test_files_of_a_finished_run(finished, checkpoint, simp_file):
     for text in ("example 2     model:", "example 2 reference:", losses_line, f"checkpoint: {out}"):
         assert text in printed
     assert "example 3" not in printed
+    assert re.findall(r"^step +(\d+)/20  loss ", printed, re.MULTILINE) == ["1", "8", "16", "20"]
     assert len(run["result"]["examples"]) == 2
     assert "pretraining text" not in printed
     _, info = AutoModelForCausalLM.from_pretrained(out / "checkpoint-15", output_loading_info=True)
@@ -709,6 +712,14 @@ def test_new_weights_follow_the_seed():
 def test_fractions_of_epochs():
     counts = [num_samples(TrainConfig(num_train_epochs=epochs), None, 10, {}, {}) for epochs in (0.01, 1.5, 2)]
     assert counts == [1, 15, 20]
+
+
+def test_where_a_run_starts_in_the_stream():
+    """Pretraining on the text of --init goes on behind it, unless skip_samples says where."""
+    lineage = {"text": {"data_digest": "text", "seed": 42, "seq_length": 32, "max_train_samples": None, "samples": 80}}
+    for given, expected in (({}, 80), ({"seq_length": 64}, 0), ({"skip_samples": 6}, 6), ({"skip_samples": 0}, 0),
+                            ({"task": "simp"}, 0), ({"task": "simp", "skip_samples": 6}, 6)):
+        assert first_sample(TrainConfig(**{"seq_length": 32} | given), "text", lineage) == expected, given
 
 
 def test_the_last_epoch_has_no_checkpoint_of_its_own(train, tmp_path):
