@@ -21,7 +21,7 @@ from analysis.results import read_results, read_runs
 from analysis.stages import Stage
 from common.files import UserError
 from pipeline import growth_study
-from tests.analysis.conftest import write_paper_runs, write_published_results
+from tests.analysis.conftest import TASKS, VALUES, write_paper_runs, write_published_results
 
 ALL = {"benchmarks", "forgetting", "bias", "tasks", "losses", "calibration"}
 
@@ -130,6 +130,33 @@ def test_layout(runs, tmp_path, case):
     assert {name: faults for name, faults in found.items() if faults} == {}
     assert found.keys() == {"published": {"benchmarks", "forgetting", "bias"},
                             "start alone": ALL - {"forgetting"}}.get(case, ALL)
+
+
+def test_values_of_the_figures(runs, tmp_path):
+    """VALUES and TASKS of conftest.py in percent, and FG by hand: of terms ((0.5 - 0.4) + (0.5 - 0.3)) / (2 · 0.5)."""
+    figures = draw(Record(read_runs(runs)), tmp_path, lambda figure: figure)
+    for place, panel in enumerate(figures["benchmarks"].axes):
+        for model, (line, _, (errors,)) in zip(VALUES, panel.containers, strict=True):
+            values = [100 * stage[place] for stage in VALUES[model]]
+            assert line.get_ydata() == pytest.approx(values)
+            assert [list(segment[:, 1]) for segment in errors.get_segments()] == [
+                pytest.approx([value - 3.92, value + 3.92]) for value in values]
+    panel, = figures["forgetting"].axes
+    bars = [container.patches[0].get_width() for container in panel.containers if hasattr(container, "patches")]
+    assert bars == pytest.approx([30, 0, 31.25, 15, 5, 0], abs=1e-9)
+    assert [float(text.get_text()) for text in panel.texts] == pytest.approx(bars, abs=0.06)
+    for model, heat_map in zip(TASKS, figures["tasks"].axes):
+        assert [text.get_text() for text in heat_map.texts] == [f"{value:.1f}" for row in TASKS[model] for value in row]
+    assert {text.get_text() for panel in figures["bias"].axes[:2] for text in panel.texts} == {"50"}
+    for panel in figures["losses"].axes:
+        training, evaluated = ([list(zip(*line.get_data())) for line in panel.get_lines()[place:4:2]]
+                               for place in (0, 1))
+        assert training == 2 * [[(100 * step, 5 - step / 5) for step in range(1, 9)]]
+        assert evaluated == 2 * [[(0, 5.0), (800, 3.5)]]
+    for place, panel in enumerate(figures["calibration"].axes):
+        for model, line in zip(VALUES, panel.get_lines()[::4], strict=True):
+            assert line.get_xdata() == pytest.approx([0.1, 0.2, 0.3])
+            assert line.get_ydata() == pytest.approx([100 * stage[place] for stage in VALUES[model]])
 
 
 def test_layout_of_a_growth_study(tmp_path):

@@ -1,15 +1,23 @@
 """The figures of a study: their layout, and that they show the differences."""
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from analysis import pair_figures
 from analysis.measures import PRIMARY
-from analysis.pair_figures import draw_forest, plot_differences, plot_learning, plot_pairs, plot_pretraining
+from analysis.pair_figures import (
+    draw_forest,
+    plot_by_start,
+    plot_differences,
+    plot_learning,
+    plot_pairs,
+    plot_pretraining,
+)
 from analysis.pair_tables import pair_sections
 from analysis.pairs import Study
 from analysis.results import read_runs
-from tests.analysis.studies import RATES, write_study
+from tests.analysis.studies import RATES, SPREAD, START, write_study
 from tests.analysis.test_figures import layout_faults
 
 ALL = {"differences", "learning", "by-rate", "by-stage", "by-start", "pretraining"}
@@ -65,6 +73,16 @@ def test_the_thick_line_is_the_mean_of_the_pairs(tmp_path):
     values = [study.values(PRIMARY, pair, "stack", RATES[0], 2).value for pair in study.pairs]
     assert thick[1].get_ydata()[0] == pytest.approx(sum(values) / 4)
     assert thick[1].get_xdata() == pytest.approx([2.65, 2.45, 2.25])
+
+
+def test_each_pair_is_drawn_over_the_difference_at_the_start(tmp_path):
+    """The grown m0 has a lower held-out loss, by 0.2 nats, and forgets less. Both have the same loss on the task."""
+    text, task = plot_by_start(study_of(tmp_path / "study"), PRIMARY).axes
+    effects = [2 * (-0.1 + np.random.default_rng([pair, 7]).normal(0, SPREAD)) for pair in (1, 2, 3, 4)]
+    for panel, start in ((text, START["stack"] - START["llm"]), (task, 0)):
+        points = panel.get_lines()[0]
+        assert points.get_xdata() == pytest.approx([start] * 4, abs=1e-9)
+        assert points.get_ydata() == pytest.approx(effects)
 
 
 def test_pretraining_shows_each_pair_and_their_mean(tmp_path):
