@@ -39,8 +39,7 @@ def make_checkpoint(folder, tokenizer_dir, **shape):
 
 
 def plain_losses(folder, samples, steps):
-    """Losses of a plain loop over transformers' model with AdamW, one sample at a time. Norms and biases do not decay.
-    """
+    """Losses of a plain loop over transformers' model with AdamW, sample by sample; norms and biases do not decay."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     kept = {parameter for name, parameter in model.named_parameters() if name.endswith(("norm.weight", "bias"))}
     groups = [{"params": [parameter for parameter in model.parameters() if parameter not in kept], "weight_decay": 1.0},
