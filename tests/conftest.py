@@ -15,6 +15,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 
 import pytest
 import torch
+from torch.utils import collect_env
 
 from common import scripts
 from common.distributed import Distributed, free_port
@@ -23,6 +24,7 @@ from model.config import ModelConfig
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
 from pipeline import jobs
+from tests.fuzzing import LARGE_PAGES
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_TRANSFORMERS = {"PYTHONPATH": str(ROOT / "tests/without_transformers")}
@@ -34,6 +36,8 @@ LONGEST = ("test_fuzz.py", "test_growth_study.py", "test_methods.py", "test_pape
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 TRAIN_FLAGS = ["--task", "simp", "--global_batch_size", "8", "--learning_rate", "5e-3", "--max_eval_samples", "6",
                "--max_source_length", "128", "--max_target_length", "64", "--dtype", "fp32"]
+
+collect_env.get_pretty_env_info = lambda: ""  # lm-eval would let pip list the packages after each evaluation
 
 
 def pytest_collection_modifyitems(items):
@@ -60,11 +64,18 @@ def sample_texts(task="simp"):
             for text in json.loads(path.read_text())["src"]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def hub_cache(tmp_path_factory):
+    """A cache of datasets of the tests' own, which is read from the environment when libraries are imported."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @functools.cache
 def preloaded():
     """The process that runs scripts in forks, see tests/preloaded.py."""
-    return subprocess.Popen([sys.executable, "tests/preloaded.py"], cwd=ROOT, env=os.environ | WITHOUT_TRANSFORMERS,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen([sys.executable, "tests/preloaded.py"], cwd=ROOT,
+                            env=os.environ | WITHOUT_TRANSFORMERS | LARGE_PAGES, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def run_script(*words, check=True, launcher=1, **environment):

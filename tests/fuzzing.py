@@ -25,6 +25,8 @@ CPU_SECONDS, SECONDS = 10, 60  # of a command; other processes may take most of 
 MEMORY = 2 << 30
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+# Of a process that forks: with large pages a fork takes a third of the time.
+LARGE_PAGES = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 LIBRARIES = "rouge_score.rouge_scorer", "sacrebleu", "sentencepiece", "tokenizers", "torch._dynamo"  # imported late
 
 
@@ -159,11 +161,10 @@ class Runner:
 
     def __init__(self, folder):
         self.files, self.log = [folder / "stdout", folder / "stderr"], folder / "log"
-        environment = {"HF_HOME": str(folder / "cache"), "PYTHONMALLOC": "malloc",
-                       "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # with large pages a fork takes a third of the time
         with open(self.log, "w") as log:
             self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           stderr=log, text=True, env=os.environ | environment)
+                                           stderr=log, text=True,
+                                           env=os.environ | LARGE_PAGES | {"HF_HOME": str(folder / "cache")})
 
     def run(self, entry, words, folder):
         """Runs a command in a folder; returns its Outcome."""

@@ -289,9 +289,8 @@ def test_hub_rows_become_raw_files(task, tmp_path):
     rows = datasets.Dataset.from_list(ROWS[task])
     for split in spec["hub"]["splits"].values():
         rows.to_parquet(tmp_path / f"parquet/data/{split}-00000-of-00001.parquet")
-    environment = {"HF_HOME": str(tmp_path / "cache")}
     run_script("data_prep.py", "hub", "--task", task, "--dataset", tmp_path / "parquet",
-               "--output_path", tmp_path / "raw", **environment)
+               "--output_path", tmp_path / "raw")
     folder = tmp_path / "raw" / spec["folder"]
     items = [json.loads(path.read_text()) for path in sorted(folder.glob("*.train.json"))]
     sources, targets, infos = (sum((item[key] for item in items), []) for key in ("src", "tgt", "src_info"))
@@ -336,7 +335,6 @@ def test_a_task_file_that_does_not_fit_its_data(tmp_path, monkeypatch, refusal):
 
 
 def test_a_missing_network_is_reported_in_one_line(tmp_path):
-    result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False,
-                        HF_HOME=str(tmp_path / "cache"))
+    result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False)
     assert "Harvard/gigaword" in error_line(result)
     assert not (tmp_path / "raw").exists()

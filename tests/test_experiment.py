@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval
 import pytest
 
 import experiment
@@ -266,7 +267,7 @@ def test_the_time_left_follows_each_scripts_measured_speed():
 
 
 def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, tasks, suite_file, tmp_path, capfd,
-                                                                   request):
+                                                                   monkeypatch, request):
     words = ["--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data", tasks, "--out",
              tmp_path / "runs", "--report", tmp_path / "report", "--suite", suite_file, "--train_args",
              "--max_steps 2 --max_train_samples 8 --max_eval_samples 2 --dtype fp32", "--evaluate_args",
@@ -279,6 +280,7 @@ def test_from_nothing_to_the_report_and_continuing_where_it_stopped(checkpoint, 
     assert not (tmp_path / "runs/llm").exists()
     more = suite_file.with_name("more.toml")  # with a benchmark whose dataset needs a network
     more.write_text(suite_file.read_text() + '[[benchmark]]\nname = "piqa"\ncategory = "Rs"\n')
+    monkeypatch.setenv("LM_EVAL_TASKS", str(Path(lm_eval.__file__).parent / "tasks/piqa"))
     request.getfixturevalue("forked_jobs")
     with pytest.raises(UserError, match="2 evaluations are incomplete"):
         experiment.main(replace(cfg, suite=str(more)))

@@ -1,9 +1,6 @@
 """Reading results of this program and of lm-eval's own command line."""
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ from analysis.record import Record
 from analysis.results import read_results, read_runs, shipped_benchmarks
 from common.files import UserError, read_json
 from evaluation.result_files import write_task_results
+from tests.conftest import run_script
 
 
 def test_of_a_group_and_its_parts_those_in_a_suite_count(tmp_path):
@@ -80,9 +78,8 @@ def test_results_of_lm_evals_own_command_line(tmp_path):
         "task": "local_choice", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}}, "doc_to_text": "text",
         "doc_to_choice": "choices", "doc_to_target": "label", "metric_list": [{"metric": "acc"}]}))
-    subprocess.run([Path(sys.executable).parent / "lm_eval", "--model", "dummy", "--tasks", "local_choice",
-                    "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "results/llm/m0"], check=True,
-                   capture_output=True)
+    run_script("-m", "lm_eval", "--model", "dummy", "--tasks", "local_choice", "--include_path", tmp_path / "tasks",
+               "--output_path", tmp_path / "results/llm/m0", LM_EVAL_TASKS=str(tmp_path / "tasks"))
     start, = (tmp_path / "results").rglob("results_*.json")
     values = read_json(start)
     values["results"]["local_choice"] |= {"acc,none": 0.5, "acc_stderr,none": 0.1}
