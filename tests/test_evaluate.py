@@ -28,7 +28,7 @@ from evaluation.result_files import is_same_run, sample_files
 from evaluation.test_sets import TaskTestSet, evaluate_test_set, task_decoding
 from model.hub import load_model
 from model.tokenizer import Tokenizer
-from tests.conftest import ROOT, TORCHRUN, error_line, random_model, run_script, sample_texts
+from tests.conftest import ROOT, error_line, random_model, run_script, sample_texts
 
 SUITE = """
 [[benchmark]]
@@ -330,11 +330,11 @@ def test_two_processes_print_one_error_line(checkpoint, tmp_path, suite_file):
     """Rank 0 finds a continuation longer than the context while the others wait for their shares."""
     (tmp_path / "items.jsonl").write_text(json.dumps({"text": "a", "choices": ["b", "c" * 9000], "label": 0}))
     result = run_script("evaluate.py", "--checkpoint", checkpoint, "--suite", suite_file, "--suite_files", tmp_path,
-                        "--out", tmp_path / "out", launcher=TORCHRUN, check=False)
+                        "--out", tmp_path / "out", launcher=2, check=False)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert "longer than the model's context of 2,048: 'ccc" in lines[0]
-    assert "[rank1]" not in result.stderr  # no traceback of the other rank
+    assert "Traceback" not in result.stderr  # of the other rank
     assert not (tmp_path / "out").exists()
 
 

@@ -21,7 +21,7 @@ from corpus.tasks import SFTDataset, read_task
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from model.transformer import initial_weights
-from tests.conftest import SHAPE, TORCHRUN, TRAIN_FLAGS, error_line, losses, read_metrics, run_script, sample_texts
+from tests.conftest import SHAPE, TRAIN_FLAGS, error_line, losses, read_metrics, run_script, sample_texts
 from train import learning_rate, main
 from training.batches import count_tokens, make_microbatches, sample_indices
 from training.engine import run_weights
@@ -133,22 +133,25 @@ def test_losses_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_
         assert logged[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), step
 
 
+def without_compiler(folder):
+    """The environment of a run that finds no compiler; DeepSpeed would compile extensions in the folder `compiled`."""
+    return {"PATH": str(folder / "bin"), "CXX": "none", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+
+
 CHUNKS = "import model.loss; model.loss.chunk_rows = lambda *_: 20"
 
 
 @pytest.mark.parametrize(("flags", "launcher", "patch"), [
     (["--max_tokens_per_microbatch", "200"], 1, ""),
-    (["--max_tokens_per_microbatch", "200", "--gradient_checkpointing"], [sys.executable, *TORCHRUN], ""),
+    (["--max_tokens_per_microbatch", "200", "--gradient_checkpointing"], 2, ""),
     (["--max_tokens_per_microbatch", "9000", "--zero", "0"], 2, ""),
     (["--zero", "2"], 2, ""),
     (["--zero", "3", "--gradient_checkpointing"], 2, CHUNKS),
 ], ids=["small micro-batches", "two processes", "two processes, large micro-batches", "ZeRO 2", "ZeRO 3"])
 def test_losses_do_not_depend_on_how_the_work_is_distributed(train, finished, tmp_path, flags, launcher, patch):
-    """DeepSpeed compiles extensions when they are first used; training uses none, so it runs with an empty PATH. Under
-    ZeRO 3 ranks with different numbers of targets, and so of chunks of the loss, make the same collective calls."""
-    (tmp_path / "bin").mkdir()
-    train(tmp_path / "run", *flags, launcher=launcher, patch=patch, PATH=str(tmp_path / "bin"), CXX="none",
-          TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    """DeepSpeed compiles extensions when they are first used; training uses none. Under ZeRO 3 ranks with different
+    numbers of targets, and so of chunks of the loss, make the same collective calls."""
+    train(tmp_path / "run", *flags, launcher=launcher, patch=patch, **without_compiler(tmp_path))
     assert not (tmp_path / "compiled").exists()
     expected, actual = losses(finished[0]), losses(tmp_path / "run")
     assert len(actual) == 20 + 3
@@ -674,9 +677,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_deepspeed_launcher(train, finished, tmp_path):
+    """In new processes, in which DeepSpeed finds no compiler: the forks of the other tests know one already."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info",
                 "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    train(tmp_path / "run", launcher=launcher)
+    train(tmp_path / "run", "--max_tokens_per_microbatch", "200", "--gradient_checkpointing", launcher=launcher,
+          **without_compiler(tmp_path))
+    assert not (tmp_path / "compiled").exists()
     assert losses(tmp_path / "run") == pytest.approx(losses(finished[0]), rel=1e-5)
 
 

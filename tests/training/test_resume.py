@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -221,10 +222,11 @@ def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file
              "train.build_model = slow")
     out, partial = tmp_path / "m1", tmp_path / "m1.partial"
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(train, out, patch=patch, launcher=[*TORCHRUN[:-1], "1"])
+        first = pool.submit(train, out, patch=patch)
         while not partial.exists() and not first.done():
             time.sleep(0.01)
-        assert f"another process is using {partial}" in error_line(train(out, check=False))
+        second = train(out, check=False, launcher=[sys.executable])  # the process that forks waits for the first run
+        assert f"another process is using {partial}" in error_line(second)
         (tmp_path / "go").touch()
         assert first.result().returncode == 0
     assert "is finished already" in train(out).stdout
