@@ -48,6 +48,12 @@ def ivon_stage(run, tmp_path_factory):
     return run(tmp_path_factory.mktemp("ivon") / "m1-simp", *IVON, "--zero", "0")
 
 
+@pytest.fixture(scope="module")
+def plain(run, tmp_path_factory):
+    """A stage trained without a method."""
+    return run(tmp_path_factory.mktemp("plain") / "m1-simp")
+
+
 def read_values(stage, name, kind):
     """The values of one kind in a stage's side files, {parameter: flattened tensor}."""
     files = ParameterFiles(find_parameter_files(stage, name), "it")
@@ -231,21 +237,20 @@ def test_a_killed_anchored_run_resumes_bit_for_bit(run, tmp_path):
     assert equal(*(read_values(out, "fisher", "fisher") for out in (resumed, uninterrupted)))
 
 
-def test_wise_ft_averages_after_training(run, checkpoint, tmp_path):
-    trained, averaged = run(tmp_path / "trained"), run(tmp_path / "averaged", "--wise_ft_alpha", "0.25")
-    initial, last, average = (load_file(path / "model.safetensors") for path in (checkpoint, trained, averaged))
+def test_wise_ft_averages_after_training(run, plain, checkpoint, tmp_path):
+    averaged = run(tmp_path / "averaged", "--wise_ft_alpha", "0.25")
+    initial, last, average = (load_file(path / "model.safetensors") for path in (checkpoint, plain, averaged))
     for name, tensor in average.items():
         torch.testing.assert_close(tensor, 0.75 * initial[name] + 0.25 * last[name])
-    expected, actual = losses(trained), losses(averaged)
+    expected, actual = losses(plain), losses(averaged)
     assert actual.pop((4, "eval_loss")) != expected.pop((4, "eval_loss"))  # the eval loss is that of the average
     assert actual == expected
 
 
 @pytest.mark.parametrize(("zero", "processes"), [("0", 1), ("2", 2), ("3", 2)])
-def test_fapm_undoes_the_changes_with_the_smallest_scores(run, checkpoint, tmp_path, zero, processes):
-    trained = run(tmp_path / "trained")
+def test_fapm_undoes_the_changes_with_the_smallest_scores(run, plain, checkpoint, tmp_path, zero, processes):
     pruned = run(tmp_path / "pruned", "--fapm_sparsity", "0.8", "--zero", zero, launcher=processes)
-    initial, last, result = (load_file(path / "model.safetensors") for path in (checkpoint, trained, pruned))
+    initial, last, result = (load_file(path / "model.safetensors") for path in (checkpoint, plain, pruned))
     for name, start in initial.items():
         change = (last[name] - start).abs()
         score = change - start.abs().mean() * change / start.abs()

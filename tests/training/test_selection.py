@@ -167,11 +167,10 @@ def expanded(train, tmp_path_factory):
     return folder
 
 
-def test_expansion_at_the_start_of_a_chain(expanded, checkpoint, train, tmp_path):
+def test_expansion_at_the_start_of_a_chain(expanded, partial, checkpoint):
     """The first task inserts a layer and trains it alone, the second one trains the same layer."""
-    train(tmp_path / "plain")
-    before = [entry["eval_loss"] for entry in read_metrics(expanded / "m1")[1]][0]
-    assert before == pytest.approx(read_metrics(tmp_path / "plain")[1][0]["eval_loss"], rel=1e-6)
+    before, of_the_checkpoint = (read_metrics(out)[1][0]["eval_loss"] for out in (expanded / "m1", partial[0]))
+    assert before == pytest.approx(of_the_checkpoint, rel=1e-6)
     start, m1 = load_file(checkpoint / "model.safetensors"), load_file(expanded / "m1/model.safetensors")
     assert ModelConfig.read(expanded / "m1/config.json").num_hidden_layers == 3
     assert all(torch.equal(m1[name], tensor) for name, tensor in start.items())  # the new layer is the last
