@@ -20,7 +20,7 @@ from common.configs import known, read_config
 from common.files import ExistsError, UserError, new_directory
 from common.scripts import Commands, run
 from common.settings import setting
-from corpus.documents import read_documents, size_of_source
+from corpus.documents import read_documents
 from corpus.mutual import write_mutual
 from corpus.raw_tasks import raw_task_exists, read_hub_task, read_raw_task, write_raw_task
 from corpus.sample_suite import suite_exists, write_suite
@@ -103,7 +103,7 @@ class TextDataConfig:
 
 def prepare_text(cfg: TextDataConfig) -> None:
     """Writes a directory of token shards with its tokenizer. To train a tokenizer, the documents are read twice."""
-    settings = asdict(cfg) | {"output_path": None} | size_of_source(cfg.source)
+    settings = asdict(cfg) | {"output_path": None}
     documents = partial(read_documents, cfg.source, cfg.text_column, cfg.dataset_config, cfg.max_documents)
     try:
         with new_directory(cfg.output_path) as folder:
@@ -118,7 +118,7 @@ def prepare_text(cfg: TextDataConfig) -> None:
     except ExistsError:
         if not shards_exist(cfg.output_path, settings):
             raise
-        return print(f"{cfg.output_path} exists already")
+        return print(f"{cfg.output_path} exists already: remove it to make it again, if {cfg.source} has changed")
     tokens = sum(shard["tokens"] for shard in meta["shards"].values())
     print(f"{cfg.output_path}: {meta['documents']:,} documents, {tokens:,} tokens")
 

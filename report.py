@@ -144,6 +144,11 @@ class Comparisons:
     primary: str
 
 
+def with_method(name: str) -> str:
+    """How a sentence names a method."""
+    return "without a method" if name == "none" else f"with the method {name}"
+
+
 def describe(compared: Comparisons, effect: float,
              noise: Collection[str]) -> tuple[list[str], list[Section], list[str]]:
     """The sentences and sections of a report, the answers first, and sentences on what is missing.
@@ -158,7 +163,7 @@ def describe(compared: Comparisons, effect: float,
         sentences.append(f"The models are {', '.join(record.chains)}{hint}.")
     else:
         if len(records) > 1:
-            sentences.append(f"The models are compared with the method {compared.method}; --method shows another one: "
+            sentences.append(f"The models were fine-tuned {with_method(compared.method)}; --method shows the others: "
                              + ", ".join(name for name in records if name != compared.method) + ".")
         sentences += answer(study, primary, effect)
         sections += pair_sections(study, primary, compared.rates[compared.method], effect)

@@ -92,7 +92,7 @@ def layer_map_of(cfg: GrowConfig, depth: int) -> list[int]:
     if cfg.layers is not None:
         check_layer_map(cfg.layers, depth, cfg.zero_init)
         if len(cfg.layers) <= depth:
-            raise UserError(f"layers names {len(cfg.layers)} layers, expected more than the {depth} of the base")
+            raise UserError(f"layers has {len(cfg.layers)} entries, expected more than the {depth} layers of the base")
         return list(cfg.layers)
     factor = cfg.factor or 4
     target = depth + cfg.new_layers if cfg.new_layers else \

@@ -110,10 +110,9 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Collection[
             for name in sorted((old.keys() | new.keys()) - set(ignored)) if old.get(name) != new.get(name)]
 
 
-def require_same_settings(directory: str | Path, recorded: Mapping[str, Any], settings: Mapping[str, Any],
-                          ignored: Collection[str] = ()) -> None:
+def require_same_settings(directory: str | Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises UserError if data in a directory were made with other settings than these."""
-    if found := changed(recorded, settings, ignored):
+    if found := changed(recorded, settings):
         raise UserError(f"{directory} was made with other settings: {'; '.join(found)}. Remove it, or choose another "
                         "--output_path")
 

@@ -31,8 +31,7 @@ def setting(default: Any, help: str, *, required: bool = False, names: str | Col
         names: the accepted names, or the folder in configs/ whose TOML files are the accepted names.
         overlay: the settings in the named TOML file override those of earlier files.
         replaced_by: settings that take the place of this one if they are set; its flag is refused if a file sets one.
-        used_if: another setting and its values with which this one is used; its flag is refused with other values,
-            unless it gives the default, as the commands of a report do.
+        used_if: another setting and its values with which this one is used; its flag is refused with other values.
         bounds: `at_least`, `above`, `at_most` and `below`, for a number or each number in a list.
     """
     assert bounds.keys() <= {"at_least", "above", "at_most", "below"}, bounds
@@ -134,7 +133,7 @@ class Resolved:
             found += [f"{name} would change nothing, since {other} is {self.values[other]} ({self.origins[other]}): "
                       f"leave it out, or give --{other} none" for other in meta["replaced_by"]
                       if other not in self.fixed and self.values.get(other) is not None]
-            if meta["used_if"] and self.values[name] != self.fields[name].default:
+            if meta["used_if"]:
                 other, values = meta["used_if"]
                 value = self.values.get(other, self.fields[other].default)
                 if value not in values:

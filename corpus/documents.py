@@ -55,15 +55,6 @@ def read_documents(source: str, text_column: str = "text", dataset_config: str |
     return (text for text in islice(documents, max_documents) if text.strip())
 
 
-def size_of_source(source: str) -> dict[str, int]:
-    """The number of files of a source and their bytes, by which a later call notices another text; empty if the source
-    is no file or folder here."""
-    path, files = Path(source), list[Path]()
-    if source != "docs":
-        files = find_text_files(path) if path.is_dir() else [path] if path.is_file() else []
-    return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)} if files else {}
-
-
 def find_text_files(folder: Path) -> list[Path]:
     """The .txt and .jsonl files in a folder and its subfolders, in the order of their paths; no hidden ones.
 

@@ -246,7 +246,7 @@ def split_of_file(path: Path) -> str | None:
     test file. The part after the first dot is therefore searched first.
     """
     for part in (path.name.partition(".")[2], path.name):
-        splits = [split for split in ("train", "test") if re.search(f"(?<![a-z]){split}", part)]  # not latest.json
+        splits = [split for split in ("train", "test") if split in part]
         if len(splits) == 2:
             raise UserError(f"{path} has both train and test in its name: rename it")
         if splits:

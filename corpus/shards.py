@@ -4,7 +4,7 @@ A directory holds train-*.npy, val-*.npy, the tokenizer's files and meta.json: {
 shards: {file: {tokens, sha256}}}.
 """
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from corpus.documents import VALIDATION_PER_MILLE, is_held_out
 from model.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 256  # of a window of text that is evaluated or replayed, unless the model's context is shorter
-BATCH_CHARACTERS = 1 << 22  # of documents that are tokenized together
+BATCH_DOCUMENTS = 50  # that are tokenized together: lists of ids take 100 bytes a token
 SHARD_TOKENS = 1 << 27  # minimum size of every shard but the last
 SHARD_NAME = re.compile(r"(train|val)-\d{5,}\.npy")
 RESTORE = "Restore it, or remove the directory and make it again with data_prep.py text"
@@ -36,8 +36,10 @@ class ShardWriter:
 
     def add(self, texts: list[str]) -> None:
         """Appends documents, each followed by eos."""
-        ids = [[*ids, self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(texts)]
-        self.buffer.append(np.fromiter(chain.from_iterable(ids), self.dtype))
+        for start in range(0, len(texts), BATCH_DOCUMENTS):
+            documents = self.tokenizer.encode_batch(texts[start:start + BATCH_DOCUMENTS])
+            ids = chain.from_iterable([*document, self.tokenizer.eos_id] for document in documents)
+            self.buffer.append(np.fromiter(ids, self.dtype))
         if sum(map(len, self.buffer)) >= SHARD_TOKENS:
             self.flush()
 
@@ -58,21 +60,8 @@ def shards_exist(directory: str | Path, settings: dict[str, Any]) -> bool:
     meta = Path(directory) / "meta.json"
     if not meta.exists():
         return False
-    recorded = read_meta(directory)["settings"]
-    # shards of earlier versions do not have the size of their source, and a source may be gone
-    is_known = "bytes" in recorded and "bytes" in settings
-    require_same_settings(directory, recorded, settings, () if is_known else ("files", "bytes"))
+    require_same_settings(directory, read_meta(directory)["settings"], settings)
     return True
-
-
-def take_documents(documents: Iterator[str]) -> list[str]:
-    """The next documents, at most 1,000 or BATCH_CHARACTERS and one: few are in memory at a time."""
-    batch, characters = [], 0
-    for text in islice(documents, 1000):
-        batch.append(text)
-        if (characters := characters + len(text)) >= BATCH_CHARACTERS:
-            break
-    return batch
 
 
 def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, settings: dict[str, Any]) -> dict:
@@ -82,7 +71,7 @@ def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, s
     writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
     remaining, count = iter(documents), 0
     with tqdm(desc="writing tokens", unit="doc", disable=None) as progress:
-        while batch := take_documents(remaining):
+        while batch := list(islice(remaining, 1000)):  # so that few documents are in memory at a time
             for split, writer in writers.items():
                 writer.add([text for text in batch if is_held_out(text) == (split == "val")])
             count += len(batch)

@@ -33,7 +33,7 @@ def oom_remedy(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory: {first_line(error)} {remedy}") from error
+        raise UserError(f"out of memory: {first_line(error).rstrip('.')}. {remedy}") from error
 
 
 def halve_batch(size: int, unit: str, error: Exception) -> int:

@@ -97,10 +97,6 @@ class GrowthStudyConfig:
                  for name in ("operators", "seeds", "staged", "moments")
                  if len(set(values := getattr(self, name))) < len(values)]
         grown = [*self.operators, *staged_names(self)]
-        given = [name for name in ("stages", "alpha", "moments")
-                 if getattr(self, name) != getattr(GrowthStudyConfig, name)]
-        if given and not self.staged:
-            found.append(f"{' and '.join(given)} would change nothing without staged: give it as well")
         if unknown := [name for name in self.repeated if name not in grown and name != "stack"]:
             found.append(f"repeated names {', '.join(unknown)}, expected some of {', '.join(grown)}")
         return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.configs import CONFIGS, ROOT, read_config, read_toml
+from common.configs import CONFIGS, PHASES, ROOT, read_config, read_toml
 from common.files import UserError, is_number, write_json
 from common.provenance import RUN, changed, read_record
 from model.config import size_config
@@ -96,16 +96,15 @@ def held_out_loss(checkpoint: str | Path) -> float:
     return result["eval_loss_after"]
 
 
-def record_recipe(path: Path, jobs: Sequence[Job], **settings: Any) -> None:
-    """Writes to a JSON file what jobs are made with: settings, the tables of the size that they read, and the
+def record_recipe(path: Path, jobs: Sequence[Job], phases: Sequence[str] = PHASES, **settings: Any) -> None:
+    """Writes to a JSON file what jobs are made with: settings, the tables of the size for some phases, and the
     pretraining config.
 
     Raises UserError if the file names another recipe and some job is finished: jobs are identified by their directory,
     and those of another recipe have the same directories. What only the file has, these jobs do not use.
     """
     tables = {name: table for name, table in read_config("size", settings["size"]).items()
-              if name == "model" or any(["--phase", name] == job.argv[at:at + 2] for job in jobs
-                                        for at in range(len(job.argv)))}
+              if name in ("model", *phases)}
     recipe = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
     finished = path.exists() and any(job.out.exists() for job in jobs)
     recorded = read_own_json(path, "the finished stages then count as made with these settings") if finished else {}

@@ -175,7 +175,7 @@ def test_a_grown_model_in_memory_equals_the_one_on_disk_and_shares_nothing(check
     (["--operator", "partial"], "block (two numbers, first and last layer) is for the operator partial"),
     (["--operator", "partial", "--block", "0,4"], "block 0,4 is not a block"),
     (["--operator", "double"], "unknown operator 'double', expected one of stack, interleave, middle, partial, solar"),
-    (["--layers", "1,0"], "layers names 2 layers, expected more than the 2 of the base"),
+    (["--layers", "1,0"], "layers has 2 entries, expected more than the 2 layers of the base"),
     (["--seed", "7"], "seed would change nothing without noise: give it as well"),
     (["--layers", "1,0", "--zero_init"], "zero_init preserves the function only if"),
     (["--layers", "1,0", "--operator", "solar"], "layers and operator solar both say which layers to repeat"),

@@ -29,7 +29,7 @@ class TrainConfig:
                                                    "memory only", at_least=1)
     microbatch_overhead_tokens: int = setting(256, "fixed cost of a micro-batch, in tokens of padding; affects speed "
                                                    "only", at_least=0)
-    seq_length: int = setting(1024, "tokens in a pretraining sample", at_least=2, used_if=("task", (None,)))
+    seq_length: int = setting(1024, "tokens in a pretraining sample", at_least=2)
     max_source_length: int = setting(1024, "maximum tokens in a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum tokens in a target, including <eos>", at_least=2)
     train_on_source: bool = setting(False, "also compute the loss on the prompt")
@@ -53,18 +53,15 @@ class TrainConfig:
     lr_scheduler_type: Literal["constant", "cosine", "linear", "wsd"] = setting("constant", "schedule after warm-up")
     warmup_steps: int = setting(0, "steps of linear warm-up", at_least=0)
     min_lr_ratio: float = setting(0.0, "rate that the decay approaches, as a share of the peak", at_least=0, at_most=1)
-    decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", at_least=0, at_most=1,
-                                 used_if=("lr_scheduler_type", ("wsd",)))
+    decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", at_least=0, at_most=1)
     schedule_start: int = setting(0, "steps of the schedule before this run, which continues it", at_least=0)
     schedule_steps: int | None = setting(None, "steps of the whole schedule; none: those of this run", at_least=1)
     carry_moments: bool = setting(False, "pretraining: start from the optimizer moments of --init, if it has them, and "
                                          "write those of the result next to it")
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices; norms and biases have none", at_least=0)
     adam_beta1: float = setting(0.9, "decay rate of the first moment", at_least=0, below=1)
-    adam_beta2: float = setting(0.999, "decay rate of the second moment", at_least=0, below=1,
-                                used_if=("optimizer", ("adamw",)))
-    adam_epsilon: float = setting(1e-8, "term added to the root of the second moment", above=0,
-                                  used_if=("optimizer", ("adamw",)))
+    adam_beta2: float = setting(0.999, "decay rate of the second moment", at_least=0, below=1)
+    adam_epsilon: float = setting(1e-8, "term added to the root of the second moment", above=0)
     max_grad_norm: float = setting(0.3, "gradient clipping norm; 0: no clipping", at_least=0)
     skip_loss_above: float | None = setting(None, "skip a batch whose loss exceeds this multiple of the mean over the "
                                                   "last 50 steps", above=0)

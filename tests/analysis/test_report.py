@@ -168,7 +168,8 @@ def test_the_method_of_the_answer_is_named(tmp_path, methods, first):
         method = settings.load(ReportConfig, ["--runs", "x", *flags]).method
         text = make_report(tmp_path / "out", results=tmp_path / "stages.csv", method=method)
         others = ", ".join(sorted(names - {shown}, key=lambda name: (name != first, name)))
-        assert f"- The models are compared with the method {shown}; --method shows another one: {others}.\n- st" in text
+        how = "without a method" if shown == "none" else f"with the method {shown}"
+        assert f"- The models were fine-tuned {how}; --method shows the others: {others}.\n- stack and" in text
 
 
 def test_methods_are_compared_only_where_both_were_measured(method_runs, tmp_path):

@@ -157,22 +157,10 @@ def test_a_flag_that_another_setting_makes_useless_is_refused(tmp_path):
     file.write_text("floor = 0.1\n")
     assert load(Scheduled, ["--config", str(file)]) == Scheduled("constant", 0.1)
     assert load(Scheduled, ["--floor", "0.2", "--schedule", "linear"]) == Scheduled("linear", 0.2)
-    assert load(Scheduled, ["--floor", "0"]) == Scheduled("constant", 0.0)
     for given, origin in (([], "default"), (["--schedule", "constant"], "the flags")):
         with pytest.raises(UserError) as error:
             load(Scheduled, ["--floor", "0.2", *given])
         assert str(error.value) == f"floor would change nothing, since schedule is constant ({origin}): leave it out"
-
-
-@pytest.mark.parametrize(("flags", "reason"), [
-    (["--decay_ratio", "0.1", "--lr_scheduler_type", "cosine"], "lr_scheduler_type is cosine"),
-    (["--adam_beta2", "0.9", "--method", "vcl"], "optimizer is ivon"),
-    (["--adam_epsilon", "0.1", "--method", "vcl"], "optimizer is ivon"),
-    (["--seq_length", "64"], "task is simp"),
-])
-def test_useless_flags_of_train(flags, reason):
-    with pytest.raises(UserError, match=f"^{flags[0][2:]} would change nothing, since {reason} .*: leave it out$"):
-        load(TrainConfig, ["--task", "simp", "--init", "i", "--data", "d", "--out", "o", *flags])
 
 
 def test_bounds_are_accepted():

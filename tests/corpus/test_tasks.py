@@ -44,8 +44,7 @@ def test_brackets():
 
 def test_prompt_names_may_contain_the_words_train_and_test(tmp_path):
     names = {"constrain_start+make_a_title.test.json": "test", "latest_news.train.json": "train",
-             "generate_a_question_1.test_asks.json": "test", "train.json": "train", "notes.json": None,
-             "latest.json": None, "my_testset.json": "test"}
+             "generate_a_question_1.test_asks.json": "test", "train.json": "train", "notes.json": None}
     assert {name: split_of_file(tmp_path / name) for name in names} == names
 
 

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -331,23 +332,24 @@ def test_stages_of_a_size_without_a_batch(tmp_path, monkeypatch):
         assert job.flops == pytest.approx(steps * size_config("own", depth).flops(32 * 1024))
 
 
-@pytest.mark.parametrize(("model", "table", "key"), [
-    ("llm", "stack", "learning_rate"), ("stack", "llm", "learning_rate"), ("base", "stack", "learning_rate")])
-def test_a_recipe_has_what_its_jobs_use(tmp_path, monkeypatch, model, table, key):
+@pytest.mark.parametrize(("model", "unused", "used"), [
+    ("llm", ["base", "stack"], ["llm"]), ("stack", ["llm"], ["base", "stack"]), ("base", ["stack"], ["base", "llm"])])
+def test_a_recipe_has_what_its_jobs_use(text, tmp_path, monkeypatch, model, unused, used):
     """What the jobs do not use may change, what they use may not. Older files have all tables."""
-    cfg = PretrainConfig(size="tiny", model=model, data="d", out=str(tmp_path), at_tokens=(9000,))
+    words = ["--size", "tiny", "--model", model, "--data", str(text), "--out", str(tmp_path)]
     tables, record = read_config("size", "tiny"), tmp_path / "recipe.json"
-    jobs = pretraining_jobs(cfg)
-    monkeypatch.setattr(pretraining, "read_config", lambda *_: tables)
-    record_recipe(record, jobs, size="tiny")
-    assert table not in json.loads(record.read_text())
-    record.write_text(json.dumps(json.loads(record.read_text()) | {table: {}}))
-    jobs[0].out.mkdir()
-    tables = tables | {table: tables[table] | {key: 5.0}}
-    record_recipe(record, jobs, size="tiny")
-    tables = tables | {model: tables[model] | {key: 5.0}}
-    with pytest.raises(UserError, match=f"made with other settings: {model} is "):
-        record_recipe(record, jobs, size="tiny")
+    read = mock.Mock(return_value=tables)
+    monkeypatch.setattr(pretraining, "read_config", read)
+    monkeypatch.setattr(pretrain, "run_jobs", lambda *_: None)
+    pretrain.main(load(PretrainConfig, words))
+    assert not set(unused) & json.loads(record.read_text()).keys()
+    record.write_text(json.dumps(json.loads(record.read_text()) | dict.fromkeys(unused, {})))
+    (tmp_path / "m0").mkdir()
+    pretrain.main(load(PretrainConfig, words))
+    for name in used:
+        read.return_value = tables | {name: tables[name] | {"zero": 2}}
+        with pytest.raises(UserError, match=f"made with other settings: {name} is "):
+            pretrain.main(load(PretrainConfig, words))
 
 
 def test_operators_that_give_the_same_model():
