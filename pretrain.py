@@ -55,7 +55,7 @@ class PretrainConfig:
     init: str | None = setting(None, "finished m0 of this model, to train further until it is level with another")
     level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained further to reach")
     factors: tuple[int, ...] = setting(FACTORS, "growth factors, one for each growth", at_least=2,
-                                          used_if=("model", [name for name in MODELS if name != "llm"]))
+                                       used_if=("model", [name for name in MODELS if name != "llm"]))
     at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18,
                                          used_if=("model", [name for name in MODELS if name not in ("llm", "base")]))
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)
