@@ -91,7 +91,7 @@ class TextDataConfig:
         is_text = self.source == "docs" or Path(self.source).suffix == ".txt"
         is_local = is_text or os.path.lexists(self.source)
         found += [f"{name} would change nothing, since {self.source} {what}" for name, is_useless, what in (
-            ("text_column", is_text, "has no fields"), ("dataset_config", is_local, "is no Hub dataset"))
+            ("text_column", is_text, "has no fields"), ("dataset_config", is_local, "is not a Hub dataset"))
             if is_useless and getattr(self, name) != getattr(TextDataConfig, name)]
         given = [name for name in ("size", "vocab_size") if getattr(self, name) != getattr(TextDataConfig, name)]
         if self.tokenizer and given:
@@ -118,7 +118,7 @@ def prepare_text(cfg: TextDataConfig) -> None:
     except ExistsError:
         if not shards_exist(cfg.output_path, settings):
             raise
-        return print(f"{cfg.output_path} exists already: remove it to make it again, if {cfg.source} has changed")
+        return print(f"{cfg.output_path} exists already: if the text has changed, remove it to make it again")
     tokens = sum(shard["tokens"] for shard in meta["shards"].values())
     print(f"{cfg.output_path}: {meta['documents']:,} documents, {tokens:,} tokens")
 

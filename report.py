@@ -46,10 +46,10 @@ class ReportConfig:
     out: str = setting("report", "folder to write the report into")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model to compare it with")
-    method: str = setting("", "the method whose stages are shown and models compared, the word none for the stages "
-                              "without a method; not given: the baseline")
-    baseline: str = setting("", "the method to compare the other methods with; not given: finetune if there is one, or "
-                                "else none, the stages without a method")
+    method: str = setting("", "the method whose stages are shown and models compared; none: the stages without a "
+                              "method; not given: the baseline")
+    baseline: str = setting("", "the method to compare the other methods with; none: the stages without a method; not "
+                                "given: finetune, or else none, if there are such stages")
     primary: str | None = setting(None, "the measure that answers the question; all others are secondary; none: the "
                                         f"one that experiment.py recorded before the first run, or else {PRIMARY}")
     rate: float | None = setting(None, "learning rate at which models and methods are compared without matching their "

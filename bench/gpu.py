@@ -67,7 +67,7 @@ def measure_variant(rank, cfg, variant, queue):
                             gradient_checkpointing=cfg.gradient_checkpointing)
     with Distributed() as dist:
         bench_run = make_run(train_cfg, dist, config)
-        product = matrix_rate(dist.device, bench_run.dtype, repeats=min(20, 4 * cfg.steps))
+        product = matrix_rate(dist.device, bench_run.dtype, repeats=min(20, 4 * cfg.steps))  # fewer in a short run
         model = our_model(bench_run) if ours else transformers_model(bench_run)
         if variant.endswith("+compile"):
             for block in model.model.layers:  # of the same name in both

@@ -33,7 +33,7 @@ class ExperimentPlanConfig:
                                         f"recorded before the first run, or else {PRIMARY}")
     grown: str = setting("stack", "the model whose forgetting is compared")
     reference: str = setting("llm", "the model to compare it with")
-    method: str = setting("", "only the stages with this method against forgetting, the word none for those without")
+    method: str = setting("", "only the stages with this method against forgetting; none: those without a method")
 
 
 def training_seconds(folder: Path) -> float:

@@ -190,7 +190,7 @@ def test_bad_flags(raw, tmp_path, flags, said):
     ("text", ["--tokenizer", "x", "--size", "tiny"], "size would change nothing, since --tokenizer gives the"),
     ("text", ["--size", "tiny", "--vocab_size", "999"], "vocab_size would change nothing, since --size gives it"),
     ("text", ["--text_column", "body"], "text_column would change nothing, since docs has no fields"),
-    ("text", ["--source", "a.txt", "--dataset_config", "en"], "dataset_config would change nothing, since a.txt is no"),
+    ("text", ["--source", "a.txt", "--dataset_config", "en"], "dataset_config would change nothing, since a.txt is not"),
     ("text", ["--source", "missing.txt"], "missing.txt does not exist"),
     ("hub", ["--task", "hgen", "--max_samples", 2 ** 62], "expected a number from 1 to 1000000000"),
     ("hub", ["--task", "hgen", "--max_test_samples", 2 ** 62], "expected a number from 1 to 1000000000")])
@@ -229,7 +229,7 @@ def test_text_to_shards(tmp_path):
     assert 0 < len(found[1]) < 20
     assert json.loads((tmp_path / "out/meta.json").read_text())["documents"] == 400
     again = ["data_prep.py", "text", "--source", tmp_path / "a.jsonl", "--output_path", tmp_path / "out"]
-    assert "out exists already: remove it to make it again" in run_script(*again, "--vocab_size", "320").stdout
+    assert "out exists already: if the text has changed, remove it" in run_script(*again, "--vocab_size", "320").stdout
     line = error_line(run_script(*again, check=False))
     assert "made with other settings: vocab_size is 320 there and 4096 here" in line
 
