@@ -101,8 +101,8 @@ def record_recipe(path: Path, jobs: Sequence[Job], phases: Sequence[str] = PHASE
     pretraining config.
 
     Raises UserError if the file names another recipe and some job is finished: jobs are identified by their directory,
-    and those of another recipe have the same directories. Entries that only the file has are not compared: these jobs do
-    not use them.
+    and those of another recipe have the same directories. Entries that only the file has are not compared, since these
+    jobs do not use them.
     """
     tables = {name: table for name, table in read_config("size", settings["size"]).items()
               if name in ("model", *phases)}

@@ -190,7 +190,7 @@ def test_bad_flags(raw, tmp_path, flags, said):
     ("text", ["--tokenizer", "x", "--size", "tiny"], "size would change nothing, since --tokenizer gives the"),
     ("text", ["--size", "tiny", "--vocab_size", "999"], "vocab_size would change nothing, since --size gives it"),
     ("text", ["--text_column", "body"], "text_column would change nothing, since docs has no fields"),
-    ("text", ["--source", "a.txt", "--dataset_config", "en"], "dataset_config would change nothing, since a.txt is not"),
+    ("text", ["--source", "a.txt", "--dataset_config", "en"], "dataset_config would change nothing, since a.txt is"),
     ("text", ["--source", "missing.txt"], "missing.txt does not exist"),
     ("hub", ["--task", "hgen", "--max_samples", 2 ** 62], "expected a number from 1 to 1000000000"),
     ("hub", ["--task", "hgen", "--max_test_samples", 2 ** 62], "expected a number from 1 to 1000000000")])
