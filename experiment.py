@@ -44,8 +44,12 @@ UTILISATION = 0.3  # share of a matrix product's speed that training and evaluat
 
 
 def report_command(cfg: ExperimentConfig) -> list[str]:
-    """The command that makes the report."""
-    return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report]
+    """The command that makes the report. Without llm or stack, the first of the other models is compared with llm, or
+    else with the first model."""
+    reference = "llm" if "llm" in cfg.models else cfg.models[0]
+    others = [model for model in cfg.models if model != reference]
+    compared = [] if set(PAIR) <= set(cfg.models) or not others else ["--grown", others[0], "--reference", reference]
+    return [sys.executable, str(ROOT / "report.py"), "--runs", cfg.out, "--out", cfg.report, *compared]
 
 
 def record_primary(cfg: ExperimentConfig) -> None:

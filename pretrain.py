@@ -146,8 +146,8 @@ def main(cfg: PretrainConfig) -> None:
         growth = {"factors": cfg.factors} if cfg.model != "llm" else {}
         growth |= {"at_tokens": cfg.at_tokens} if cfg.phase_of_m0 == "stack" else {}
         phases = {"llm": ["llm"], "base": ["base", "llm"]}.get(cfg.model, ["base", "stack"])  # a base has llm's FLOPs
-        record_recipe(Path(cfg.out) / "recipe.json", jobs, phases, size=cfg.size, trained=cfg.model, seed=cfg.seed,
-                      data_digest=data_digest(cfg.data), **growth)
+        record_recipe(Path(cfg.out) / "recipe.json", [job.out for job in jobs], phases, size=cfg.size,
+                      trained=cfg.model, seed=cfg.seed, data_digest=data_digest(cfg.data), **growth)
     last_made = max((index for index, job in enumerate(jobs) if job.out.exists()), default=-1)
     run_jobs(jobs[last_made + 1:] or jobs[-1:], cfg.dry_run)
 

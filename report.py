@@ -55,7 +55,8 @@ class ReportConfig:
     rate: float | None = setting(None, "learning rate at which models and methods are compared without matching their "
                                        "learning; none, and of methods without it: their middle one",
                                  above=0)
-    effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure", above=0)
+    effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure",
+                            at_least=1e-9)
     constant: bool = setting(False, "count benchmarks in the FG of their categories that have the same value for all "
                                     "models and stages, as in published figures")
     categories: tuple[str, ...] = setting((), "only these categories; none: all categories in the results")
@@ -172,6 +173,9 @@ def describe(compared: Comparisons, effect: float,
         plane_sentences, section = plane_section(plane, primary)
         sentences, sections = sentences + plane_sentences, [*sections, section]
         missing += [*left_out_of_plane(plane, primary), *plane.all_left_out()]
+    if any(one.trained_otherwise for one in (study, *planes.values()) if one):
+        sentences.append("Not all of these runs were fine-tuned alike, so that differences may come from that: see "
+                         "What is missing.")
     if study:
         sections += profit_section(planes, study.compared, primary)
         missing += left_out_of_profits(planes, study.compared, primary)

@@ -14,6 +14,11 @@ Chain = dict[int, Stage]  # the stages of one model, method and seed, by number
 Key = tuple[int, int]  # of a chain: (pretraining seed, 0 if there is a single pair of models; fine-tuning seed)
 Group = dict[Key, Chain]  # the chains of one model and method
 Place = tuple[int, str, str]  # where a result belongs: (stage, BENCHMARKS or TASKS, name)
+# Settings of fine-tuning that all runs of a comparison share, and those that a method may change.
+FINE_TUNING = ("num_train_epochs", "max_steps", "max_train_samples", "global_batch_size", "dtype", "template",
+               "train_on_source", "max_source_length", "max_target_length")
+OF_METHODS = "optimizer", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"
+
 Measure = Callable[[Sequence[Chain]], list[Estimate | None]]  # a value of each chain, over what all chains have
 
 
@@ -236,3 +241,21 @@ def drop_unlike_items(stages: Sequence[Stage], unit: str = "pair") -> tuple[list
             stage, losses={name: one for name, one in stage.losses.items() if f"losses of {name}" not in texts},
             choices={name: one for name, one in stage.choices.items() if f"answers to {name}" not in texts}))
     return kept, sentences
+
+
+def trained_otherwise(stages: Sequence[Stage], names: Sequence[str], unit: str = "pair") -> list[str]:
+    """Sentences on the stages that were fine-tuned with other settings, of those with the given names, or on other data
+    than the first stage of the same number and learning rate. What is not known is taken as equal. unit: see
+    pair_name."""
+    first: dict[tuple[int, str | None], tuple[Stage, Conditions]] = {}
+    found: dict[tuple[str, str], list[str]] = {}  # (the first stage, what differs) -> stages
+    for stage in stages:
+        settings = stage.run.get("settings", {})
+        trained = {name: settings[name] for name in names if name in settings}
+        trained |= {"data": stage.run["data_digest"]} if "data_digest" in stage.run else {}
+        if stage.number and trained:
+            other, reference = first.setdefault((stage.number, stage.rate), (stage, trained))
+            if differing := unlike(reference, trained):
+                text = ", ".join(f"{name} {shown(trained[name])} and {shown(reference[name])}" for name in differing)
+                found.setdefault((title_of(other, unit), text), []).append(title_of(stage, unit))
+    return [f"{'; '.join(titles)}: not trained as {other}: {text}" for (other, text), titles in found.items()]

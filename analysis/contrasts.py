@@ -34,25 +34,20 @@ class Contrast:
 class Difference:
     """The difference of two models by a measure after a stage, in each pair that has it.
 
-    setting: what is equal: one of MATCHED_ON, or the learning rate. of_pairs: {pair: values of the items}.
+    setting: what is equal: one of MATCHED_ON, or the learning rate. learning: the same as text. of_pairs: {pair: values
+    of the items}.
     """
     contrast: Contrast
     measure: PairMeasure
     number: int
     setting: str
+    learning: str
     of_pairs: Mapping[int, ItemValues]
 
     @property
     def is_matched(self) -> bool:
         """Whether learning was matched."""
         return self.setting in MATCHED_ON
-
-    @property
-    def learning(self) -> str:
-        """What is equal, as text."""
-        if self.is_matched:
-            return f"equal {self.setting}"
-        return (f"learning rate {self.setting}" if self.setting else "one learning rate") + " (learning not matched)"
 
     @functools.cached_property
     def estimate(self) -> PairedDifference:

@@ -1,5 +1,6 @@
 """The style, the layout and the files of all figures. Sizes are in inches: a figure grows with what it shows."""
 import functools
+import io
 import itertools
 import math
 import re
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
-from common.files import explain_os_errors
+from common.files import write_bytes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
@@ -42,10 +43,12 @@ def model_styles(names: Iterable[str], styles: Sequence[dict[str, Any]]) -> dict
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure as <path>.png and <path>.svg."""
-    with explain_os_errors(path):
-        figure.savefig(f"{path}.png", dpi=min(160, 30000 / max(figure.get_size_inches())))
-        figure.set_layout_engine("none")  # keeps the layout, which takes most of the time
-        figure.savefig(f"{path}.svg", metadata={"Date": None})
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, dpi=min(160, 30000 / max(figure.get_size_inches())))
+    figure.set_layout_engine("none")  # keeps the layout, which takes most of the time
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    for suffix, file in (("png", png), ("svg", svg)):  # another process may read them meanwhile
+        write_bytes(f"{path}.{suffix}", file.getvalue())
 
 
 def make_panels(count: int, width: float, height: float, margin: float = 0.0) -> tuple[Figure, list[Axes]]:

@@ -186,7 +186,7 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
                      p_text(corrected[method]) if method in corrected else "–",
                      ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
                      "–" if math.isnan(minutes) else f"{minutes:.1f}"])
-    where = "equal new-task loss" if study.matches_learning else "one learning rate (learning not matched)"
+    where = study.learning_text(study.main_setting, methods)
     found = "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
     if len(study.pairs) == 1:
         found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"

@@ -9,7 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.comparison import Chain, drop_unlike_items, pair_name, stage_names, title_of
+from analysis.comparison import (
+    FINE_TUNING,
+    OF_METHODS,
+    Chain,
+    drop_unlike_items,
+    pair_name,
+    stage_names,
+    title_of,
+    trained_otherwise,
+)
 from analysis.contrasts import Contrast, Difference, RateCurve, matched_difference
 from analysis.loss_curves import Curve, curve_of_log
 from analysis.matching import Match, match
@@ -43,6 +52,7 @@ class Study:
         has_losses: whether losses were measured at all.
         choice_benchmarks: names of the benchmarks whose answers are known by item.
         left_out: sentences on what is not used, and why.
+        trained_otherwise: sentences on the stages that were not trained as the others.
         named: the primary measure that was named before the first run; None if that is not known.
         unit: what the pairs are: pairs of models, or seeds of fine-tuning.
     """
@@ -58,6 +68,7 @@ class Study:
                           for stage in stages if stage.number and (stage.rate or "") not in self.rates]
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
                         for rate in self.rates}
+        self.trained_otherwise = trained_otherwise(stages, FINE_TUNING if of else FINE_TUNING + OF_METHODS, unit)
         self.pairs = sorted({stage.pair or 0 for stage in stages})
         self._drop_other_seeds()
         self._drop_other_starts()
@@ -201,7 +212,19 @@ class Study:
         """A difference after a stage, at equal learning (one of MATCHED_ON) or at a rate. None if no pair has it."""
         found = {pair: one for pair in self.pairs
                  if (one := self._difference_of(contrast, pair, name, number, setting)) is not None}
-        return Difference(contrast, self.measures[name], number, setting, found) if found else None
+        models = {model for pair in found for model in self.models_of(contrast, pair) or ()}
+        return Difference(contrast, self.measures[name], number, setting, self.learning_text(setting, models),
+                          found) if found else None
+
+    def learning_text(self, setting: str, models: Iterable[str]) -> str:
+        """What is equal in a difference between models, as text: one of MATCHED_ON, or the learning rate."""
+        if setting in MATCHED_ON:
+            return f"equal {setting}"
+        rates = {stage.run.get("settings", {}).get("learning_rate") for model in models for pair in self.pairs
+                 for chain in self.chains(pair, model, setting) for number, stage in chain.items() if number}
+        known = "unknown learning rates" if None in rates else "one learning rate" if len(rates) == 1 else \
+            f"learning rates from {min(rates):g} to {max(rates):g}"
+        return f"{f'learning rate {setting}' if setting else known} (learning not matched)"
 
     def main_difference(self, name: str, number: int | None = None) -> Difference | None:
         """The difference of the first contrast by a measure, after the last stage unless another is given: at equal
@@ -281,7 +304,7 @@ class Study:
                         for find in (self.lacking_results, self.unmatched) for line in find(contrast, number)]
         of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
                          for line in self.unmatched(contrast, number, DECREASE)]
-        return [*self.left_out, *without, *self._not_level(), *of_contrasts]
+        return [*self.trained_otherwise, *self.left_out, *without, *self._not_level(), *of_contrasts]
 
 
 def range_of_learning(ends: Sequence[float], learning: str) -> str:

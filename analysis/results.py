@@ -16,7 +16,7 @@ from common.configs import known, read_config, read_toml
 from common.files import UserError, finite_float, is_number, parsing
 from common.metrics_log import read_log
 from common.provenance import DEFAULT_TEMPLATE, RUN, read_record, wrong_types
-from evaluation.conditions import Conditions, benchmark_conditions, task_conditions, unlike
+from evaluation.conditions import Conditions, benchmark_conditions, shown, task_conditions, unlike
 from evaluation.result_files import (
     ResultsFile,
     metric_value,
@@ -39,7 +39,7 @@ LOSS_SETTINGS = ("dtype", "limit", "data_digest", "tokenizer_digest", "seq_lengt
 # The entries of run.json that a report uses, and their types.
 SETTING_TYPES: dict[str, type | tuple[type, ...]] = {
     "seed": int, "method": (str, type(None)), "task": (str, type(None)), "num_train_epochs": (int, float),
-    "max_steps": (int, type(None))}
+    "max_steps": (int, type(None)), "learning_rate": (int, float)}
 RESULT_TYPES: dict[str, type | tuple[type, ...]] = {"seconds": (int, float), "seconds_after": (int, float)}
 
 
@@ -247,8 +247,9 @@ def replaces(stage: Stage, file: ResultsFile, name: str, value: float, condition
     elif not differs:
         return False
     else:
+        how = "".join(f", {key} {shown(old[key])} and {shown(conditions[key])}" for key in differences)
         raise UserError(f"{stage.model} {stage.name} has two results for {name} that disagree: {old_value} in {path}, "
-                        f"{value} in {file.path}. Remove one of the files")
+                        f"{value} in {file.path}{how}. Remove one of the files")
     if differs:
         used, other = (file.path, path) if is_better else (path, file.path)
         stage.unused.append(f"{name} in {other.name} ({used.name} {reason})")

@@ -178,11 +178,15 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file atomically: readers see either the old or the new content."""
+    """Writes a text file atomically, as write_bytes does."""
+    write_bytes(path, text.encode(errors="replace"))  # lone surrogates cannot be encoded
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file atomically: readers see either the old or the new content."""
     path = named(path)
     with explain_os_errors(path), temporary_sibling(path, lambda partial: partial.touch(exist_ok=False)) as partial:
-        with open(partial, "w", encoding="utf-8", errors="replace") as file:  # lone surrogates cannot be encoded
-            file.write(text)
+        partial.write_bytes(content)
         sync(partial)
         partial.replace(path)
 

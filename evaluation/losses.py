@@ -86,8 +86,11 @@ def shard_windows(directory: Path, tokenizer: Tokenizer, limit: int | None, sett
     of a window cuts, each side may count up to a few bytes more or less.
     """
     check_shards(directory, split="val")
-    seq_length = settings["seq_length"]
-    count = max(1, min(settings["text_tokens"] // seq_length, limit or settings["text_tokens"]))
+    seq_length, most = settings["seq_length"], settings["text_tokens"]
+    if most < seq_length:
+        raise UserError(f"text_tokens is {most}, less than a window of {seq_length} tokens: raise it, or lower "
+                        "text_length")
+    count = min(most // seq_length, limit or most)
     dataset = ShardDataset(directory, "val", seq_length, count)
     samples = [dataset[index] for index in range(len(dataset))]
     num_bytes = [max(0, decoded_bytes(tokenizer, ids) - decoded_bytes(tokenizer, ids[:first]))

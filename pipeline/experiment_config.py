@@ -18,7 +18,8 @@ from pipeline.pretraining import layer_maps
 from training.train_config import TrainConfig
 
 # The settings that identify an evaluation.
-EVALUATION_SETTINGS = {"checkpoint", "out", "data", "tasks", "suite", "suite_files", "posterior_samples"}
+EVALUATION_SETTINGS = {"checkpoint", "out", "data", "tasks", "text", "reference", "suite", "suite_files",
+                       "posterior_samples"}
 
 
 @dataclass(frozen=True)

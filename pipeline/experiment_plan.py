@@ -28,7 +28,7 @@ ITEM_SHARE = 0.1  # of the variance between pairs that the items may add: more o
 class ExperimentPlanConfig:
     """Settings of the plan of a study."""
     runs: str = setting(None, "folder of a pilot's runs, with at least two pairs", required=True)
-    effect: float = setting(0.05, "difference to be found, in units of the primary measure", above=0)
+    effect: float = setting(0.05, "difference to be found, in units of the primary measure", at_least=1e-9)
     primary: str | None = setting(None, "the measure that answers the question; none: the one that experiment.py "
                                         f"recorded before the first run, or else {PRIMARY}")
     grown: str = setting("stack", "the model whose forgetting is compared")

@@ -25,15 +25,17 @@ class Ledger:
         return self.folder / "experiment" / f"{self.name(job)}.json"
 
     def unchanged(self, job: Job) -> bool:
-        """Whether a job is finished and was run with the same command and the same inputs."""
+        """Whether a job is finished, was run with the same command and the same inputs, and has all files it made."""
         path = self.path(job)
         if not (job.out.exists() and path.exists()) or None in (entry := ledger_entry(job))["inputs"].values():
             return False
-        return read_own_json(path, "the job is then run again") == entry
+        recorded = read_own_json(path, "the job is then run again")
+        made = recorded.pop("made", [])
+        return recorded == entry and all((job.out / name).exists() for name in made)
 
     def add(self, job: Job, entry: dict) -> None:
         """Records a finished job. entry: that of the job before it ran, since its inputs may have changed meanwhile."""
-        write_json(self.path(job), entry)
+        write_json(self.path(job), entry | {"made": sorted(path.name for path in job.out.glob("*") if path.is_file())})
 
 
 def read_own_json(path: Path, otherwise: str) -> dict:

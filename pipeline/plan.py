@@ -7,6 +7,7 @@ The memory is that of pipeline/memory_plan.py, the time that of pipeline/step_ti
 """
 import common.interrupts
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -79,9 +80,11 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
     if settings["offload"] and zero < 2:
         raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
     config, trained = trained_parameters(config, method_settings)
+    longest = recipe.get("seq_length", settings["max_source_length"] + settings["max_target_length"])
+    of_process = math.ceil(settings["global_batch_size"] / cfg.processes) * longest
     plan = MemoryPlan(config, cfg.processes, zero, settings["offload"], settings["dtype"],
-                      settings["max_tokens_per_microbatch"], settings["gradient_checkpointing"], cfg.device,
-                      method_settings, recipe.get("seq_length", cfg.sample_tokens),
+                      min(settings["max_tokens_per_microbatch"], of_process), settings["gradient_checkpointing"],
+                      cfg.device, method_settings, recipe.get("seq_length", cfg.sample_tokens),
                       0 if "seq_length" in recipe else min(PREFIX_TOKENS, cfg.sample_tokens // 2), trained)
     return plan, settings
 
@@ -152,7 +155,7 @@ def main(cfg: PlanConfig) -> None:
     gpu_memory, has_limit = cfg.gpu_memory or GPUS[cfg.gpu].memory, cfg.device == "cuda" or bool(cfg.gpu_memory)
     on_or_off = {True: "on", False: "off"}
     print(f"{plan.config.num_parameters:,} parameters in {plan.dtype} on {plan.processes} × {plan.device}, ZeRO "
-          f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of "
+          f"{plan.zero}{', offloaded' if plan.offload else ''}, micro-batches of at most "
           f"{plan.max_tokens_per_microbatch:,} tokens, gradient checkpointing "
           f"{on_or_off[plan.gradient_checkpointing]}, reduction of gradients "
           f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled")

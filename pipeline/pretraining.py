@@ -2,7 +2,7 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,18 @@ def held_out_loss(checkpoint: str | Path) -> float:
     return result["eval_loss_after"]
 
 
-def record_recipe(path: Path, jobs: Sequence[Job], phases: Sequence[str] = PHASES, **settings: Any) -> None:
+def record_recipe(path: Path, made: Iterable[Path], phases: Sequence[str] = PHASES, **settings: Any) -> None:
     """Writes to a JSON file what jobs are made with: settings, the tables of the size for some phases, and the
-    pretraining config.
+    pretraining config. made: the directories of these jobs and of others with the same recipe.
 
-    Raises UserError if the file names another recipe and some job is finished: jobs are identified by their directory,
-    and those of another recipe have the same directories. Entries that only the file has are not compared, since these
-    jobs do not use them.
+    Raises UserError if the file names another recipe and one of the directories exists: jobs are identified by their
+    directory, and those of another recipe have the same directories. Entries that only the file has are not compared,
+    since these jobs do not use them.
     """
     tables = {name: table for name, table in read_config("size", settings["size"]).items()
               if name in ("model", *phases)}
     recipe = json.loads(json.dumps(settings | tables | {"pretrain.toml": read_toml(CONFIGS / "train/pretrain.toml")}))
-    finished = path.exists() and any(job.out.exists() for job in jobs)
+    finished = path.exists() and any(out.exists() for out in made)
     recorded = read_own_json(path, "the finished stages then count as made with these settings") if finished else {}
     if finished and (found := changed({name: recorded.get(name) for name in recipe}, recipe)):
         raise UserError(f"{path.parent} holds stages made with other settings: {'; '.join(found)}. Choose another "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.configs import below_root, known, unknown_name
-from common.files import UserError, describe_error
+from common.files import UserError, describe_error, read_json
 from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags, run_command, split_words
 from pipeline.make_variables import Variables, split_names
@@ -47,7 +47,8 @@ RAW     folder of raw task folders
 EVAL_SIZE  training samples that are set aside for evaluation: a share (0.1 if not given) or a number
 INIT    checkpoint to start from instead of m0: directory or Hub id; with experiment INIT_LLM and INIT_STACK
 HUB     Hub id of m0; HUB= to pretrain m0 of a published size
-TEXT    directory of token shards to pretrain on; with a given m0 the held-out text of experiment, also a text file
+TEXT    directory of token shards to pretrain on, and once m0 exists the held-out text; with experiment and a given m0
+        also a text file
 OUT     folder of the stages (now {out}), or of make report
 RUNS    folder of the models (now {runs})
 NPROC   number of processes; with experiment also LAUNCHER: words before the scripts, or slurm
@@ -115,7 +116,7 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
     missing = stages[made + 1:]
     tasks = [stage.task for stage in (stages if missing else stages[-1:])]
-    further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
+    check_start(v)
     is_compared = bool(v.hub) and "HUB" in v.given and v.m0.exists()  # a given HUB with the source of m0
     commands = m0_commands(v) if not v.init and (is_compared or made < 0 and not v.m0.exists()) else []
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
@@ -128,6 +129,17 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
         commands.append(chain.finetune_command(v.torchrun or [PYTHON], stage, v.data / f"{stage.task}.json", v.preset,
                                                [*held_out, *method, *args]))
     return data_commands(v, tasks) + commands
+
+
+def check_start(v: Variables) -> None:
+    """Raises UserError if the first stage of the chain was trained from another checkpoint than INIT."""
+    record = v.stages[0].out / "run.json"
+    if not v.init or not record.exists():
+        return
+    started = read_json(record, dict).get("settings", {}).get("init")
+    if started and os.path.realpath(started) != os.path.realpath(v.init):
+        raise UserError(f"{record.parent} was trained from {started}, and INIT is {v.init}: give another OUT for the "
+                        "stages of INIT, or remove the ones there")
 
 
 def next_commands(v: Variables) -> list[str]:
@@ -152,10 +164,18 @@ def next_commands(v: Variables) -> list[str]:
             for target, values, comment in lines]
 
 
+def finetuning_commands(v: Variables) -> list[Command]:
+    """The commands of `make train`, whose ARGS are for train.py."""
+    further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
+    return train_commands(v, split_words(v.args))
+
+
 def evaluate_commands(v: Variables) -> list[Command]:
     """Evaluates CHECKPOINT or the stage of TASK, which is made if it is missing: a stage also on the text of m0, and in
     comparison with m0, as in an experiment."""
     is_stage, commands = not v.get("CHECKPOINT"), data_commands(v, v.tasks)
+    if is_stage:
+        check_start(v)
     checkpoint = v.stages[-1].out if is_stage else v.get("CHECKPOINT")
     if is_stage and not v.stages[-1].out.exists():
         commands += [command for command in train_commands(v) if command not in commands]
@@ -207,7 +227,7 @@ def test_commands(v: Variables) -> list[Command]:
 
 
 COMMANDS: dict[str, Callable[[Variables], list[Command]]] = {
-    "train": lambda v: train_commands(v, split_words(v.args)),
+    "train": finetuning_commands,
     "pretrain": lambda v: m0_commands(v, v.args),
     "data": lambda v: data_commands(v, [v.task]),
     "evaluate": evaluate_commands,
@@ -249,7 +269,7 @@ def script_place(command: Sequence[str]) -> int:
     return next(index for index, word in enumerate(command) if word == "-m" or word.endswith(".py"))
 
 
-def main(target: str) -> None:
+def main(target: str = "help") -> None:
     """Runs a target: prints and runs each of its commands. What is passed on to scripts is checked first if more than
     the preparation of tasks, which takes seconds, precedes them."""
     v = Variables(os.environ)

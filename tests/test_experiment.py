@@ -11,6 +11,7 @@ import lm_eval
 import pytest
 
 import experiment
+import report
 from common.files import UserError, write_json
 from common.settings import load
 from model.config import ModelConfig
@@ -140,6 +141,16 @@ def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
         jobs_of(ExperimentConfig(size="tiny", data=str(tasks), out=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("models", "compared"), [
+    (("stack", "llm"), None), (("llm",), None), (("llm", "interleave"), ("interleave", "llm")),
+    (("interleave", "llm"), ("interleave", "llm")), (("stack", "middle"), ("middle", "stack")),
+    (("llm", "stack", "base"), None)])
+def test_the_report_compares_the_models_of_the_experiment(models, compared):
+    cfg = report.ReportConfig(**{key: value for key, value in zip(("grown", "reference"), compared or ())}, runs="runs")
+    words = experiment.report_command(ExperimentConfig(models=models, data="d", out="runs"))
+    assert load(report.ReportConfig, words[2:]) == replace(cfg, out="report")
+
+
 def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_path):
     weights, data, out = tmp_path / "weights", tmp_path / "data.json", tmp_path / "out"
     shutil.copytree(checkpoint, weights)
@@ -162,6 +173,11 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     assert not ledger.unchanged(job)
     data.write_text("{}")
     (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
+    assert not ledger.unchanged(job)
+    (out / "losses-task-simp.json").touch()
+    ledger.add(job := make("python", "a/train.py"), ledger_entry(job))
+    assert ledger.unchanged(job)
+    (out / "losses-task-simp.json").unlink()  # such as a damaged file, which is to be made again
     assert not ledger.unchanged(job)
     gone = Job(out, ["train.py"], inputs=(tmp_path / "gone",))
     assert ledger_entry(gone)["inputs"] == {str(tmp_path / "gone"): None}
@@ -363,6 +379,7 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--evaluate_args", "--limt 2"], "evaluate_args: unknown flag '--limt'"),
     (["--evaluate_args", "--limit inf"], "evaluate_args: limit is 'inf', expected a whole number"),
     (["--evaluate_args", "--suite paper"], "evaluate_args: suite cannot be given here"),
+    (["--evaluate_args", "--text x --reference y"], "evaluate_args: reference, text cannot be given here"),
     (["--suite", "none", "--suite_files", "x"], "suite_files is for benchmarks: give --suite"),
     (["--train_args", "--seq_length 0", "--evaluate_args", "--bertscore_layer 0"], "bertscore_layer is 0"),
     (["--seeds=-1"], "seeds is -1, expected at least 0"),

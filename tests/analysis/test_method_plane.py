@@ -102,6 +102,28 @@ def test_methods_are_compared_at_equal_learning(folder):
     assert method_study(stages, "llm", "none") is None
 
 
+def test_methods_that_were_not_trained_alike_are_named(folder):
+    """A method may have a learning rate of its own, but not data or epochs."""
+    for method in folder.glob("pair-*/llm/*"):
+        if (method / "rate-0.001").exists():
+            (method / "rate-0.001").rename(method.parent / "kept")
+            shutil.rmtree(method)
+            (method.parent / "kept").rename(method)
+    study = method_study(read_runs(folder), "llm", "finetune")
+    assert study.trained_otherwise == []
+    assert "at one learning rate (learning not matched), compared with finetune: less with lora" in plane_section(
+        study, RISE)[0][0]
+    for path in folder.glob("pair-*/llm/lora/m*/run.json"):
+        run = json.loads(path.read_text())
+        run["settings"] |= {"learning_rate": 1e-6, "weight_decay": 0.1}
+        run["settings"] |= {"num_train_epochs": 2.0} if "m2-" in str(path) else {}
+        path.write_text(json.dumps(run))
+    study = method_study(read_runs(folder), "llm", "finetune")
+    assert "at learning rates from 1e-06 to 0.001 (learning not matched)" in plane_section(study, RISE)[0][0]
+    assert study.trained_otherwise == ["; ".join(f"pair {pair}, lora, m2-empd" for pair in (1, 2, 3, 4))
+                                       + ": not trained as pair 1, finetune, m2-empd: num_train_epochs 2.0 and 1.0"]
+
+
 def test_do_both_models_profit_equally(folder):
     _, studies = studies_of(folder)
     (title, text), = profit_section(studies, ("stack", "llm"), RISE)

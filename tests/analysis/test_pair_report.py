@@ -151,6 +151,25 @@ def test_unequal_flops_are_told(tmp_path):
         assert ("at equal FLOPs and one learning rate" in lines[0]) == (not said)
 
 
+def test_runs_that_were_not_fine_tuned_alike_are_named(tmp_path):
+    """The answer says "one learning rate" only if the runs had one."""
+    runs = write_study(tmp_path / "runs", pairs=(1, 2, 3), rates=RATES[:1])
+    first, *others = first_lines(make_report(tmp_path / "alike", runs=runs))
+    assert "at one learning rate (learning not matched)" in first
+    assert not any("alike" in line for line in others)
+    first, *_ = first_lines(make_report(tmp_path / "table", results=tmp_path / "alike/stages.csv"))
+    assert "unknown learning rates (learning not matched)" in first
+    for path in runs.glob("pair-[12]/stack/m1-simp/run.json"):
+        run = read_json(path)
+        run["settings"] |= {"learning_rate": 0.01, "num_train_epochs": 3.0, "weight_decay": 0.1}
+        path.write_text(json.dumps(run | {"data_digest": "other"}))
+    first, *others = first_lines(text := make_report(tmp_path / "out", runs=runs))
+    assert "at learning rates from 0.0003 to 0.01 (learning not matched)" in first
+    assert any(line.startswith("Not all of these runs were fine-tuned alike") for line in others)
+    assert ("- pair 1, stack, m1-simp; pair 2, stack, m1-simp: not trained as pair 1, llm, m1-simp: learning_rate 0.01 "
+            "and 0.0003, num_train_epochs 3.0 and 1.0\n") in text  # the data of the other run are not known
+
+
 def section(text, title):
     """A section of a report."""
     return text.split(f"## {title}\n")[1].split("## ")[0]

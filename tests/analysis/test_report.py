@@ -108,6 +108,11 @@ def test_pages_and_figures(runs, tmp_path):
     (lambda runs: (runs / "llm/m1-simp/eval/results_2.json").write_text(json.dumps(
         {"results": {"terms": {"acc,none": 0.41}}})),
      r"llm m1-simp has two results for terms that disagree: .*results_1.*results_2"),
+    (lambda runs: [(runs / f"other/m0/eval/results_{name}.json").write_text(json.dumps(
+        {"results": {"terms": {"acc,none": 0.5}}, "config": {"model_dtype": dtype}}))
+        for name, dtype in (("1", "torch.bfloat16"), ("2", "torch.float32"))
+        if (runs / "other/m0/eval").mkdir(parents=True, exist_ok=True) is None],
+     r"that disagree: 0.5 in .*results_1.json, 0.5 in .*results_2.json, dtype bf16 and fp32. Remove one of the files"),
     (lambda runs: [path.unlink() for path in runs.rglob("eval/*")], "holds no evaluated runs"),
     (lambda runs: write_stage(runs / "other/llm", 0, VALUES["llm"][0], (1, 1)), "there are two stages 0 of llm"),
     (lambda runs: (runs / "llm/m0/eval/results_1.json").write_text("{}"), "is not a results file of lm-eval"),

@@ -201,7 +201,8 @@ def test_how_much_of_the_text_is_used(checkpoint, shards, tmp_path):
     assert sizes(shards) == ((val - 1) // 256, [256] * ((val - 1) // 256), 256)
     assert sizes(shards, text_tokens=100, text_length=32)[:2] == (3, [32, 32, 32])
     assert sizes(shards, text_tokens=100, text_length=32, limit=2)[:2] == (2, [32, 32])
-    assert sizes(shards, text_tokens=10, text_length=32)[:2] == (1, [32])
+    with pytest.raises(UserError, match="text_tokens is 31, less than a window of 32 tokens: raise it, or lower"):
+        sizes(shards, text_tokens=31, text_length=32)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in sample_texts()[:6]))
     lengths = [len(ids) for ids in Tokenizer(checkpoint).encode_batch(sample_texts()[:6])]

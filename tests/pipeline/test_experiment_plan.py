@@ -58,7 +58,7 @@ def test_the_pilot_has_one_method(tmp_path, refusal, capsys):
     ({"pairs": (1, 2), "models": ("llm",)}, (), "unknown model 'stack', expected one of llm"),
     ({"pairs": (1, 2)}, ("--method", "ewk"), "unknown method 'ewk', expected one of none"),
     ({"pairs": (1, 2)}, ("--primary", "accuracy"), "unknown measure 'accuracy'"),
-    ({"pairs": (1, 2)}, ("--effect", "0"), "effect is 0.0, expected a number above 0")])
+    ({"pairs": (1, 2)}, ("--effect", "0"), "effect is 0.0, expected at least 1e-09")])
 def test_too_little_for_a_plan(tmp_path, refusal, options, flags, message):
     runs = write_study(tmp_path / "study", rates=RATES[:1], **options)
     assert message in refusal((ExperimentPlanConfig, print_plan), "--runs", runs, *flags)

@@ -27,7 +27,6 @@ from pipeline.growth_study import (
     study_table,
     summarize_runs,
 )
-from pipeline.jobs import Job
 from pipeline.pretraining import record_recipe
 from pretrain import PretrainConfig, pretraining_jobs
 from tests.conftest import error_line, losses, run_script
@@ -315,6 +314,8 @@ def test_growth_in_stages_is_added_to_a_study(text, tmp_path):
     with pytest.raises(UserError, match="midas-reset holds stages made with other settings: stages is 4 there and 2"):
         record(replace(plain, staged=("midas",), stages=2))
     with pytest.raises(UserError, match="holds stages made with other settings: max_flops is "):
+        record(replace(plain, max_flops=2e12, seeds=(43,)))  # the runs of all seeds are in one table
+    with pytest.raises(UserError, match="holds stages made with other settings: max_flops is "):
         record(replace(plain, max_flops=2e12))
 
 
@@ -485,7 +486,7 @@ def test_a_study(text, tmp_path, refusal, capsys):
 def test_a_damaged_recipe_is_named(tmp_path, content):
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(UserError) as error:
-        record_recipe(tmp_path / "recipe.json", [Job(tmp_path, [])], size="tiny")
+        record_recipe(tmp_path / "recipe.json", [tmp_path], size="tiny")
     assert str(error.value).startswith(f"{tmp_path}/recipe.json")
     assert "remove it: the finished stages then count as made with these settings" in str(error.value)
     assert (tmp_path / "recipe.json").read_text() == content

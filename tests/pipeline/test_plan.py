@@ -23,6 +23,14 @@ def test_defaults_come_from_the_recipe():
     assert (pretraining.sample_tokens, pretraining.prefix_tokens) == (256, 0)
 
 
+def test_a_micro_batch_is_at_most_the_samples_of_a_process():
+    """256 samples of up to 1,024 + 256 tokens."""
+    for processes, tokens in ((8, 8192), (64, 4 * 1280), (100, 3 * 1280), (256, 1280)):
+        assert read_plan(PlanConfig(size="7b", processes=processes))[0].max_tokens_per_microbatch == tokens
+    plan, _ = read_plan(PlanConfig(size="7b", recipe="stack", processes=8))
+    assert plan.max_tokens_per_microbatch == read_config("size", "7b")["stack"]["max_tokens_per_microbatch"]
+
+
 def test_a_checkpoint_with_the_recipe_of_a_size(checkpoint):
     """As in `make train INIT=… SIZE=7b`: the shape is that of the checkpoint, how it is trained that of the size."""
     plan, recipe = read_plan(PlanConfig(size="7b", init=str(checkpoint), processes=8))

@@ -1,4 +1,5 @@
 """The targets of make: their commands, in order, and how variables arrive."""
+import json
 import os
 import re
 import shlex
@@ -143,6 +144,30 @@ def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
     assert "torchrun --standalone --nproc_per_node 2 evaluate.py --checkpoint some/dir" in text
     assert "--suite none" in text
     assert "--text" not in text
+
+
+def test_init_is_what_the_chain_was_trained_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("my")
+    for start, given, accepted in (("my/model", "my/model", True), ("my/model", "link/model", True),
+                                   ("runs/tiny/stack/m0", "my/model", False), ("org/name", "org/name", True),
+                                   ("a/model", "b/model", False)):
+        (tmp_path / "chain/m1-simp").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "chain/m1-simp/run.json").write_text(json.dumps({"settings": {"init": start}}))
+        for target in ("train", "evaluate"):
+            variables = {"TASK": "empd", "SIZE": "tiny", "INIT": given, "OUT": "chain"}
+            if accepted:
+                assert any("m2-empd" in line for line in commands(target, **variables))
+            else:
+                with pytest.raises(UserError, match=f"chain/m1-simp was trained from {start}, and INIT is {given}: "):
+                    commands(target, **variables)
+
+
+def test_arguments_of_an_evaluation_are_not_those_of_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the stage is missing
+    *_, training, evaluation = commands("evaluate", TASK="simp", ARGS="--out x")
+    assert "--out x" not in training
+    assert evaluation.endswith("--out x")
 
 
 def test_the_experiment_and_its_report():
@@ -443,7 +468,7 @@ def test_help_needs_no_packages():
     assert make("help").stdout == result.stdout
     for name in (*COMMANDS, *known("size"), *known("method"), *known("eval"), *known("task")):
         assert re.search(rf"\b{name}\b", result.stdout), name
-    names = re.findall(r'get\("(\w+)"', SOURCES)
+    names = re.findall(r'get\("([A-Z_]+)"', SOURCES)
     assert not {name for name in names if name not in result.stdout} - {"GIVEN", "GOALS"}
 
 
