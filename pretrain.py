@@ -129,6 +129,9 @@ def level_job(cfg: PretrainConfig, flags: Sequence[object]) -> Job:
     held_out_loss(cfg.init)  # it has to be a finished run of train.py
     record = read_record(cfg.init)
     used, flops = record["settings"], record["lineage"]["flops"]
+    if cfg.seed != used["seed"]:
+        raise UserError(f"{cfg.init} was trained with the seed {used['seed']}, whose order of samples is continued: "
+                        f"give --seed {used['seed']}")
     rate = used["learning_rate"] * (1 if used["lr_scheduler_type"] == "constant" else used["min_lr_ratio"])
     if not rate:
         raise UserError(f"{cfg.init} was trained with min_lr_ratio 0, so that its learning rate ended at 0: there "

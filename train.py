@@ -113,6 +113,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
     if not state.step:
         state.eval_loss_before = state.eval_loss_after = evaluate_and_log(run, engine, data.eval, state, log)
         state.text_loss_before = evaluate_and_log(run, engine, data.held_out, state, log, "text_loss")
+    run.request.defers = True  # from now on there is something to save
     saver.check(state, data.steps, save=False)
     flops_per_token = training_flops(1, run.model_config, run.trained)
     for step in range(state.step, data.steps):

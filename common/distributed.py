@@ -61,8 +61,13 @@ class Distributed:
         else:
             self.device = torch.device("cpu")
         launcher_number("MASTER_PORT", None, below=1 << 16)
-        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                      timeout=self.timeout)
+        try:
+            torch_dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                          timeout=self.timeout)
+        except torch_dist.DistError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"cannot meet the other processes at {place} ({str(error).splitlines()[0]:.200}): choose "
+                            "another port, or check the address and that all processes were started") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

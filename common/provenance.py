@@ -1,4 +1,5 @@
 """Provenance of runs and checkpoints: commit, package versions, digests, lineage. run.json and growth.json."""
+import os
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -6,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from common.configs import ROOT
 from common.files import UserError, digest, read_json, write_json
 
 TemplateName = Literal["alpaca", "chat"]  # of the prompts of tasks, see corpus/prompts.py
@@ -26,10 +28,11 @@ DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "r
 
 
 def git_commit() -> str | None:
-    """The commit of this program, with "-dirty" if files have changed since; None outside a repository."""
+    """The commit of this program, with "-dirty" if files have changed since; None outside a repository of its own."""
+    inside = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # another repository may contain it
     try:
         result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
-                                cwd=Path(__file__).parent, capture_output=True, check=True)
+                                cwd=ROOT, env=inside, capture_output=True, check=True)
         return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -9,13 +9,15 @@ import time
 class StopRequest:
     """A context manager that turns SIGTERM and SIGINT into a request to stop; `signal` is the signal's name or None.
 
-    The loop honours the first signal after its step. A second one ends the process at once, unless it comes within two
-    seconds: launchers forward a signal that the terminal has sent to every process already. A thread listens for
-    signals, since Python runs its own handlers only after the current call returns, and that call may hang.
+    Once `defers` is set, the loop honours the first signal after its step. Before that a signal ends the process at
+    once, and afterwards a second one, unless it comes within two seconds: launchers forward a signal that the terminal
+    has sent to every process already. A thread listens for signals, since Python runs its own handlers only after the
+    current call returns, and that call may hang.
     """
 
     def __enter__(self) -> "StopRequest":
         self.signal: str | None = None
+        self.defers = False
         self.since = 0.0
         self.receiver, self.sender = socket.socketpair()
         self.sender.setblocking(False)
@@ -35,7 +37,16 @@ class StopRequest:
         while received := self.receiver.recv(1):
             if received[0] not in self.handlers:
                 continue
-            if self.signal and time.monotonic() - self.since > 2:
+            name = signal.Signals(received[0]).name
+            if not self.defers or self.signal and time.monotonic() - self.since > 2:
+                say(f"ended by {name}")
                 os._exit(128 + received[0])
             if not self.signal:
-                self.signal, self.since = signal.Signals(received[0]).name, time.monotonic()
+                self.signal, self.since = name, time.monotonic()
+                say(f"{name}: stopping after this step; a second signal ends the run at once")
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{line}\n".encode())

@@ -144,7 +144,8 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
     print_values("speed", "tokens/s", 0, *speeds)
     print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
     samples = (settings["max_train_samples"] or 0) * settings["num_train_epochs"]
-    if total := cfg.tokens or settings["max_tokens"] or samples * cfg.sample_tokens:
+    of_flops = (settings["max_flops"] or 0) / plan.config.flops(1)
+    if total := cfg.tokens or settings["max_tokens"] or of_flops or samples * cfg.sample_tokens:
         times = dict.fromkeys(format_duration(total / speed) for speed in reversed(speeds))
         print_row(f"{int(total):,} tokens", " to ".join(times), "")
 

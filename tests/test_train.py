@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from common.distributed import free_port
 from common.dtypes import resolve_dtype
+from common.files import read_json
 from corpus.prompts import PROMPT, open_template
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
@@ -382,6 +383,15 @@ def test_a_finished_run_is_not_repeated(train, finished):
     assert "is finished already, nothing to do" in result.stdout
     assert f"checkpoint: {out}" in result.stdout
     assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_of_another_version(train, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "m1")
+    run = read_json(out / "run.json")
+    del run["result"]["peak_memory_bytes"]
+    (out / "run.json").write_text(json.dumps(run))
+    line = error_line(train(out, check=False))
+    assert f"{out}/run.json is damaged or not the record of a finished run of this version" in line
 
 
 def test_a_finished_run_does_not_need_its_parent(train, checkpoint, tmp_path):

@@ -65,6 +65,12 @@ def replay_indices(seed: int, size: int, step: int, share: float, batch_size: in
     return sample_indices(seed, size, int(step * share * batch_size), int((step + 1) * share * batch_size))
 
 
+def draw_indices(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
+    """As `replay_indices`, but with replacement: an order of all windows of a pretraining text would take gigabytes."""
+    count = int((step + 1) * share * batch_size) - int(step * share * batch_size)
+    return np.random.default_rng([seed, step]).integers(size, size=count).tolist()
+
+
 def plan_microbatches(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[int]:
     """Boundaries [0, …, len(lengths)] that cut rows, sorted from long to short, into micro-batches.
 

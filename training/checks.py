@@ -47,6 +47,7 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
     of_earlier = [task["data"] for task in fields["earlier_tasks"]]
     for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *of_earlier)):
         check_same_on_all_ranks(path, dist)
+    dist.on_all_ranks(lambda: None if dist.local_rank or not dist.rank else check_source_digests(cfg, source, fields))
     is_resumed = dist.on_rank0(lambda: bool(saved_states(partial_directory(cfg.out))))
     if not cfg.task and not is_resumed:  # reading terabytes again at each restart would take hours
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
@@ -90,18 +91,14 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
     check_length(cfg, config, of_data, lineage, trained)
-    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type,
-                             "tokenizer_digest": tokenizer_digest(source)}
+    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
     earlier = earlier_tasks(cfg, of_data, lineage)
     if cfg.rehearsal:
         facts["rehearsed"] = [task["data_digest"] for task in earlier]
     if cfg.replay_share:
         facts["replay_digest"] = text_digest("replay_text", str(cfg.replay_text), cfg, source)
-    parent = checkpoint_digest(source) if cfg.init else None
-    facts |= start_digest(cfg, lineage, parent)
-    if side_files := find_side_files(cfg, source, lineage):
-        facts["side_digest"] = digest(side_files)
-    record = describe(settings, parent, of_data, **facts)
+    side_files = find_side_files(cfg, source, lineage)
+    record = describe(settings, data_digest=of_data, **facts, **source_digests(cfg, source, lineage))
     if is_finished(cfg.out, record, defaults):
         return None
     record |= held_out_digest(cfg, source)
@@ -111,6 +108,22 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
     return resolved, {"lineage": lineage, "record": record, "trained": trained,
                      "first_sample": first_sample(cfg, of_data, lineage), "layer_map": layer_map,
                      "earlier_tasks": tuple(earlier), "side_files": tuple(path.name for path in side_files)}
+
+
+def source_digests(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> dict[str, str | None]:
+    """The entries of run.json that identify what the ranks read from the initial checkpoint and from m0."""
+    parent = checkpoint_digest(source) if cfg.init else None
+    side_files = find_side_files(cfg, source, lineage)
+    return {"parent_digest": parent, "tokenizer_digest": tokenizer_digest(source), **start_digest(cfg, lineage, parent),
+            **({"side_digest": digest(side_files)} if side_files else {})}
+
+
+def check_source_digests(cfg: TrainConfig, source: Path, fields: Mapping[str, Any]) -> None:
+    """Raises UserError if this node has other copies of what rank 0 has read, whose record is in `fields`."""
+    for name, found in source_digests(cfg, source, fields["lineage"]).items():
+        if found != fields["record"].get(name):
+            raise UserError(f"{DIGESTS[name]} of {cfg.init or cfg.data} are not the same on all nodes: copy them there "
+                            "again, or use a shared folder")
 
 
 def check_compiler() -> None:

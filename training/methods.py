@@ -8,7 +8,7 @@ the checkpoint.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +256,7 @@ def side_file(cfg: TrainConfig) -> str:
     return FISHER if cfg.ewc_strength else MOMENTS if cfg.carry_moments else ""
 
 
-def find_side_files(cfg: TrainConfig, source: Path, lineage: dict[str, Any]) -> list[Path]:
+def find_side_files(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> list[Path]:
     """The side files that a run reads from the initial checkpoint. Raises UserError if required ones are missing."""
     name = side_file(cfg)
     paths = find_parameter_files(source, name) if name else []

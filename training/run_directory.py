@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, explain_os_errors, lock, read_json, remove, write_json
+from common.files import UserError, explain_os_errors, lock, parsing, read_json, remove, write_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
-from common.provenance import differences, read_record, write_record
+from common.provenance import RUN, differences, read_record, write_record
 from training.run import Run, partial_directory
 
 BAR = 20  # characters of the bar of the largest change
@@ -213,14 +213,15 @@ def print_result(out: str | Path) -> None:
     """Prints the result of a finished run: test examples, speed, losses before and after, the path."""
     record = read_record(out)
     result = record["result"]
-    for index, example in enumerate(result["examples"], 1):
-        for name, text in (("input", example["input"]), ("reference", example["output"]),
-                           ("model", example["prediction"])):
-            print(f"example {index} {name:>9}: {' '.join(text.split())}")
-    print(f"{result['steps']} steps, {result['tokens']:,} tokens in {format_duration(result['seconds'])} "
-          f"({result['tokens_per_s']:,.0f} tokens/s), "
-          f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
-    print(*loss_lines(result, record["settings"].get("task")), f"checkpoint: {out}", sep="\n", flush=True)
+    with parsing(Path(out) / RUN, "the record of a finished run of this version"):
+        for index, example in enumerate(result["examples"], 1):
+            for name, text in (("input", example["input"]), ("reference", example["output"]),
+                               ("model", example["prediction"])):
+                print(f"example {index} {name:>9}: {' '.join(text.split())}")
+        print(f"{result['steps']} steps, {result['tokens']:,} tokens in {format_duration(result['seconds'])} "
+              f"({result['tokens_per_s']:,.0f} tokens/s), "
+              f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB a process")
+        print(*loss_lines(result, record["settings"].get("task")), f"checkpoint: {out}", sep="\n", flush=True)
 
 
 def loss_lines(result: Mapping[str, Any], task: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Process groups, requests to stop, and the data type of a machine."""
 import os
 import re
+import socket
 from unittest import mock
 
 import pytest
@@ -77,6 +78,18 @@ def test_bad_variables_of_a_launcher_are_refused(monkeypatch, environment, messa
         pass
 
 
+def test_a_busy_port_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"cannot meet the other processes at 127.0.0.1:{port} .*EADDRINUSE"), \
+                Distributed():
+            pass
+
+
 def test_omp_num_threads_is_respected():
     code = "import torch; from common.distributed import Distributed\n" \
            "with Distributed(): print(torch.get_num_threads())"
@@ -101,12 +114,22 @@ def test_processes_share_the_cores_of_a_node(monkeypatch, given, processes, set_
 def test_a_second_signal_ends_the_process_at_once():
     code = ("import os, signal, time; from common.stop_request import StopRequest\n"
             "with StopRequest() as request:\n"
+            "    request.defers = True\n"
             "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.5)\n"
             "    print(request.signal, flush=True)  # a launcher's copy of the first signal does not count\n"
             "    request.since -= 3\n"
             "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still running')")
     result = run_script("-c", code, check=False)
     assert (result.returncode, result.stdout) == (128 + 15, "SIGINT\n")
+    assert result.stderr.splitlines() == ["SIGINT: stopping after this step; a second signal ends the run at once",
+                                          "ended by SIGTERM"]
+
+
+def test_a_signal_ends_a_process_that_has_nothing_to_save():
+    code = ("import os, signal, time; from common.stop_request import StopRequest\n"
+            "with StopRequest(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still running')")
+    result = run_script("-c", code, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (128 + 15, "", "ended by SIGTERM\n")
 
 
 @pytest.mark.parametrize(("gpu", "supported", "dtype"), [

@@ -154,10 +154,13 @@ def test_a_model_whose_rate_ended_at_zero_is_not_trained_on(text, tmp_path, refu
     m0 = tmp_path / "m0"
     m0.mkdir()
     (m0 / "run.json").write_text(json.dumps({
-        "settings": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.0},
+        "settings": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.0, "seed": 7},
         "lineage": {"flops": 1e9}, "result": {"eval_loss_after": 4.0}}))
-    line = refusal((PretrainConfig, pretrain.main), "--size", "tiny", "--model", "llm", "--data", text, "--out",
-                   tmp_path / "level", "--init", m0, "--level_with", m0)
+    words = ["--size", "tiny", "--model", "llm", "--data", text, "--out", tmp_path / "level", "--init", m0,
+             "--level_with", m0]
+    line = refusal((PretrainConfig, pretrain.main), *words)
+    assert f"{m0} was trained with the seed 7, whose order of samples is continued: give --seed 7" in line
+    line = refusal((PretrainConfig, pretrain.main), *words, "--seed", "7")
     assert f"{m0} was trained with min_lr_ratio 0, so that its learning rate ended at 0" in line
 
 

@@ -19,14 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.distributed import free_port
-from common.files import UserError
+from common.files import UserError, read_json
 from common.provenance import differences
+from model.checkpoint import checkpoint_digest
 from model.parameter_files import ParameterFiles
 from tests.conftest import ROOT, TORCHRUN, error_line, losses, read_metrics
 from train import main
 from training import resume
 from training.batches import GlobalBatch
-from training.checks import compare_digests
+from training.checks import check_source_digests, compare_digests, source_digests
 from training.deepspeed_config import deepspeed_config
 from training.run_directory import claim, read_state, write_state
 from training.train_config import TrainConfig
@@ -185,6 +186,38 @@ def test_ranks_with_different_data_are_refused(train, simp_file, tmp_path):
     assert "on rank 1" in lines[0]
     with pytest.raises(UserError, match="aa on rank 0, bb on rank 2"):
         compare_digests("data", ["aa", "aa", "bb"])
+
+
+def test_nodes_with_different_checkpoints_are_refused(train, checkpoint, tmp_path):
+    """Two processes with one device each, as on two nodes."""
+    for rank in "01":
+        shutil.copytree(checkpoint, tmp_path / rank / "m0")
+    tokenizer = tmp_path / "1/m0/tokenizer_config.json"
+    tokenizer.write_text(json.dumps(read_json(tokenizer) | {"model_max_length": 7}))
+    patch = (f"import os; os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+             "os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')")
+    result = train(tmp_path / "m1", init="m0", launcher=2, check=False, patch=patch)
+    line, = (line for line in result.stderr.splitlines() if line.startswith("error"))
+    assert "the tokenizer files of m0 are not the same on all nodes: copy them there again, or use a shared" in line
+    assert "(on rank 1)" in line
+
+
+def test_all_that_a_run_reads_from_a_checkpoint_is_compared(checkpoint, tmp_path):
+    m0, m1 = (shutil.copytree(checkpoint, tmp_path / name) for name in ("m0", "m1"))
+    fisher = m1 / "fisher-00001-of-00001.safetensors"
+    fisher.write_bytes(b"Fisher")
+    cfg = TrainConfig(init=str(m1), ewc_strength=1.0, input_kl=1.0)
+    lineage = {"tasks": [{"task": "simp"}], "start": {"init": str(m0), "digest": checkpoint_digest(m0)}}
+    fields = {"lineage": lineage, "record": source_digests(cfg, m1, lineage)}
+    check_source_digests(cfg, m1, fields)
+    for path, message in ((m1 / "model.safetensors", "the initial weights"), (m1 / "tokenizer.json", "the tokenizer"),
+                          (fisher, "the posterior, Fisher information or moments"),
+                          (m0 / "model.safetensors", "started from, has changed")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=message):
+            check_source_digests(cfg, m1, fields)
+        path.write_bytes(content)
 
 
 SPIKES = "--max_steps", "16", "--skip_loss_above", "0.98", "--learning_rate", "1e-3"

@@ -1,0 +1,26 @@
+"""The provenance of runs."""
+import shutil
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+
+def test_the_commit_is_that_of_the_program_itself(tmp_path):
+    """Not that of another repository that contains it, such as one with an unpacked archive."""
+    program = tmp_path / "other/program"
+    shutil.copytree(ROOT / "common", program / "common")
+
+    def run(*words, folder=program):
+        return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit(folder):
+        run("git", "init", "-q", folder=folder)
+        run("git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x", folder=folder)
+        return run("git", "rev-parse", "HEAD", folder=folder)
+
+    code = "from common.provenance import git_commit; print(git_commit())"
+    commit(tmp_path / "other")
+    assert run(sys.executable, "-c", code) == "None"
+    own = commit(program)
+    assert run(sys.executable, "-c", code) == own
