@@ -5,6 +5,8 @@ import socket
 import threading
 import time
 
+STOPPED = 75  # exit status of a stopped run that resumes when started again (EX_TEMPFAIL of sysexits.h)
+
 
 class StopRequest:
     """A context manager that turns SIGTERM and SIGINT into a request to stop; `signal` is the signal's name or None.
@@ -40,7 +42,7 @@ class StopRequest:
             name = signal.Signals(received[0]).name
             if not self.defers or self.signal and time.monotonic() - self.since > 2:
                 say(f"ended by {name}")
-                os._exit(128 + received[0])
+                os._exit(128 + received[0] if self.defers else STOPPED)
             if not self.signal:
                 self.signal, self.since = name, time.monotonic()
                 say(f"{name}: stopping after this step; a second signal ends the run at once")

@@ -21,6 +21,7 @@ import torch
 
 from common.files import UserError, digest, explain_os_errors, parsing, sync
 from common.provenance import read_record
+from common.stop_request import STOPPED
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_finite_weights
 from training.run import Run
@@ -37,7 +38,6 @@ from training.zero_shards import (
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-STOPPED = 75  # exit status of a stopped run that resumes when started again (EX_TEMPFAIL of sysexits.h)
 MASTER = "master"  # kind of the fp32 weights; the other kinds have the optimizer's names, such as exp_avg
 
 
