@@ -159,15 +159,16 @@ def test_runs_that_were_not_fine_tuned_alike_are_named(tmp_path):
     assert not any("alike" in line for line in others)
     first, *_ = first_lines(make_report(tmp_path / "table", results=tmp_path / "alike/stages.csv"))
     assert "unknown learning rates (learning not matched)" in first
-    for path in runs.glob("pair-[12]/stack/m1-simp/run.json"):
-        run = read_json(path)
-        run["settings"] |= {"learning_rate": 0.01, "num_train_epochs": 3.0, "weight_decay": 0.1}
-        path.write_text(json.dumps(run | {"data_digest": "other"}))
+    for path in runs.glob("*/*/m1-simp/run.json"):
+        run, is_other = read_json(path), "stack" in path.parts and "pair-3" not in path.parts
+        if is_other:
+            run["settings"] |= {"learning_rate": 0.01, "num_train_epochs": 3.0, "weight_decay": 0.1}
+        path.write_text(json.dumps(run | {"data_digest": "b" if is_other else "a"}))
     first, *others = first_lines(text := make_report(tmp_path / "out", runs=runs))
     assert "at learning rates from 0.0003 to 0.01 (learning not matched)" in first
     assert any(line.startswith("Not all of these runs were fine-tuned alike") for line in others)
-    assert ("- pair 1, stack, m1-simp; pair 2, stack, m1-simp: not trained as pair 1, llm, m1-simp: learning_rate 0.01 "
-            "and 0.0003, num_train_epochs 3.0 and 1.0\n") in text  # the data of the other run are not known
+    assert ("- pair 1, stack, m1-simp; pair 2, stack, m1-simp: not trained as pair 1, llm, m1-simp: data b and a, "
+            "learning_rate 0.01 and 0.0003, num_train_epochs 3.0 and 1.0\n") in text  # the other weight decay is unknown
 
 
 def section(text, title):

@@ -154,10 +154,10 @@ def test_init_is_what_the_chain_was_trained_from(tmp_path, monkeypatch):
                                    ("a/model", "b/model", False)):
         (tmp_path / "chain/m1-simp").mkdir(parents=True, exist_ok=True)
         (tmp_path / "chain/m1-simp/run.json").write_text(json.dumps({"settings": {"init": start}}))
-        for target in ("train", "evaluate"):
-            variables = {"TASK": "empd", "SIZE": "tiny", "INIT": given, "OUT": "chain"}
+        for target, task in (("train", "empd"), ("evaluate", "empd"), ("evaluate", "simp")):
+            variables = {"TASK": task, "SIZE": "tiny", "INIT": given, "OUT": "chain"}
             if accepted:
-                assert any("m2-empd" in line for line in commands(target, **variables))
+                assert any(f"-{task}" in line for line in commands(target, **variables))
             else:
                 with pytest.raises(UserError, match=f"chain/m1-simp was trained from {start}, and INIT is {given}: "):
                     commands(target, **variables)
