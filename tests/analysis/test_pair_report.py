@@ -168,7 +168,7 @@ def test_runs_that_were_not_fine_tuned_alike_are_named(tmp_path):
     assert "at learning rates from 0.0003 to 0.01 (learning not matched)" in first
     assert any(line.startswith("Not all of these runs were fine-tuned alike") for line in others)
     assert ("- pair 1, stack, m1-simp; pair 2, stack, m1-simp: not trained as pair 1, llm, m1-simp: data b and a, "
-            "learning_rate 0.01 and 0.0003, num_train_epochs 3.0 and 1.0\n") in text  # the other weight decay is unknown
+            "learning_rate 0.01 and 0.0003, num_train_epochs 3.0 and 1.0\n") in text
 
 
 def section(text, title):
