@@ -10,6 +10,7 @@ weights, data and settings are kept.
 """
 import common.interrupts
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from common import scripts
 from common.configs import CONFIGS, read_config
 from common.distributed import Distributed
 from common.dtypes import TORCH_DTYPES, resolve_dtype
-from common.files import UserError, check_writable, digest, parsing, read_json
+from common.files import UserError, check_writable, digest, parsing, read_json, sole_use
 from common.provenance import DEFAULT_TEMPLATE, TemplateName, last_template, read_lineage
 from corpus.prompts import open_template
 from corpus.tasks import first_items, read_task
@@ -53,10 +54,12 @@ def main(cfg: EvaluateConfig) -> None:
 
     def prepare() -> str:
         nonlocal evaluation
+        claimed.enter_context(sole_use(results_folder(cfg, fetch_checkpoint(cfg.checkpoint))))
         evaluation = prepare_evaluation(cfg)
         return evaluation.run["dtype"]
 
-    with Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
+    with contextlib.ExitStack() as claimed, \
+            Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
         dtype = TORCH_DTYPES[dist.on_rank0(prepare)]
 
         def load(name: str) -> Transformer:
@@ -110,7 +113,7 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     """
     checkpoint = open_checkpoint(fetch_checkpoint(cfg.checkpoint), require_eos=True)
     source, config = checkpoint.directory, checkpoint.config
-    out = Path(cfg.out or source / "eval")
+    out = results_folder(cfg, source)
     check_writable(out)
     posterior = find_parameter_files(source, POSTERIOR) if cfg.posterior_samples else []
     if cfg.posterior_samples and not open_side_files(posterior, POSTERIOR, source, config):
@@ -141,6 +144,11 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
                               config.max_position_embeddings, [
             (source, ("weights", cfg.seed, number)) for number in range(cfg.posterior_samples)])
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
+
+
+def results_folder(cfg: EvaluateConfig, source: Path) -> Path:
+    """The folder for the results of a checkpoint in the directory `source`."""
+    return Path(cfg.out or source / "eval")
 
 
 def check_same_weights(out: Path, checkpoint_digest: str) -> None:

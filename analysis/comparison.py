@@ -259,3 +259,20 @@ def trained_otherwise(stages: Sequence[Stage], names: Sequence[str], unit: str =
                 text = ", ".join(f"{name} {shown(trained[name])} and {shown(reference[name])}" for name in differing)
                 found.setdefault((title_of(other, unit), text), []).append(title_of(stage, unit))
     return [f"{'; '.join(titles)}: not trained as {other}: {text}" for (other, text), titles in found.items()]
+
+
+def lacking_losses(stages: Sequence[Stage], unit: str = "pair") -> list[str]:
+    """Sentences on the evaluated stages that lack losses, or divergences from m0, which another stage of the same
+    number has. unit: see pair_name."""
+    expected: dict[int, dict[str, None]] = {}
+    for stage in stages:
+        expected.setdefault(stage.number, {}).update(dict.fromkeys(measured_losses(stage)))
+    return [f"{title_of(stage, unit)} lacks {', '.join(lacking)}, which other stages have" for stage in stages
+            if stage.losses or stage.benchmarks or stage.tasks
+            if (lacking := [name for name in expected[stage.number] if name not in measured_losses(stage)])]
+
+
+def measured_losses(stage: Stage) -> list[str]:
+    """What sentences call the losses of a stage, and the divergences from m0."""
+    return [f"the {what} of {name}" for name, losses in stage.losses.items()
+            for what in ("loss", "KL")[:1 if losses.kl is None else 2]]

@@ -279,12 +279,14 @@ def level_section(study: Study, primary: str) -> Section:
         for rate in study.rates:
             levels = [[one.value for pair in study.pairs if (one := study.values(name, pair, model, rate, study.last))]
                       for name in names]
-            if any(levels):
-                rows.append([model, rate or "–", max(map(len, levels)),
-                             *(f"{sum(one) / len(one):.4f}" if one else "–" for one in levels)])
-    return ("Forgetting and learning by model", f"After {study.stages[-1]}, means over the pairs that a model has; "
+            if pairs := max(map(len, levels)):
+                rows.append([model, rate or "–", pairs, *(
+                    f"{statistics.fmean(one):.4f}{'' if len(one) == pairs else f' (of {len(one)})'}" if one else "–"
+                    for one in levels)])
+    note = (f"After {study.stages[-1]}, means over the pairs that a model has, or (of) as many as have the measure; "
             "positive is forgetting. Rows with other numbers of pairs are not to be compared: the differences above "
-            "are within pairs.\n\n" + markdown_table(["model", "rate", "pairs", *names], rows))
+            "are within pairs.\n\n")
+    return "Forgetting and learning by model", note + markdown_table(["model", "rate", "pairs", *names], rows)
 
 
 def flip_section(study: Study, rate: str) -> list[Section]:

@@ -14,6 +14,7 @@ from analysis.comparison import (
     OF_METHODS,
     Chain,
     drop_unlike_items,
+    lacking_losses,
     pair_name,
     stage_names,
     title_of,
@@ -62,7 +63,9 @@ class Study:
         """stages: of all pairs, models and rates, with one method. Raises UserError if their chains are not of the same
         tasks in the same order."""
         self.named, self.unit, self.of, self.compared = named, unit, of, (grown, reference)
-        stages, self.left_out = drop_unlike_items(stages, unit)
+        lacking = lacking_losses(stages, unit)
+        stages, unlike = drop_unlike_items(stages, unit)
+        self.left_out = lacking + unlike
         self.rates = rates_of(stages)
         self.left_out += [f"{title_of(stage, unit)}: not used, since it is not in the folder of a learning rate"
                           for stage in stages if stage.number and (stage.rate or "") not in self.rates]

@@ -13,7 +13,7 @@ import numpy as np
 from analysis.stages import BENCHMARKS, CHOICE_METRICS, TASKS, Calibration, Choices, ItemLosses, Stage
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.configs import known, read_config, read_toml
-from common.files import UserError, finite_float, is_number, parsing
+from common.files import UserError, finite_float, is_number, parsing, walk
 from common.metrics_log import read_log
 from common.provenance import DEFAULT_TEMPLATE, RUN, read_record, wrong_types
 from evaluation.conditions import Conditions, benchmark_conditions, shown, task_conditions, unlike
@@ -46,7 +46,8 @@ RESULT_TYPES: dict[str, type | tuple[type, ...]] = {"seconds": (int, float), "se
 def read_runs(folder: str | Path) -> list[Stage]:
     """The stages in a folder of runs, in the directories
     <…>/[pair-<n>/]<model>/[<method>/][rate-<rate>/][seed-<n>/]m<k>[-<task>]/."""
-    stages = [read_stage(path, int(match[1]), match[2]) for path in sorted(Path(folder).rglob("m[0-9]*"))
+    found = sorted(root / name for root, folders, _ in walk(folder) for name in folders if STAGE.fullmatch(name))
+    stages = [read_stage(path, int(match[1]), match[2]) for path in found
               if (match := STAGE.fullmatch(path.name)) and ((path / "eval").is_dir() or read_record(path))]
     if not any(stage.benchmarks or stage.tasks or stage.losses for stage in stages):
         raise UserError(f"{folder} holds no evaluated runs: expected <model>/m<k>-<task>/eval with results_*.json, "

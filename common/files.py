@@ -14,11 +14,12 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 WRITING = ".writing"  # the end of the names of temporary siblings
 JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number",
@@ -224,6 +225,51 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         reason = reasons.get(error.errno or 0, error.strerror or first_line(error))
         final = re.sub(rf"\.([^/]+)\.[0-9a-f]{{8}}{re.escape(WRITING)}", r"\1", str(path))  # not the temporary sibling
         raise UserError(f"cannot write {final}{where}: {reason}; existing files are unchanged") from None
+
+
+def walk(folder: str | Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields (path, names of folders, names of files) of a folder and all folders in it, through links, too, and
+    without hidden ones.
+
+    Raises UserError for a folder that cannot be read, or that is a link to a folder that contains it.
+    """
+    def fail(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in folders):
+            if path.is_symlink() and path.resolve() in [parent.resolve() for parent in path.parents]:
+                raise UserError(f"{path} is a link to a folder that contains it: remove it")
+        yield Path(root), folders, [name for name in names if not name.startswith(".")]
+
+
+@contextmanager
+def sole_use(folder: str | Path) -> Iterator[None]:
+    """Makes a folder and locks it for this process within the block. What was made and is still empty is removed at the
+    end. Raises UserError if another process has locked it."""
+    folder = Path(folder)
+    with explain_os_errors(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor: int | None = None
+    try:
+        descriptor = lock(folder)
+    except BlockingIOError:
+        raise UserError(f"another process is using {folder}: wait until it ends, or stop it") from None
+    except FileNotFoundError:  # the other process has just renamed it
+        pass
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): do not start this twice at the same time",
+              file=sys.stderr)
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # fails if it is not empty
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_writable(folder: str | Path) -> None:

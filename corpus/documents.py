@@ -13,11 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
-from common.files import UserError, first_line, parse_json
+from common.files import UserError, first_line, parse_json, walk
 
 VALIDATION_PER_MILLE = 10  # documents per thousand that are held out for validation
 CONVERTED = "refs/convert/parquet"  # the branch of a dataset on the Hub to which its files are converted
@@ -56,21 +56,9 @@ def read_documents(source: str, text_column: str = "text", dataset_config: str |
 
 
 def find_text_files(folder: Path) -> list[Path]:
-    """The .txt and .jsonl files in a folder and its subfolders, in the order of their paths; no hidden ones.
-
-    Raises UserError for a subfolder that cannot be read, or that is a link to a folder that contains it.
-    """
-    def fail(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
-
-    files = []
-    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(root, name) for name in folders):
-            if path.is_symlink() and path.resolve() in [parent.resolve() for parent in path.parents]:
-                raise UserError(f"{path} is a link to a folder that contains it: its files would be read many times")
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted((file for file in files if file.suffix in TEXT_SUFFIXES), key=str)
+    """The .txt and .jsonl files in a folder and its subfolders, in the order of their paths; no hidden ones."""
+    return sorted((root / name for root, _, names in walk(folder) for name in names
+                   if Path(name).suffix in TEXT_SUFFIXES), key=str)
 
 
 def read_text_file(path: Path, column: str) -> Iterator[str]:

@@ -127,10 +127,15 @@ def with_parts(benchmark: Benchmark) -> list[Benchmark]:
     if wrong := [value for value in values if not isinstance(value, str | int | float)]:
         raise UserError(f"{benchmark.file}: an item has no {benchmark.by!r}, by which {benchmark.name} is divided, "
                         f"or it is neither text nor a number: {wrong[0]!r:.80}")
-    return [benchmark] + [
-        dataclasses.replace(benchmark, name=re.sub(r"\W+", "_", f"{benchmark.name}_{value}"), label=str(value), by=None,
-                            part_of=benchmark.name, where={benchmark.by: value})
-        for value in sorted(set(values), key=str)]
+    parts: dict[str, Benchmark] = {}
+    for value in sorted(set(values), key=str):
+        name = re.sub(r"\W+", "_", f"{benchmark.name}_{value}")
+        if name in parts:
+            raise UserError(f"{benchmark.file}: the values {parts[name].label!r} and {str(value)!r} of "
+                            f"{benchmark.by!r} both make the name {name}: rename one of them")
+        parts[name] = dataclasses.replace(benchmark, name=name, label=str(value), by=None, part_of=benchmark.name,
+                                          where={benchmark.by: value})
+    return [benchmark, *parts.values()]
 
 
 class EvaluateLibrary:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import JSON_NAMES, UserError, is_number, parsing, read_json, read_json_lines, write_text
+from common.files import JSON_NAMES, UserError, is_number, parsing, read_json, read_json_lines, walk, write_text
 from common.provenance import wrong_types
 
 # Bounds of metrics that are checked. Other metrics may have any finite value.
@@ -91,6 +91,9 @@ def read_task_results(folder: str | Path) -> list[dict[str, Any]]:
             check_task_results(found, path)
         predictions = task_files(folder, found["task"])[1]
         lines = read_json_lines(predictions) if predictions.exists() else []
+        if lines and len(lines) != (samples := found.get("samples", len(lines))):
+            raise UserError(f"{predictions} has {len(lines)} samples and {path} is of {samples}: remove both, and "
+                            "evaluate the checkpoint again")
         with parsing(predictions, "a predictions file of evaluate.py"):
             scores = [dict(line.get("scores", {})) for line in lines]
         names = scores[0] if scores else ()
@@ -236,7 +239,8 @@ def results_files(folder: Path) -> list[Path]:
 
     lm-eval has written results_<date>.json, and results.json into a folder that may itself be called *.json.
     """
-    return sorted(path for path in folder.rglob("results*.json") if path.is_file())
+    return sorted(root / name for root, _, names in (walk(folder) if folder.is_dir() else ()) for name in names
+                  if name.startswith("results") and name.endswith(".json"))
 
 
 def read_results_file(path: Path) -> ResultsFile:

@@ -15,7 +15,7 @@ from analysis.measures import PRIMARY, check_measure, read_primary
 from analysis.pairs import Study
 from analysis.results import read_runs
 from common.configs import unknown_name
-from common.files import UserError
+from common.files import UserError, walk
 from common.provenance import RUN, read_record
 from common.scripts import run
 from common.settings import setting
@@ -38,8 +38,8 @@ class ExperimentPlanConfig:
 
 def training_seconds(folder: Path) -> float:
     """The seconds of training of all runs in a folder, by their run.json; epoch checkpoints do not count."""
-    results = [read_record(path.parent).get("result", {}) for path in sorted(folder.rglob(RUN))
-               if not path.parent.name.startswith("checkpoint-")]
+    results = [read_record(root).get("result", {}) for root, _, names in walk(folder)
+               if RUN in names and not root.name.startswith("checkpoint-")]
     return sum(result.get("seconds", 0.0) + result.get("seconds_after", 0.0) for result in results)
 
 
@@ -78,8 +78,9 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     """Prints what the pilot found, and how many pairs, items and hours find the effect."""
     found = pilot_difference(cfg)
     estimate, unit = found.estimate, found.measure.unit
-    folders = [folder for pair in found.of_pairs for folder in Path(cfg.runs).rglob(f"pair-{pair}")]
-    hours = sum(map(training_seconds, folders)) / 3600 / estimate.n
+    used = {f"pair-{pair}" for pair in found.of_pairs}
+    hours = sum(training_seconds(root / name) for root, folders, _ in walk(cfg.runs) for name in folders
+                if name in used) / 3600 / estimate.n
     low, high = estimate.interval
     print(f"pilot: {estimate.n} pairs, {found.measure.name} at {found.learning}, {found.contrast}: "
           f"{estimate.mean:+.4g} [{low:+.4g}, {high:+.4g}] {unit}\nstandard deviation between pairs: {estimate.sd:.4g}")

@@ -83,8 +83,8 @@ def run_command(command: Sequence[str]) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if status == -signal.SIGINT:
-        sys.exit(128 + signal.SIGINT)
+    if status == -signal.SIGINT or -status in received:
+        sys.exit(128 - status)
     if status < 0:
         raise UserError(f"{shlex.join(command)} was killed by signal {-status} (9: probably out of memory)")
     if status or received:
@@ -104,7 +104,8 @@ def submit_command(command: Sequence[str], script: Path, template: str, gpus: in
 
     The log is written next to the script. Raises UserError if the job cannot be submitted.
     """
-    values = {"NAME": script.stem, "LOG": str(script.with_suffix(".log").absolute()), "GPUS": str(gpus),
+    log = str(script.with_suffix(".log").absolute()).replace("%", "%%")  # %j is the number of the job
+    values = {"NAME": script.stem, "LOG": log, "GPUS": str(gpus),
               "LOGS": shlex.quote(str(script.parent.absolute())), "FOLDER": shlex.quote(str(Path.cwd())),
               "COMMAND": f"PYTHON={shlex.quote(sys.executable)} {shlex.join(command)}"}
     for name, value in values.items():

@@ -17,7 +17,7 @@ import evaluate
 from analysis.results import add_results
 from analysis.stages import Stage
 from common.configs import known, read_config
-from common.files import UserError, digest, read_json, read_json_lines
+from common.files import UserError, digest, read_json, read_json_lines, sole_use
 from corpus.prompts import open_template
 from evaluate import main, open_test_sets, prepare_evaluation
 from evaluation import benchmarks
@@ -63,6 +63,13 @@ def done(words, tmp_path_factory):
     """(folder of the results, printed output)."""
     out = tmp_path_factory.mktemp("eval")
     return out, run_script(*words, "--out", out).stdout
+
+
+def test_one_evaluation_at_a_time_writes_into_a_folder(words, tmp_path):
+    with sole_use(tmp_path / "eval"):
+        line = error_line(run_script(*words, "--out", tmp_path / "eval", launcher=[sys.executable], check=False))
+    assert f"another process is using {tmp_path}/eval: wait until it ends, or stop it" in line
+    assert not (tmp_path / "eval").exists()
 
 
 def results(folder):

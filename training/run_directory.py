@@ -9,12 +9,11 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, explain_os_errors, lock, parsing, read_json, remove, write_json
+from common.files import UserError, explain_os_errors, parsing, read_json, remove, sole_use, write_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import RUN, differences, read_record, write_record
@@ -25,11 +24,8 @@ BAR = 20  # characters of the bar of the largest change
 
 @contextlib.contextmanager
 def claim(out: str | Path) -> Iterator[None]:
-    """Locks the directory of an unfinished run for this process, until the process ends.
-
-    A directory that does not exist yet is made, and removed again if it is still empty after the block. Raises
-    UserError if another process works in it, or if it is not that of a run.
-    """
+    """Makes and locks the directory of an unfinished run for this process. Raises UserError if another process works in
+    it, or if it is not that of a run."""
     directory = partial_directory(out)
     if Path(out).exists():
         yield  # finished: it is only read
@@ -38,24 +34,10 @@ def claim(out: str | Path) -> Iterator[None]:
         if path.is_symlink() and not path.exists() or path.exists() and not path.is_dir():
             what = "a file" if path.exists() else "a link to nothing"
             raise UserError(f"{path} is {what}, expected a directory or nothing: remove it or choose another --out")
-    with explain_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    try:
-        lock(directory)
-    except BlockingIOError:
-        raise UserError(f"another process is using {directory}: wait until it ends, or stop it") from None
-    except FileNotFoundError:  # the other process has just finished the run
-        pass
-    except OSError as error:
-        print(f"{directory} cannot be locked ({error.strerror}): do not start this run twice at the same time",
-              file=sys.stderr)
-    try:
+    with sole_use(directory):
         if directory.exists() and not read_record(directory) and list(directory.iterdir()):
             raise UserError(f"{directory} exists and is not that of a run: remove it or choose another --out")
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            directory.rmdir()  # fails if it is not empty
 
 
 def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:

@@ -151,6 +151,16 @@ def test_unequal_flops_are_told(tmp_path):
         assert ("at equal FLOPs and one learning rate" in lines[0]) == (not said)
 
 
+def test_a_mean_over_fewer_pairs_says_so(tmp_path):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2, 3), rates=RATES[:1])
+    (runs / "pair-2/llm/m2-empd/eval/losses-text.json").unlink()
+    text = section(make_report(tmp_path / "out", runs=runs), "Forgetting and learning by model")
+    head, llm, stack = (cells(line) for line in text.splitlines() if line.startswith("| ") and "---" not in line)
+    rise, learned = head.index("rise of held-out loss"), head.index("new-task loss")
+    assert (llm[2], llm[rise].split(maxsplit=1)[1]) == ("3", "(of 2)")
+    assert "(of" not in llm[learned] + stack[rise]
+
+
 def test_runs_that_were_not_fine_tuned_alike_are_named(tmp_path):
     """The answer says "one learning rate" only if the runs had one."""
     runs = write_study(tmp_path / "runs", pairs=(1, 2, 3), rates=RATES[:1])

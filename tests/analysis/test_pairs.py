@@ -143,6 +143,20 @@ def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     assert set(study.lacking_results(study.contrasts[0], 2)) < set(study.all_left_out())
 
 
+def test_losses_that_a_stage_lacks_are_named(tmp_path):
+    """Also where all stages are of one learning rate. A pair that lacks a point changes the difference."""
+    for rates, place, dropped in ((RATES, "rate-0.003/", []), (RATES[:1], "", [2])):
+        folder = write_study(tmp_path / str(len(rates)), rates=rates)
+        assert study_of(folder).all_left_out() == []
+        stage = folder / f"pair-2/llm/{place}m2-empd"
+        (stage / "eval/losses-text.json").unlink()
+        study = study_of(folder)
+        assert study.all_left_out() == [f"pair 2, llm, {'rate 0.003, ' if place else ''}m2-empd lacks the loss of "
+                                        "text, the KL of text, which other stages have"]
+        used = study.main_difference("rise of held-out loss").of_pairs
+        assert [pair for pair in study.pairs if pair not in used] == dropped
+
+
 def test_pairs_may_have_other_rates(tmp_path):
     """No model of the pair 3 lacks a rate that the other one has."""
     folder = write_study(tmp_path / "study")

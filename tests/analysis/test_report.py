@@ -114,6 +114,11 @@ def test_pages_and_figures(runs, tmp_path):
         if (runs / "other/m0/eval").mkdir(parents=True, exist_ok=True) is None],
      r"that disagree: 0.5 in .*results_1.json, 0.5 in .*results_2.json, dtype bf16 and fp32. Remove one of the files"),
     (lambda runs: [path.unlink() for path in runs.rglob("eval/*")], "holds no evaluated runs"),
+    (lambda runs: (runs / "loop").symlink_to(runs), "loop is a link to a folder that contains it: remove it"),
+    (lambda runs: [(runs / "llm/m0/eval" / name).write_text(text) for name, text in (
+        ("metrics-simp.json", '{"task": "simp", "samples": 2, "metrics": {}, "run": {}}'),
+        ("predictions-simp.jsonl", '{"scores": {}}\n'))],
+     r"predictions-simp.jsonl has 1 samples and .*metrics-simp.json is of 2: remove both, and evaluate the checkpoint"),
     (lambda runs: write_stage(runs / "other/llm", 0, VALUES["llm"][0], (1, 1)), "there are two stages 0 of llm"),
     (lambda runs: (runs / "llm/m0/eval/results_1.json").write_text("{}"), "is not a results file of lm-eval"),
     (lambda runs: None, "unknown category XX, expected some of DK, Rs, Bias")])

@@ -505,6 +505,13 @@ def test_the_suites_of_configs_are_valid(tmp_path, monkeypatch):
         read_suite("local", tmp_path)
 
 
+def test_values_that_make_one_name_are_told(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"kind": "a b"}\n{"kind": "a-b"}\n')
+    with pytest.raises(UserError, match="jsonl: the values 'a b' and 'a-b' of 'kind' both make the name quiz_a_b"):
+        with_parts(Benchmark("quiz", "Rs", "acc", file=str(path), by="kind"))
+
+
 PROBLEMS = {
     'file = "pairs.jsonl"': ('file = "none.jsonl"', r"pairs: \S+none.jsonl does not exist"),
     'name = "pairs"': ('name = "continuation"', "continuation is listed twice"),

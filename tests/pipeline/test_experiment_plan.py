@@ -20,6 +20,8 @@ def test_pairs_items_and_hours(tmp_path, capsys):
     assert training_seconds(runs) == 60 * 4 * 14
     shutil.copytree(runs / "pair-1/llm", runs / "pair-9/llm")  # not finished: it does not count
     shutil.copytree(runs, tmp_path / "all/machine-1")
+    (tmp_path / "all/machine-1/pair-2").rename(tmp_path / "scratch")
+    (tmp_path / "all/machine-1/pair-2").symlink_to(tmp_path / "scratch")  # a pair on another disk
     print_plan(ExperimentPlanConfig(runs=str(tmp_path / "all"), effect=0.05))
     text = capsys.readouterr().out
     deviation = np.std([2 * np.random.default_rng([pair, 7]).normal(0, 0.02) for pair in (1, 2, 3, 4)], ddof=1)

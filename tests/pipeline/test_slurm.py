@@ -1,6 +1,7 @@
 """Jobs of a Slurm cluster, run with replacements of Slurm's commands (tests/slurm)."""
 import os
 import random
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from common.settings import load
 from corpus.shards import write_shards
 from experiment import ExperimentConfig
 from model.tokenizer import Tokenizer
-from pipeline.jobs import read_slurm_template
+from pipeline.jobs import read_slurm_template, submit_command
 from pipeline.ledger import Ledger
 from tests.conftest import ROOT, TRAIN_FLAGS, losses, run_script
 
@@ -148,6 +149,14 @@ def test_the_jobs_of_an_experiment(cluster, checkpoint, tasks, tmp_path, monkeyp
     assert (tmp_path / "runs/experiment/llm-m0-eval.json").exists()  # the Slurm job has recorded its job
     assert "2 × cpu" in (place / f"job-{JOB}-rank0.log").read_text()
     assert not (tmp_path / "report").exists()
+
+
+def test_the_log_of_a_job_in_a_folder_with_spaces(cluster, tmp_path):
+    """Slurm splits a directive into words as a shell does, and replaces %j by the number of the job."""
+    script = tmp_path / "my runs 50%j/m1.sh"
+    assert submit_command(["true"], script, read_slurm_template("configs/slurm/step.sbatch"), 1, None) == "1"
+    line, = (line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output"))
+    assert shlex.split(line.removeprefix("#SBATCH ")) == [f"--output={tmp_path}/my runs 50%%j/m1.log"]
 
 
 @pytest.mark.parametrize(("content", "said"), [

@@ -413,6 +413,13 @@ def test_a_command_that_an_interrupt_ends_is_no_error():
         run_command(["bash", "-c", "kill -KILL $$"])
 
 
+def test_a_command_that_ends_by_a_forwarded_signal_is_no_error():
+    with pytest.raises(SystemExit) as stopped:
+        run_command([sys.executable, "-c", "import os, signal, time\n"
+                     "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(9)"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
 def test_an_interrupt_in_the_last_moment_of_a_command_is_kept():
     """The command ends well, and the next one must not begin."""
     with pytest.raises(SystemExit) as stopped:
