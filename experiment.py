@@ -28,6 +28,7 @@ from common.files import UserError, check_writable, write_text
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.scripts import run
+from corpus.shards import WINDOW_TOKENS
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.chain import PAIR
@@ -85,6 +86,10 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
         raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
                         f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
                         "evaluate_args")
+    window = evaluated.text_length or min(WINDOW_TOKENS, limit)
+    if cfg.text and Path(cfg.text).is_dir() and evaluated.text_tokens < window:
+        raise UserError(f"text_tokens in evaluate_args is {evaluated.text_tokens}, less than a window of {window} "
+                        "tokens: raise it, or lower text_length")
     if cfg.suite and any(job.script == "evaluate.py" for job in to_do):
         from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
         for benchmark in read_suite(cfg.suite, cfg.suite_files):

@@ -8,16 +8,18 @@ import numpy as np
 from analysis.stages import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
 from analysis.statistics import Estimate, over_chains
 from common.files import UserError
+from common.provenance import OPERATIONAL
 from evaluation.conditions import Conditions, shown, unlike
 
 Chain = dict[int, Stage]  # the stages of one model, method and seed, by number
 Key = tuple[int, int]  # of a chain: (pretraining seed, 0 if there is a single pair of models; fine-tuning seed)
 Group = dict[Key, Chain]  # the chains of one model and method
 Place = tuple[int, str, str]  # where a result belongs: (stage, BENCHMARKS or TASKS, name)
-# Settings of fine-tuning that all runs of a comparison share, and those that a method may change.
-FINE_TUNING = ("num_train_epochs", "max_steps", "max_train_samples", "global_batch_size", "dtype", "template",
-               "train_on_source", "max_source_length", "max_target_length")
-OF_METHODS = "optimizer", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"
+
+# Settings of fine-tuning: those that all methods share, and those that change no weights or identify a run.
+OF_ALL_METHODS = {"num_train_epochs", "max_steps", "max_train_samples", "global_batch_size", "dtype", "template",
+                  "train_on_source", "max_source_length", "max_target_length"}
+NOT_COMPARED = OPERATIONAL | {"seed", "eval_steps", "max_eval_samples"}
 
 Measure = Callable[[Sequence[Chain]], list[Estimate | None]]  # a value of each chain, over what all chains have
 
@@ -243,18 +245,21 @@ def drop_unlike_items(stages: Sequence[Stage], unit: str = "pair") -> tuple[list
     return kept, sentences
 
 
-def trained_otherwise(stages: Sequence[Stage], names: Sequence[str], unit: str = "pair") -> list[str]:
-    """Sentences on the stages that were fine-tuned with other settings, of those with the given names, or on other data
-    than the first stage of the same number and learning rate. What is not known is taken as equal. unit: see
-    pair_name."""
-    first: dict[tuple[int, str | None], tuple[Stage, Conditions]] = {}
+def trained_otherwise(stages: Sequence[Stage], of_methods: bool, unit: str = "pair") -> list[str]:
+    """Sentences on the stages that were fine-tuned with other settings, or on other data, than the first stage of the
+    same number. What is not known is taken as equal.
+
+    of_methods: whether the stages are of several methods, which have settings of their own. unit: see pair_name.
+    """
+    first: dict[int, tuple[Stage, Conditions]] = {}
     found: dict[tuple[str, str], list[str]] = {}  # (the first stage, what differs) -> stages
     for stage in stages:
-        settings = stage.run.get("settings", {})
-        trained = {name: settings[name] for name in names if name in settings}
+        trained = {name: value for name, value in stage.run.get("settings", {}).items()
+                   if (name in OF_ALL_METHODS if of_methods else name not in NOT_COMPARED)
+                   and not (name == "learning_rate" and stage.rate)}  # which a folder tells
         trained |= {"data": stage.run["data_digest"]} if "data_digest" in stage.run else {}
         if stage.number and trained:
-            other, reference = first.setdefault((stage.number, stage.rate), (stage, trained))
+            other, reference = first.setdefault(stage.number, (stage, trained))
             if differing := unlike(reference, trained):
                 text = ", ".join(f"{name} {shown(trained[name])} and {shown(reference[name])}" for name in differing)
                 found.setdefault((title_of(other, unit), text), []).append(title_of(stage, unit))

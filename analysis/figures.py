@@ -44,7 +44,7 @@ def model_styles(names: Iterable[str], styles: Sequence[dict[str, Any]]) -> dict
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure as <path>.png and <path>.svg."""
     png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, dpi=min(160, 30000 / max(figure.get_size_inches())))
+    figure.savefig(png, format="png", dpi=min(160, 30000 / max(figure.get_size_inches())))
     figure.set_layout_engine("none")  # keeps the layout, which takes most of the time
     figure.savefig(svg, format="svg", metadata={"Date": None})
     for suffix, file in (("png", png), ("svg", svg)):  # another process may read them meanwhile

@@ -10,8 +10,6 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.comparison import (
-    FINE_TUNING,
-    OF_METHODS,
     Chain,
     drop_unlike_items,
     lacking_losses,
@@ -63,15 +61,16 @@ class Study:
         """stages: of all pairs, models and rates, with one method. Raises UserError if their chains are not of the same
         tasks in the same order."""
         self.named, self.unit, self.of, self.compared = named, unit, of, (grown, reference)
-        lacking = lacking_losses(stages, unit)
-        stages, unlike = drop_unlike_items(stages, unit)
-        self.left_out = lacking + unlike
         self.rates = rates_of(stages)
+        told = [stage for stage in stages if self.matches_learning and stage.number and stage.task not in stage.losses]
+        self.left_out = lacking_losses([stage for stage in stages if stage not in told], unit)  # see lacking_results
+        stages, unlike = drop_unlike_items(stages, unit)
+        self.left_out += unlike
         self.left_out += [f"{title_of(stage, unit)}: not used, since it is not in the folder of a learning rate"
                           for stage in stages if stage.number and (stage.rate or "") not in self.rates]
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
                         for rate in self.rates}
-        self.trained_otherwise = trained_otherwise(stages, FINE_TUNING if of else FINE_TUNING + OF_METHODS, unit)
+        self.trained_otherwise = trained_otherwise(stages, bool(of), unit)
         self.pairs = sorted({stage.pair or 0 for stage in stages})
         self._drop_other_seeds()
         self._drop_other_starts()

@@ -217,6 +217,7 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         errno.EACCES: "permission denied: choose a folder that you may write to",
         errno.ENOTDIR: "a part of that path is a file, not a folder",
         errno.EISDIR: "it is a folder, expected the name of a file",
+        errno.EEXIST: "it is a file, expected a folder",
     }
     try:
         yield
@@ -227,21 +228,25 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         raise UserError(f"cannot write {final}{where}: {reason}; existing files are unchanged") from None
 
 
-def walk(folder: str | Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yields (path, names of folders, names of files) of a folder and all folders in it, through links, too, and
-    without hidden ones.
+def walk(folder: str | Path, hidden: bool = False) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields (path, names of folders, names of files) of a folder and all folders in it, hidden ones only if `hidden`.
 
+    Follows links to folders elsewhere; those to folders in `folder` are left out, since these are read themselves.
     Raises UserError for a folder that cannot be read, or that is a link to a folder that contains it.
     """
+    whole = Path(folder).resolve()
+
     def fail(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}")
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(root, name) for name in folders):
-            if path.is_symlink() and path.resolve() in [parent.resolve() for parent in path.parents]:
+        folders[:] = [name for name in folders if hidden or not name.startswith(".")]
+        for path in [Path(root, name) for name in folders if Path(root, name).is_symlink()]:
+            if path.resolve() in [parent.resolve() for parent in path.parents]:
                 raise UserError(f"{path} is a link to a folder that contains it: remove it")
-        yield Path(root), folders, [name for name in names if not name.startswith(".")]
+            if whole in path.resolve().parents:
+                folders.remove(path.name)
+        yield Path(root), folders, [name for name in names if hidden or not name.startswith(".")]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class StopRequest:
                 os._exit(128 + received[0] if self.defers else STOPPED)
             if not self.signal:
                 self.signal, self.since = name, time.monotonic()
-                say(f"{name}: stopping after this step; a second signal ends the run at once")
+                say(f"{name}: stopping after this step, or at the end; a second signal ends the run at once")
 
 
 def say(line: str) -> None:

@@ -239,8 +239,9 @@ def results_files(folder: Path) -> list[Path]:
 
     lm-eval has written results_<date>.json, and results.json into a folder that may itself be called *.json.
     """
-    return sorted(root / name for root, _, names in (walk(folder) if folder.is_dir() else ()) for name in names
-                  if name.startswith("results") and name.endswith(".json"))
+    found = walk(folder, hidden=True) if folder.is_dir() else ()  # lm-eval calls the folder of ./my/m0 .__my__m0
+    return sorted(root / name for root, _, names in found for name in names
+                  if name.startswith("results") and name.endswith(".json") and (root / name).is_file())
 
 
 def read_results_file(path: Path) -> ResultsFile:

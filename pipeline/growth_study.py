@@ -183,7 +183,8 @@ def record_recipes(cfg: GrowthStudyConfig, jobs: Sequence[Job]) -> None:
     finished runs were made with other settings."""
     fixed = {name: value for name, value in dataclasses.asdict(cfg).items()
              if name not in (*MAY_CHANGE, *OF_STAGES)} | {"data_digest": data_digest(cfg.data)}
-    made = [path for path in Path(cfg.out).glob("seed-*/*") if path.suffix != ".partial"]  # with any seed
+    names = {Path(*job.out.relative_to(cfg.out).parts[1:]) for job in jobs}
+    made = [folder / name for folder in Path(cfg.out).glob("seed-*") for name in names]  # with any seed
     record_recipe(Path(cfg.out) / "study.json", made, **fixed)
     for folder in dict.fromkeys(job.out.parent for job in jobs if job.out.parent.name in staged_names(cfg)):
         record_recipe(folder / "recipe.json", [job.out for job in jobs if job.out.parent == folder], **fixed,

@@ -35,7 +35,8 @@ class Ledger:
 
     def add(self, job: Job, entry: dict) -> None:
         """Records a finished job. entry: that of the job before it ran, since its inputs may have changed meanwhile."""
-        write_json(self.path(job), entry | {"made": sorted(path.name for path in job.out.glob("*") if path.is_file())})
+        made = sorted(path.name for path in job.out.glob("[!.]*") if path.is_file())
+        write_json(self.path(job), entry | {"made": made})
 
 
 def read_own_json(path: Path, otherwise: str) -> dict:

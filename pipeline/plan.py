@@ -21,7 +21,7 @@ from model.growth import new_layers
 from model.hub import fetch_checkpoint
 from pipeline import chain
 from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alternatives
-from pipeline.pretraining import base_depth
+from pipeline.pretraining import base_depth, flops_before_last_growth
 from pipeline.step_time import GPUS, plan_step
 from training.checks import expansion
 from training.selection import ALL, NEW_LAYERS, Shapes, describe_selection, selected_shapes
@@ -144,7 +144,8 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
     print_values("speed", "tokens/s", 0, *speeds)
     print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
     samples = (settings["max_train_samples"] or 0) * settings["num_train_epochs"]
-    of_flops = (settings["max_flops"] or 0) / plan.config.flops(1)
+    spent = flops_before_last_growth(str(cfg.size)) if cfg.recipe == "stack" else 0.0
+    of_flops = (settings["max_flops"] - spent) / plan.config.flops(1) if settings["max_flops"] else 0
     if total := cfg.tokens or settings["max_tokens"] or of_flops or samples * cfg.sample_tokens:
         times = dict.fromkeys(format_duration(total / speed) for speed in reversed(speeds))
         print_row(f"{int(total):,} tokens", " to ".join(times), "")

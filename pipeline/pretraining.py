@@ -68,6 +68,16 @@ def run_flops(size: str, phase: str, spent: float = 0.0) -> float:
     return flops
 
 
+def flops_before_last_growth(size: str) -> float:
+    """The FLOPs of the runs that come before the last growth of a size's model."""
+    depth, ends = base_depth(size), read_config("size", size)["growth"]["at_tokens"]
+    spent = 0.0
+    for factor, begin, end in zip(growth_factors(size), [0, *ends], ends):
+        spent += size_config(size, depth).flops(end - begin)
+        depth *= factor
+    return spent
+
+
 def training_job(cfg: Any, out: Path, flops: float, flags: Sequence[object]) -> Job:
     """A pretraining run with additional flags. cfg: settings with size, data and launcher."""
     return Job(out, [*(split_words(cfg.launcher) or [sys.executable]), ROOT / "train.py", "--config",

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.configs import below_root, known, unknown_name
-from common.files import UserError, describe_error, read_json
+from common.files import UserError, describe_error
+from common.provenance import read_record
 from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags, run_command, split_words
 from pipeline.make_variables import Variables, split_names
@@ -133,13 +134,12 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
 
 def check_start(v: Variables) -> None:
     """Raises UserError if the first stage of the chain was trained from another checkpoint than INIT."""
-    record = v.stages[0].out / "run.json"
-    if not v.init or not record.exists():
-        return
-    started = read_json(record, dict).get("settings", {}).get("init")
-    if started and os.path.realpath(started) != os.path.realpath(v.init):
-        raise UserError(f"{record.parent} was trained from {started}, and INIT is {v.init}: give another OUT for the "
-                        "stages of INIT, or remove the ones there")
+    stage = v.stages[0].out
+    started = read_record(stage).get("settings", {}).get("init") if v.init else None
+    was_moved = started and not os.path.exists(started) and os.path.exists(v.init)
+    if started and os.path.realpath(started) != os.path.realpath(v.init) and not was_moved:
+        raise UserError(f"{stage} was trained from {started}, and INIT is {v.init}: give another OUT for the stages of "
+                        "INIT, or remove the ones there")
 
 
 def next_commands(v: Variables) -> list[str]:

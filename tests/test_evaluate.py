@@ -70,6 +70,9 @@ def test_one_evaluation_at_a_time_writes_into_a_folder(words, tmp_path):
         line = error_line(run_script(*words, "--out", tmp_path / "eval", launcher=[sys.executable], check=False))
     assert f"another process is using {tmp_path}/eval: wait until it ends, or stop it" in line
     assert not (tmp_path / "eval").exists()
+    (tmp_path / "file").touch()
+    line = error_line(run_script(*words, "--out", tmp_path / "file", check=False))
+    assert f"cannot write {tmp_path}/file: it is a file, expected a folder" in line
 
 
 def results(folder):

@@ -175,7 +175,9 @@ def test_a_job_is_repeated_if_its_command_or_its_inputs_changed(checkpoint, tmp_
     (weights / "config.json").write_text((weights / "config.json").read_text() + " ")
     assert not ledger.unchanged(job)
     (out / "losses-task-simp.json").touch()
+    (out / ".nfs0001").touch()
     ledger.add(job := make("python", "a/train.py"), ledger_entry(job))
+    (out / ".nfs0001").unlink()
     assert ledger.unchanged(job)
     (out / "losses-task-simp.json").unlink()  # such as a damaged file, which is to be made again
     assert not ledger.unchanged(job)
@@ -458,6 +460,7 @@ def test_a_suite_whose_file_is_not_text_is_found_when_the_jobs_are_planned(check
     (["--evaluate_args", "--max_source_length 2000"], "samples may have 2256 tokens, more than the model's"),
     (["--evaluate_args", "--max_target_length 1500"], "samples may have 2524 tokens, more than the model's"),
     (["--text", "FOLDER/file", "--evaluate_args", "--text_length 3000"], "samples may have 3000 tokens, more than"),
+    (["--text", "FOLDER", "--evaluate_args", "--text_tokens 99"], "text_tokens in evaluate_args is 99, less than a w"),
     (["--methods", "replay", "--text", "FOLDER/file"], "file is not a directory of token shards, from which"),
     (["--methods", "replay", "--train_args", "--replay_text FOLDER/none"], "none is not a directory of token shards"),
     (["--evaluate_args", "--bertscore_model ENCODER --bertscore_layer 2"], "pip install bert-score")])

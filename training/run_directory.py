@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, explain_os_errors, parsing, read_json, remove, sole_use, write_json
+from common.files import WRITING, UserError, explain_os_errors, parsing, read_json, remove, sole_use, write_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import RUN, differences, read_record, write_record
@@ -35,7 +35,8 @@ def claim(out: str | Path) -> Iterator[None]:
             what = "a file" if path.exists() else "a link to nothing"
             raise UserError(f"{path} is {what}, expected a directory or nothing: remove it or choose another --out")
     with sole_use(directory):
-        if directory.exists() and not read_record(directory) and list(directory.iterdir()):
+        if directory.exists() and not read_record(directory) and any(
+                not path.name.endswith(WRITING) for path in directory.iterdir()):
             raise UserError(f"{directory} exists and is not that of a run: remove it or choose another --out")
         yield
 
@@ -72,7 +73,7 @@ def start_run(directory: Path, record: Mapping[str, Any]) -> None:
             print(f"its checkpoints are kept in {old}", flush=True)
             for path in checkpoints:
                 path.rename(old / path.name)
-        for path in left:
+        for path in sorted(left, key=lambda path: path.name == RUN):  # last, since `claim` knows the directory by it
             remove(path)
     write_record(directory, record)
 

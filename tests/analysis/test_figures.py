@@ -3,6 +3,7 @@ import itertools
 import json
 from unittest import mock
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -227,3 +228,10 @@ def test_very_many_epochs_are_not_marked():
         "settings": {"task": "simp", "num_train_epochs": epochs}})) for epochs in (4.0, 2.5, 1e308)}
     assert curve == {4.0: ([(100, 2.0)], [], [25, 50, 75]), 2.5: ([(100, 2.0)], [], [40, 80]),
                      1e308: ([(100, 2.0)], [], [])}
+
+
+def test_figures_have_the_formats_of_their_names(tmp_path):
+    with matplotlib.rc_context({"savefig.format": "pdf"}):  # of the user
+        save_figure(Figure(), tmp_path / "figure")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")

@@ -124,6 +124,18 @@ def test_methods_that_were_not_trained_alike_are_named(folder):
                                        + ": not trained as pair 1, finetune, m2-empd: num_train_epochs 2.0 and 1.0"]
 
 
+def test_methods_with_rates_of_their_own_are_checked_too(folder):
+    shutil.rmtree(folder / "pair-1/llm/lora/rate-0.0003")
+    shutil.rmtree(folder / "pair-1/llm/lora/rate-0.003")
+    (folder / "pair-1/llm/lora/rate-0.001").rename(folder / "pair-1/llm/lora/rate-0.002")
+    for path in folder.glob("pair-1/llm/lora/rate-0.002/m1-*/run.json"):
+        run = json.loads(path.read_text())
+        path.write_text(json.dumps(run | {"settings": run["settings"] | {"num_train_epochs": 9.0}}))
+    assert method_study(read_runs(folder), "llm", "finetune").trained_otherwise == [
+        "pair 1, lora, rate 0.002, m1-simp: not trained as pair 1, finetune, rate 0.0003, m1-simp: num_train_epochs "
+        "9.0 and 1.0"]
+
+
 def test_do_both_models_profit_equally(folder):
     _, studies = studies_of(folder)
     (title, text), = profit_section(studies, ("stack", "llm"), RISE)

@@ -177,6 +177,13 @@ def test_runs_that_were_not_fine_tuned_alike_are_named(tmp_path):
     first, *others = first_lines(text := make_report(tmp_path / "out", runs=runs))
     assert "at learning rates from 0.0003 to 0.01 (learning not matched)" in first
     assert any(line.startswith("Not all of these runs were fine-tuned alike") for line in others)
+    run = read_json(path := runs / "pair-3/stack/m2-empd/run.json")
+    path.write_text(json.dumps(run | {"settings": run["settings"] | {"adam_beta2": 0.5, "seed": 42, "zero": 3}}))
+    path = runs / "pair-1/llm/m2-empd/run.json"
+    path.write_text(json.dumps(run | {"settings": run["settings"] | {"adam_beta2": 0.9, "zero": 1}}))
+    study = Study(read_runs(runs), "stack", "llm")
+    assert "pair 3, stack, m2-empd: not trained as pair 1, llm, m2-empd: adam_beta2 0.5 and 0.9" in \
+        study.trained_otherwise
     assert ("- pair 1, stack, m1-simp; pair 2, stack, m1-simp: not trained as pair 1, llm, m1-simp: data b and a, "
             "learning_rate 0.01 and 0.0003, num_train_epochs 3.0 and 1.0\n") in text
 

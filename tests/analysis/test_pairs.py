@@ -153,8 +153,16 @@ def test_losses_that_a_stage_lacks_are_named(tmp_path):
         study = study_of(folder)
         assert study.all_left_out() == [f"pair 2, llm, {'rate 0.003, ' if place else ''}m2-empd lacks the loss of "
                                         "text, the KL of text, which other stages have"]
+        (folder / "pair-2/best").symlink_to("llm")  # no other model
+        assert study_of(folder).models == study.models
         used = study.main_difference("rise of held-out loss").of_pairs
         assert [pair for pair in study.pairs if pair not in used] == dropped
+
+
+def test_a_stage_without_its_own_loss_is_named_once(tmp_path):
+    folder = write_study(tmp_path / "study")
+    (folder / "pair-2/llm/rate-0.001/m2-empd/eval/losses-task-empd.json").unlink()
+    assert study_of(folder).all_left_out() == ["pair 2, stack − llm after m2-empd: llm lacks results at the rate 0.001"]
 
 
 def test_pairs_may_have_other_rates(tmp_path):

@@ -85,14 +85,14 @@ def test_results_of_lm_evals_own_command_line(tmp_path):
     values["results"]["local_choice"] |= {"acc,none": 0.5, "acc_stderr,none": 0.1}
     start.write_text(json.dumps(values))
     old = {"results": {"local_choice": {"acc": 0.4, "acc_stderr": 0.1}}}  # the format of lm-eval 0.3
-    (tmp_path / "results/llm/m1-any-task/deep").mkdir(parents=True)
-    (tmp_path / "results/llm/m1-any-task/deep/results_x.json").write_text(json.dumps(old))
+    (tmp_path / "results/llm/m1-any-task/.__my__m0").mkdir(parents=True)
+    (tmp_path / "results/llm/m1-any-task/.__my__m0/results_x.json").write_text(json.dumps(old))
     record = Record(read_results(tmp_path / "results"))
     assert record.stages == ["m0", "m1-any-task"]
     assert record.category_fg("llm", "other").value == pytest.approx(20)
     (tmp_path / "map.toml").write_text("".join(
         f'[[result]]\nmodel = "llm"\nstage = "{stage}"\nfile = "{file}"\n' for stage, file in
-        (("before", start), ("after", "results/llm/m1-any-task/deep/results_x.json"))))
+        (("before", start), ("after", "results/llm/m1-any-task/.__my__m0/results_x.json"))))
     record = Record(read_results(tmp_path / "map.toml"))
     assert [record.benchmark_value("llm", number, "local_choice").value for number in range(2)] == [0.5, 0.4]
 

@@ -310,6 +310,8 @@ def test_growth_in_stages_is_added_to_a_study(text, tmp_path):
         for job in jobs:
             job.out.mkdir(parents=True, exist_ok=True)
 
+    growth_study.record_recipes(cfg := replace(plain, staged=("midas",)), study_jobs(cfg))
+    growth_study.record_recipes(cfg := replace(cfg, max_flops=3e12), study_jobs(cfg))  # no run is finished
     record(plain)
     record(replace(plain, stages=2))
     record(replace(plain, staged=("midas",)))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from common.configs import read_config
-from model.config import ModelConfig
+from model.config import ModelConfig, size_config
 from pipeline import plan as plan_module
 from pipeline.plan import PlanConfig, main, read_plan
 from pipeline.step_time import GPUS, plan_step
@@ -29,6 +29,18 @@ def test_a_micro_batch_is_at_most_the_samples_of_a_process():
         assert read_plan(PlanConfig(size="7b", processes=processes))[0].max_tokens_per_microbatch == tokens
     plan, _ = read_plan(PlanConfig(size="7b", recipe="stack", processes=8))
     assert plan.max_tokens_per_microbatch == read_config("size", "7b")["stack"]["max_tokens_per_microbatch"]
+
+
+def test_the_tokens_of_a_recipe_in_flops(capsys):
+    """The FLOPs of a grown model include those of its base."""
+    for recipe, tokens in (("llm", 300e9), ("stack", 300e9 - 18_717_081_600 * flops_of_7b(8) / flops_of_7b(32))):
+        main(PlanConfig(size="7b", recipe=recipe, processes=64))
+        total, = re.findall(r"^  ([\d,]+) tokens ", capsys.readouterr().out, re.MULTILINE)
+        assert float(total.replace(",", "")) == pytest.approx(tokens, rel=1e-5)
+
+
+def flops_of_7b(layers):
+    return size_config("7b", layers).flops(1)
 
 
 def test_a_checkpoint_with_the_recipe_of_a_size(checkpoint):

@@ -148,10 +148,12 @@ def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
 
 def test_init_is_what_the_chain_was_trained_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("my/model", "runs/tiny/stack/m0"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to("my")
     for start, given, accepted in (("my/model", "my/model", True), ("my/model", "link/model", True),
                                    ("runs/tiny/stack/m0", "my/model", False), ("org/name", "org/name", True),
-                                   ("a/model", "b/model", False)):
+                                   ("a/model", "b/model", False), ("old/model", "my/model", True)):  # was moved
         (tmp_path / "chain/m1-simp").mkdir(parents=True, exist_ok=True)
         (tmp_path / "chain/m1-simp/run.json").write_text(json.dumps({"settings": {"init": start}}))
         for target, task in (("train", "empd"), ("evaluate", "empd"), ("evaluate", "simp")):

@@ -25,7 +25,7 @@ from model.checkpoint import checkpoint_digest
 from model.parameter_files import ParameterFiles
 from tests.conftest import ROOT, TORCHRUN, error_line, losses, read_metrics
 from train import main
-from training import resume
+from training import resume, run_directory
 from training.batches import GlobalBatch
 from training.checks import check_source_digests, compare_digests, source_digests
 from training.deepspeed_config import deepspeed_config
@@ -264,6 +264,21 @@ def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file
         assert first.result().returncode == 0
     assert "is finished already" in train(out).stdout
     assert not partial.exists()
+
+
+def test_a_run_that_is_killed_while_it_is_prepared_starts_again(train, tmp_path):
+    partial = tmp_path / "m1.partial"
+    partial.mkdir()
+    (partial / ".run.json.0123abcd.writing").touch()
+    (partial / "run.json").write_text('{"settings": {}}')
+    (partial / "model.safetensors").touch()
+    removed = []
+    with mock.patch.object(run_directory, "remove", removed.append):
+        run_directory.start_run(partial, {})
+    assert removed[-1].name == "run.json"
+    (partial / "run.json").unlink()
+    (partial / "model.safetensors").unlink()
+    assert "step 1/" in train(tmp_path / "m1", "--max_steps", "1").stdout
 
 
 def test_a_directory_that_is_not_that_of_a_run_is_left_alone(train, tmp_path):
