@@ -269,7 +269,6 @@ def test_the_directory_is_locked_from_the_checks_on(train, checkpoint, simp_file
 def test_a_run_that_is_killed_while_it_is_prepared_starts_again(train, tmp_path):
     partial = tmp_path / "m1.partial"
     partial.mkdir()
-    (partial / ".run.json.0123abcd.writing").touch()
     (partial / "run.json").write_text('{"settings": {}}')
     (partial / "model.safetensors").touch()
     removed = []
@@ -278,6 +277,7 @@ def test_a_run_that_is_killed_while_it_is_prepared_starts_again(train, tmp_path)
     assert removed[-1].name == "run.json"
     (partial / "run.json").unlink()
     (partial / "model.safetensors").unlink()
+    (partial / ".run.json.0123abcd.writing").touch()
     assert "step 1/" in train(tmp_path / "m1", "--max_steps", "1").stdout
 
 
