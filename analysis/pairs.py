@@ -62,8 +62,9 @@ class Study:
         tasks in the same order."""
         self.named, self.unit, self.of, self.compared = named, unit, of, (grown, reference)
         self.rates = rates_of(stages)
-        told = [stage for stage in stages if self.matches_learning and stage.number and stage.task not in stage.losses]
-        self.left_out = lacking_losses([stage for stage in stages if stage not in told], unit)  # see lacking_results
+        # with several rates, lacking_results names the stages without a loss on their own task
+        self.left_out = lacking_losses([stage for stage in stages if not self.matches_learning or not stage.number
+                                        or stage.task in stage.losses], unit)
         stages, unlike = drop_unlike_items(stages, unit)
         self.left_out += unlike
         self.left_out += [f"{title_of(stage, unit)}: not used, since it is not in the folder of a learning rate"
@@ -222,11 +223,13 @@ class Study:
         """What is equal in a difference between models, as text: one of MATCHED_ON, or the learning rate."""
         if setting in MATCHED_ON:
             return f"equal {setting}"
+        if setting:
+            return f"learning rate {setting} (learning not matched)"
         rates = {stage.run.get("settings", {}).get("learning_rate") for model in models for pair in self.pairs
                  for chain in self.chains(pair, model, setting) for number, stage in chain.items() if number}
-        known = "unknown learning rates" if None in rates else "one learning rate" if len(rates) == 1 else \
+        found = "unknown learning rates" if None in rates else "one learning rate" if len(rates) == 1 else \
             f"learning rates from {min(rates):g} to {max(rates):g}"
-        return f"{f'learning rate {setting}' if setting else known} (learning not matched)"
+        return f"{found} (learning not matched)"
 
     def main_difference(self, name: str, number: int | None = None) -> Difference | None:
         """The difference of the first contrast by a measure, after the last stage unless another is given: at equal
