@@ -17,9 +17,10 @@ from itertools import islice
 from pathlib import Path
 
 from common.configs import known, read_config
-from common.files import ExistsError, UserError, new_directory
+from common.files import UserError
 from common.scripts import Commands, run
 from common.settings import setting
+from common.writing import ExistsError, new_directory
 from corpus.documents import read_documents
 from corpus.mutual import write_mutual
 from corpus.raw_tasks import raw_task_exists, read_hub_task, read_raw_task, write_raw_task

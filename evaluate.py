@@ -20,8 +20,9 @@ from common import scripts
 from common.configs import CONFIGS, read_config
 from common.distributed import Distributed
 from common.dtypes import TORCH_DTYPES, resolve_dtype
-from common.files import UserError, check_writable, digest, parsing, read_json, sole_use
+from common.files import UserError, digest, parsing, read_json
 from common.provenance import DEFAULT_TEMPLATE, TemplateName, last_template, read_lineage
+from common.writing import check_writable, sole_use
 from corpus.prompts import open_template
 from corpus.tasks import first_items, read_task
 from evaluation.evaluate_config import EvaluateConfig

@@ -24,10 +24,11 @@ from pathlib import Path
 from analysis.measures import read_primary, write_primary
 from analysis.results import STAGE
 from common.configs import ROOT
-from common.files import UserError, check_writable, write_text
+from common.files import UserError
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.scripts import run
+from common.writing import check_writable, write_text
 from corpus.shards import WINDOW_TOKENS
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding

@@ -32,9 +32,10 @@ from analysis.results import read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
 from analysis.stages import Stage, middle_rate, rates_of
 from analysis.tables import Section, change_tables, reproduction_sections, result_tables
-from common.files import UserError, explain_os_errors, write_text
+from common.files import UserError
 from common.scripts import run
 from common.settings import setting
+from common.writing import explain_os_errors, write_text
 
 
 @dataclass(frozen=True)

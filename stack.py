@@ -19,10 +19,11 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common.files import UserError, new_directory
+from common.files import UserError
 from common.provenance import GROWTH, git_commit, read_lineage, write_record
 from common.scripts import Commands, run
 from common.settings import setting
+from common.writing import new_directory
 from model.checkpoint import checkpoint_digest, open_checkpoint, write_checkpoint
 from model.config import MAX_LAYERS
 from model.growth import (

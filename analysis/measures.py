@@ -11,7 +11,8 @@ import numpy as np
 from analysis.comparison import Chain
 from analysis.record import find_benchmarks
 from analysis.stages import TEXT, Choices, ItemLosses, Stage
-from common.files import UserError, read_json, write_json
+from common.files import UserError, read_json
+from common.writing import write_json
 
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
 DECREASE = "decrease of new-task loss"  # since m0: the other meaning of equal learning

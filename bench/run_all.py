@@ -22,9 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import SimpBenchConfig, small_checkpoint
 from common.configs import ROOT
-from common.files import UserError, read_text, write_text
+from common.files import UserError, read_text
 from common.scripts import run
 from common.settings import setting
+from common.writing import write_text
 
 PACKAGES = ("torch", "deepspeed", "transformers", "lm_eval", "tokenizers")
 RESULTS = str(ROOT / "bench/RESULTS.md")

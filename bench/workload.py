@@ -10,9 +10,10 @@ import torch
 
 from common.configs import ROOT
 from common.dtypes import TORCH_DTYPES, resolve_dtype
-from common.files import UserError, new_directory, read_json, read_json_lines
+from common.files import UserError, read_json, read_json_lines
 from common.settings import setting
 from common.stop_request import StopRequest
+from common.writing import new_directory
 from model.checkpoint import materialize_model, write_checkpoint
 from model.config import ModelConfig, size_config
 from model.loss import IGNORE_INDEX

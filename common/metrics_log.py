@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.files import UserError, explain_os_errors, is_number, parse_json, read_json_lines, write_text
+from common.files import UserError, is_number, parse_json, read_json_lines
+from common.writing import explain_os_errors, write_text
 
 Service = tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]  # (log the values of a step, close)
 

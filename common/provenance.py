@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from common.configs import ROOT
-from common.files import UserError, digest, read_json, write_json
+from common.files import UserError, digest, read_json
+from common.writing import write_json
 
 TemplateName = Literal["alpaca", "chat"]  # of the prompts of tasks, see corpus/prompts.py
 DEFAULT_TEMPLATE: TemplateName = "alpaca"  # also where a record names none

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, parsing, read_json, write_text
+from common.files import UserError, parsing, read_json
+from common.writing import write_text
 
 LETTERS = ["A", "B", "C", "D"]
 

@@ -12,9 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, new_directory, parsing, read_json, write_json
+from common.files import UserError, parsing, read_json
 from common.formatting import format_names
 from common.provenance import require_same_settings
+from common.writing import new_directory, write_json
 from corpus.documents import load_hub_dataset
 
 LISTS = ("src", "tgt", "src_info")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from common.configs import ROOT, read_config
-from common.files import new_directory, read_json_lines, write_text
+from common.files import read_json_lines
+from common.writing import new_directory, write_text
 from corpus.documents import is_held_out, read_documents
 from corpus.raw_tasks import read_raw_split
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.files import UserError, digest, first_line, parsing, read_json, write_json
+from common.files import UserError, digest, first_line, parsing, read_json
 from common.formatting import format_names
 from common.provenance import require_same_settings
+from common.writing import write_json
 from corpus.documents import VALIDATION_PER_MILLE, is_held_out
 from model.tokenizer import Tokenizer
 

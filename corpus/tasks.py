@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from common.files import UserError, read_json, write_text
+from common.files import UserError, read_json
 from common.provenance import DEFAULT_TEMPLATE, TemplateName
+from common.writing import write_text
 from corpus.prompts import open_template
 from model.tokenizer import Tokenizer
 

@@ -13,8 +13,9 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from common.files import UserError, digest, first_line, parsing, write_json
+from common.files import UserError, digest, first_line, parsing
 from common.provenance import git_commit
+from common.writing import write_json
 from evaluation.harness import HarnessModel
 from evaluation.lm_eval_tasks import Loaded, load_suite, quiet
 from evaluation.metrics import average_log_probs, calibration_metrics, log_softmax

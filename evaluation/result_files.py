@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import JSON_NAMES, UserError, is_number, parsing, read_json, read_json_lines, walk, write_text
+from common.files import JSON_NAMES, UserError, is_number, parsing, read_json, read_json_lines, walk
 from common.provenance import wrong_types
+from common.writing import write_text
 
 # Bounds of metrics that are checked. Other metrics may have any finite value.
 MAX, ROUNDING = 1e300, 1e-6

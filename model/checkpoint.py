@@ -18,15 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.files import (
-    UserError,
-    digest,
-    explain_os_errors,
-    first_line,
-    read_json,
-    sync,
-    write_json,
-)
+from common.files import UserError, digest, first_line, read_json
+from common.writing import explain_os_errors, sync, write_json
 from model.bin_files import read_bin
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer, copy_tokenizer

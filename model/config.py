@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from common.configs import read_config
-from common.files import UserError, is_number, parsing, read_json, write_json
+from common.files import UserError, is_number, parsing, read_json
+from common.writing import write_json
 from model.families import (
     FAMILIES,
     FULL,

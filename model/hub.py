@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from common.configs import known, read_config
 from common.dtypes import TORCH_DTYPES, resolve_dtype
-from common.files import ExistsError, UserError, first_line, new_directory, read_json, write_json
+from common.files import UserError, first_line, read_json
 from common.provenance import GROWTH, RUN
 from common.settings import setting
+from common.writing import ExistsError, new_directory, write_json
 from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
 from model.lora import ADAPTER_CONFIG

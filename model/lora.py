@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import UserError, write_json
+from common.files import UserError
+from common.writing import write_json
 from model.checkpoint import NamedTensors, write_safetensors
 from model.config import ModelConfig
 from model.linear import Linear

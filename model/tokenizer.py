@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.files import JSON_NAMES, UserError, digest, first_line, read_json, write_json
+from common.files import JSON_NAMES, UserError, digest, first_line, read_json
+from common.writing import write_json
 from model.config import special_id_problems
 
 # All tokenizer files of a checkpoint directory. They are copied to every checkpoint made from it.

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.files import UserError, explain_os_errors
+from common.files import UserError
+from common.writing import explain_os_errors
 from pipeline.jobs import run_command
 
 

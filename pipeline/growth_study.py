@@ -30,12 +30,13 @@ from analysis.figures import PALETTE, add_legend, make_panels, save_figure, styl
 from analysis.inference import PairedDifference
 from analysis.loss_curves import Curve, curve_of_log, draw_loss_curves, flops_to_loss, mean_curve
 from common.configs import CONFIGS
-from common.files import UserError, write_json, write_text
+from common.files import UserError
 from common.formatting import markdown_table
 from common.metrics_log import read_log
 from common.provenance import data_digest
 from common.scripts import run
 from common.settings import load, setting
+from common.writing import write_json, write_text
 from model.config import size_config
 from model.growth import OPERATORS, ZERO_OPERATORS
 from pipeline.jobs import Job, run_jobs

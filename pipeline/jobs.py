@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.configs import ROOT
-from common.files import UserError, read_text, write_text
+from common.files import UserError, read_text
 from common.formatting import format_duration
+from common.writing import write_text
 
 
 @dataclass(frozen=True)

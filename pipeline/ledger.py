@@ -3,8 +3,9 @@ import functools
 from pathlib import Path
 
 from common.configs import below_root
-from common.files import UserError, digest, read_json, write_json
+from common.files import UserError, digest, read_json
 from common.provenance import data_digest
+from common.writing import write_json
 from model.checkpoint import checkpoint_digest
 from model.hub import fetch_checkpoint
 from pipeline.jobs import Job

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from common.configs import CONFIGS, PHASES, ROOT, read_config, read_toml
-from common.files import UserError, is_number, write_json
+from common.files import UserError, is_number
 from common.provenance import RUN, changed, read_record
+from common.writing import write_json
 from model.config import size_config
 from model.growth import BLOCK_OPERATORS, OPERATORS
 from pipeline.jobs import Job, split_words

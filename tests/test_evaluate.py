@@ -17,7 +17,8 @@ import evaluate
 from analysis.results import add_results
 from analysis.stages import Stage
 from common.configs import known, read_config
-from common.files import UserError, digest, read_json, read_json_lines, sole_use
+from common.files import UserError, digest, read_json, read_json_lines
+from common.writing import sole_use
 from corpus.prompts import open_template
 from evaluate import main, open_test_sets, prepare_evaluation
 from evaluation import benchmarks

@@ -12,8 +12,9 @@ import pytest
 
 import experiment
 import report
-from common.files import UserError, write_json
+from common.files import UserError
 from common.settings import load
+from common.writing import write_json
 from model.config import ModelConfig
 from pipeline import experiment_jobs
 from pipeline.costs import Pace

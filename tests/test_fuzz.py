@@ -17,7 +17,8 @@ from datasets import Dataset
 from hypothesis import HealthCheck, Phase, given, settings
 from safetensors.torch import load_file
 
-from common.files import WRITING, UserError, digest, parse_json
+from common.files import UserError, digest, parse_json
+from common.writing import WRITING
 from corpus.documents import is_held_out
 from model.checkpoint import write_checkpoint, write_weights
 from model.parameter_files import parameter_file_name, write_parameter_file

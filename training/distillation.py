@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from common.files import UserError, read_json, write_json
+from common.files import UserError, read_json
+from common.writing import write_json
 from model.checkpoint import checkpoint_digest
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import fetch_checkpoint, load_model

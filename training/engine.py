@@ -11,8 +11,9 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from common.distributed import Distributed
-from common.files import UserError, explain_os_errors, new_directory
+from common.files import UserError
 from common.provenance import write_record
+from common.writing import explain_os_errors, new_directory
 from model.checkpoint import CheckpointReader, empty_model, is_finite, set_weights, write_checkpoint
 from model.growth import grown_tensors
 from model.lora import ADAPTER, AdaptedLinear, adapted_tensors, insert_adapters, is_adapter, write_adapter

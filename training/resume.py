@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import UserError, digest, explain_os_errors, parsing, sync
+from common.files import UserError, digest, parsing
 from common.provenance import read_record
 from common.stop_request import STOPPED
+from common.writing import explain_os_errors, sync
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_finite_weights
 from training.run import Run

@@ -7,8 +7,8 @@ import torch
 
 from common.distributed import Distributed
 from common.dtypes import TORCH_DTYPES
-from common.files import named
 from common.stop_request import StopRequest
+from common.writing import named
 from model.config import ModelConfig
 from training.selection import Shapes, count_elements, training_flops
 from training.train_config import TrainConfig

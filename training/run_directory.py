@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import WRITING, UserError, explain_os_errors, parsing, read_json, remove, sole_use, write_json
+from common.files import UserError, parsing, read_json
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import RUN, differences, read_record, write_record
+from common.writing import WRITING, explain_os_errors, remove, sole_use, write_json
 from training.run import Run, partial_directory
 
 BAR = 20  # characters of the bar of the largest change

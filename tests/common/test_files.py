@@ -8,21 +8,8 @@ import stat
 
 import pytest
 
-from common.files import (
-    ExistsError,
-    UserError,
-    digest,
-    explain_os_errors,
-    lock,
-    named,
-    new_directory,
-    parse_json,
-    parsing,
-    read_json,
-    read_json_lines,
-    write_json,
-    write_text,
-)
+from common.files import UserError, digest, parse_json, parsing, read_json, read_json_lines
+from common.writing import ExistsError, explain_os_errors, lock, named, new_directory, write_json, write_text
 
 fork = multiprocessing.get_context("fork")
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.files import UserError, new_directory
+from common.files import UserError
+from common.writing import new_directory
 from model import hub
 from model.checkpoint import (
     INDEX,
