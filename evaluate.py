@@ -117,7 +117,7 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     out = results_folder(cfg, source)
     check_writable(out)
     posterior = find_parameter_files(source, POSTERIOR) if cfg.posterior_samples else []
-    if cfg.posterior_samples and not open_side_files(posterior, POSTERIOR, source, config):
+    if cfg.posterior_samples and not open_side_files(source, POSTERIOR, config):
         raise UserError(f"{source} has no posterior to sample weights from: it was not fine-tuned with IVON; "
                         "leave out --posterior_samples")
     if cfg.bertscore_model and cfg.tasks and cfg.decode:

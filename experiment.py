@@ -34,7 +34,7 @@ from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.chain import PAIR
 from pipeline.costs import Pace, machine_speed
-from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
+from pipeline.experiment_config import ExperimentConfig, all_train_settings, evaluate_settings, train_settings
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
 from pipeline.ledger import Ledger, ledger_entry
@@ -67,8 +67,7 @@ def record_primary(cfg: ExperimentConfig) -> None:
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
     name, the parameters to train, the length of samples, the suite, stages of another order, folders to write to."""
-    training = [train_settings(cfg, method, stage_args) for method in cfg.methods or [None]
-                for stage_args in cfg.stage_args or [""]]
+    training = all_train_settings(cfg)
     for settings in training:
         check_services(settings.tensorboard, settings.wandb)
         resolve_choices(settings, 1)  # reads the DeepSpeed file
@@ -80,7 +79,7 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
     if evaluated.decode:
         lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
-    for model, method in itertools.product(cfg.models, cfg.methods or [None]):
+    for model, method in itertools.product(cfg.models, cfg.each_method):
         check_trained(cfg, model, method)
     limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
     if max(lengths) > limit:
@@ -110,7 +109,7 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
 
 def check_trained(cfg: ExperimentConfig, model: str, method: str | None) -> None:
     """Raises UserError if a model does not have the parameters that its first stage trains."""
-    settings = train_settings(cfg, method, *cfg.stage_args[:1])
+    settings = train_settings(cfg, method, cfg.each_stage_args[0])
     if NEW_LAYERS in settings.train and not settings.new_layers:
         return  # those of a grown m0 are not known yet
     try:
@@ -124,7 +123,7 @@ def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:
 
     A Slurm job runs this script again with --only, so that the job is recorded in the ledger.
     """
-    unfinished = [str(arm.folder / "m0") for pair in cfg.pairs or (None,) for arm in arms(cfg, pair)
+    unfinished = [str(arm.folder / "m0") for pair in cfg.each_pair for arm in arms(cfg, pair)
                   if arm.model in PAIR and not arm.level_with and not (arm.folder / "m0").exists()]
     if "loss" in cfg.controls and unfinished:
         raise UserError("the loss control trains the model with the higher loss further, and "
@@ -179,7 +178,7 @@ def run_unfinished(jobs: list[Job], plan: list[Job], ledger: Ledger, pace: Pace)
 
 def all_jobs(cfg: ExperimentConfig) -> list[Job]:
     """The jobs of all pairs, as far as they are known: see pipeline.experiment_jobs.arms."""
-    return [job for pair in cfg.pairs or (None,) for job in pair_jobs(cfg, pair)]
+    return [job for pair in cfg.each_pair for job in pair_jobs(cfg, pair)]
 
 
 def main(cfg: ExperimentConfig) -> None:
@@ -201,20 +200,24 @@ def main(cfg: ExperimentConfig) -> None:
     record_primary(cfg)
     if cfg.launcher == "slurm":
         return submit(cfg, to_do, ledger)
+    if cfg.only:
+        return fail_if_incomplete(run_unfinished(jobs, jobs, ledger, pace))
     incomplete: list[str] = []
-    for pair in () if cfg.only else cfg.pairs or (None,):
+    for pair in cfg.each_pair:
         if "loss" in cfg.controls:  # which model has to be trained further is known when both m0 are finished
             run_unfinished([m0_job(cfg, arm) for arm in arms(cfg, pair) if not arm.level_with], jobs, ledger, pace)
             jobs = all_jobs(cfg)
         incomplete += run_unfinished(pair_jobs(cfg, pair), jobs, ledger, pace)
-    if cfg.only:
-        incomplete = run_unfinished(jobs, jobs, ledger, pace)
-    else:
-        try:
-            run_command(report_command(cfg))
-        except SystemExit:
-            if not incomplete:
-                raise
+    try:
+        run_command(report_command(cfg))
+    except SystemExit:
+        if not incomplete:
+            raise
+    fail_if_incomplete(incomplete)
+
+
+def fail_if_incomplete(incomplete: list[str]) -> None:
+    """Raises UserError if there are incomplete evaluations, named by their directories."""
     if incomplete:
         raise UserError(f"{len(incomplete)} evaluations are incomplete: {', '.join(incomplete)}. Each said why above; "
                         "run the same command again to repeat them")

@@ -96,8 +96,7 @@ def main(cfg: TrainConfig) -> None:
         result = train(run, engine, method, data, state, log)
         save_checkpoint(run, engine, run.directory)
         with eager_blocks(cfg.compile):
-            examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg.max_source_length,
-                                       cfg.max_target_length, cfg.template)
+            examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg)
         began = time.perf_counter()
         method.write_side_files(data, train_step)
         seconds = time.perf_counter() - began

@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from pipeline.jobs import optional_flags
 from pipeline.memory_plan import GIB, MemoryPlan
-from pipeline.plan import read_method, trained_parameters
+from pipeline.plan import PlanConfig, run_settings, trained_parameters
 from training.batches import count_tokens
 from training.train_config import TrainConfig
 
@@ -74,7 +74,7 @@ def main(cfg):
                                                                 cfg.dtypes):
             if zero == 0 and dtype == "bf16":
                 continue
-            settings = read_method(method)
+            settings = run_settings(PlanConfig(method=method))
             grown, trained = trained_parameters(config, settings)
             plan = MemoryPlan(grown, processes, zero, False, dtype, cfg.max_tokens_per_microbatch, False, "cpu",
                               settings, tokens, trained=trained)

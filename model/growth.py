@@ -21,7 +21,6 @@ from model.parameter_files import (
     MOMENTS,
     SIDE_FILES,
     ParameterFiles,
-    find_parameter_files,
     open_side_files,
     parameter_file_name,
     write_parameter_file,
@@ -181,7 +180,7 @@ class WholeParameter:
 
 def open_moments(source: Path, base: ModelConfig) -> ParameterFiles:
     """The optimizer moments next to a checkpoint. Raises UserError if it has none."""
-    moments = open_side_files(find_parameter_files(source, MOMENTS), MOMENTS, source, base)
+    moments = open_side_files(source, MOMENTS, base)
     if moments is None:
         raise UserError(f"{source} has no optimizer moments: train it with --carry_moments, or leave out --moments")
     return moments

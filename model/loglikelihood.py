@@ -59,13 +59,6 @@ def plan_targets(inputs: Sequence[Ids], targets: Sequence[Ids]) -> tuple[list[np
     return sequences, Targets(*np.array(sorted(found), dtype=np.int64).reshape(-1, 3).T)
 
 
-def report_finished(targets: Targets, remaining: np.ndarray, progress: Progress | None) -> None:
-    """Counts computed targets of requests, whose numbers of targets are `remaining`, and reports finished requests."""
-    np.subtract.at(remaining, targets.requests, 1)
-    if progress and (finished := int((remaining[np.unique(targets.requests)] == 0).sum())):
-        progress(finished)
-
-
 def target_logits(models: Sequence[Transformer], hidden: Sequence[Tensor],
                   targets: Targets) -> Iterator[tuple[slice, list[Tensor], Tensor, Tensor]]:
     """Yields the logits of rows with targets in chunks, so that those of many rows never exist at once.
@@ -85,6 +78,38 @@ def target_logits(models: Sequence[Transformer], hidden: Sequence[Tensor],
             row, target
 
 
+def aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
+    """Yields blocks of the same rows of all streams. The streams have the same rows, but cut them in other places.
+
+    Passes of two models differ after one of them has run out of memory.
+    """
+    rest = [torch.empty(0)] * len(streams)  # of the last block of each stream
+    while True:
+        rest = [block if len(block) else next(stream, block) for stream, block in zip(streams, rest)]
+        if not (size := min(map(len, rest))):
+            return
+        yield [block[:size] for block in rest]
+        rest = [block[size:] for block in rest]
+
+
+def scored_targets(models: Sequence[Transformer], sequences: Sequence[np.ndarray], targets: Targets, max_tokens: int,
+                   progress: Progress | None) -> Iterator[tuple[np.ndarray, list[Tensor], Tensor, Tensor]]:
+    """Runs models over requests in passes of `max_tokens` tokens, in which common prefixes are computed once.
+
+    Yields chunks of the targets (see `plan_targets`): the request of each, the logits [n, V] of each model, and for
+    each target its row in the logits and its id. Raises UserError if a logit is not finite.
+    """
+    remaining, row = np.bincount(targets.requests), 0
+    for hidden in aligned([(states for _, states in packed_passes(model, sequences, max_tokens)) for model in models]):
+        part = targets.between(row, row + len(hidden[0]))
+        row += len(hidden[0])
+        for chunk, logits, rows, ids in target_logits(models, hidden, part):
+            yield part.requests[chunk], logits, rows, ids
+        np.subtract.at(remaining, part.requests, 1)
+        if progress and (finished := int((remaining[np.unique(part.requests)] == 0).sum())):
+            progress(finished)
+
+
 @torch.no_grad()
 def log_likelihoods(model: Transformer, pairs: Sequence[Pair], max_tokens: int = 4096,
                     progress: Progress | None = None) -> tuple[list[tuple[float, bool]], dict[str, int]]:
@@ -94,24 +119,10 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], max_tokens: int =
     tokens of all pairs. Raises UserError if a logit is not finite.
     """
     inputs = [truncate_left(*pair, model.config.max_position_embeddings) for pair in pairs]
-    sequences, targets = plan_targets(inputs, [continuation for _, continuation in pairs])
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
-    remaining = np.bincount(targets.requests, minlength=len(pairs))
-    computed = 0
-    for _, hidden in packed_passes(model, sequences, max_tokens):
-        part = targets.between(computed, computed + len(hidden))
-        computed += len(hidden)
-        values, matches = token_scores(model, hidden, part)
-        np.add.at(sums, part.requests, values)
-        np.logical_and.at(greedy, part.requests, matches)
-        report_finished(part, remaining, progress)
+    sequences, targets = plan_targets(inputs, [continuation for _, continuation in pairs])
+    for requests, (logits,), row, target in scored_targets([model], sequences, targets, max_tokens, progress):
+        np.add.at(sums, requests, logits.log_softmax(-1)[row, target].cpu().numpy())
+        np.logical_and.at(greedy, requests, (logits.argmax(-1)[row] == target).cpu().numpy())
+    computed = int(targets.rows.max(initial=-1)) + 1  # the last position of every request predicts a target
     return list(zip(sums.tolist(), greedy.tolist())), {"computed": computed, "asked": sum(map(len, inputs))}
-
-
-def token_scores(model: Transformer, hidden: Tensor, targets: Targets) -> tuple[np.ndarray, np.ndarray]:
-    """Returns log p of each target given its row of the hidden states [N, C], and whether it is the most probable."""
-    values, matches = np.empty(len(targets.ids)), np.empty(len(targets.ids), dtype=bool)
-    for part, (logits,), row, target in target_logits([model], [hidden], targets):
-        values[part] = logits.log_softmax(-1)[row, target].cpu().numpy()
-        matches[part] = (logits.argmax(-1)[row] == target).cpu().numpy()
-    return values, matches

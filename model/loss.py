@@ -48,21 +48,21 @@ class FusedLinearLoss(torch.autograd.Function):
             else:
                 log_p = F.linear(target, teacher_weight).float().log_softmax(-1)  # n V
                 loss += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            if needs_grad:
-                if teacher_weight is None:  # gradient of the logits: softmax - one_hot(target)
-                    grad = log_q.exp_().scatter_add_(1, target[:, None], torch.full_like(log_q[:, :1], -1.0))
-                else:  # the difference of the two softmaxes
-                    grad = log_q.exp_() - log_p.exp_()
-                grad = grad.to(states.dtype)
-                hidden_grads.append(grad @ weight)
-                if not needs_weight_grad:
-                    continue
-                if weight_grad is None:
-                    weight_grad = (grad.T @ states).to(weight.dtype if len(hidden) <= rows else torch.float32)
-                elif weight_grad.dtype == weight.dtype:
-                    weight_grad.addmm_(grad.T, states)
-                else:
-                    weight_grad += grad.T @ states
+            if not needs_grad:
+                continue
+            grad = log_q.exp_()  # of the logits: q - p, where p is 1 at the target, or the teacher's
+            grad = grad.scatter_add_(1, target[:, None], torch.full_like(grad[:, :1], -1.0)) \
+                if teacher_weight is None else grad.sub_(log_p.exp_())
+            grad = grad.to(states.dtype)
+            hidden_grads.append(grad @ weight)
+            if not needs_weight_grad:
+                continue
+            if weight_grad is None:
+                weight_grad = (grad.T @ states).to(weight.dtype if len(hidden) <= rows else torch.float32)
+            elif weight_grad.dtype == weight.dtype:
+                weight_grad.addmm_(grad.T, states)
+            else:
+                weight_grad += grad.T @ states
         if needs_grad:
             ctx.gradients = torch.cat(hidden_grads), None if weight_grad is None else weight_grad.to(weight.dtype)
         return loss

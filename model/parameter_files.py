@@ -5,7 +5,7 @@ Values are stored in fragments, elements [start, start + count) of a flattened p
 """
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,13 @@ def parameter_file_name(name: str, rank: int, world_size: int) -> str:
     return f"{name}-{rank + 1:05}-of-{world_size:05}.safetensors"
 
 
-def open_side_files(paths: Sequence[Path], name: str, source: str | Path,
-                    config: ModelConfig) -> ParameterFiles | None:
-    """Opens the side files of a checkpoint, one of SIDE_FILES, and checks their sizes. Returns None without files."""
-    if not paths:
+def open_side_files(source: str | Path, name: str, config: ModelConfig) -> ParameterFiles | None:
+    """Opens the side files of a checkpoint that have one of the names in SIDE_FILES, and checks their sizes. Returns
+    None without files; without a name, too.
+
+    Raises UserError if some are missing, or if they are those of another model.
+    """
+    if not (name and (paths := find_parameter_files(source, name))):
         return None
     values = ParameterFiles(paths, f"the {'Fisher information' if name == FISHER else name} in {source}")
     values.check(SIDE_FILES[name], {name: math.prod(shape) for name, shape in parameter_shapes(config).items()})

@@ -95,7 +95,7 @@ class ExperimentConfig:
                                               functools.partial(check_primary, self)]
         if self.size is None or self.size in known("size"):
             checks += [functools.partial(train_settings, self, method, stage_args)
-                       for method in self.methods or [None] for stage_args in dict.fromkeys(self.stage_args or [""])]
+                       for method in self.each_method for stage_args in dict.fromkeys(self.each_stage_args)]
         if self.size in known("size"):
             checks.append(functools.partial(check_growth, self))
         for check in checks:
@@ -110,12 +110,27 @@ class ExperimentConfig:
         return {"llm": self.init_llm, "stack": self.init_stack}.get(model)
 
     @property
+    def each_pair(self) -> tuple[int | None, ...]:
+        """The pretraining seeds; None for a single pair without a folder."""
+        return self.pairs or (None,)
+
+    @property
+    def each_method(self) -> tuple[str | None, ...]:
+        """The methods; None for a single chain without a folder."""
+        return self.methods or (None,)
+
+    @property
+    def each_stage_args(self) -> tuple[str, ...]:
+        """The flags of each stage."""
+        return self.stage_args or ("",) * len(self.order)
+
+    @property
     def shared_rate(self) -> float | None:
         """The learning rate with which test sets are generated and benchmarks run; None: all."""
         return middle_rate(sorted(self.rates)) if self.rates else None
 
 
-def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = "") -> TrainConfig:
+def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str) -> TrainConfig:
     """The settings of a stage with a method, apart from those that identify it. Raises UserError if train_args, the
     method or the stage's own flags are not valid."""
     try:
@@ -130,6 +145,12 @@ def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str = 
         raise UserError(f"{' and '.join(origins) or 'train.py'}: {error}") from None
 
 
+def all_train_settings(cfg: ExperimentConfig) -> list[TrainConfig]:
+    """The settings of all stages with all methods, each different one once."""
+    return [train_settings(cfg, method, stage_args)
+            for method in cfg.each_method for stage_args in dict.fromkeys(cfg.each_stage_args)]
+
+
 def check_growth(cfg: ExperimentConfig) -> None:
     """Raises UserError if an operator cannot grow the base of the size, or grows it as another one does."""
     found: dict[tuple, str] = {}
@@ -142,8 +163,7 @@ def check_growth(cfg: ExperimentConfig) -> None:
 
 def template_problems(cfg: ExperimentConfig) -> list[str]:
     """What is wrong with the prompts: m0 and the stages have the same ones, and for a chat template m0 must have it."""
-    trained = {train_settings(cfg, method, stage_args).template
-               for method in cfg.methods or [None] for stage_args in cfg.stage_args or [""]}
+    trained = {settings.template for settings in all_train_settings(cfg)}
     evaluated = evaluate_settings(cfg).template or DEFAULT_TEMPLATE
     if trained != {evaluated}:
         return [f"the stages are trained with the template {' and '.join(sorted(trained))}, and all checkpoints are "

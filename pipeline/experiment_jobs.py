@@ -58,7 +58,7 @@ def arm_jobs(cfg: ExperimentConfig, arm: Arm) -> list[Job]:
         jobs.append(m0_job(cfg, arm))
     m0 = start or arm.folder / "m0"
     jobs.append(evaluation_job(cfg, arm, m0))
-    for method in cfg.methods or [None]:
+    for method in cfg.each_method:
         for rate in (*sorted(cfg.rates),) or (None,):
             for seed in cfg.seeds:
                 jobs += chain_jobs(cfg, arm, m0, method, rate, seed)
@@ -69,14 +69,14 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, method: str | No
                seed: int) -> list[Job]:
     """The jobs of one chain from m0: the stages with one method, learning rate and seed."""
     place = chain.chain_folder(arm.folder, method, rate, None if seed == cfg.seeds[0] else seed)
-    flags, stage_args = chain.method_flags(method) if method else [], cfg.stage_args or [""] * len(cfg.order)
-    settings = [train_settings(cfg, method, args) for args in stage_args]
+    flags = chain.method_flags(method) if method else []
+    settings = [train_settings(cfg, method, args) for args in cfg.each_stage_args]
     recipe = [CONFIGS / "train/finetune.toml", *size_files(cfg)]
     recipe += [CONFIGS / f"method/{settings[0].method}.toml"] if method else []
     shared = ["--learning_rate", rate] if rate else []
     sampled = ["--posterior_samples", cfg.posterior_samples] if settings[0].optimizer == "ivon" else []
     jobs, stages = [], chain.finetune_stages(cfg.order, m0, place)
-    for stage, args, own in zip(stages, stage_args, settings):
+    for stage, args, own in zip(stages, cfg.each_stage_args, settings):
         data = Path(cfg.data) / f"{stage.task}.json"
         first = ["--rehearsal", "0"] if stage is stages[0] and own.rehearsal else []
         replay = ["--replay_text", own.replay_text] if own.replay_share else []

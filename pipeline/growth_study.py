@@ -43,6 +43,7 @@ from pipeline.jobs import Job, run_jobs
 from pipeline.pretraining import (
     DEPTH_OPERATORS,
     STAGED_OPERATORS,
+    base_depth,
     base_job,
     growth_job,
     record_recipe,
@@ -105,32 +106,29 @@ class GrowthStudyConfig:
 
 def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
     """The jobs of the study, in order."""
-    depth = size_config(cfg.size).num_hidden_layers
-    base_depth, rest = divmod(depth, cfg.factor)
-    if rest:
-        raise UserError(f"{depth} layers are not a multiple of the factor {cfg.factor}: choose another")
-    base_flops = size_config(cfg.size, base_depth).flops(cfg.base_tokens)
+    depth, shallow = size_config(cfg.size).num_hidden_layers, base_depth(cfg.size, [cfg.factor])
+    base_flops = size_config(cfg.size, shallow).flops(cfg.base_tokens)
     if base_flops >= cfg.max_flops:
         raise UserError(f"the base alone costs {base_flops:.3g} FLOPs, and max_flops is {cfg.max_flops:.3g}: raise it, "
                         "or lower base_tokens")
     grown_by: dict[tuple[bool, tuple[int, ...]], str] = {}
     for name in cfg.operators:
-        result = name in ZERO_OPERATORS, tuple(OPERATORS[name](base_depth, depth))
+        result = name in ZERO_OPERATORS, tuple(OPERATORS[name](shallow, depth))
         if (same := grown_by.setdefault(result, name)) != name:
-            raise UserError(f"{name} repeats {base_depth} layers as {same} does: remove it from operators")
+            raise UserError(f"{name} repeats {shallow} layers as {same} does: remove it from operators")
     jobs = []
     for seed in cfg.seeds:
         folder = Path(cfg.out) / f"seed-{seed}"
         flags = ["--seed", seed, "--warmup_steps", cfg.warmup_steps, "--eval_steps", cfg.eval_steps,
                  "--max_eval_samples", cfg.max_eval_samples]
         whole = [*flags, "--max_tokens", "none", "--max_flops", cfg.max_flops]
-        jobs.append(base_job(cfg, folder / "base", base_depth, cfg.base_tokens, flags))
+        jobs.append(base_job(cfg, folder / "base", shallow, cfg.base_tokens, flags))
         first = seed == cfg.seeds[0]
         for name in cfg.operators:
             if not (first or name in cfg.repeated):
                 continue
             grown = folder / f"grown-{name}"
-            jobs.append(growth_job(folder / "base", grown, name, base_depth, depth))
+            jobs.append(growth_job(folder / "base", grown, name, shallow, depth))
             jobs.append(training_job(cfg, folder / name, cfg.max_flops - base_flops,
                                      ["--phase", "stack", "--init", grown, *whole]))
         for name in staged_names(cfg):
@@ -138,7 +136,7 @@ def study_jobs(cfg: GrowthStudyConfig) -> list[Job]:
                 jobs += staged_jobs(cfg, folder / name, flags)
         jobs.append(training_job(cfg, folder / "scratch", cfg.max_flops, ["--phase", "llm", *whole]))
         jobs.append(training_job(cfg, folder / TRAINED_ON, cfg.max_flops, [
-            "--phase", "base", "--num_hidden_layers", base_depth, *whole]))
+            "--phase", "base", "--num_hidden_layers", shallow, *whole]))
     return jobs
 
 

@@ -8,10 +8,10 @@ The memory is that of pipeline/memory_plan.py, the time that of pipeline/step_ti
 import common.interrupts
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from common.configs import read_config
+from common.configs import CONFIGS, read_config
 from common.files import UserError
 from common.formatting import format_duration
 from common.scripts import run
@@ -24,13 +24,14 @@ from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alterna
 from pipeline.pretraining import base_depth, flops_before_last_growth
 from pipeline.step_time import GPUS, plan_step
 from training.checks import expansion
+from training.deepspeed_config import resolve_choices
 from training.selection import ALL, NEW_LAYERS, Shapes, describe_selection, selected_shapes
-from training.train_config import TrainConfig, default_zero_stage
+from training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Settings of a plan. Those that are not given come from the size's recipe, or are train.py's defaults."""
+    """Settings of a plan. Those that are not given are those of the run: of its recipe, its size and its method."""
     size: str | None = setting(None, "size preset (a file in configs/size): the shape of the model, and the recipe",
                                names="size")
     init: str | None = setting(None, "checkpoint with the shape of the model: a directory or a Hub id")
@@ -63,30 +64,37 @@ class PlanConfig:
         return found
 
 
-SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strength"  # settings that take time
+# Settings of train.py that a plan can change, and those that take time without being in the plan.
+PLANNED = "zero", "offload", "dtype", "max_tokens_per_microbatch", "gradient_checkpointing"
+SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strength"
 
 
-def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, dict[str, Any]]:
-    """(the plan, its settings: those given in `cfg`, then those of the size's recipe, then train.py's defaults)."""
-    recipe = read_config("size", cfg.size).get(cfg.recipe, {}) if cfg.size else {}
-    method_settings = read_method(cfg.method)
-    method = {name: getattr(method_settings, name) for name in chain.method_settings(cfg.method)} if cfg.method else {}
-    given = {name: value for name, value in asdict(cfg).items() if value is not None}
-    settings = asdict(TrainConfig()) | {"dtype": "bf16"} | recipe | method | given
+def run_settings(cfg: PlanConfig) -> TrainConfig:
+    """The settings with which train.py would make the run, in bf16 if none of them says otherwise. Raises UserError if
+    they are not valid."""
+    recipe = "finetune" if cfg.recipe == "finetune" else "pretrain"
+    flags = ["--config", CONFIGS / f"train/{recipe}.toml", "--data", "x", "--out", "x", "--replay_text", "x"]
+    flags += ["--task", "simp", "--init", "m0"] if cfg.recipe == "finetune" else []
+    flags += ["--size", cfg.size, "--phase", cfg.recipe] if cfg.size else []
+    flags += chain.method_flags(cfg.method) if cfg.method else []
+    flags += [word for name in PLANNED if (value := getattr(cfg, name)) is not None for word in (f"--{name}", value)]
+    settings = load(TrainConfig, [str(word).lower() if isinstance(word, bool) else str(word) for word in flags])
+    return resolve_choices(replace(settings, dtype="bf16") if settings.dtype == "auto" else settings, cfg.processes)
+
+
+def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
+    """(the plan, the settings of the run)."""
+    settings = run_settings(cfg)
+    assert settings.zero is not None
     config = ModelConfig.read(fetch_checkpoint(cfg.init) / "config.json") if cfg.init else planned_config(cfg)
-    zero = default_zero_stage(cfg.processes, settings["dtype"]) if settings["zero"] is None else settings["zero"]
-    if zero == 0 and settings["dtype"] == "bf16":
-        raise UserError("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
-    if settings["offload"] and zero < 2:
-        raise UserError(f"--offload needs --zero 2 or 3, not {zero}")
-    config, trained = trained_parameters(config, method_settings)
-    longest = recipe.get("seq_length", settings["max_source_length"] + settings["max_target_length"])
-    of_process = math.ceil(settings["global_batch_size"] / cfg.processes) * longest
-    plan = MemoryPlan(config, cfg.processes, zero, settings["offload"], settings["dtype"],
-                      min(settings["max_tokens_per_microbatch"], of_process), settings["gradient_checkpointing"],
-                      cfg.device, method_settings, recipe.get("seq_length", cfg.sample_tokens),
-                      0 if "seq_length" in recipe else min(PREFIX_TOKENS, cfg.sample_tokens // 2), trained)
-    return plan, settings
+    config, trained = trained_parameters(config, settings)
+    tunes = cfg.recipe == "finetune"
+    longest = settings.max_source_length + settings.max_target_length if tunes else settings.seq_length
+    of_process = math.ceil(settings.global_batch_size / cfg.processes) * longest
+    return MemoryPlan(config, cfg.processes, settings.zero, settings.offload, settings.dtype,
+                      min(settings.max_tokens_per_microbatch, of_process), settings.gradient_checkpointing,
+                      cfg.device, settings, cfg.sample_tokens if tunes else settings.seq_length,
+                      min(PREFIX_TOKENS, cfg.sample_tokens // 2) if tunes else 0, trained), settings
 
 
 def planned_config(cfg: PlanConfig) -> ModelConfig:
@@ -96,12 +104,6 @@ def planned_config(cfg: PlanConfig) -> ModelConfig:
         raise UserError(f"configs/size/{cfg.size}.toml gives no model shape, since this size starts from published "
                         "weights: give them with --init, or INIT")
     return size_config(str(cfg.size), base_depth(str(cfg.size)) if cfg.recipe == "base" else None)
-
-
-def read_method(method: str | None) -> TrainConfig:
-    """The settings of train.py with a method. Raises UserError if it or its settings are not valid."""
-    return load(TrainConfig, ["--task", "simp", "--init", "m0", "--data", "x", "--out", "x", "--replay_text", "x",
-                              *(chain.method_flags(method) if method else [])])
 
 
 def trained_parameters(config: ModelConfig, cfg: TrainConfig) -> tuple[ModelConfig, Shapes | None]:
@@ -118,14 +120,14 @@ def print_row(name: str, value: str, unit: str, note: str = "") -> None:
     print(f"  {name:<29} {value:>18} {unit:<4}{note}".rstrip())
 
 
-def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> None:
+def print_time(plan: MemoryPlan, settings: TrainConfig, cfg: PlanConfig) -> None:
     """Prints the time of a step by its parts, the speed, and the time of the run, for a range of `utilisation`."""
     gpu = GPUS[cfg.gpu]
     if cfg.network:
         gpu = replace(gpu, network=cfg.network * 1e9)
     slow, fast = (cfg.utilisation, cfg.utilisation) if cfg.utilisation else gpu.utilisation
-    step = plan_step(plan, settings["global_batch_size"])
-    tokens = settings["global_batch_size"] * plan.sample_tokens
+    step = plan_step(plan, settings.global_batch_size)
+    tokens = settings.global_batch_size * plan.sample_tokens
 
     def print_values(name: str, unit: str, digits: int, *values: float) -> None:
         """Prints the values that differ."""
@@ -134,7 +136,7 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
     shares = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (slow, fast)))
     print(f"time of a step of {tokens:,} tokens, with {shares} of {gpu.flops / 1e12:,.0f} TFLOP/s"
           f"{', without the transfers of offloading' if plan.offload else ''}"
-          f"{', without what the method adds' if any(settings[name] for name in SLOWER) else ''}")
+          f"{', without what the method adds' if any(getattr(settings, name) for name in SLOWER) else ''}")
     print_values(f"computation, {step.micro_steps} × {step.tokens:,} tokens", "s", 2,
                  *(step.micro_steps * step.computation(gpu, share) for share in (fast, slow)))
     communication = step.micro_steps * step.micro_communication(gpu) + step.final_communication(gpu)
@@ -143,10 +145,10 @@ def print_time(plan: MemoryPlan, settings: dict[str, Any], cfg: PlanConfig) -> N
     speeds = [tokens / step.seconds(gpu, share) for share in (slow, fast)]
     print_values("speed", "tokens/s", 0, *speeds)
     print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
-    samples = (settings["max_train_samples"] or 0) * settings["num_train_epochs"]
+    samples = (settings.max_train_samples or 0) * settings.num_train_epochs
     spent = flops_before_last_growth(str(cfg.size)) if cfg.recipe == "stack" else 0.0
-    of_flops = (settings["max_flops"] - spent) / plan.config.flops(1) if settings["max_flops"] else 0
-    if total := cfg.tokens or settings["max_tokens"] or of_flops or samples * cfg.sample_tokens:
+    of_flops = (settings.max_flops - spent) / plan.config.flops(1) if settings.max_flops else 0
+    if total := cfg.tokens or settings.max_tokens or of_flops or samples * cfg.sample_tokens:
         times = dict.fromkeys(format_duration(total / speed) for speed in reversed(speeds))
         print_row(f"{int(total):,} tokens", " to ".join(times), "")
 
@@ -172,7 +174,7 @@ def main(cfg: PlanConfig) -> None:
     print_row("peak", f"{plan.total() / GIB:.2f}", "GiB", f"of {gpu_memory:.0f}" if has_limit else "")
     print("elsewhere")
     print_row("host memory, all processes", f"{plan.host() / GIB:.2f}", "GiB")
-    print_row("disk", f"{plan.disk(settings['save_total_limit']) / GIB:.2f}", "GiB")
+    print_row("disk", f"{plan.disk(settings.save_total_limit) / GIB:.2f}", "GiB")
     if cfg.device == "cuda":
         print_time(plan, settings, cfg)
     if not has_limit:

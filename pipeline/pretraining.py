@@ -70,9 +70,11 @@ def run_flops(size: str, phase: str, spent: float = 0.0) -> float:
 
 
 def flops_before_last_growth(size: str) -> float:
-    """The FLOPs of the runs that come before the last growth of a size's model."""
-    depth, ends = base_depth(size), read_config("size", size)["growth"]["at_tokens"]
-    spent = 0.0
+    """The FLOPs of the runs that come before the last growth of a size's model. Raises UserError if the size does not
+    say when it is grown."""
+    depth, ends, spent = base_depth(size), read_config("size", size).get("growth", {}).get("at_tokens"), 0.0
+    if not ends:
+        raise UserError(f"the size {size} has no at_tokens in the table [growth], which says when it is grown: add it")
     for factor, begin, end in zip(growth_factors(size), [0, *ends], ends):
         spent += size_config(size, depth).flops(end - begin)
         depth *= factor

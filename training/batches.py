@@ -60,14 +60,21 @@ def sample_indices(seed: int, size: int, start: int, stop: int) -> list[int]:
     return [int(epoch_order(seed, place // size, size)[place % size]) for place in range(start, stop)]
 
 
+def replayed_range(step: int, share: float, batch_size: int) -> range:
+    """The positions of a step's samples among all that are replayed: `share` times the batch size on average, which may
+    be below one."""
+    return range(int(step * share * batch_size), int((step + 1) * share * batch_size))
+
+
 def replay_indices(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
-    """Indices of the samples that a step replays: `share` times the batch size on average, which may be below one."""
-    return sample_indices(seed, size, int(step * share * batch_size), int((step + 1) * share * batch_size))
+    """Indices of the samples that a step replays, in shuffled epochs."""
+    places = replayed_range(step, share, batch_size)
+    return sample_indices(seed, size, places.start, places.stop)
 
 
 def draw_indices(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
     """As `replay_indices`, but with replacement: an order of all windows of a pretraining text would take gigabytes."""
-    count = int((step + 1) * share * batch_size) - int(step * share * batch_size)
+    count = len(replayed_range(step, share, batch_size))
     return np.random.default_rng([seed, step]).integers(size, size=count).tolist()
 
 

@@ -96,18 +96,18 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
     if cfg.rehearsal:
         facts["rehearsed"] = [task["data_digest"] for task in earlier]
     if cfg.replay_share:
-        facts["replay_digest"] = text_digest("replay_text", str(cfg.replay_text), cfg, source)
-    side_files = find_side_files(cfg, source, lineage)
+        facts["replay_digest"] = text_digest(cfg, "replay_text", source)
     record = describe(settings, data_digest=of_data, **facts, **source_digests(cfg, source, lineage))
     if is_finished(cfg.out, record, defaults):
         return None
-    record |= held_out_digest(cfg, source)
+    if cfg.held_out_text is not None:
+        record["held_out_digest"] = text_digest(cfg, "held_out_text", source)
     check_earlier_tasks(earlier)
-    open_side_files(side_files, side_file(cfg), source, config)
+    open_side_files(source, side_file(cfg), config)
     record["id"] = json_digest(record)
     return resolved, {"lineage": lineage, "record": record, "trained": trained,
                      "first_sample": first_sample(cfg, of_data, lineage), "layer_map": layer_map,
-                     "earlier_tasks": tuple(earlier), "side_files": tuple(path.name for path in side_files)}
+                     "earlier_tasks": tuple(earlier)}
 
 
 def source_digests(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> dict[str, str | None]:
@@ -178,16 +178,10 @@ def check_source(cfg: TrainConfig, source: Path) -> ModelConfig:
     return config
 
 
-def held_out_digest(cfg: TrainConfig, source: Path) -> dict[str, str]:
-    """The entry of run.json that identifies the held-out text, if there is one."""
-    if cfg.held_out_text is None:
-        return {}
-    return {"held_out_digest": text_digest("held_out_text", cfg.held_out_text, cfg, source)}
-
-
-def text_digest(name: str, path: str, cfg: TrainConfig, source: Path) -> str:
-    """The digest of a directory of token shards that a setting names. Raises UserError if it is not one, or if its
+def text_digest(cfg: TrainConfig, name: str, source: Path) -> str:
+    """The digest of the directory of token shards that a setting names. Raises UserError if it is not one, or if its
     tokenizer is not the model's."""
+    path = str(getattr(cfg, name))
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file, expected a directory of token shards: make it with data_prep.py "
                         "text")

@@ -6,7 +6,7 @@ from common.files import UserError
 from corpus.shards import WINDOW_TOKENS, ShardDataset, check_shards
 from corpus.tasks import SFTDataset, read_task
 from model.tokenizer import Tokenizer
-from training.batches import GlobalBatch, Sample, SampleDataset, draw_indices, sample_indices
+from training.batches import GlobalBatch, Sample, SampleDataset, draw_indices, replayed_range, sample_indices
 from training.rehearsal import rehearsed_items
 from training.run import Run, num_samples
 from training.run_directory import saved_states
@@ -87,7 +87,7 @@ def check_steps(cfg: TrainConfig, steps: int) -> None:
         raise UserError(f"schedule_start {cfg.schedule_start} and the {steps} steps of this run are more than the "
                         f"schedule_steps {cfg.schedule_steps}: raise it")
     for name, is_used in (("replay_share", cfg.replay_share), ("self_replay_share", cfg.self_replay_kl)):
-        if is_used and not int(steps * getattr(cfg, name) * cfg.global_batch_size):
+        if is_used and not replayed_range(steps - 1, getattr(cfg, name), cfg.global_batch_size).stop:
             raise UserError(f"{name} is {getattr(cfg, name)}, so that {steps} steps of {cfg.global_batch_size} samples "
                             "replay nothing: raise it")
 

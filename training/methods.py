@@ -237,8 +237,7 @@ class Variational(Method):
 def make_method(run: Run, engine: "DeepSpeedEngine") -> Method:
     """The method of a run, for an engine whose weights are the initial ones."""
     cfg, dist, source = run.cfg, run.dist, run.source
-    files = dist.on_all_ranks(lambda: open_side_files([source / name for name in run.side_files], side_file(cfg),
-                                                      source, run.model_config))
+    files = dist.on_all_ranks(lambda: open_side_files(source, side_file(cfg), run.model_config))
     if cfg.optimizer == "ivon":
         dist.print0(f"prior: {'the posterior of' if files else 'a Gaussian around the weights of'} {cfg.init}")
         return Variational(run, engine, files)

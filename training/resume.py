@@ -8,6 +8,7 @@ A saved state is a folder `resume/step-<n>/` in the run's directory, which appea
 A state can be resumed with any number of ranks under any ZeRO stage. There is no random state: the order of the
 samples is a function of (seed, step).
 """
+import re
 import shutil
 import sys
 import time
@@ -19,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import UserError, digest, parsing
+from common.files import UserError, digest, parsing, read_json
 from common.provenance import read_record
 from common.stop_request import STOPPED
-from common.writing import explain_os_errors, sync
+from common.writing import explain_os_errors, sync, write_json
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_finite_weights
 from training.run import Run
-from training.run_directory import continue_run, find_state, write_state
+from training.run_directory import continue_run, json_digest, saved_states
 from training.train_state import TrainState
 from training.zero_shards import (
     base_optimizer,
@@ -162,3 +163,41 @@ def restore(engine: "DeepSpeedEngine", files: ParameterFiles, updates: int) -> N
     for fragment in local_fragments(engine):
         files.read(MASTER, fragment.name, fragment.start, fragment.of(fragment.flat))
     fill_optimizer_state(engine, files, files.kinds - {MASTER}, updates)
+
+
+def find_state(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of the saved state of an unfinished run and its state.json, or None.
+
+    Raises UserError if the state belongs to another run or is incomplete.
+    """
+    folder = next(reversed(saved_states(directory)), None)
+    if folder is None:
+        return None
+    saved = read_state(folder)
+    if saved["run"] != read_record(directory).get("id"):
+        raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
+    if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")
+    return folder, saved
+
+
+# The entries of state.json and their types.
+STATE_TYPES = {"progress": dict, "run": str, "optimizer_step": int, "files": dict}
+
+
+def write_state(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Writes state.json of a saved state: the entries in STATE_TYPES, and their digest."""
+    write_json(folder / "state.json", {**entries, "digest": json_digest(entries)})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a saved state. Raises UserError if it lacks an entry or has been changed."""
+    saved = read_json(folder / "state.json", dict)
+    found = saved.pop("digest", None)
+    if not all(isinstance(saved.get(name), kind) for name, kind in STATE_TYPES.items()) or \
+            not all(re.fullmatch(r"rank-\d+\.safetensors", name) for name in saved["files"]):
+        raise UserError(f"{folder}/state.json lacks entries of a saved state: remove {folder} to train again")
+    if found != json_digest(saved):
+        raise UserError(f"{folder}/state.json is damaged, its content does not have the digest in it: remove {folder} "
+                        "to train again")
+    return saved

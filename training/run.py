@@ -38,7 +38,6 @@ class Run:
         trained: the parameters that are trained, name -> shape; the others are frozen.
         layer_map: the block expansion that the run begins with, as in model/growth.py; empty without one.
         earlier_tasks: the tasks to rehearse, as in the lineage.
-        side_files: names of the files next to the initial checkpoint that the method reads.
     """
     cfg: TrainConfig
     dist: Distributed
@@ -51,7 +50,6 @@ class Run:
     trained: Shapes = field(default_factory=dict)
     layer_map: tuple[int, ...] = ()
     earlier_tasks: tuple[dict[str, Any], ...] = ()
-    side_files: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, parsing, read_json
+from common.files import UserError, parsing
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import RUN, differences, read_record, write_record
-from common.writing import WRITING, explain_os_errors, remove, sole_use, write_json
+from common.writing import WRITING, explain_os_errors, remove, sole_use
 from training.run import Run, partial_directory
 
 BAR = 20  # characters of the bar of the largest change
@@ -148,44 +148,6 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
     found = {path: int(match[1]) for path in folder.glob(f"{prefix}*")
              if (match := re.fullmatch(rf"{prefix}(\d+)", path.name))}
     return sorted(found, key=found.__getitem__)
-
-
-def find_state(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The folder of the saved state of an unfinished run and its state.json, or None.
-
-    Raises UserError if the state belongs to another run or is incomplete.
-    """
-    folder = next(reversed(saved_states(directory)), None)
-    if folder is None:
-        return None
-    saved = read_state(folder)
-    if saved["run"] != read_record(directory).get("id"):
-        raise UserError(f"{folder} is the state of a run other than {directory}/run.json: remove it to train again")
-    if missing := [name for name in saved["files"] if not (folder / name).is_file()]:
-        raise UserError(f"{folder} is incomplete, {', '.join(missing)} is missing: remove it to train again")
-    return folder, saved
-
-
-# The entries of state.json and their types.
-STATE_TYPES = {"progress": dict, "run": str, "optimizer_step": int, "files": dict}
-
-
-def write_state(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Writes state.json of a saved state: the entries in STATE_TYPES, and their digest."""
-    write_json(folder / "state.json", {**entries, "digest": json_digest(entries)})
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a saved state. Raises UserError if it lacks an entry or has been changed."""
-    saved = read_json(folder / "state.json", dict)
-    found = saved.pop("digest", None)
-    if not all(isinstance(saved.get(name), kind) for name, kind in STATE_TYPES.items()) or \
-            not all(re.fullmatch(r"rank-\d+\.safetensors", name) for name in saved["files"]):
-        raise UserError(f"{folder}/state.json lacks entries of a saved state: remove {folder} to train again")
-    if found != json_digest(saved):
-        raise UserError(f"{folder}/state.json is damaged, its content does not have the digest in it: remove {folder} "
-                        "to train again")
-    return saved
 
 
 def json_digest(value: Any) -> str:

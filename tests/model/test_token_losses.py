@@ -11,7 +11,8 @@ from common.files import UserError
 from model import prefix_packing
 from model.checkpoint import write_checkpoint
 from model.hub import load_model
-from model.token_losses import aligned, sample_losses
+from model.loglikelihood import aligned
+from model.token_losses import sample_losses
 from tests.conftest import random_model
 
 

@@ -509,10 +509,10 @@ def test_a_damaged_log_is_named(tmp_path, line):
 @pytest.mark.parametrize(("flags", "said"), [
     (["--max_flops", "1e308"], "max_flops is 1e+308, expected a number from 1 to 1e+30"),
     (["--base_tokens", "9223372036854775807"], "expected a number from 1 to 1000000000000000000"),
-    (["--factor", "9223372036854775806"], "8 layers are not a multiple of the factor"),
+    (["--factor", "9223372036854775806"], "8 layers are not a multiple of the growth factors"),
     (["--operators", "stack,double"], "unknown operators 'double', expected one of stack, interleave, middle, solar"),
     (["--max_flops", "1e9"], "the base alone costs"),
-    (["--factor", "3"], "8 layers are not a multiple of the factor 3"),
+    (["--factor", "3"], "8 layers are not a multiple of the growth factors 3"),
     (["--size", "7b"], "the size 7b has no table [study]"),
     (["--operators", "stack,stack"], "operators is stack, stack, expected each once"),
     (["--operators", "stack,middle"], "middle repeats 2 layers as stack does"),

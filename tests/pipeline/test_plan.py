@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from common import settings
 from common.configs import read_config
+from common.files import UserError
 from model.config import ModelConfig, size_config
-from pipeline import plan as plan_module
+from pipeline import pretraining
 from pipeline.plan import PlanConfig, main, read_plan
 from pipeline.step_time import GPUS, plan_step
 
@@ -14,7 +16,7 @@ from pipeline.step_time import GPUS, plan_step
 def test_defaults_come_from_the_recipe():
     plan, recipe = read_plan(PlanConfig(size="7b", processes=8))
     assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (2, 8_192, False)
-    assert recipe["max_train_samples"] == 100_000
+    assert recipe.max_train_samples == 100_000
     plan, _ = read_plan(PlanConfig(size="tiny", dtype="fp32", zero=0, max_tokens_per_microbatch=99))
     assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (0, 99, False)
     assert plan.sample_tokens == 128
@@ -47,16 +49,31 @@ def test_a_checkpoint_with_the_recipe_of_a_size(checkpoint):
     """As in `make train INIT=… SIZE=7b`: the shape is that of the checkpoint, how it is trained that of the size."""
     plan, recipe = read_plan(PlanConfig(size="7b", init=str(checkpoint), processes=8))
     assert plan.config == ModelConfig.read(checkpoint / "config.json")
-    assert (plan.zero, plan.max_tokens_per_microbatch, recipe["global_batch_size"]) == (
+    assert (plan.zero, plan.max_tokens_per_microbatch, recipe.global_batch_size) == (
         2, 8_192, read_config("size", "7b")["finetune"]["global_batch_size"])
-    assert read_plan(PlanConfig(init=str(checkpoint)))[1]["global_batch_size"] == 32
+    assert read_plan(PlanConfig(init=str(checkpoint)))[1].global_batch_size == 32
 
 
 def test_the_recipe_may_offload(monkeypatch):
-    recipe = read_config("size", "7b")
-    monkeypatch.setattr(plan_module, "read_config", lambda *_: recipe | {"finetune": {"zero": 2, "offload": True}})
+    monkeypatch.setattr(settings, "read_config", lambda *_: {"finetune": {"zero": 2, "offload": True}})
     assert read_plan(PlanConfig(size="7b", processes=8))[0].offload
     assert not read_plan(PlanConfig(size="7b", processes=8, offload=False))[0].offload
+
+
+def test_the_recipe_says_what_is_trained(monkeypatch):
+    adapted = read_plan(PlanConfig(size="7b", method="lora:lora_rank=8"))[0]
+    recipe = read_config("size", "7b")["finetune"] | {"train": ["lora"], "lora_rank": 8}
+    monkeypatch.setattr(settings, "read_config", lambda *_: {"finetune": recipe})
+    plan, _ = read_plan(PlanConfig(size="7b"))
+    assert plan.num_trained == adapted.num_trained < plan.config.num_parameters / 100
+    assert plan.memory() == adapted.memory()
+
+
+def test_a_size_that_does_not_say_when_it_grows(monkeypatch):
+    recipe = {name: table for name, table in read_config("size", "tiny").items() if name != "growth"}
+    monkeypatch.setattr(pretraining, "read_config", lambda *_: recipe)
+    with pytest.raises(UserError, match="the size tiny has no at_tokens in the table \\[growth\\]"):
+        main(PlanConfig(size="tiny", recipe="stack"))
 
 
 def test_it_suggests_what_to_change(capsys):
@@ -96,8 +113,8 @@ def test_time_is_a_range_of_what_published_runs_reach(capsys):
 
 
 def test_the_recipe_gives_depth_and_dtype():
-    base, settings = read_plan(PlanConfig(size="7b", recipe="base"))
-    assert (base.config.num_hidden_layers, settings["dtype"]) == (8, "bf16")
+    base, recipe = read_plan(PlanConfig(size="7b", recipe="base"))
+    assert (base.config.num_hidden_layers, recipe.dtype) == (8, "bf16")
     assert read_plan(PlanConfig(size="study"))[0].dtype == "fp32"
     assert read_plan(PlanConfig(size="study", dtype="bf16"))[0].dtype == "bf16"
 
@@ -133,7 +150,7 @@ def test_a_method_may_have_settings(capsys):
     (["--size", "7b", "--gpu_memory", "inf"], "gpu_memory is inf, expected a finite number"),
     (["--size", "7b", "--sample_tokens", "9223372036854775806"], "sample_tokens is 9223372036854775806, expected"),
     (["--size", "7b", "--max_tokens_per_microbatch", "9223372036854775806"], "expected a number from 1 to 1073741824"),
-    (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3, not 1"),
+    (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3"),
     (["--size", "410m"], "gives no model shape, since this size starts from published weights: give them with --init"),
     (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
 def test_invalid_plans(refusal, flags, said):

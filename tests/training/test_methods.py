@@ -383,8 +383,9 @@ def test_a_method_overrides_the_recipe_of_the_size_and_flags_override_the_method
 
 
 def open_required(cfg, source, config, lineage):
-    """Opens the side files that a run reads from its initial checkpoint, as training.run does."""
-    return open_side_files(find_side_files(cfg, source, lineage), side_file(cfg), source, config)
+    """Opens the side files that a run reads from its initial checkpoint, as training.checks does."""
+    find_side_files(cfg, source, lineage)
+    return open_side_files(source, side_file(cfg), config)
 
 
 def test_priors_that_do_not_fit_are_refused(checkpoint, ivon_stage, tmp_path):

@@ -29,7 +29,8 @@ from training import resume, run_directory
 from training.batches import GlobalBatch
 from training.checks import check_source_digests, compare_digests, source_digests
 from training.deepspeed_config import deepspeed_config
-from training.run_directory import claim, read_state, write_state
+from training.resume import read_state, write_state
+from training.run_directory import claim
 from training.train_config import TrainConfig
 from training.train_state import StepResult, TrainState
 
