@@ -59,7 +59,7 @@ class PretrainConfig:
     at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18,
                                          used_if=("model", [name for name in MODELS if name not in ("llm", "base")]))
     seed: int = setting(42, "seed of all runs: of new weights and of the sample order", at_least=0)
-    launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
+    launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; not given: one process")
     args: str = setting("", "flags for the last run of train.py, such as '--learning_rate 1e-4'")
     dry_run: bool = setting(False, "print the commands and run none")
     phase: ClassVar[str] = "growth"  # the table of the size's file that holds these settings

@@ -110,15 +110,20 @@ class Resolved:
         self.problems: list[str] = []
 
     def update(self, given: Mapping[str, Any], where: str) -> None:
-        """Overrides values that are not fixed; unknown names and wrong types become problems."""
+        """Overrides values that are not fixed; unknown names and wrong types become problems.
+
+        "none" also stands for the empty list where that is the default, and for a required setting that is missing.
+        """
         for name, value in given.items():
             if name not in self.fields:
                 self.problems.append(f"unknown setting {name!r} in {where}{hint(name, self.fields)}")
                 continue
             field = self.fields[name]
             try:
-                missing = value == "none" and field.metadata.get("required")
-                converted = None if missing else convert(name, value, field.type)
+                if value == "none" and (field.metadata["required"] or field.default == ()):
+                    converted = None if field.metadata["required"] else ()
+                else:
+                    converted = convert(name, value, field.type)
             except ValueError as error:
                 self.problems.append(f"{error} (in {where})")
                 continue
@@ -212,7 +217,7 @@ def make_parser(cls: type, description: str, prog: str | None) -> Parser:
         base, choices, _, many = parts(field.type)
         default: Any = field.default
         default = ",".join(map(str, default)) if many and default else default
-        help = field.metadata["help"] + (f" (default: {default})" if default is not None else "")
+        help = field.metadata["help"] + (f" (default: {default})" if default not in (None, (), "") else "")
         kind: dict[str, Any] = {"nargs": "?", "const": "true"} if base is bool else {}
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base] + ",…" * many
         parser.add_argument(f"--{field.name}", metavar=metavar, help=help.replace("%", "%%"), **kind)

@@ -56,8 +56,8 @@ class ExperimentConfig:
     report: str = setting("report", "folder of the report")
     primary: str = setting(PRIMARY, "the measure that answers the question, named before the first run: the others are "
                                     "secondary")
-    launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; none: one process; "
-                                "slurm: a Slurm job for each job")
+    launcher: str = setting("", "words before the scripts, such as 'torchrun --nproc_per_node 8'; slurm: a Slurm job "
+                                "for each job; not given: one process")
     gpus: int = setting(8, "GPUs, and processes, of a Slurm job", at_least=1, used_if=("launcher", ("slurm",)))
     slurm_file: str = setting("configs/slurm/step.sbatch", "script of a Slurm job, with the placeholder @COMMAND@",
                               used_if=("launcher", ("slurm",)))

@@ -89,7 +89,7 @@ class GrowthStudyConfig:
     max_eval_samples: int = setting(128, "held-out samples to evaluate on", at_least=1)
     seeds: tuple[int, ...] = setting((42,), "seeds; those after the first train only `repeated` and the controls",
                                      required=True, at_least=0)
-    launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; none: one process")
+    launcher: str = setting("", "words before train.py, such as 'torchrun --nproc_per_node 8'; not given: one process")
     dry_run: bool = setting(False, "print the commands and run none")
     phase: ClassVar[str] = "study"  # the table of the size's file that holds these settings
 

@@ -2,7 +2,7 @@
 
 The divergence is that of the next token, exact over the vocabulary, on two kinds of samples:
 
-    input_kl        the step's samples of the new task, where a target is predicted
+    input_kl        the step's samples, rehearsed ones included, where a target is predicted
     self_replay_kl  texts that m0 generated from <bos> (or eos) alone: no data of the past is needed (Bansal and
                     Sanghavi, arXiv 2505.13811, who use the likelihood of these texts as an estimate of the divergence)
 

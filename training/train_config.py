@@ -73,7 +73,7 @@ class TrainConfig:
                               at_least=0, at_most=MAX_LAYERS)
     per_task: bool = setting(False, "block expansion: insert layers before every task")
     lora_rank: int = setting(16, "LoRA: rank of the adapters", at_least=1, at_most=1 << 20)
-    lora_alpha: float = setting(32.0, "LoRA: scale of the adapters, times their rank", above=0)
+    lora_alpha: float = setting(32.0, "LoRA: the adapters are scaled by lora_alpha / lora_rank", above=0)
     lora_targets: tuple[str, ...] = setting(TARGETS, "LoRA: linear layers that get an adapter", required=True,
                                             names=TARGETS)
     # methods against forgetting
@@ -87,7 +87,8 @@ class TrainConfig:
                                          "generated from <bos>, or the end-of-text token", at_least=0)
     self_replay_share: float = setting(0.25, "such texts in a step, as a share of the batch", above=0, at_most=100)
     self_replay_texts: int = setting(256, "such texts that are generated before the first task", at_least=1)
-    input_kl: float = setting(0.0, "weight of KL(m0 || model) on the samples of the new task", at_least=0)
+    input_kl: float = setting(0.0, "weight of KL(m0 || model) on the samples of each step, rehearsed ones included",
+                              at_least=0)
     l2_sp_strength: float = setting(0.0, "L2-SP: strength of the penalty, ½ |w − w₀|²", at_least=0)
     l2_sp_rate: float = setting(0.0, "decoupled L2-SP: share of the way back to the initial weights after a step at "
                                      "the full learning rate", at_least=0, below=1)

@@ -33,6 +33,7 @@ class Example:
     limit: int | None = setting(7, "limit")
     steps_at: tuple[int, ...] | None = setting(None, "a list")
     names: tuple[str, ...] = setting(("x",), "a list of words")
+    more: tuple[int, ...] = setting((), "a list that may be empty")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def test_lists(tmp_path):
     assert load(Example, ["--config", str(tmp_path / "1.toml")]) == Example(steps_at=(1, 2000), names=("a", "b"))
     assert load(Example, ["--steps_at", "3, 4", "--names", "c"]) == Example(steps_at=(3, 4), names=("c",))
     assert load(Example, ["--steps_at", "none"]) == Example()
+    assert load(Example, ["--more", "3"]).more == (3,)
+    assert load(Example, ["--more", "none"]).more == ()
     for value in ("3,,4", "3;4", "[3]", ""):
         with pytest.raises(UserError, match="steps_at is .*, expected whole numbers separated by commas"):
             load(Example, ["--steps_at", value])
