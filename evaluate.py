@@ -55,7 +55,9 @@ def main(cfg: EvaluateConfig) -> None:
 
     def prepare() -> str:
         nonlocal evaluation
-        claimed.enter_context(sole_use(results_folder(cfg, fetch_checkpoint(cfg.checkpoint))))
+        out = results_folder(cfg)
+        fetch_checkpoint(cfg.checkpoint)
+        claimed.enter_context(sole_use(out))
         evaluation = prepare_evaluation(cfg)
         return evaluation.run["dtype"]
 
@@ -114,7 +116,7 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     """
     checkpoint = open_checkpoint(fetch_checkpoint(cfg.checkpoint), require_eos=True)
     source, config = checkpoint.directory, checkpoint.config
-    out = results_folder(cfg, source)
+    out = results_folder(cfg)
     check_writable(out)
     posterior = find_parameter_files(source, POSTERIOR) if cfg.posterior_samples else []
     if cfg.posterior_samples and not open_side_files(source, POSTERIOR, config):
@@ -147,9 +149,12 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 
 
-def results_folder(cfg: EvaluateConfig, source: Path) -> Path:
-    """The folder for the results of a checkpoint in the directory `source`."""
-    return Path(cfg.out or source / "eval")
+def results_folder(cfg: EvaluateConfig) -> Path:
+    """The folder for the results. Raises UserError if a checkpoint that is no directory has none."""
+    if cfg.out is None and not Path(cfg.checkpoint).exists():
+        raise UserError(f"--out is missing: {cfg.checkpoint} is no directory here, and the results of a checkpoint "
+                        "from the Hub would lie in the Hub's cache")
+    return Path(cfg.out or Path(cfg.checkpoint) / "eval")
 
 
 def check_same_weights(out: Path, checkpoint_digest: str) -> None:

@@ -23,6 +23,7 @@ class PromptTemplate:
     bos: Sequence[int]  # token ids that precede the prompt
     ending: str  # the text of the prompt after the source
     beginning: str  # the text of the reply before the target
+    trailing: str  # the text of the reply after the target, before the token that ends it
     end_id: int | None  # the token that ends the reply
     follows_prompt: bool  # whether a reply is tokenized together with its prompt
 
@@ -49,10 +50,10 @@ class PromptTemplate:
         """
         texts = list(map(self.render, sources))
         prompts = self.tokenizer.encode_batch(texts)
-        replies = self.tokenizer.encode_batch([self.beginning + target for target in targets])
+        answers = [self.beginning + target + self.trailing for target in targets]
+        replies = self.tokenizer.encode_batch(answers)
         if self.follows_prompt:
-            together = self.tokenizer.encode_batch([text + self.beginning + target
-                                                    for text, target in zip(texts, targets)])
+            together = self.tokenizer.encode_batch([text + answer for text, answer in zip(texts, answers)])
             replies = [ids[len(prompt):] if ids[:len(prompt)] == prompt else alone
                        for prompt, ids, alone in zip(prompts, together, replies)]
         return self.truncate(prompts, max_length), replies
@@ -73,7 +74,7 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
     """
     if name == "alpaca":
         return PromptTemplate(tokenizer, alpaca_prompt, [] if tokenizer.bos_id is None else [tokenizer.bos_id],
-                              "\n\n" + RESPONSE, "", tokenizer.eos_id, follows_prompt=False)
+                              "\n\n" + RESPONSE, "", "", tokenizer.eos_id, follows_prompt=False)
     if not tokenizer.fast:
         raise UserError(f"{tokenizer.directory}: a chat template needs tokenizer.json; with tokenizer.model alone, "
                         "special tokens in a text are plain text")
@@ -94,7 +95,8 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
         raise UserError(f"{tokenizer.directory}: the chat template ends a reply with {end[:60]!r} (ids "
                         f"{tokenizer.encode(end)[:9]}), which holds no end-of-text token: add it to eos_token_id in "
                         "generation_config.json")
-    return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning,
+    trailing = end.partition(tokenizer.token(end_ids[0]))[0] if end_ids else ""
+    return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning, trailing,
                           end_ids[0] if end_ids else tokenizer.eos_id, follows_prompt=True)
 
 

@@ -181,6 +181,8 @@ def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], l
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected the raw files of the task, or a folder {spec['folder']} "
                         "with them")
+    if ignored := [path.name for path in sorted(folder.glob("*.json")) if split_of_file(path) is None]:
+        print(f"{folder}: neither a training nor a test file, and not read: {format_names(ignored)}", file=sys.stderr)
     train, test = (read_raw_split(folder, split, spec["source"]) for split in ("train", "test"))
     prompts = spec.get("test_prompt", [])
     chosen = [item for item in test if item["src_info"].get("prompt_name") in prompts]
@@ -241,15 +243,14 @@ def read_raw_file(path: Path, source_field: str) -> Iterator[tuple[str, list[str
 
 
 def split_of_file(path: Path) -> str | None:
-    """"train", "test" or None, from the name of a raw file.
+    """"train", "test" or None, from the name of a raw file, `<prompt>.<split>.json`.
 
-    The name starts with the prompt's name, which may contain either word: constrain_start+make_a_title.test.json is a
-    test file. The part after the first dot is therefore searched first.
+    The prompt's name may contain either word (constrain_start+make_a_title): a name with more than one dot is searched
+    after the first one, and a name with one dot for whole words.
     """
-    for part in (path.name.partition(".")[2], path.name):
-        splits = [split for split in ("train", "test") if split in part]
-        if len(splits) == 2:
-            raise UserError(f"{path} has both train and test in its name: rename it")
-        if splits:
-            return splits[0]
-    return None
+    stem, _, split = path.stem.partition(".")
+    words = split or re.findall("[a-z]+", stem.lower())
+    splits = [split for split in ("train", "test") if split in words]
+    if len(splits) == 2:
+        raise UserError(f"{path} has both train and test in its name: rename it")
+    return splits[0] if splits else None

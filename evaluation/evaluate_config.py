@@ -13,7 +13,8 @@ from corpus.shards import WINDOW_TOKENS
 class EvaluateConfig:
     """Settings of one evaluation."""
     checkpoint: str = setting(None, "checkpoint to evaluate: a directory or a Hub id", required=True)
-    out: str | None = setting(None, "folder for the results; none: eval in the checkpoint's directory")
+    out: str | None = setting(None, "folder for the results; none: eval in the checkpoint's directory, which one from "
+                                    "the Hub does not have")
     text: str | None = setting(None, "held-out text whose loss is measured: a directory of token shards, or a .txt or "
                                      ".jsonl file")
     tasks: tuple[str, ...] = setting((), "tasks whose test sets are evaluated (files in configs/task)", names="task")

@@ -43,7 +43,8 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": CHAT_DATE.strftime}
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
         ids |= {name: own for name in ("eos", "pad", "unk") if (own := tokenizer.own_id(name)) is not None}
-        self.variables = {f"{name}_token": tokenizer.token(index) for name, index in ids.items() if index is not None}
+        self.variables = tokenizer.named_tokens() | {
+            f"{name}_token": tokenizer.token(index) for name, index in ids.items() if index is not None}
         try:
             self.template = environment.from_string(self.source)
         except Exception as error:  # of any kind, such as recursion

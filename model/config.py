@@ -200,10 +200,12 @@ class ModelConfig:
                 raise UserError(f"{path}: {error}") from None
 
     def write(self, directory: str | Path, dtype: str) -> None:
-        """Writes `config.json` into a directory, for weights of `dtype` ("float32" or "bfloat16")."""
+        """Writes `config.json` into a directory, for weights of `dtype`, one of "float32", "bfloat16" and "float16"."""
         # A special id that is not given is written as null, because transformers has defaults for absent ones.
         values = {name: value for name, value in asdict(self).items() if name in SPECIAL_IDS or value is not None and
                   (name not in FAMILY_FIELDS or name in self.family.options)}
+        if values.get("rope_scaling", {}).get("rope_type") == "linear":  # by the older name, which all versions read
+            values["rope_scaling"] = {"type": "linear", "factor": values["rope_scaling"]["factor"]}
         head = {"architectures": [self.family.architecture], "torch_dtype": dtype}
         write_json(Path(directory) / "config.json",
                    head | FIXED_OPTIONS | values | layer_kinds_options(vars(self), self.family))

@@ -24,25 +24,37 @@ from common.files import UserError, first_line, read_json
 from common.provenance import GROWTH, RUN
 from common.settings import setting
 from common.writing import ExistsError, new_directory, write_json
-from model.checkpoint import Checkpoint, CheckpointReader, materialize_model, open_checkpoint, write_checkpoint
+from model.checkpoint import (
+    BIN,
+    BIN_INDEX,
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointReader,
+    materialize_model,
+    open_checkpoint,
+    write_checkpoint,
+)
 from model.config import ModelConfig
 from model.lora import ADAPTER_CONFIG
 from model.tokenizer import TOKENIZER_FILES
 from model.transformer import Transformer, parameter_shapes
 
-SOURCE = "source.json"  # next to a copied checkpoint: where it is from
+SOURCE = "source.json"  # next to a copied checkpoint: where it is from, with the commit on the Hub
 
 
 def fetch_checkpoint(source: str | Path) -> Path:
     """Returns the local directory of a checkpoint.
 
-    A Hub id such as "owner/name" is downloaded to the Hub's cache. Raises UserError if the source is neither a
-    directory nor a Hub id, or if the download fails.
+    A Hub id such as "owner/name", or "owner/name@revision" with a branch, tag or commit, is downloaded to the Hub's
+    cache. Raises UserError if the source is neither a directory nor a Hub id, or if the download fails.
     """
     directory = Path(source)
     if not directory.is_dir():
-        if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
-            raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name)")
+        if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)) \
+                or str(source).startswith("."):
+            raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name or "
+                            "owner/name@revision)")
         return download(str(source))
     if not (directory / "config.json").exists():
         if (directory / ADAPTER_CONFIG).exists():
@@ -52,24 +64,36 @@ def fetch_checkpoint(source: str | Path) -> Path:
     return directory
 
 
-def download(repo_id: str) -> Path:
+def download(source: str) -> Path:
     """Downloads a model from the Hub and returns its directory. Fetches .bin weights only if there are no others."""
     from huggingface_hub import snapshot_download
-    patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"]
-    # Mistral's repositories also hold the weights in a layout of their own, consolidated.safetensors.
-    fetch = functools.partial(snapshot_download, repo_id, ignore_patterns="consolidated*")
-    with explain_hub_errors(repo_id):
+    repo_id, _, revision = source.partition("@")
+    patterns = ["config.json", *TOKENIZER_FILES, WEIGHTS, "model-*.safetensors", INDEX]
+    # Checkpoints of the training may lie in folders of their own.
+    fetch = functools.partial(snapshot_download, repo_id, revision=revision or None, ignore_patterns="*/*")
+    with explain_hub_errors(source):
         directory = Path(fetch(allow_patterns=patterns))
-        if not list(directory.glob("*.safetensors")):
-            directory = Path(fetch(allow_patterns=[*patterns, "pytorch_model*.bin", "pytorch_model*.bin.index.json"]))
+        if not holds_weights(directory):
+            directory = Path(fetch(allow_patterns=[*patterns, BIN, "pytorch_model-*.bin", BIN_INDEX]))
+    if not holds_weights(directory):
+        raise UserError(f"no weights of {source} are in {directory}: either it has none, or the Hub, whose cache this "
+                        "is, cannot be reached")
     return directory
 
 
-def published_config(repo_id: str) -> ModelConfig:
-    """The configuration of a model on the Hub, without its weights."""
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory holds weights that CheckpointReader reads, or an index of them."""
+    return any((directory / name).exists() for name in (WEIGHTS, INDEX, BIN, BIN_INDEX))
+
+
+def source_config(source: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint, a directory or a Hub id, whose weights are not downloaded."""
+    if Path(source).exists():
+        return ModelConfig.read(fetch_checkpoint(source) / "config.json")
     from huggingface_hub import hf_hub_download
-    with explain_hub_errors(repo_id):
-        path = hf_hub_download(repo_id, "config.json")
+    repo_id, _, revision = str(source).partition("@")
+    with explain_hub_errors(str(source)):
+        path = hf_hub_download(repo_id, "config.json", revision=revision or None)
     return ModelConfig.read(path)
 
 
@@ -108,7 +132,8 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
 @dataclass(frozen=True)
 class HubConfig:
     """Settings of `python -m model.hub`."""
-    source: str = setting(None, "Hub id such as owner/name, or a checkpoint directory", required=True)
+    source: str = setting(None, "Hub id such as owner/name or owner/name@revision, or a checkpoint directory",
+                          required=True)
     out: str = setting(None, "new checkpoint directory", required=True)
     dtype: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "of its weights; auto: bf16 on hardware that trains in it, otherwise that of the source")
@@ -121,7 +146,8 @@ def main(cfg: HubConfig) -> None:
         try:
             with new_directory(cfg.out) as folder:
                 copy_checkpoint(folder, checkpoint, cfg.dtype)
-                write_json(folder / SOURCE, {"source": cfg.source})
+                downloaded = {} if Path(cfg.source).is_dir() else {"commit": checkpoint.directory.name}
+                write_json(folder / SOURCE, {"source": cfg.source} | downloaded)
             print(f"{cfg.out}: {checkpoint.config.num_parameters:,} parameters")
             return print_cache(cfg.source, checkpoint.directory)
         except ExistsError:

@@ -18,6 +18,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 # transformers writes `bos_token_id` 1 into the config.json of models whose tokenizer has none.
 GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 
+# How an entry of added_tokens_decoder says that a token is matched.
+TOKEN_OPTIONS = "single_word", "lstrip", "rstrip", "normalized", "special"
+
 # The trainer cuts longer words: its time is quadratic in the length of a word.
 MAX_TRAINING_WORD = 256
 
@@ -46,6 +49,7 @@ class Tokenizer:
                 self.fast = tokenizers.Tokenizer.from_file(str(fast))
                 self.fast.no_truncation()
                 self.fast.no_padding()
+                self._add_tokens()
             else:
                 import sentencepiece
                 self.spm = sentencepiece.SentencePieceProcessor(model_file=str(spm))
@@ -58,6 +62,22 @@ class Tokenizer:
         if "bos_token" in config or fast.exists() and config.get("tokenizer_class") in GENERAL_CLASSES:
             self.bos_id = self._first_id() if (own := self.own_id("bos")) is None else own
         self._special = {index for values in ids.values() for index in values}
+
+    def _add_tokens(self) -> None:
+        """Adds the tokens that tokenizer_config.json alone names, as transformers does."""
+        from tokenizers import AddedToken
+        file = self.directory / "tokenizer_config.json"
+        entries = self._entry(file.name, "added_tokens_decoder", dict) or {}
+        known = {token.content for token in self.fast.get_added_tokens_decoder().values()}
+        for index, entry in sorted(entries.items(), key=lambda item: (len(item[0]), item[0])):
+            if not (isinstance(entry, dict) and isinstance(token := entry.get("content"), str)):
+                raise UserError(f"{file}: added_tokens_decoder has {entry!r:.80}, expected an object with content")
+            if token not in known:
+                options = {name: entry[name] for name in TOKEN_OPTIONS if name in entry}
+                self.fast.add_tokens([AddedToken(token, **options)])
+                if str(found := self.fast.token_to_id(token)) != index:
+                    raise UserError(f"{file}: the added token {token!r:.80} has the id {index:.20}, but would have "
+                                    f"{found} in tokenizer.json: the two files are not of the same tokenizer")
 
     @property
     def adds_bos(self) -> bool:
@@ -136,9 +156,10 @@ class Tokenizer:
                     raise UserError(f"{self.directory / file}: {problems[0]}")
                 return index if isinstance(index, list) else [index]
         for file, token in self._own_tokens(name):
-            if (index := self._token_id(token)) is None:
+            if (index := self._token_id(token)) is not None:
+                return [index]
+            if name != "pad":  # which transformers adds, and nothing here needs
                 raise UserError(f"{self.directory / file}: {name}_token {token!r:.80} is not in the vocabulary")
-            return [index]
         index = getattr(self.spm, f"{name}_id")() if self.spm else -1
         return [index] if index >= 0 else []
 
@@ -150,6 +171,16 @@ class Tokenizer:
                 if not isinstance(token, str):
                     raise UserError(f"{self.directory / file}: {name}_token {token!r:.80} is not in the vocabulary")
                 yield file, token
+
+    def named_tokens(self) -> dict[str, str]:
+        """Returns the special tokens that the tokenizer's files name, such as {"cls_token": "[CLS]"}."""
+        found = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            for name, token in self._read(file).items():
+                token = token.get("content") if isinstance(token, dict) else token
+                if name.endswith("_token") and isinstance(token, str):
+                    found[name] = token
+        return found
 
     def own_id(self, name: str) -> int | None:
         """Returns the id of a special token that the tokenizer's files name; None for one that is not in the

@@ -11,7 +11,7 @@ from common.files import UserError
 from corpus.shards import WINDOW_TOKENS
 from evaluation.suites import open_suite
 from model.config import ModelConfig, size_config
-from model.hub import published_config
+from model.hub import source_config
 from pipeline import chain
 from pipeline.costs import EvaluationWork, evaluate_flops, finetune_flops
 from pipeline.experiment_config import ExperimentConfig, evaluate_settings, train_settings
@@ -148,9 +148,9 @@ def launcher_words(cfg: ExperimentConfig) -> list[str]:
 def model_config(cfg: ExperimentConfig, model: str) -> ModelConfig:
     """The configuration of a model."""
     if init := cfg.init(model):
-        return ModelConfig.read(Path(init) / "config.json") if Path(init).exists() else published_config(init)
+        return source_config(init)
     assert cfg.size  # see problems()
     if "model" not in read_config("size", cfg.size) and (hub := chain.hub_id(cfg.size, model)):
         made = Path(cfg.out) / model / "m0/config.json"
-        return ModelConfig.read(made) if made.exists() else published_config(hub)
+        return ModelConfig.read(made) if made.exists() else source_config(hub)
     return size_config(cfg.size, base_depth(cfg.size) if model == "base" else None)

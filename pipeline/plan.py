@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.configs import CONFIGS, read_config
-from common.files import UserError
 from common.formatting import format_duration
 from common.scripts import run
 from common.settings import load, setting
 from model.config import ModelConfig, size_config
 from model.growth import new_layers
-from model.hub import fetch_checkpoint
+from model.hub import source_config
 from pipeline import chain
 from pipeline.memory_plan import FILLED, GIB, PREFIX_TOKENS, MemoryPlan, alternatives
 from pipeline.pretraining import base_depth, flops_before_last_growth
@@ -86,7 +85,7 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
     """(the plan, the settings of the run)."""
     settings = run_settings(cfg)
     assert settings.zero is not None
-    config = ModelConfig.read(fetch_checkpoint(cfg.init) / "config.json") if cfg.init else planned_config(cfg)
+    config = source_config(cfg.init) if cfg.init else planned_config(cfg)
     config, trained = trained_parameters(config, settings)
     tunes = cfg.recipe == "finetune"
     longest = settings.max_source_length + settings.max_target_length if tunes else settings.seq_length
@@ -98,11 +97,11 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
 
 
 def planned_config(cfg: PlanConfig) -> ModelConfig:
-    """The configuration of the size's model, for the recipe of the base that of the base."""
+    """The configuration of the size's model, for the recipe of the base that of the base; of a size without a table
+    [model] that of its published models."""
     table = read_config("size", str(cfg.size))
     if "model" not in table:
-        raise UserError(f"configs/size/{cfg.size}.toml gives no model shape, since this size starts from published "
-                        "weights: give them with --init, or INIT")
+        return source_config(next(iter(table["hub"].values())))
     return size_config(str(cfg.size), base_depth(str(cfg.size)) if cfg.recipe == "base" else None)
 
 

@@ -249,6 +249,11 @@ def test_damaged_results_of_the_same_run(done, refused, suite_file, tmp_path):
     assert "predictions-simp.jsonl, line 1 is not JSON" in refused(out=out)
 
 
+def test_a_checkpoint_from_the_hub_needs_a_folder_for_its_results(refused):
+    line = refused(checkpoint="owner/name")
+    assert "--out is missing: owner/name is no directory here, and the results of a checkpoint from the Hub" in line
+
+
 @pytest.mark.parametrize("out", ["/proc/x", "file", "file/x", "x" * 300])
 def test_a_folder_that_cannot_be_written(out, refused, tmp_path):
     (tmp_path / "file").touch()

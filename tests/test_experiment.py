@@ -264,7 +264,7 @@ def test_an_experiment_without_benchmarks(checkpoint, tasks, tmp_path):
 
 def test_a_plan_downloads_no_weights(checkpoint, tasks, suite_file, tmp_path, monkeypatch):
     monkeypatch.setattr("model.hub.download", lambda name: pytest.fail(f"{name} was downloaded"))
-    monkeypatch.setattr(experiment_jobs, "published_config", lambda name: ModelConfig.read(checkpoint / "config.json"))
+    monkeypatch.setattr(experiment_jobs, "source_config", lambda name: ModelConfig.read(checkpoint / "config.json"))
     monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
     experiment.main(ExperimentConfig(init_llm="owner/name", models=("llm",), order=("simp",), data=str(tasks),
                                      out=str(tmp_path), suite=str(suite_file), dry_run=True))

@@ -25,7 +25,7 @@ from training.distillation import start_digest
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run import Run, first_sample, num_samples, partial_directory
-from training.run_directory import drop_state, is_finished, json_digest, saved_states
+from training.run_directory import check_shared, drop_state, is_finished, json_digest, saved_states
 from training.selection import Shapes, selected_shapes, training_flops
 from training.train_config import TrainConfig
 
@@ -41,6 +41,7 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         dist.on_rank0(lambda: drop_state(cfg.out))
         return None
     resolved, fields = checked
+    check_shared(partial_directory(cfg.out), dist)
     if cfg.compile:
         dist.on_all_ranks(check_compiler)
     source = dist.local_rank0_first(lambda: find_source(cfg))

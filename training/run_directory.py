@@ -9,10 +9,13 @@ import hashlib
 import json
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.distributed import Distributed
 from common.files import UserError, parsing
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
@@ -20,6 +23,7 @@ from common.provenance import RUN, differences, read_record, write_record
 from common.writing import WRITING, explain_os_errors, remove, sole_use
 from training.run import Run, partial_directory
 
+SHARED_SECONDS = 60.0  # after which a file of one node should be seen by the others: network file systems take time
 BAR = 20  # characters of the bar of the largest change
 
 
@@ -40,6 +44,33 @@ def claim(out: str | Path) -> Iterator[None]:
                 not path.name.endswith(WRITING) for path in directory.iterdir()):
             raise UserError(f"{directory} exists and is not that of a run: remove it or choose another --out")
         yield
+
+
+def check_shared(directory: Path, dist: Distributed) -> None:
+    """Raises UserError, on all ranks, if the claimed directory of a run is not the same one on all nodes."""
+    if dist.world_size == dist.local_world_size:
+        return
+
+    def mark() -> Path:
+        with explain_os_errors(directory):
+            path = directory / f"{uuid.uuid4()}{WRITING}"
+            path.touch()
+        return path
+
+    def find() -> None:
+        end = time.monotonic() + SHARED_SECONDS
+        while not marker.exists():
+            if time.monotonic() > end:
+                raise UserError(f"{directory} is not the same folder on all nodes: choose an --out on a file system "
+                                "that they share")
+            time.sleep(0.5)
+
+    marker = dist.on_rank0(mark)
+    try:
+        dist.on_all_ranks(find)
+    finally:
+        if dist.rank == 0:
+            marker.unlink()
 
 
 def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:

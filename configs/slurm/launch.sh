@@ -4,8 +4,10 @@
 # time limit) reach every task, and the exit status is that of the script, which torchrun would hide.
 set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) WORLD_SIZE=$SLURM_NTASKS
-export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES)) PYTHON=${PYTHON:-.venv/bin/python}
+# Not all clusters set SLURM_NTASKS for a job with --ntasks-per-node.
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export WORLD_SIZE=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))}
+export LOCAL_WORLD_SIZE=$((WORLD_SIZE / SLURM_JOB_NUM_NODES)) PYTHON=${PYTHON:-.venv/bin/python}
 # Since Slurm 22.05 srun does not take over --cpus-per-task of the job: each task would have one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}

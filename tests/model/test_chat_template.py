@@ -25,6 +25,9 @@ TEMPLATES = {
     "instructions": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] "
                     "{{ message.content }} [/INST]{% elif message.role == 'assistant' %} {{ message.content }}"
                     "{{ eos_token }}{% else %}{{ raise_exception('no role ' + message.role) }}{% endif %}{% endfor %}",
+    "text before the end of a reply": "{% for message in messages %}{% if message.role == 'user' %}[INST] "
+                                      "{{ message.content }} [/INST]{% else %} {{ message.content }} \" {{ eos_token }}"
+                                      "{% endif %}{% endfor %}",
     "thinking": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
                 "{% if message.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
                 "{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -143,12 +146,15 @@ def test_a_long_source_is_cut_and_keeps_what_ends_it_and_a_long_target_has_no_en
 def test_special_tokens_of_a_template_are_those_of_the_tokenizer(chat_dir):
     """Not those whose ids the files of the model name."""
     config = json.loads((chat_dir / "tokenizer_config.json").read_text())
-    (chat_dir / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|im_start|>"}))
+    (chat_dir / "tokenizer_config.json").write_text(json.dumps(config | {
+        "pad_token": "<|im_start|>", "cls_token": "<s>", "image_token": {"content": "[INST]"}}))
     (chat_dir / "config.json").write_text(json.dumps({"model_type": "llama", "pad_token_id": 0, "eos_token_id": 2}))
     (chat_dir / "generation_config.json").unlink()
-    (chat_dir / "chat_template.jinja").write_text("{{ bos_token }} {{ eos_token }} {{ pad_token }} {{ unk_token }}")
+    (chat_dir / "chat_template.jinja").write_text("{{ bos_token }} {{ eos_token }} {{ pad_token }} {{ unk_token }} "
+                                                  "{{ cls_token }}")
     theirs = AutoTokenizer.from_pretrained(chat_dir).apply_chat_template([USER], tokenize=False)
-    assert ChatTemplate(Tokenizer(chat_dir)).render([USER]) == theirs == "<s> <|im_end|> <|im_start|> <unk>"
+    assert ChatTemplate(Tokenizer(chat_dir)).render([USER]) == theirs == "<s> <|im_end|> <|im_start|> <unk> <s>"
+    assert Tokenizer(chat_dir).named_tokens()["image_token"] == "[INST]"
 
 
 def test_the_date_does_not_change(chat_dir):

@@ -38,7 +38,11 @@ def test_read_what_transformers_writes_and_it_reads_ours(tmp_path, rope):
     ours.write(tmp_path / "ours", "bfloat16")
     again = LlamaConfig.from_pretrained(tmp_path / "ours")
     assert again.dtype == torch.bfloat16
-    theirs.rope_parameters.pop("type", None)  # the old name of rope_type, which transformers keeps too
+    for config in (again, theirs):
+        config.rope_parameters.pop("type", None)  # the old name of rope_type, which transformers keeps too
+    if rope and ours.rope_scaling["rope_type"] == "linear":  # OLMo 2 in transformers 4 takes these two fields alone
+        written_scaling = json.loads((tmp_path / "ours/config.json").read_text())["rope_scaling"]
+        assert written_scaling == {"type": "linear", "factor": 2.0}
     for name in ("hidden_size", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps"):
         assert getattr(again, name) == getattr(theirs, name), name
 

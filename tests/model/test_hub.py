@@ -61,6 +61,42 @@ def test_safetensors_are_preferred(hub, checkpoint, tmp_path):
     assert not any("pytorch_model.bin" in path for _, path in hub.requests if "/resolve/" in path)
 
 
+def test_only_the_weights_of_the_model_are_downloaded(hub, checkpoint, tmp_path):
+    """Not adapters, other data types and checkpoints of the training, which do not replace .bin files."""
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    others = "adapter_model.safetensors", "model.fp16.safetensors", "checkpoint-9/model.safetensors"
+    hub.add("models", ID, dict(hub.repos["models", ID]["main"]) | dict.fromkeys(others, weights))
+    fetch(hub, tmp_path)
+    got = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.requests if "/resolve/" in path}
+    assert "pytorch_model.bin" in got
+    assert not got & {*others}
+
+
+def test_a_revision(hub, checkpoint, tmp_path):
+    other = dict(hub.repos["models", ID]["main"])
+    config = json.loads(other["config.json"]) | {"rope_theta": 77.0}
+    hub.add("models", ID, other | {"config.json": json.dumps(config).encode()}, branch="v2")
+    fetch(hub, tmp_path, f"{ID}@v2")
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 77.0
+    record, snapshots = json.loads((tmp_path / "out/source.json").read_text()), tmp_path / "cache/hub"
+    assert record["source"] == f"{ID}@v2"
+    assert [path.name for path in snapshots.glob("*/snapshots/*")] == [record["commit"]]
+    line = error_line(fetch(hub, tmp_path, check=False))
+    assert f"was made from {ID}@v2, not from {ID}" in line
+
+
+def test_a_cache_without_weights(hub, tmp_path):
+    """As what has read the configuration alone leaves it to a machine without a network."""
+    plan = ["-m", "pipeline.plan", "--init", ID]
+    assert "parameters" in run_script(*plan, **hub.environment(tmp_path / "cache")).stdout
+    assert not any(path.endswith((".bin", ".safetensors")) for _, path in hub.requests)
+    hub.server.shutdown()
+    hub.server.server_close()
+    line = error_line(fetch(hub, tmp_path, check=False))
+    assert f"no weights of {ID} are in " in line
+    assert "either it has none, or the Hub, whose cache this is, cannot be reached" in line
+
+
 def test_weights_in_bf16(checkpoint, tmp_path):
     main(HubConfig(str(checkpoint), str(tmp_path / "out"), "bf16"))
     written, source = load_file(tmp_path / "out/model.safetensors"), load_file(checkpoint / "model.safetensors")

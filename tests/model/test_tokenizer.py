@@ -110,6 +110,34 @@ def test_bos_of_the_post_processor(tokenizer_dir, tmp_path):
     assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).adds_bos, Tokenizer(tmp_path).start_id) == (1, True, 1)
 
 
+def test_tokens_that_only_tokenizer_config_adds(tokenizer_dir, tmp_path):
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    path, config = tmp_path / "tokenizer_config.json", json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    options = {"lstrip": False, "normalized": False, "rstrip": True, "single_word": False}
+
+    def write(*ids, **further):
+        entries = zip(ids, ("<|im_start|>", "<tool>"), (True, False))
+        added = {index: options | {"content": content, "special": special} for index, content, special in entries}
+        path.write_text(json.dumps(config | {"added_tokens_decoder": added} | further))
+
+    write("512", "513", pad_token="<|im_start|>")
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("<|im_start|> a <tool> b")
+    assert ids == theirs.encode("<|im_start|> a <tool> b", add_special_tokens=False)
+    assert {512, 513} <= set(ids)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) != ours.decode(ids[1:-1])
+    assert (ours.vocab_size, ours.pad_id) == (len(theirs), 512)
+    write("512", "600")
+    with pytest.raises(UserError, match="the added token '<tool>' has the id 600, but would have 513 in"):
+        Tokenizer(tmp_path)
+    for entry in (5, {"special": True}):
+        write(added_tokens_decoder={"512": entry})
+        with pytest.raises(UserError, match="added_tokens_decoder has .*, expected an object with content"):
+            Tokenizer(tmp_path)
+    write("512", "513", pad_token="[PAD]")
+    assert Tokenizer(tmp_path).pad_id is None
+
+
 def test_tokens_outside_the_vocabulary(tokenizer_dir, tmp_path):
     """They do no harm where ids are given."""
     shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
@@ -138,8 +166,7 @@ def test_special_tokens_that_are_not_pieces(spm_dir, tmp_path):
     """sentencepiece returns unk for them. Fine-tuned checkpoints list them in added_tokens.json."""
     (tmp_path / "tokenizer.model").write_bytes((spm_dir / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
-    with pytest.raises(UserError, match=r"pad_token '\[PAD\]' is not in the vocabulary"):
-        Tokenizer(tmp_path)
+    assert Tokenizer(tmp_path).pad_id is None
     (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 800}))
     assert Tokenizer(tmp_path).pad_id == 800
 

@@ -151,7 +151,7 @@ def test_a_method_may_have_settings(capsys):
     (["--size", "7b", "--sample_tokens", "9223372036854775806"], "sample_tokens is 9223372036854775806, expected"),
     (["--size", "7b", "--max_tokens_per_microbatch", "9223372036854775806"], "expected a number from 1 to 1073741824"),
     (["--size", "7b", "--zero", "1", "--offload"], "--offload needs --zero 2 or 3"),
-    (["--size", "410m"], "gives no model shape, since this size starts from published weights: give them with --init"),
+    (["--size", "410m"], "StackLLM_410M_750BToken is not a directory here and cannot be downloaded from the Hub"),
     (["--size", "7b", "--zero", "0"], "ZeRO 0 keeps no fp32 master weights"), (["--size", "9b"], "unknown size '9b'")])
 def test_invalid_plans(refusal, flags, said):
     assert said in refusal((PlanConfig, main), *flags)

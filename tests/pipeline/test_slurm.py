@@ -39,10 +39,11 @@ JOB = free_job_id()
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """The commands of a cluster with one node of two tasks. Returns the file that records their calls."""
+    """The commands of a cluster with one node of two tasks. Returns the file that records their calls. SLURM_NTASKS is
+    not set for the job's script, as on some clusters."""
     asked = tmp_path / "asked"
     for name, value in {"PATH": f"{ROOT}/tests/slurm:{os.environ['PATH']}", "ASKED": asked, "SLURM_JOB_ID": JOB,
-                        "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2,
+                        "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS_PER_NODE": 2,
                         "PYTHON": sys.executable, "LOGS": tmp_path / "logs", "WAIT": 5}.items():
         monkeypatch.setenv(name, str(value))
     return asked
