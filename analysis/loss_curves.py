@@ -47,7 +47,7 @@ def draw_loss_curves(panel: Axes, curves: Mapping[str, Sequence[Curve]],
     total = max(curve[-1][0] for runs in curves.values() for curve in runs)
     for name, runs in curves.items():
         for curve in runs if len(runs) > 1 else ():
-            panel.plot(*zip(*curve), lw=0.5, alpha=0.5, color=styles[name]["color"])
+            panel.plot(*zip(*curve), lw=0.5, alpha=0.5, color=styles[name]["color"], ls=styles[name].get("ls", "-"))
         average, several = mean_curve(runs), f", mean of {len(runs)}" if len(runs) > 1 else ""
         label = f"{name}: {average[-1][1]:.3f} at the end{several}"
         handles += panel.plot(*zip(*average), lw=1.8, label=label, **styles[name])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height, use_few_ticks
 from analysis.matching import efficient_branch
@@ -36,7 +37,12 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
         panel.plot(*coordinates(own), ls="", marker=".", ms=3, color="#BBBBBB", zorder=0)
         panel.step(*coordinates(front), where="post", **FRONT, zorder=-1)
         draw_curve(panel, [point for point in own if point.method == study.reference], PALETTE[0])
-        draw_curve(panel, [point for point in own if point.method == method], PALETTE[1], with_rates=True)
+        draw_curve(panel, [point for point in own if point.method == method], PALETTE[1])
+        for point in own:
+            if point.method == method and point.rate:
+                panel.annotate(short_rate(point.rate), (point.loss, point.forgetting), (4, -7), fontsize=6,
+                               textcoords="offset points", color=PALETTE[1], annotation_clip=True,
+                               path_effects=[withStroke(linewidth=1.5, foreground="white")])
         efficient = [point for name in study.models for point in split_curve(own, name)[0]]
         panel.set(**{limit: with_margin(values) for limit, values in zip(("xlim", "ylim"), coordinates(efficient))})
         panel.set_title(title)
@@ -47,6 +53,9 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
     figure.supylabel(fold(f"{measure} ({next(iter(studies.values())).measures[measure].unit})", 2.6 + 1.2 * (
         len(places) > 4)))
     baselines = " / ".join(dict.fromkeys(study.reference for study in studies.values()))
+    rates = dict.fromkeys(short_rate(point.rate) for model, study in studies.items() for point in points[model]
+                          if point.method == study.reference and point.rate)
+    baselines += f" ({', '.join(rates)})" if rates else ""
     add_legend(figure, [Line2D([], [], color=PALETTE[0], marker="o", ms=4, lw=1.2, label=baselines),
                         Line2D([], [], color=PALETTE[1], marker="o", ms=4, lw=1.2, label="the method, with its rates"),
                         Line2D([], [], color="#666666", **HOLLOW, label="rate that learns no more than a smaller one"),
@@ -76,11 +85,13 @@ def split_curve(points: Sequence[Point], method: str) -> tuple[list[Point], list
     return [own[place] for place in branch], [point for place, point in enumerate(own) if place not in branch]
 
 
-def draw_curve(panel: Axes, points: Sequence[Point], color: str, with_rates: bool = False) -> None:
+def short_rate(rate: str) -> str:
+    """A learning rate in as few characters as possible, such as 1e-4."""
+    return np.format_float_scientific(float(rate), trim="-", exp_digits=1)
+
+
+def draw_curve(panel: Axes, points: Sequence[Point], color: str) -> None:
     """Draws the points of one method, joined where a larger learning rate learns more."""
     joined, others = split_curve(points, points[0].method) if points else ([], [])
     panel.plot(*coordinates(joined), color=color, lw=1.2, marker="o", ms=4)
     panel.plot(*coordinates(others), color=color, **HOLLOW)
-    for point in points if with_rates else ():
-        panel.annotate(f"{float(point.rate):g}" if point.rate else "", (point.loss, point.forgetting), (4, 4),
-                       textcoords="offset points", fontsize=6, color=color, annotation_clip=True)

@@ -170,7 +170,7 @@ def plot_by_rate(study: Study, primary: str) -> Figure | None:
     """The primary difference after the last stage at each learning rate, and at equal learning."""
     settings = [*study.rates, LEARNING, DECREASE]
     labels = [*study.rates, f"equal\n{fold(LEARNING, 0.9)}", f"equal\n{fold(DECREASE, 0.9)}"]
-    return plot_over(study, primary, labels, [(study.last, setting) for setting in settings], "learning rate") \
+    return plot_over(study, primary, labels, [(study.last, setting) for setting in settings], "compared at") \
         if study.matches_learning else None
 
 

@@ -479,7 +479,8 @@ def test_curves_of_the_figure(folder, tmp_path):
     panels = save.call_args.args[0].axes
     assert [panel.get_title("left") for panel in panels] == ["llm: lora", "llm: replay", "stack: lora", "stack: replay"]
     texts = [text.get_text() for text in panels[0].texts]
-    assert texts == ["0.0003", "0.001", "0.003"]
+    assert texts == ["3e-4", "1e-3", "3e-3"]
+    assert save.call_args.args[0].legends[0].get_texts()[0].get_text() == "finetune (3e-4, 1e-3, 3e-3)"
     everything, front, baseline, _, method, _ = panels[0].lines
     assert len(everything.get_xdata()) == 9
     assert list(baseline.get_xdata()) == pytest.approx([2.4, 2.6, 2.8])
