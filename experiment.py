@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from analysis.measures import read_primary, write_primary
-from analysis.results import STAGE
+from analysis.stages import STAGE
 from common.configs import ROOT
 from common.files import UserError
 from common.formatting import format_duration

@@ -29,6 +29,26 @@ def key_of(stage: Stage) -> Key:
     return stage.pair or 0, stage.seed
 
 
+def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
+    """{model: {(pair, seed): Chain}} of stages. A seed without m0 takes that of the model of its pair; a seed with m0
+    alone is left out if another one was trained. Raises UserError if a stage occurs twice."""
+    found: dict[str, Group] = {}
+    for stage in stages:
+        chain = found.setdefault(stage.model, {}).setdefault(key_of(stage), {})
+        if stage.number in chain:
+            raise UserError(f"there are two stages {stage.number} of {stage.model}: "
+                            f"{chain[stage.number].directory or chain[stage.number].name} and "
+                            f"{stage.directory or stage.name}. Name the folder of one experiment")
+        chain[stage.number] = stage
+    chains: dict[str, Group] = {}
+    for model, group in found.items():
+        starts = {pair: {0: chain[0]} for (pair, _), chain in reversed(group.items()) if 0 in chain}
+        trained = {pair for (pair, _), chain in group.items() if chain.keys() - {0}}
+        chains[model] = {key: starts.get(key[0], {}) | chain for key, chain in group.items()
+                         if chain.keys() - {0} or key[0] not in trained}
+    return chains
+
+
 def key_name(key: Key) -> str:
     """How sentences call a chain of a model."""
     return f"pair {key[0]}, seed {key[1]}" if key[0] else f"seed {key[1]}"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.benchmark_catalog import find_benchmarks
 from analysis.comparison import Chain
-from analysis.record import find_benchmarks
 from analysis.stages import TEXT, Choices, ItemLosses, Stage
 from common.files import UserError, read_json
 from common.writing import write_json

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from analysis.benchmark_catalog import find_benchmarks
 from analysis.comparison import (
     Chain,
     drop_unlike_items,
     lacking_losses,
+    make_chains,
     pair_name,
     stage_names,
     title_of,
@@ -32,7 +34,6 @@ from analysis.measures import (
     task_at,
     weighted_sum,
 )
-from analysis.record import find_benchmarks, make_chains
 from analysis.stages import TEXT, Stage, rates_of
 
 

@@ -1,7 +1,8 @@
 """The stages of an experiment in order: what is missing, and the measures of forgetting over them."""
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from analysis.benchmark_catalog import find_benchmarks
 from analysis.comparison import (
     Chain,
     CommonPart,
@@ -11,13 +12,12 @@ from analysis.comparison import (
     common_places,
     drop_unlike,
     key_name,
-    key_of,
+    make_chains,
     places_of,
     restrict,
     same,
     stage_names,
 )
-from analysis.results import shipped_benchmarks
 from analysis.stages import BENCHMARKS, Stage
 from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_chains
 from common.files import UserError
@@ -206,35 +206,6 @@ def over_benchmarks(names: Sequence[str], value_of: Callable[[Chain, str], Estim
         defined = [estimates for estimates in found if None not in estimates]  # of the same benchmarks everywhere
         return [mean(estimates[index] for estimates in defined) for index in range(len(chains))]
     return measure
-
-
-def find_benchmarks(stages: Sequence[Stage]) -> list[Benchmark]:
-    """The benchmarks that were measured, in the order of the suites."""
-    described = {name: benchmark for stage in stages for name, benchmark in stage.described.items()}
-    known = described | shipped_benchmarks() | described  # the described ones come first and have precedence
-    metrics = {name: stage.conditions[BENCHMARKS, name]["metric"] for stage in stages for name in stage.benchmarks}
-    return [known[name] for name in known if name in metrics] + [
-        Benchmark(name, "other", metric) for name, metric in metrics.items() if name not in known]
-
-
-def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
-    """{model: {(pair, seed): Chain}} of stages. A seed without m0 takes that of the model of its pair; a seed with m0
-    alone is left out if another one was trained. Raises UserError if a stage occurs twice."""
-    found: dict[str, Group] = {}
-    for stage in stages:
-        chain = found.setdefault(stage.model, {}).setdefault(key_of(stage), {})
-        if stage.number in chain:
-            raise UserError(f"there are two stages {stage.number} of {stage.model}: "
-                            f"{chain[stage.number].directory or chain[stage.number].name} and "
-                            f"{stage.directory or stage.name}. Name the folder of one experiment")
-        chain[stage.number] = stage
-    chains: dict[str, Group] = {}
-    for model, group in found.items():
-        starts = {pair: {0: chain[0]} for (pair, _), chain in reversed(group.items()) if 0 in chain}
-        trained = {pair for (pair, _), chain in group.items() if chain.keys() - {0}}
-        chains[model] = {key: starts.get(key[0], {}) | chain for key, chain in group.items()
-                         if chain.keys() - {0} or key[0] not in trained}
-    return chains
 
 
 def common_group(group: Group) -> Group:

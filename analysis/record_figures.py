@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
+from analysis.benchmark_catalog import task_metric
 from analysis.figures import (
     LINES,
     PALETTE,
@@ -27,7 +28,6 @@ from analysis.figures import (
 )
 from analysis.flips import chance_of
 from analysis.record import Record
-from analysis.results import task_metric
 from analysis.stages import Stage
 from analysis.statistics import Estimate
 from analysis.tables import BIAS

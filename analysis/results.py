@@ -1,5 +1,4 @@
 """Stages and their results, read from the files of evaluated runs."""
-import functools
 import math
 import re
 import statistics
@@ -10,10 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from analysis.stages import BENCHMARKS, CHOICE_METRICS, TASKS, Calibration, Choices, ItemLosses, Stage
+from analysis.benchmark_catalog import benchmark_of, shipped_benchmarks, task_metric
+from analysis.stages import (
+    BENCHMARKS,
+    CHOICE_METRICS,
+    STAGE,
+    TASKS,
+    Calibration,
+    Choices,
+    ItemLosses,
+    Stage,
+    rate_text,
+)
 from analysis.statistics import NORMAL, Estimate, estimate_of_items
-from common.configs import known, read_config, read_toml
-from common.files import UserError, finite_float, is_number, parsing, walk
+from common.configs import known, read_toml
+from common.files import UserError, is_number, parsing, walk
 from common.metrics_log import read_log
 from common.provenance import DEFAULT_TEMPLATE, RUN, read_record, wrong_types
 from evaluation.conditions import Conditions, benchmark_conditions, shown, task_conditions, unlike
@@ -25,9 +35,6 @@ from evaluation.result_files import (
     read_task_results,
     results_files,
 )
-from evaluation.suites import Benchmark, open_suite
-
-STAGE = re.compile(r"m(\d{1,3})(?:-([\w-]+))?")
 
 # Tried in this order for benchmarks that no suite describes; of several filters of a metric the first one counts.
 METRICS = "acc", "r@1", "pct_stereotype", "exact_match", "prompt_level_strict_acc"
@@ -88,11 +95,6 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
     return stage
 
 
-def rate_text(text: str) -> str:
-    """A learning rate as experiment.py writes it into the name of a folder, so that 1e-3 and 0.001 are the same."""
-    return f"{finite_float(text):g}"
-
-
 def losses_of(found: dict[str, Any]) -> ItemLosses:
     """The losses in the content of a losses file."""
     items, run = found["items"], found["run"]
@@ -121,11 +123,6 @@ def add_task_results(stage: Stage, found: dict[str, Any]) -> None:
     stage.tasks[task] = make_estimate(value["mean"], error, found["scores"].get(metric),
                                       (task, found["run"].get("data_digest")))
     stage.conditions[TASKS, task] = task_conditions(found, metric)
-
-
-def task_metric(task: str) -> str:
-    """The metric that a task is judged by."""
-    return read_config("task", task).get("measure", "rougeL")
 
 
 def read_results(source: str | Path) -> list[Stage]:
@@ -263,23 +260,3 @@ def make_estimate(value: float, error: float, items: Sequence | None, key: tuple
             abs(statistics.fmean(items) - value) > 1e-4 * max(1, abs(value)):
         return Estimate(value, error)
     return estimate_of_items(items, (*key, len(items)))
-
-
-def benchmark_of(entry: dict[str, Any]) -> Benchmark:
-    """The Benchmark of a suite's entry, with the fields that a report needs."""
-    needed = "name", "category", "metric", "label", "part_of", "published_version"
-    return Benchmark(**{key: entry[key] for key in needed if key in entry})
-
-
-@functools.cache
-def shipped_benchmarks() -> dict[str, Benchmark]:
-    """The benchmarks of the suites in configs/eval, by name, those of published results included. `paper` has
-    precedence: it uses lm-eval's own tasks."""
-    found: dict[str, Benchmark] = {}
-    for name in sorted(known("eval"), key=lambda name: name != "paper"):
-        for entry in open_suite(name)[1]:
-            found.setdefault(entry["name"], benchmark_of(entry))
-            if "published_name" in entry:
-                found.setdefault(entry["published_name"], Benchmark(
-                    entry["published_name"], entry["category"], entry["published_metric"]))
-    return found

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.record import find_benchmarks
-from analysis.results import STAGE, rate_text, shipped_benchmarks
-from analysis.stages import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
+from analysis.benchmark_catalog import find_benchmarks, shipped_benchmarks
+from analysis.stages import BENCHMARKS, STAGE, TASKS, Choices, ItemLosses, Stage, rate_text
 from analysis.statistics import Estimate
 from common.files import UserError, finite_float, parsing, read_text
 from evaluation.conditions import Conditions, short_digest

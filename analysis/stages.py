@@ -1,5 +1,6 @@
 """Stages of an experiment: a checkpoint each, with its results and how it was trained."""
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from analysis.statistics import Estimate
-from common.files import is_number
+from common.files import finite_float, is_number
 from evaluation.conditions import Conditions
 from evaluation.suites import Benchmark
 
 T = TypeVar("T")
 
+STAGE = re.compile(r"m(\d{1,3})(?:-([\w-]+))?")  # the directory of a stage: its number and its task
 BENCHMARKS, TASKS = "benchmarks", "tasks"  # the kinds of results: attributes of a Stage
 TEXT = "text"  # name of the losses of held-out text
 CHOICE_METRICS = "acc", "acc_norm", "acc_mutual_info", "r@1"  # of multiple choice: the shares of right answers
@@ -115,3 +117,8 @@ def middle_rate(rates: Sequence[T]) -> T:
 def rates_of(stages: Sequence[Stage]) -> list[str]:
     """The learning rates in the folders of stages, ascending; [""] if there are none."""
     return sorted({stage.rate for stage in stages if stage.number and stage.rate}, key=float) or [""]
+
+
+def rate_text(text: str) -> str:
+    """A learning rate as experiment.py writes it into the name of a folder, so that 1e-3 and 0.001 are the same."""
+    return f"{finite_float(text):g}"

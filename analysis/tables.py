@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.benchmark_catalog import task_metric
 from analysis.comparison import key_name, key_of
 from analysis.record import Comparison, ModelPair, Record
-from analysis.results import task_metric
 from analysis.stages import Stage
 from analysis.statistics import TASK_MEASURES, Estimate
 from common.configs import below_root

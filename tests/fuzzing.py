@@ -41,7 +41,7 @@ def make_entries():
     import report
     import stack
     import train
-    from analysis.results import shipped_benchmarks
+    from analysis.benchmark_catalog import shipped_benchmarks
     from common.distributed import Distributed
     from common.stop_request import StopRequest
     from evaluation import benchmarks, lm_eval_tasks

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from analysis.benchmark_catalog import shipped_benchmarks
 from analysis.record import Record
-from analysis.results import read_results, read_runs, shipped_benchmarks
+from analysis.results import read_results, read_runs
 from common.files import UserError, read_json
 from evaluation.result_files import write_task_results
 from tests.conftest import run_script
