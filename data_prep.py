@@ -19,7 +19,7 @@ from pathlib import Path
 from common.configs import known, read_config
 from common.files import UserError
 from common.scripts import Commands, run
-from common.settings import setting
+from common.settings import non_defaults, setting
 from common.writing import ExistsError, new_directory
 from corpus.documents import read_documents
 from corpus.mutual import write_mutual
@@ -93,8 +93,8 @@ class TextDataConfig:
         is_local = is_text or os.path.lexists(self.source)
         found += [f"{name} would change nothing, since {self.source} {what}" for name, is_useless, what in (
             ("text_column", is_text, "has no fields"), ("dataset_config", is_local, "is not a Hub dataset"))
-            if is_useless and getattr(self, name) != getattr(TextDataConfig, name)]
-        given = [name for name in ("size", "vocab_size") if getattr(self, name) != getattr(TextDataConfig, name)]
+            if is_useless and non_defaults(self, name)]
+        given = non_defaults(self, "size", "vocab_size")
         if self.tokenizer and given:
             found.append(f"{' and '.join(given)} would change nothing, since --tokenizer gives the vocabulary")
         elif len(given) > 1:

@@ -107,7 +107,7 @@ def change_of_learning(chain: Chain, number: int) -> ItemValues | None:
 MATCHED_ON = {LEARNING: learning, DECREASE: change_of_learning}  # both fall as more is learned
 
 
-def earlier_tasks(chain: Chain, number: int) -> ItemValues | None:
+def rise_of_earlier_tasks(chain: Chain, number: int) -> ItemValues | None:
     """The mean rise of the losses of earlier tasks since each was learned, as in backward transfer (Lopez-Paz and
     Ranzato, arXiv 1706.08840, eq. 3). None if one of them is missing."""
     learned = {task_at(chain, stage): stage for stage in range(1, number)}
@@ -147,7 +147,7 @@ def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
              PairMeasure(OF_TEXT[1], TOKEN, lambda chain, number: kl(chain, number, TEXT)),
              PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
-             PairMeasure(EARLIER, TOKEN, earlier_tasks),
+             PairMeasure(EARLIER, TOKEN, rise_of_earlier_tasks),
              PairMeasure(LEARNING, TOKEN, learning)]
     categories: dict[str, list[str]] = {}
     for benchmark in find_benchmarks(stages):

@@ -58,7 +58,7 @@ RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
 LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {
     "flops": (int, float), "text": dict, "tasks": list, "start": dict, "new_layers": list, "inserted": int,
     "updates": int}
-TASK_KEYS = "task", "data", "data_digest"
+LINEAGE_TASK_KEYS = "task", "data", "data_digest"
 START_KEYS = "init", "digest"
 
 
@@ -71,7 +71,7 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
     lineage = record.get("lineage", {})
     problems = wrong_types(record, RECORD_TYPES) or wrong_types(lineage, LINEAGE_TYPES) or [
         "tasks" for task in lineage.get("tasks", [])
-        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in TASK_KEYS)
+        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in LINEAGE_TASK_KEYS)
         or task.get("template", DEFAULT_TEMPLATE) not in get_args(TemplateName)] or [
         "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)]
     if problems:

@@ -160,6 +160,11 @@ def json_values(cfg: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(cfg).items()}
 
 
+def non_defaults(cfg: Any, *names: str) -> list[str]:
+    """Which of some settings differ from their defaults."""
+    return [name for name in names if getattr(cfg, name) != getattr(type(cfg), name)]
+
+
 def check_values(cfg: Any, is_complete: bool = True) -> list[str]:
     """Checks the values of a settings object against the metadata of its fields; returns problems as sentences.
     is_complete: False if a given value was rejected: missing values are then not reported."""

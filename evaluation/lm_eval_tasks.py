@@ -254,7 +254,7 @@ def local_task(benchmark: Benchmark) -> ConfigurableTask:
         for item in [*examples, *items]:
             for template in templates:
                 template.render(**item)
-            if wrong := item_problem(task, item):
+            if wrong := benchmark_item_problem(task, item):
                 raise ValueError(f"{wrong}, in {json.dumps(item, ensure_ascii=False)[:200]}")
         build_first_request(task)
     except Exception as error:  # of templates, of fields that an item lacks
@@ -269,7 +269,7 @@ def not_null(value: Any) -> Any:
     return value
 
 
-def item_problem(task: ConfigurableTask, item: dict[str, Any]) -> str:
+def benchmark_item_problem(task: ConfigurableTask, item: dict[str, Any]) -> str:
     """What is wrong with an item of a multiple-choice task; empty if it is valid."""
     context, choices, target = task.doc_to_text(item), task.doc_to_choice(item), task.doc_to_target(item)
     target = choices.index(target) if target in choices else target

@@ -254,13 +254,13 @@ def read_results_file(path: Path) -> ResultsFile:
         for name, entry in content["results"].items():
             if not isinstance(entry, dict):
                 raise UserError(f"{path}: the result of {name} is {JSON_NAMES[type(entry)]}, expected an object")
-            check_values(entry, f"{path}: {name}")
+            check_metric_values(entry, f"{path}: {name}")
         samples = {}
         for task, sample_file in sample_files(path).items():
             samples[task] = read_json_lines(sample_file)
             for number, item in enumerate(samples[task], 1):
                 checked = {name: item[name] for name in BOUNDS.keys() & item.keys() if not isinstance(item[name], bool)}
-                check_values(checked, f"{sample_file}, line {number}")
+                check_metric_values(checked, f"{sample_file}, line {number}")
         file = ResultsFile(path, content, samples)
         for entry in file.suite:
             if wrong := wrong_types(entry, SUITE_TYPES):
@@ -277,7 +277,7 @@ def sample_files(path: Path) -> dict[str, Path]:
             for file in sorted(path.parent.glob(f"samples_*{glob.escape(ending)}"))}
 
 
-def check_values(entry: dict[str, Any], where: str) -> None:
+def check_metric_values(entry: dict[str, Any], where: str) -> None:
     """Raises UserError, which begins with `where`, if a metric or standard error in a results entry is not valid.
 
     lm-eval writes an unknown value as the text "N/A".

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.files import UserError
-from common.settings import check_values, setting
+from common.settings import check_values, non_defaults, setting
 from model.kv_cache import KVCache
 from model.linear import packed_weights
 from model.logits import finite_logits
@@ -51,12 +51,11 @@ class GenerationConfig:
             problems.append(f"early_stopping is {self.early_stopping!r}, expected true, false or never")
         if self.do_sample and self.num_beams > 1:
             problems.append("do_sample and num_beams above 1 exclude each other")
-        default, valid = type(self)(), not problems
+        valid = not problems
         for used, needs, names in ((self.do_sample, "do_sample", ("temperature", "top_k", "top_p")),
                                    (self.num_beams > 1, "num_beams above 1", ("length_penalty", "early_stopping"))):
-            changed = [name for name in names if getattr(self, name) != getattr(default, name)]
-            if changed and not used and valid:
-                problems.append(f"{' and '.join(changed)} would change nothing without {needs}")
+            if (given := non_defaults(self, *names)) and not used and valid:
+                problems.append(f"{' and '.join(given)} would change nothing without {needs}")
         return problems
 
 

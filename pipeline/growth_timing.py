@@ -3,7 +3,7 @@ import math
 from dataclasses import dataclass
 
 from common.files import UserError
-from common.settings import setting
+from common.settings import non_defaults, setting
 from model.config import size_config
 
 FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
@@ -33,8 +33,7 @@ class GrowthPlanConfig:
             found.append("params and size both give the size of the model: give one")
         if (self.size is None and self.params is None) != (self.tokens is None):
             found.append("a plan needs the size of the model (--params or --size) and --tokens")
-        given = [name for name in ("num_hidden_layers", "factor")
-                 if getattr(self, name) != getattr(GrowthPlanConfig, name)]
+        given = non_defaults(self, "num_hidden_layers", "factor")
         if self.tokens is None and given:
             found.append(f"{' and '.join(given)} would change nothing without --tokens: give it as well")
         return found

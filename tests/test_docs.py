@@ -34,7 +34,7 @@ from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
 from common import scripts
 from common.files import read_json
-from pipeline.growth_study import compare, compared_text, conclusion, study_table
+from pipeline.growth_report import compare, compared_text, conclusion, study_table
 from report import ReportConfig
 from tests.conftest import ROOT
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from common.dtypes import resolve_dtype
 from common.provenance import DEFAULT_TEMPLATE, TemplateName
-from common.settings import setting
+from common.settings import non_defaults, setting
 from model.config import MAX_LAYERS
 from model.lora import TARGETS, LoRA
 
@@ -139,11 +139,7 @@ class TrainConfig:
     @property
     def anchored(self) -> list[str]:
         """The settings in use that refer to the weights of --init."""
-        return self.changed("l2_sp_rate", "l2_sp_strength", "wise_ft_alpha", "fapm_sparsity", "ewc_strength")
-
-    def changed(self, *names: str) -> list[str]:
-        """The settings that differ from their defaults, of some names."""
-        return [name for name in names if getattr(self, name) != getattr(TrainConfig, name)]
+        return non_defaults(self, "l2_sp_rate", "l2_sp_strength", "wise_ft_alpha", "fapm_sparsity", "ewc_strength")
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
@@ -185,7 +181,7 @@ class TrainConfig:
         """Contradictions between the settings of methods against forgetting."""
         found, anchored, ivon = [], self.anchored, self.optimizer == "ivon"
         optimizer = ["optimizer ivon"] if ivon else []
-        used = anchored + self.changed("rehearsal", "replay_share", "self_replay_kl", "input_kl") + optimizer
+        used = anchored + non_defaults(self, "rehearsal", "replay_share", "self_replay_kl", "input_kl") + optimizer
         if used and self.task is None:
             found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
         if self.lora and self.task is None:
@@ -194,7 +190,7 @@ class TrainConfig:
             found.append("train lora adapts the layers of --init: set new_layers to 0")
         if len(self.train) > 1 and {"all", "lora"} & set(self.train):
             found.append(f"train is {', '.join(self.train)}: give all or lora alone, or what else is to be trained")
-        of_all = self.changed("ewc_strength") + optimizer
+        of_all = non_defaults(self, "ewc_strength") + optimizer
         if of_all and self.new_layers:
             found.append(f"{' and '.join(of_all)} is about the weights of --init: set new_layers to 0")
         if of_all and self.train != ("all",):
@@ -214,8 +210,8 @@ class TrainConfig:
                 (self.self_replay_kl, "self_replay_kl", ("self_replay_share", "self_replay_texts")),
                 (ivon, "optimizer ivon", ("prior", "prior_precision", "tau", "ess", "hess_init", "ivon_beta2",
                                           "clip_radius", "sample_params"))):
-            if not is_used and (changed := self.changed(*names)):
-                found.append(f"{' and '.join(changed)} would change nothing without {method}: give it as well")
+            if not is_used and (given := non_defaults(self, *names)):
+                found.append(f"{' and '.join(given)} would change nothing without {method}: give it as well")
         if ivon and anchored:
             found.append(f"{' and '.join(anchored)} pull towards the weights of --init, as IVON's prior does: use one")
         if ivon and self.weight_decay:

@@ -21,7 +21,7 @@ from analysis.record_figures import loss_curve, plot_record
 from analysis.results import read_results, read_runs
 from analysis.stages import Stage
 from common.files import UserError
-from pipeline import growth_study
+from pipeline import growth_report
 from tests.analysis.conftest import TASKS, VALUES, write_paper_runs, write_published_results
 
 ALL = {"benchmarks", "forgetting", "bias", "tasks", "losses", "calibration"}
@@ -165,8 +165,8 @@ def test_layout_of_a_growth_study(tmp_path):
     runs = {seed: {"base": curve[:5], **{name: curve[5:] for name in ("stack", "interleave", "middle")},
                    "scratch": curve[2:]} for seed in (42, 43)}
     faults = []
-    with mock.patch.object(growth_study, "save_figure", lambda figure, path: faults.extend(layout_faults(figure))):
-        growth_study.plot_study(tmp_path, runs, "70552.1M parameters: 128 layers from scratch, and grown from 32")
+    with mock.patch.object(growth_report, "save_figure", lambda figure, path: faults.extend(layout_faults(figure))):
+        growth_report.plot_study(tmp_path, runs, "70552.1M parameters: 128 layers from scratch, and grown from 32")
     assert faults == []
 
 

@@ -10,7 +10,7 @@ import pytest
 from analysis.contrasts import Contrast
 from analysis.inference import variance_components
 from analysis.matching import efficient_branch, match, mean_weights
-from analysis.measures import DECREASE, earlier_tasks
+from analysis.measures import DECREASE, rise_of_earlier_tasks
 from analysis.pairs import Study
 from analysis.results import read_runs
 from analysis.stages import ItemLosses, Stage, rates_of
@@ -332,7 +332,7 @@ def test_losses_of_earlier_tasks_by_hand():
     for number, measured in ((1, {"a": 2.0}), (2, {"a": 2.4, "b": 3.0}), (3, {"a": 2.1, "b": 3.3})):
         chain[number] = Stage("llm", 42, number, f"m{number}", " abc"[number],
                               losses={name: losses(loss, items[name]) for name, loss in measured.items()})
-    assert earlier_tasks(chain, 3).value == pytest.approx((0.1 + 0.3) / 2)
-    assert earlier_tasks(chain | {3: dataclasses.replace(chain[3], task="a")}, 3).value == pytest.approx(0.3)
+    assert rise_of_earlier_tasks(chain, 3).value == pytest.approx((0.1 + 0.3) / 2)
+    assert rise_of_earlier_tasks(chain | {3: dataclasses.replace(chain[3], task="a")}, 3).value == pytest.approx(0.3)
     del chain[2].losses["b"]
-    assert earlier_tasks(chain, 3) is None
+    assert rise_of_earlier_tasks(chain, 3) is None

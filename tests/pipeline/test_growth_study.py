@@ -18,15 +18,9 @@ from common.files import UserError
 from common.settings import load
 from model.config import size_config
 from model.growth import OPERATORS
-from pipeline import growth_study, pretraining
-from pipeline.growth_study import (
-    GrowthStudyConfig,
-    conclusion,
-    read_curve,
-    study_jobs,
-    study_table,
-    summarize_runs,
-)
+from pipeline import growth_report, growth_study, pretraining
+from pipeline.growth_report import conclusion, read_curve, study_table, summarize_runs
+from pipeline.growth_study import GrowthStudyConfig, study_jobs
 from pipeline.pretraining import record_recipe
 from pretrain import PretrainConfig, pretraining_jobs
 from tests.conftest import error_line, losses, run_script
@@ -366,18 +360,18 @@ def test_operators_that_give_the_same_model():
 
 
 def test_every_model_of_the_figure_has_its_style():
-    names = [*growth_study.DEPTH_OPERATORS, "scratch", "base", "base-trained-on",
+    names = [*growth_report.DEPTH_OPERATORS, "scratch", "base", "base-trained-on",
              *(f"{operator}-{policy}" for operator in ("midas", "lidas") for policy in ("copied", "zero"))]
-    styles = [tuple(growth_study.style_of(name).values()) for name in names]
+    styles = [tuple(growth_report.style_of(name).values()) for name in names]
     assert len(set(styles)) == len(styles)
 
 
 def test_the_figure_marks_where_scratch_is_reached(monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(growth_study, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(growth_report, "save_figure", lambda figure, path: figures.append(figure))
     runs = {1: {"base": [(1e12, 6.0), (2e12, 5.0)], "stack": [(2e12, 5.5), (6e12, 3.5)],
                 "scratch": [(1e12, 7.0), (8e12, 4.0)], "base-trained-on": [(1e12, 6.0), (8e12, 4.5)]}}
-    growth_study.plot_study(tmp_path / "study", runs, "title")
+    growth_report.plot_study(tmp_path / "study", runs, "title")
     marks = [line.get_xydata().tolist() for line in figures[0].axes[0].lines if line.get_marker() == "D"]
     assert marks == [[[pytest.approx(5e12), 4.0]]]  # stack alone reaches it
 
