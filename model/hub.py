@@ -69,8 +69,7 @@ def download(source: str) -> Path:
     from huggingface_hub import snapshot_download
     repo_id, _, revision = source.partition("@")
     patterns = ["config.json", *TOKENIZER_FILES, WEIGHTS, "model-*.safetensors", INDEX]
-    # Checkpoints of the training may lie in folders of their own.
-    fetch = functools.partial(snapshot_download, repo_id, revision=revision or None, ignore_patterns="*/*")
+    fetch = functools.partial(snapshot_download, repo_id, revision=revision or None)
     with explain_hub_errors(source):
         directory = Path(fetch(allow_patterns=patterns))
         if not holds_weights(directory):

@@ -279,6 +279,7 @@ def test_help_lists_every_setting(cls, capsys):
         load(cls, ["--help"], "what it does")
     text = capsys.readouterr().out
     assert all(f"--{field.name}" in text for field in fields(cls))
+    assert not re.search(r"default: (\(\))?\)", text)
 
 
 @pytest.mark.parametrize("words", [["train.py"], ["stack.py"], ["stack.py", "plan"], ["pretrain.py"],

@@ -374,6 +374,9 @@ def test_the_figure_marks_where_scratch_is_reached(monkeypatch, tmp_path):
     growth_report.plot_study(tmp_path / "study", runs, "title")
     marks = [line.get_xydata().tolist() for line in figures[0].axes[0].lines if line.get_marker() == "D"]
     assert marks == [[[pytest.approx(5e12), 4.0]]]  # stack alone reaches it
+    growth_report.plot_study(tmp_path / "study", runs | {2: runs[1]}, "title")
+    of_base = [line.get_linestyle() for line in figures[1].axes[0].lines if line.get_ydata()[-1] == 5.0]
+    assert of_base == ["--"] * 3  # two thin lines and their mean
 
 
 def test_a_stage_without_a_step():
