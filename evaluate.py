@@ -33,7 +33,7 @@ from evaluation.result_files import earlier_results
 from evaluation.summary import loss_table, suite_table, task_table
 from evaluation.test_sets import TaskTestSet, evaluate_test_set, existing_results, task_decoding
 from model.checkpoint import checkpoint_digest, open_checkpoint
-from model.hub import fetch_checkpoint, load_model
+from model.hub import fetch_checkpoint, load_model, split_hub_id
 from model.parameter_files import POSTERIOR, find_parameter_files, open_side_files
 from model.tokenizer import Tokenizer, tokenizer_digest
 from model.transformer import Transformer
@@ -150,10 +150,11 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
 
 
 def results_folder(cfg: EvaluateConfig) -> Path:
-    """The folder for the results. Raises UserError if a checkpoint that is no directory has none."""
-    if cfg.out is None and not Path(cfg.checkpoint).exists():
-        raise UserError(f"--out is missing: {cfg.checkpoint} is no directory here, and the results of a checkpoint "
-                        "from the Hub would lie in the Hub's cache")
+    """The folder for the results. Raises UserError for a checkpoint from the Hub without --out."""
+    if cfg.out is None and not Path(cfg.checkpoint).is_dir():
+        repo_id, _ = split_hub_id(cfg.checkpoint)
+        raise UserError(f"--out is missing: {repo_id} is no directory here, and the results of a checkpoint from the "
+                        "Hub would lie in the Hub's cache")
     return Path(cfg.out or Path(cfg.checkpoint) / "eval")
 
 

@@ -94,8 +94,7 @@ def plot_benchmarks(record: Record) -> Figure | None:
         if (chance := chance_of(benchmark.name, measured)) is not None:
             panel.axhline(100 * chance, **GUESSING)
             with_chance = True
-        low, high = panel.get_ylim()
-        panel.set(title=title, xlim=(-0.5, record.last + 0.5), ylim=(max(low, 0), min(high, 100)))  # not all intervals
+        panel.set(title=title, xlim=(-0.5, record.last + 0.5))
         panel.set_xticks(range(record.last + 1), stages)
         use_few_ticks(panel.yaxis)
         panel.grid()

@@ -95,8 +95,8 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
         raise UserError(f"{tokenizer.directory}: the chat template ends a reply with {end[:60]!r} (ids "
                         f"{tokenizer.encode(end)[:9]}), which holds no end-of-text token: add it to eos_token_id in "
                         "generation_config.json")
-    trailing = end.partition(tokenizer.token(end_ids[0]))[0] if end_ids else ""
-    return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning, trailing,
+    trailing, is_named, _ = end.partition(tokenizer.token(end_ids[0])) if end_ids else ("", "", "")
+    return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning, trailing if is_named else "",
                           end_ids[0] if end_ids else tokenizer.eos_id, follows_prompt=True)
 
 

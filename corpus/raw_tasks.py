@@ -201,7 +201,8 @@ def read_raw_split(folder: Path, split: str, source_field: str) -> list[dict]:
     paths = [path for path in sorted(folder.glob("*.json")) if split_of_file(path) == split]
     if not paths:
         names = format_names(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise UserError(f"{folder} holds no {split} file: expected a *.json with {split!r} in its name; found {names}")
+        raise UserError(f"{folder} holds no {split} file: expected a *.json with a word in its name that begins with "
+                        f"{split!r}; found {names}")
     items: list[dict] = []
     skipped: list[str] = []
     for path in paths:
@@ -243,14 +244,17 @@ def read_raw_file(path: Path, source_field: str) -> Iterator[tuple[str, list[str
 
 
 def split_of_file(path: Path) -> str | None:
-    """"train", "test" or None, from the name of a raw file, `<prompt>.<split>.json`.
+    """"train", "test" or None, from the name of a raw file.
 
-    The prompt's name may contain either word (constrain_start+make_a_title): a name with more than one dot is searched
-    after the first one, and a name with one dot for whole words.
+    The name starts with the prompt's name, which may contain either word: constrain_start+make_a_title.test.json is a
+    test file. The part after the first dot is therefore searched first. If it names no split, the words of the whole
+    name are, which may begin with one: training_data.json.
     """
-    stem, _, split = path.stem.partition(".")
-    words = split or re.findall("[a-z]+", stem.lower())
-    splits = [split for split in ("train", "test") if split in words]
-    if len(splits) == 2:
+    name = path.stem.lower()
+    part = name.partition(".")[2]
+    found = [split for split in ("train", "test") if split in part]
+    if not found and not re.search("val|dev|eval", part):
+        found = [split for split in ("train", "test") if re.search(f"(?<![a-z]){split}", name)]
+    if len(found) == 2:
         raise UserError(f"{path} has both train and test in its name: rename it")
-    return splits[0] if splits else None
+    return found[0] if found else None

@@ -18,7 +18,7 @@ from corpus.tasks import SFTDataset
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.parallel import ParallelModel
 from evaluation.result_files import earlier_results, is_same_run, losses_file, read_losses_file, write_losses
-from evaluation.test_sets import TaskTestSet
+from evaluation.test_sets import TaskTestSet, recorded_template
 from model.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint
 from model.hub import fetch_checkpoint
 from model.token_losses import Sample
@@ -141,7 +141,7 @@ def task_references(test_set: TaskTestSet, tokenizer: Tokenizer, max_target_leng
     num_bytes = [decoded_bytes(tokenizer, ids[first:]) for ids, first in samples]
     return LossSet(test_set.task, "task", samples, range(len(samples)), num_bytes, facts | {
         "data_digest": test_set.data_digest, "max_source_length": test_set.max_source_length,
-        "max_target_length": max_target_length, "template": test_set.template})
+        "max_target_length": max_target_length, "template": recorded_template(test_set.template)})
 
 
 def existing_losses(loss_set: LossSet, out: Path, run: dict[str, Any]) -> dict[str, Any] | None:

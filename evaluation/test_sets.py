@@ -54,7 +54,13 @@ def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
     facts = dataclasses.asdict(dataclasses.replace(test_set, items=[]))
     if not test_set.decoding.do_sample:
         facts["decoding"]["seed"] = None
-    return run | {name: value for name, value in facts.items() if name not in ("task", "items")}
+    return run | {name: value for name, value in facts.items() if name not in ("task", "items")} | {
+        "template": recorded_template(test_set.template)}
+
+
+def recorded_template(template: TemplateName) -> TemplateName | None:
+    """How results record their template: None for the default, as in results from before there were others."""
+    return None if template == DEFAULT_TEMPLATE else template
 
 
 def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> dict[str, Any] | None:

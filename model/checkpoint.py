@@ -96,6 +96,10 @@ class CheckpointReader:
                 break
             if (self.directory / index).exists():
                 self.files = read_index(self.directory / index)
+                for file in sorted(set(self.files.values())):
+                    if not (self.directory / file).is_file():
+                        raise UserError(f"{self.directory / index} names the shard {file}, which is missing: download "
+                                        "or copy it again")
                 self.shards = {file: kind(self.directory / file) for file in sorted(set(self.files.values()))}
                 break
         else:
@@ -192,7 +196,7 @@ def require_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Returns the `weight_map` of an index file, tensor name -> file. Each file must exist in the same directory."""
+    """Returns the `weight_map` of an index file, tensor name -> file in the same directory."""
     weight_map = read_json(path, dict).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()) \
             or not weight_map:
@@ -200,8 +204,6 @@ def read_index(path: Path) -> dict[str, str]:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise UserError(f"{path} names the file {file!r}, which would leave the directory")
-        if not (path.parent / file).is_file():
-            raise UserError(f"{path} names the shard {file}, which is missing: download or copy it again")
     return weight_map
 
 

@@ -6,7 +6,6 @@ if __name__ == "__main__":
     import common.interrupts  # which changes how the whole process ends
 
 import contextlib
-import functools
 import math
 import os
 import re
@@ -33,6 +32,7 @@ from model.checkpoint import (
     CheckpointReader,
     materialize_model,
     open_checkpoint,
+    read_index,
     write_checkpoint,
 )
 from model.config import ModelConfig
@@ -51,11 +51,7 @@ def fetch_checkpoint(source: str | Path) -> Path:
     """
     directory = Path(source)
     if not directory.is_dir():
-        if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)) \
-                or str(source).startswith("."):
-            raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name or "
-                            "owner/name@revision)")
-        return download(str(source))
+        return download(source)
     if not (directory / "config.json").exists():
         if (directory / ADAPTER_CONFIG).exists():
             raise UserError(f"{source} holds an adapter of PEFT and no checkpoint: give the directory of the merged "
@@ -64,25 +60,31 @@ def fetch_checkpoint(source: str | Path) -> Path:
     return directory
 
 
-def download(source: str) -> Path:
+def split_hub_id(source: str | Path) -> tuple[str, str | None]:
+    """The repository of a Hub id, and the revision if it names one. Raises UserError if it is no Hub id."""
+    found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if not found or Path(source).exists():
+        raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name or owner/name@revision)")
+    return found[1], found[2]
+
+
+def download(source: str | Path) -> Path:
     """Downloads a model from the Hub and returns its directory. Fetches .bin weights only if there are no others."""
     from huggingface_hub import snapshot_download
-    repo_id, _, revision = source.partition("@")
-    patterns = ["config.json", *TOKENIZER_FILES, WEIGHTS, "model-*.safetensors", INDEX]
-    fetch = functools.partial(snapshot_download, repo_id, revision=revision or None)
-    with explain_hub_errors(source):
-        directory = Path(fetch(allow_patterns=patterns))
-        if not holds_weights(directory):
-            directory = Path(fetch(allow_patterns=[*patterns, BIN, "pytorch_model-*.bin", BIN_INDEX]))
-    if not holds_weights(directory):
-        raise UserError(f"no weights of {source} are in {directory}: either it has none, or the Hub, whose cache this "
-                        "is, cannot be reached")
-    return directory
+    repo_id, revision = split_hub_id(source)
 
+    def fetch(*names: str) -> Path:
+        with explain_hub_errors(str(source)):
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(names)))
 
-def holds_weights(directory: Path) -> bool:
-    """Whether a directory holds weights that CheckpointReader reads, or an index of them."""
-    return any((directory / name).exists() for name in (WEIGHTS, INDEX, BIN, BIN_INDEX))
+    directory = fetch("config.json", *TOKENIZER_FILES, INDEX, BIN_INDEX)
+    for weights, index in ((WEIGHTS, INDEX), (BIN, BIN_INDEX)):
+        shards = set(read_index(directory / index).values()) if (directory / index).exists() else set()
+        fetch(weights, *shards)
+        if shards or (directory / weights).exists():
+            return directory
+    raise UserError(f"no weights of {source} are in {directory}: either it has none, or the Hub, whose cache this is, "
+                    "cannot be reached")
 
 
 def source_config(source: str | Path) -> ModelConfig:
@@ -90,9 +92,9 @@ def source_config(source: str | Path) -> ModelConfig:
     if Path(source).exists():
         return ModelConfig.read(fetch_checkpoint(source) / "config.json")
     from huggingface_hub import hf_hub_download
-    repo_id, _, revision = str(source).partition("@")
+    repo_id, revision = split_hub_id(source)
     with explain_hub_errors(str(source)):
-        path = hf_hub_download(repo_id, "config.json", revision=revision or None)
+        path = hf_hub_download(repo_id, "config.json", revision=revision)
     return ModelConfig.read(path)
 
 

@@ -17,6 +17,8 @@ from model.transformer import Transformer
 
 Ids = Sequence[int] | np.ndarray
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
+# Scores of targets, some tensors [n], given the logits of each model, and the row of each target in them and its id.
+Score = Callable[[list[Tensor], Tensor, Tensor], list[Tensor]]
 Progress = Callable[[int], object]  # called with the number of requests that were finished since the last call
 
 
@@ -59,13 +61,13 @@ def plan_targets(inputs: Sequence[Ids], targets: Sequence[Ids]) -> tuple[list[np
     return sequences, Targets(*np.array(sorted(found), dtype=np.int64).reshape(-1, 3).T)
 
 
-def target_logits(models: Sequence[Transformer], hidden: Sequence[Tensor],
-                  targets: Targets) -> Iterator[tuple[slice, list[Tensor], Tensor, Tensor]]:
-    """Yields the logits of rows with targets in chunks, so that those of many rows never exist at once.
+def target_scores(models: Sequence[Transformer], hidden: Sequence[Tensor], targets: Targets,
+                  score: Score) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Computes the logits of rows with targets in chunks, so that those of many rows never exist at once, and scores
+    them.
 
-    models, hidden: one or more models, and the final hidden states [N, C] of each. Yields a slice of the targets, the
-    logits [n, V] of each model, and for each target in the slice its row in the logits and its id. Raises UserError if
-    a logit is not finite.
+    models, hidden: one or more models, and the final hidden states [N, C] of each. Yields the request of each target of
+    a chunk, and its scores. Raises UserError if a logit is not finite.
     """
     rows, inverse = np.unique(targets.rows, return_inverse=True)  # a row may have several targets
     device = models[0].lm_head.weight.device
@@ -74,8 +76,9 @@ def target_logits(models: Sequence[Transformer], hidden: Sequence[Tensor],
     for start in range(0, len(rows), size):
         inside = slice(*np.searchsorted(inverse, (start, start + size)))
         row, target = (torch.from_numpy(x).to(device) for x in (inverse[inside] - start, targets.ids[inside]))
-        yield inside, [finite_logits(*both) for both in zip(models, (block[start:start + size] for block in states))], \
-            row, target
+        logits = zip(models, (block[start:start + size] for block in states))
+        yield targets.requests[inside], [values.cpu().numpy() for values in score(
+            [finite_logits(*both) for both in logits], row, target)]
 
 
 def aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
@@ -92,19 +95,18 @@ def aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
         rest = [block[size:] for block in rest]
 
 
-def scored_targets(models: Sequence[Transformer], sequences: Sequence[np.ndarray], targets: Targets, max_tokens: int,
-                   progress: Progress | None) -> Iterator[tuple[np.ndarray, list[Tensor], Tensor, Tensor]]:
+def scored_targets(models: Sequence[Transformer], sequences: Sequence[np.ndarray], targets: Targets, score: Score,
+                   max_tokens: int, progress: Progress | None) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
     """Runs models over requests in passes of `max_tokens` tokens, in which common prefixes are computed once.
 
-    Yields chunks of the targets (see `plan_targets`): the request of each, the logits [n, V] of each model, and for
-    each target its row in the logits and its id. Raises UserError if a logit is not finite.
+    Yields chunks of the targets (see `plan_targets`): the request of each, and its scores. Raises UserError if a logit
+    is not finite.
     """
     remaining, row = np.bincount(targets.requests), 0
     for hidden in aligned([(states for _, states in packed_passes(model, sequences, max_tokens)) for model in models]):
         part = targets.between(row, row + len(hidden[0]))
         row += len(hidden[0])
-        for chunk, logits, rows, ids in target_logits(models, hidden, part):
-            yield part.requests[chunk], logits, rows, ids
+        yield from target_scores(models, hidden, part, score)
         np.subtract.at(remaining, part.requests, 1)
         if progress and (finished := int((remaining[np.unique(part.requests)] == 0).sum())):
             progress(finished)
@@ -119,10 +121,13 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], max_tokens: int =
     tokens of all pairs. Raises UserError if a logit is not finite.
     """
     inputs = [truncate_left(*pair, model.config.max_position_embeddings) for pair in pairs]
+    def score(logits: list[Tensor], row: Tensor, target: Tensor) -> list[Tensor]:
+        return [logits[0].log_softmax(-1)[row, target], logits[0].argmax(-1)[row] == target]
+
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
     sequences, targets = plan_targets(inputs, [continuation for _, continuation in pairs])
-    for requests, (logits,), row, target in scored_targets([model], sequences, targets, max_tokens, progress):
-        np.add.at(sums, requests, logits.log_softmax(-1)[row, target].cpu().numpy())
-        np.logical_and.at(greedy, requests, (logits.argmax(-1)[row] == target).cpu().numpy())
+    for requests, (log_p, is_greedy) in scored_targets([model], sequences, targets, score, max_tokens, progress):
+        np.add.at(sums, requests, log_p)
+        np.logical_and.at(greedy, requests, is_greedy)
     computed = int(targets.rows.max(initial=-1)) + 1  # the last position of every request predicts a target
     return list(zip(sums.tolist(), greedy.tolist())), {"computed": computed, "asked": sum(map(len, inputs))}

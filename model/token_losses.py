@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common.files import UserError
 from model.loglikelihood import Progress, plan_targets, scored_targets
@@ -25,15 +26,17 @@ def sample_losses(model: Transformer, samples: Sequence[Sample], reference: Tran
     vocabulary. Nothing is padded, and a common prefix of samples is computed once, in passes of `max_tokens` tokens.
     Raises UserError if a logit or a sum is not finite.
     """
+    def score(logits: list[Tensor], row: Tensor, target: Tensor) -> list[Tensor]:
+        log_q, *log_p = (scores.log_softmax(-1) for scores in logits)  # n V each
+        divergences = [F.kl_div(log_q, start, reduction="none", log_target=True).sum(-1) for start in log_p]
+        return [-log_q[row, target], *(one.clamp(min=0)[row] for one in divergences)]  # rounding can make it negative
+
     models = [model] if reference is None else [model, reference]
     sums = np.zeros((len(models), len(samples)))
     sequences, targets = plan_targets([ids[:-1] for ids, _ in samples], [ids[first:] for ids, first in samples])
-    for requests, logits, row, target in scored_targets(models, sequences, targets, max_tokens, progress):
-        log_q, *log_p = (scores.log_softmax(-1) for scores in logits)  # n V each
-        np.add.at(sums[0], requests, -log_q[row, target].cpu().numpy())
-        if log_p:
-            divergence = F.kl_div(log_q, log_p[0], reduction="none", log_target=True).sum(-1)
-            np.add.at(sums[1], requests, divergence.clamp(min=0)[row].cpu().numpy())  # rounding can make it negative
+    for requests, scores in scored_targets(models, sequences, targets, score, max_tokens, progress):
+        for total, values in zip(sums, scores):
+            np.add.at(total, requests, values)
     if not np.isfinite(sums).all():
         raise UserError("the loss is not finite: the weights are damaged")
     return sums[0], None if reference is None else sums[1]

@@ -64,20 +64,26 @@ class Tokenizer:
         self._special = {index for values in ids.values() for index in values}
 
     def _add_tokens(self) -> None:
-        """Adds the tokens that tokenizer_config.json alone names, as transformers does."""
+        """Adds the tokens that the list in tokenizer_config.json has beyond those of tokenizer.json, or with other
+        options, as transformers does."""
         from tokenizers import AddedToken
         file = self.directory / "tokenizer_config.json"
         entries = self._entry(file.name, "added_tokens_decoder", dict) or {}
-        known = {token.content for token in self.fast.get_added_tokens_decoder().values()}
+        known, added = {token.content: token for token in self.fast.get_added_tokens_decoder().values()}, []
+        ids: dict[str, str] = {}  # of the tokens that are new to the vocabulary
         for index, entry in sorted(entries.items(), key=lambda item: (len(item[0]), item[0])):
-            if not (isinstance(entry, dict) and isinstance(token := entry.get("content"), str)):
+            if not (isinstance(entry, dict) and isinstance(content := entry.get("content"), str)):
                 raise UserError(f"{file}: added_tokens_decoder has {entry!r:.80}, expected an object with content")
-            if token not in known:
-                options = {name: entry[name] for name in TOKEN_OPTIONS if name in entry}
-                self.fast.add_tokens([AddedToken(token, **options)])
-                if str(found := self.fast.token_to_id(token)) != index:
-                    raise UserError(f"{file}: the added token {token!r:.80} has the id {index:.20}, but would have "
-                                    f"{found} in tokenizer.json: the two files are not of the same tokenizer")
+            token = AddedToken(content, **{name: entry[name] for name in TOKEN_OPTIONS if name in entry})
+            if content and known.get(content) != token:
+                added.append(token)
+                if self.fast.token_to_id(content) is None:
+                    ids.setdefault(content, index)
+        self.fast.add_tokens(added)
+        for content, index in ids.items():
+            if str(found := self.fast.token_to_id(content)) != index:
+                raise UserError(f"{file}: the added token {content!r:.80} has the id {index:.20}, but would have "
+                                f"{found} in tokenizer.json: the two files are not of the same tokenizer")
 
     @property
     def adds_bos(self) -> bool:

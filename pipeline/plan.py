@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.configs import CONFIGS, read_config
+from common.files import UserError
 from common.formatting import format_duration
 from common.scripts import run
 from common.settings import load, setting
@@ -60,6 +61,8 @@ class PlanConfig:
         found = [] if self.size or self.init else ["neither --size nor --init says which model to train"]
         if self.recipe != "finetune" and not self.size:
             found.append(f"the recipe {self.recipe} is a table of a size's file: give --size")
+        if self.recipe != "finetune" and self.method:
+            found.append(f"a method is for fine-tuning, and the recipe is {self.recipe}: leave one of them out")
         return found
 
 
@@ -101,7 +104,10 @@ def planned_config(cfg: PlanConfig) -> ModelConfig:
     [model] that of its published models."""
     table = read_config("size", str(cfg.size))
     if "model" not in table:
-        return source_config(next(iter(table["hub"].values())))
+        try:
+            return source_config(next(iter(table["hub"].values())))
+        except UserError as error:
+            raise UserError(f"{error}. Or give a directory with the shape of the model as --init, or INIT") from None
     return size_config(str(cfg.size), base_depth(str(cfg.size)) if cfg.recipe == "base" else None)
 
 

@@ -53,7 +53,9 @@ def check_shared(directory: Path, dist: Distributed) -> None:
 
     def mark() -> Path:
         with explain_os_errors(directory):
-            path = directory / f"{uuid.uuid4()}{WRITING}"
+            for left in directory.glob(f"shared-*{WRITING}"):  # by a killed process
+                left.unlink()
+            path = directory / f"shared-{uuid.uuid4()}{WRITING}"
             path.touch()
         return path
 

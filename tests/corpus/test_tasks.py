@@ -44,7 +44,9 @@ def test_brackets():
 
 def test_prompt_names_may_contain_the_words_train_and_test(tmp_path):
     names = {"constrain_start+make_a_title.test.json": "test", "latest_news.train.json": "train",
-             "generate_a_question_1.test_asks.json": "test", "train.json": "train", "notes.json": None}
+             "generate_a_question_1.test_asks.json": "test", "train.json": "train", "notes.json": None,
+             "training.json": "train", "simp_train.v2.json": "train", "X.Test_v1.json": "test",
+             "train.valid.json": None}
     assert {name: split_of_file(tmp_path / name) for name in names} == names
     others = ["constrain_start+make_a_title.validation.json", "constrain_start+make_a_title.json", "latest.json"]
     assert [split_of_file(tmp_path / name) for name in others] == [None] * 3

@@ -198,6 +198,15 @@ def test_templates_that_cannot_be_used(chat_dir, template, said):
     assert said in str(error.value)
 
 
+def test_the_end_of_a_reply_may_be_a_token_of_the_vocabulary(chat_dir):
+    """Whose name in a byte-level tokenizer is not its text."""
+    newline, = Tokenizer(chat_dir).encode("\n")
+    (chat_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": [newline]}))
+    (chat_dir / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    (ids, first), = SFTDataset([{"input": "say", "output": "yes"}], Tokenizer(chat_dir), 200, 50, template="chat")
+    assert Tokenizer(chat_dir).decode(ids[first:]) == "yes\n"
+
+
 def test_the_end_of_a_reply(chat_dir):
     (chat_dir / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
     assert open_template("chat", Tokenizer(chat_dir)).end_id == Tokenizer(chat_dir).eos_id != 2

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from common.settings import load
 from model.hub import HubConfig, load_model, main
@@ -70,6 +70,18 @@ def test_only_the_weights_of_the_model_are_downloaded(hub, checkpoint, tmp_path)
     got = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.requests if "/resolve/" in path}
     assert "pytorch_model.bin" in got
     assert not got & {*others}
+
+
+def test_shards_may_have_any_names(hub, checkpoint, tmp_path):
+    weights, names = load_file(checkpoint / "model.safetensors"), ("part_1.safetensors", "part_2.safetensors")
+    halves = dict(zip(names, (dict(list(weights.items())[::2]), dict(list(weights.items())[1::2]))))
+    index = {"weight_map": {name: file for file, half in halves.items() for name in half}}
+    files = dict(hub.repos["models", ID]["main"]) | {file: save(half) for file, half in halves.items()}
+    hub.add("models", ID, files | {"model.safetensors.index.json": json.dumps(index).encode()})
+    fetch(hub, tmp_path, ID, "--dtype", "fp32")
+    assert not any("pytorch_model.bin" in path for _, path in hub.requests if "/resolve/" in path)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "out")(IDS), load_model(checkpoint)(IDS))
 
 
 def test_a_revision(hub, checkpoint, tmp_path):

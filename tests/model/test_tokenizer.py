@@ -127,6 +127,14 @@ def test_tokens_that_only_tokenizer_config_adds(tokenizer_dir, tmp_path):
     assert {512, 513} <= set(ids)
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) != ours.decode(ids[1:-1])
     assert (ours.vocab_size, ours.pad_id) == (len(theirs), 512)
+    write(added_tokens_decoder={"1": options | {"content": "<s>", "special": False}, "7": options | {"content": ""},
+                                "2": options | {"content": "</s>", "special": True, "lstrip": True},
+                                "9": options | {"content": "</s>", "special": True, "lstrip": True}})
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("a  <s>  b  </s> c")
+    assert ids == theirs.encode("a  <s>  b  </s> c", add_special_tokens=False)
+    assert ids != Tokenizer(tokenizer_dir).encode("a  <s>  b  </s> c")
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     write("512", "600")
     with pytest.raises(UserError, match="the added token '<tool>' has the id 600, but would have 513 in"):
         Tokenizer(tmp_path)

@@ -139,6 +139,9 @@ def test_a_method_may_have_settings(capsys):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--size", "7b", "--method", "lora:lora_rank=99999"], "lora_rank is 99999, more than the"),
+    (["--size", "7b", "--recipe", "llm", "--method", "ewc"], "a method is for fine-tuning, and the recipe is llm"),
+    (["--init", "runs/tiny/llm/m9"], "runs/tiny/llm/m9 is neither a checkpoint directory nor a Hub id"),
+    (["--size", "410m"], "Or give a directory with the shape of the model as --init, or INIT"),
     (["--size", "7b", "--method", "lra"], "unknown method 'lra'"),
     ([], "neither --size nor --init says which model to train"),
     (["--init", "x", "--recipe", "llm"], "the recipe llm is a table of a size's file: give --size"),

@@ -192,6 +192,8 @@ def test_ranks_with_different_data_are_refused(train, simp_file, tmp_path):
 def test_nodes_without_a_shared_folder_are_refused(train, tmp_path):
     for rank in "01":
         (tmp_path / rank).mkdir()
+    (tmp_path / "0/m1.partial").mkdir()
+    (tmp_path / "0/m1.partial/shared-1.writing").touch()  # of a process that was killed
     patch = (f"import os; os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
              "os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')\n"
              "from training import run_directory; run_directory.SHARED_SECONDS = 0.1")
@@ -199,7 +201,7 @@ def test_nodes_without_a_shared_folder_are_refused(train, tmp_path):
     line, = (line for line in result.stderr.splitlines() if line.startswith("error"))
     assert "m1.partial is not the same folder on all nodes: choose an --out on a file system that they share" in line
     assert "(on rank 1)" in line
-    assert not list(tmp_path.rglob("m1*"))
+    assert not list(tmp_path.rglob("m1*/*"))
 
 
 def test_nodes_with_different_checkpoints_are_refused(train, checkpoint, tmp_path):
