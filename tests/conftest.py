@@ -73,8 +73,8 @@ def hub_cache(tmp_path_factory):
 @functools.cache
 def preloaded():
     """The process that runs scripts in forks, see tests/preloaded.py."""
-    return subprocess.Popen([sys.executable, "tests/preloaded.py"], cwd=ROOT,
-                            env=os.environ | WITHOUT_TRANSFORMERS | LARGE_PAGES, stdin=subprocess.PIPE,
+    environment = os.environ | WITHOUT_TRANSFORMERS | LARGE_PAGES | {"OMP_NUM_THREADS": "1"}  # as `make test` has it
+    return subprocess.Popen([sys.executable, "tests/preloaded.py"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
