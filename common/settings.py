@@ -120,8 +120,9 @@ class Resolved:
                 continue
             field = self.fields[name]
             try:
-                if value == "none" and (field.metadata["required"] or field.default == ()):
-                    converted = None if field.metadata["required"] else ()
+                is_required = field.metadata.get("required", False)
+                if value == "none" and (is_required or field.default == ()):
+                    converted = None if is_required else ()
                 else:
                     converted = convert(name, value, field.type)
             except ValueError as error:
