@@ -253,7 +253,7 @@ def split_of_file(path: Path) -> str | None:
     name = path.stem.lower()
     part = name.partition(".")[2]
     found = [split for split in ("train", "test") if split in part]
-    if not found and not re.search("val|dev|eval", part):
+    if not found and not re.search("val|dev", part):
         found = [split for split in ("train", "test") if re.search(f"(?<![a-z]){split}", name)]
     if len(found) == 2:
         raise UserError(f"{path} has both train and test in its name: rename it")

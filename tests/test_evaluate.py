@@ -182,6 +182,8 @@ def test_existing_results_are_kept(done, words, checkpoint, suite_file):
     assert run["tokenizer_digest"] == digest(checkpoint.glob("tokenizer*.json"))
     assert results(out)["run"]["suite"][0]["file"] == digest([suite_file.parent / "items.jsonl"])
     assert not is_same_run(run, run | {"decoding": run["decoding"] | {"num_beams": 4}})
+    losses = read_json(out / "losses-task-simp.json")["run"]
+    assert run["template"] is losses["template"] is None  # as in results from before there was another one
 
 
 def test_results_of_fewer_items_replace_none(done, checkpoint, suite_file, tmp_path):
