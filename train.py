@@ -61,8 +61,8 @@ EVAL_SAMPLES = 64  # per rank that are cut into micro-batches together; the prog
 def learning_rate(cfg: TrainConfig, step: int, steps: int) -> float:
     """Learning rate of a step (0 ≤ step < steps): linear warm-up, then constant, cosine, linear or WSD decay.
 
-    The decaying schedules approach `min_lr_ratio` times the peak. WSD (warm-up, stable, decay): Hu et al., arXiv
-    2404.06395.
+    The decaying schedules approach `min_lr_ratio` times the peak. WSD (warm-up, stable, decay: Hu et al., arXiv
+    2404.06395) decays linearly here, over a share `decay_ratio` of the steps.
     """
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
     progress = max(0, step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)  # after the warm-up, in [0, 1)

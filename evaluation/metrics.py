@@ -96,7 +96,8 @@ def sari_scores(counts: np.ndarray) -> np.ndarray:
 def sari(sources: Sequence[str], predictions: Sequence[str],
          references: Sequence[Sequence[str]]) -> tuple[dict[str, float], list[float]]:
     """SARI of a test set (Xu et al., 2016), as EASSE computes it and papers report it (Alva-Manchego et al., arXiv
-    1908.04567): the mean of the F1 of added, kept and deleted n-grams, from counts summed over all sentences.
+    1908.04567): the mean of the F1 of added, kept and deleted n-grams, from counts summed over all sentences
+    (the paper takes the precision of deletions, and averages precision and recall over n before the F1).
 
     Returns {"mean", "low", "high", "add", "keep", "delete"} in percent, with the 95% interval from the percentile
     bootstrap over the sentences; and what each sentence contributes, for comparisons sentence by sentence: its

@@ -57,7 +57,7 @@ def partial(depth: int, target: int, first: int, last: int) -> list[int]:
 
 
 def middle(depth: int, target: int) -> list[int]:
-    """Repeats the middle third, and keeps one copy of the layers near the embedding and the head.
+    """Repeats the middle, and keeps one copy of a third of the layers, rounded down, at either end.
     0 1 2 3 4 5 -> 0 1 2 3 2 3 4 5."""
     return partial(depth, target, depth // 3, depth - 1 - depth // 3)
 

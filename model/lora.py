@@ -1,4 +1,5 @@
-"""Low-rank adapters: W x + alpha / r · B A x, with W frozen (LoRA: Hu et al., arXiv 2106.09685, section 4.1).
+"""Low-rank adapters: W x + alpha / r · B A x, with W frozen (LoRA: Hu et al., arXiv 2106.09685, section 4.1;
+B starts at 0 and A uniform, as in PEFT, where the paper has a Gaussian).
 
 An adapted model is written twice: merged, as a checkpoint that any tool loads, and as an adapter in the format of PEFT.
 

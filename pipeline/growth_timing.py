@@ -10,7 +10,7 @@ FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
 # Models that the guideline is applied to: parameters, tokens, and d in billions of tokens as printed there.
 PUBLISHED = {"Llama3-8B": (8e9, 15e12, 6.58), "Llama2-7B": (7e9, 2e12, 11.11), "Llama2-13B": (13e9, 2e12, 15.84),
              "Llama2-70B": (70e9, 2e12, 42.48)}
-SPEED_UP = 0.546  # of the published 7B: the loss of 300B tokens with 194B; C_scratch / C_grown - 1 (ibid., abstract)
+SPEED_UP = 0.546  # of the published 7B: 300B tokens / 194B for the same loss - 1 (ibid., abstract; the base is not named)
 FITTED = 410e6, 3e9  # parameters of the models that the formula was fitted on (ibid., guideline on growth timing)
 
 
@@ -87,7 +87,7 @@ def print_growth_plan(cfg: GrowthPlanConfig) -> None:
                                           f"({base_flops / scratch:.2%}), then "
                                           f"{(scratch - base_flops) / (6 * params):.4g} tokens"))
     if base_flops < same_loss:
-        rows += [("grown, same loss", f"{same_loss:.4g} FLOPs, base included, if it gains what the published 7B gained "
+        rows += [("grown, same loss", f"{same_loss:.4g} FLOPs with the base, if it gains what the published 7B gained "
                                       f"(C_scratch / C_grown - 1 = {SPEED_UP:.1%} at 300B tokens)"),
                  ("expected saving", f"{scratch - same_loss:.4g} FLOPs, {1 - same_loss / scratch:.1%}")]
     for name, text in rows:
