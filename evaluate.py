@@ -12,9 +12,12 @@ import common.interrupts
 
 import contextlib
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common import scripts
 from common.configs import CONFIGS, read_config
@@ -22,6 +25,7 @@ from common.distributed import Distributed
 from common.dtypes import TORCH_DTYPES, resolve_dtype
 from common.files import UserError, digest, parsing, read_json
 from common.provenance import DEFAULT_TEMPLATE, TemplateName, last_template, read_lineage
+from common.stop_request import StopRequest
 from common.writing import check_writable, sole_use
 from corpus.prompts import open_template
 from corpus.tasks import first_items, read_task
@@ -53,21 +57,25 @@ def main(cfg: EvaluateConfig) -> None:
     """Evaluates on all processes: rank 0 sends requests, the other ranks serve them."""
     evaluation: PreparedEvaluation | None = None  # on rank 0
 
-    def prepare() -> str:
+    def prepare() -> tuple[str, dict[str, str]]:
         nonlocal evaluation
         out = results_folder(cfg)
         fetch_checkpoint(cfg.checkpoint)
         claimed.enter_context(sole_use(out))
         evaluation = prepare_evaluation(cfg)
-        return evaluation.run["dtype"]
+        return evaluation.run["dtype"], file_digests(cfg) if dist.world_size > dist.local_world_size else {}
 
-    with contextlib.ExitStack() as claimed, \
+    with contextlib.ExitStack() as claimed, StopRequest(), \
             Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
-        dtype = TORCH_DTYPES[dist.on_rank0(prepare)]
+        name, digests = dist.on_rank0(prepare)
+        dtype = TORCH_DTYPES[name]
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a plan for every new shape
 
         def load(name: str) -> Transformer:
             source = dist.local_rank0_first(lambda: fetch_checkpoint(name))
             return dist.on_all_ranks(lambda: load_model(source, dtype, dist.device))
+
+        dist.on_all_ranks(lambda: check_same_files(cfg, digests) if dist.rank and not dist.local_rank else None)
 
         model = ParallelModel(dist, load(cfg.checkpoint), Tokenizer(fetch_checkpoint(cfg.checkpoint)),
                               load(cfg.reference) if cfg.reference else None)
@@ -147,6 +155,26 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
                               config.max_position_embeddings, [
             (source, ("weights", cfg.seed, number)) for number in range(cfg.posterior_samples)])
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
+
+
+def file_digests(cfg: EvaluateConfig) -> dict[str, str]:
+    """The digests of what every node reads, by a description. Downloads it if needed."""
+    found: dict[str, str] = {}
+    for name in filter(None, (cfg.checkpoint, cfg.reference)):
+        source = fetch_checkpoint(name)
+        found |= {f"the weights of {name}": checkpoint_digest(source),
+                  f"the tokenizer files of {name}": tokenizer_digest(source)}
+    if cfg.posterior_samples:
+        files = find_parameter_files(fetch_checkpoint(cfg.checkpoint), POSTERIOR)
+        found[f"the posterior files of {cfg.checkpoint}"] = digest(files)
+    return found
+
+
+def check_same_files(cfg: EvaluateConfig, digests: Mapping[str, str]) -> None:
+    """Raises UserError if this node has other files than rank 0, whose digests are given (none: there is one node)."""
+    for name, found in (file_digests(cfg) if digests else {}).items():
+        if found != digests[name]:
+            raise UserError(f"{name} are not the same on all nodes: copy them there again, or use a shared folder")
 
 
 def results_folder(cfg: EvaluateConfig) -> Path:

@@ -53,8 +53,8 @@ from training.train_state import StepResult, TrainState
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-OOM_REMEDY = "Try a smaller --max_tokens_per_microbatch, --zero 2 or 3, --gradient_checkpointing or --offload; `make " \
-             "plan` estimates the memory. The run continues from its last saved state"
+OOM_REMEDY = "Try a smaller --max_tokens_per_microbatch, --zero 2 or 3, --gradient_checkpointing or, unless it was " \
+             "the host's memory, --offload; `make plan` estimates the memory. The run continues from its saved state"
 EVAL_SAMPLES = 64  # per rank that are cut into micro-batches together; the progress bar moves once for each
 
 
@@ -78,6 +78,8 @@ def main(cfg: TrainConfig) -> None:
     with oom_remedy(OOM_REMEDY), contextlib.ExitStack() as claimed, StopRequest() as request, \
             Distributed(datetime.timedelta(minutes=cfg.timeout_minutes)) as dist:
         dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
+        # On H100 PyTorch prefers cuDNN's attention, which compiles a plan for every shape: pretraining has only one.
+        torch.backends.cuda.enable_cudnn_sdp(cfg.task is None)
         with dist.patient():  # rank 0 may download weights, and reads all data
             run = open_run(cfg, dist, request)
         if run is None:  # finished earlier

@@ -2,12 +2,12 @@
 
 Dimensions are those of transformer.py. Training pads on the right and needs no attention mask: under causal attention
 no token attends to the padding after it. scaled_dot_product_attention can therefore use its causal flash kernel (on
-GPUs in bf16, on CPUs in any dtype).
+GPUs in bf16, in pretraining cuDNN's where PyTorch prefers it; on CPUs in any dtype).
 """
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,21 @@ def keeps_probabilities(device: str, dtype_bytes: int, num_scores: int) -> bool:
     return device == "cpu" and dtype_bytes == 2 and dtype_bytes * num_scores <= 32 << 20
 
 
+def copies_heads(device: str, dtype_bytes: int) -> bool:
+    """Returns whether causal attention on a device of this type copies each key-value head for its query heads: on GPUs
+    in fp32 the only kernel that takes grouped heads computes and keeps all scores (PyTorch 2.13)."""
+    return device == "cuda" and dtype_bytes == 4
+
+
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+    """Computes scaled_dot_product_attention of query [B, H, T, D] over key and value [B, K, S, D]. mask: its arguments
+    that make it causal."""
+    H, K = query.shape[1], key.shape[1]
+    if H != K and copies_heads(query.device.type, query.element_size()):
+        key, value = (x.repeat_interleave(H // K, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, **mask, enable_gqa=key.shape[1] != H)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Computes softmax attention of query [B, H, T, D] over key and value [B, K, S, D], and returns [B, H, T, D].
 
@@ -37,7 +52,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     (B, H, T, D), (K, S) = query.shape, key.shape[1:3]
     manual = query.requires_grad and keeps_probabilities(query.device.type, query.element_size(), B * H * T * S)
     if attn_mask is None and T == S and not manual:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=H != K)
+        return causal_sdpa(query, key, value, is_causal=True)
     if attn_mask is None:
         causal = torch.ones(1, T, S, dtype=torch.bool, device=query.device).tril_(S - T)
         attn_mask = additive_mask(causal, H // K, query.dtype)
@@ -80,8 +95,7 @@ def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dic
             # Keeps the flash kernel, as no other mask does. Made in a compiled block it would interrupt the graph. The
             # import takes a second.
             from torch.nn.attention.bias import causal_lower_right
-            return partial(F.scaled_dot_product_attention, attn_mask=causal_lower_right(T, S),
-                           enable_gqa=config.group_size > 1)
+            return partial(causal_sdpa, attn_mask=causal_lower_right(T, S))
         return attention
     return {window: within(window) for window in config.windows}
 

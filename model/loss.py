@@ -73,8 +73,8 @@ class FusedLinearLoss(torch.autograd.Function):
             raise RuntimeError("the loss has no second derivatives: leave out create_graph")
         hidden_grad, weight_grad = ctx.gradients
         ctx.gradients = None  # they are changed in place, so that a second call has to fail
-        return hidden_grad.mul_(gradient), weight_grad if weight_grad is None else weight_grad.mul_(gradient), \
-            None, None, None
+        scale = gradient.view(1)  # GPUs would round a scalar tensor to bf16 before the product
+        return hidden_grad.mul_(scale), None if weight_grad is None else weight_grad.mul_(scale), None, None, None
 
 
 class Head(Linear):

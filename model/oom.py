@@ -9,6 +9,9 @@ import torch
 
 from common.files import UserError, first_line
 
+# What other errors say: torch's allocator on a CPU, pinned host memory or CUDA itself, and cuBLAS.
+OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+
 
 def available_memory() -> float:
     """Returns the bytes of memory that programs can still get on this machine; infinity where that is not known. An
@@ -22,7 +25,7 @@ def available_memory() -> float:
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that the memory of the GPU or the machine is exhausted."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on a CPU
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @contextmanager

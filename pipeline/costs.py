@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.configs import ROOT, read_config
+from common.dtypes import TORCH_DTYPES, resolve_dtype
 from common.files import UserError, read_text
 from corpus.tasks import read_task
 from model.config import ModelConfig
@@ -73,9 +74,12 @@ def read_splits(path: Path) -> dict[str, list]:
     return read_task(path, read_config("task", path.stem)["source"])[0]
 
 
-def matmul_speed(size: int = 1024, repeats: int = 8) -> float:
-    """FLOPs per second of a matrix product in fp32 on this machine's device."""
-    a = torch.rand(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+def matmul_speed(repeats: int = 8) -> float:
+    """FLOPs per second of a matrix product on this machine's device: of small matrices in fp32 on a CPU, of large ones
+    in the default dtype on a GPU."""
+    device, size, dtype = ("cuda", 8192, TORCH_DTYPES[resolve_dtype("auto")]) if torch.cuda.is_available() else \
+        ("cpu", 1024, torch.float32)
+    a = torch.rand(size, size, device=device, dtype=dtype)
     (a @ a).sum().item()
     began = time.perf_counter()
     for _ in range(repeats):

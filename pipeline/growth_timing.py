@@ -10,7 +10,7 @@ FORMULA = "log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, C = 6 N D"
 # Models that the guideline is applied to: parameters, tokens, and d in billions of tokens as printed there.
 PUBLISHED = {"Llama3-8B": (8e9, 15e12, 6.58), "Llama2-7B": (7e9, 2e12, 11.11), "Llama2-13B": (13e9, 2e12, 15.84),
              "Llama2-70B": (70e9, 2e12, 42.48)}
-SPEED_UP = 0.546  # of the published 7B: 300B tokens / 194B for the same loss - 1 (ibid., abstract; the base is not named)
+SPEED_UP = 0.546  # of the published 7B: 300B / 194B tokens for the same loss - 1 (ibid., abstract)
 FITTED = 410e6, 3e9  # parameters of the models that the formula was fitted on (ibid., guideline on growth timing)
 
 

@@ -8,7 +8,7 @@ from itertools import product
 
 from common.configs import CONFIGS
 from common.files import read_json
-from model.attention import keeps_probabilities
+from model.attention import copies_heads, keeps_probabilities
 from model.config import ModelConfig
 from model.lora import A, is_adapter
 from model.loss import chunk_rows
@@ -121,14 +121,16 @@ class MemoryPlan:
         return 4 * trained / shards + (4 * min(trained / shards, LIVE) if self.zero == 3 else 0)
 
     def buffers(self) -> float:
-        """Where gradients are collected to be reduced, in the dtype of the weights and as fp32. Under ZeRO 1 and 2 a
-        part that several processes own is copied once more."""
+        """Where gradients are collected to be reduced: under ZeRO 1 and 2 in the dtype of the weights and as fp32, and
+        what several processes own is copied once more; under ZeRO 3 in fp32, which is copied once."""
         bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.num_trained)
         if self.zero == 0:
             return 4 * min(bucket, self.num_trained) if self.processes > 1 else 0
+        if self.zero == 3:
+            return 8 * bucket
         # one is filled while the other is reduced; on a CPU, memory that was never written does not count
-        in_turn = 2 if self.overlaps and self.zero < 3 and self.device == "cuda" else 1
-        in_turn += self.zero < 3 and self.processes > 1
+        in_turn = 2 if self.overlaps and self.device == "cuda" else 1
+        in_turn += self.processes > 1
         return bucket * (in_turn * self.weight_bytes + (4 if self.weight_bytes == 2 else 0))
 
     @property
@@ -154,7 +156,8 @@ class MemoryPlan:
         norms = 2 * ((4 + trained * width + normalized) * c.hidden_size + 4)
         adapted = width * sum(shape[0] for name, shape in adapters.items() if name.startswith("model.layers.0.")
                               and name.endswith(A))
-        attention: float = width * 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        kv_heads = c.num_attention_heads if copies_heads(self.device, width) else c.num_key_value_heads
+        attention: float = width * 2 * (c.num_attention_heads + kv_heads) * c.head_dim
         if c.family.qk_norm:
             heads = c.num_attention_heads + c.num_key_value_heads
             norms += (4 + normalized) * heads * c.head_dim
@@ -162,7 +165,7 @@ class MemoryPlan:
         if self.prefix_tokens:
             tokens, prefix = self.max_tokens_per_microbatch, self.prefix_tokens
             copies = (tokens - prefix) / (self.sample_tokens - prefix) * prefix / tokens  # of the prefix, for a token
-            attention += width * (2 * copies * c.num_key_value_heads + c.num_attention_heads) * c.head_dim
+            attention += width * (2 * copies * kv_heads + c.num_attention_heads) * c.head_dim
         probabilities = c.num_attention_heads * self.sample_tokens  # of a token
         materialized = keeps_probabilities(self.device, width, self.max_tokens_per_microbatch * probabilities)
         attention += width * probabilities if materialized else 4 * c.num_attention_heads

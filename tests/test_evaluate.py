@@ -357,6 +357,48 @@ def test_two_processes_print_one_error_line(checkpoint, tmp_path, suite_file):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_signal_ends_an_evaluation_with_the_status_of_a_job_that_continues(checkpoint, tmp_path):
+    code = (f"import os, signal, sys, time; sys.path[0] = {str(ROOT)!r}; import evaluate\n"
+            "def prepare(cfg): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+            "evaluate.prepare_evaluation = prepare\n"
+            "evaluate.main(evaluate.EvaluateConfig(checkpoint=sys.argv[1], out=sys.argv[2]))")
+    result = run_script("-c", code, checkpoint, tmp_path / "out", check=False)
+    assert (result.returncode, "ended by SIGTERM" in result.stderr) == (75, True)
+
+
+def test_nodes_with_different_files_are_refused(checkpoint, tmp_path):
+    """Two processes with one device each, as on two nodes with a disk of their own."""
+    for rank in "01":
+        shutil.copytree(checkpoint, tmp_path / rank / "m1")
+        shutil.copytree(checkpoint, tmp_path / rank / "m0")
+        (tmp_path / rank / "m1/posterior-00001-of-00001.safetensors").write_bytes(b"posterior")
+        (tmp_path / rank / "text.jsonl").write_text('{"text": "a short text"}')
+    code = (f"import os, sys; sys.path[0] = {str(ROOT)!r}; sys.argv[0] = 'evaluate.py'\n"
+            f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+            "os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')\n"
+            "import runpy; runpy.run_module('evaluate', run_name='__main__')")
+    weights = tmp_path / "1/m0/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    result = run_script("-c", code, "--checkpoint", "m1", "--reference", "m0", "--text", "text.jsonl", "--out",
+                        tmp_path / "out", launcher=2, check=False)
+    line, = (line for line in result.stderr.splitlines() if line.startswith("error"))
+    assert "the weights of m0 are not the same on all nodes: copy them there again, or use a shared folder" in line
+    assert "(on rank 1)" in line
+    assert not (tmp_path / "out").exists()
+
+    cfg = EvaluateConfig(checkpoint=str(tmp_path / "0/m1"), reference=str(tmp_path / "0/m0"), posterior_samples=1)
+    digests = evaluate.file_digests(cfg)
+    evaluate.check_same_files(cfg, digests)
+    for name, file in (("weights", "m1/model.safetensors"), ("tokenizer files", "m0/tokenizer_config.json"),
+                       ("posterior files", "m1/posterior-00001-of-00001.safetensors")):
+        path = tmp_path / "0" / file
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b"\1")
+        with pytest.raises(UserError, match=f"the {name} of .*{file[:2]} are not the same on all nodes"):
+            evaluate.check_same_files(cfg, digests)
+        path.write_bytes(content)
+
+
 def damaged(checkpoint, folder, damage):
     shutil.copytree(checkpoint, folder)
     damage(folder)

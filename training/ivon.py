@@ -117,8 +117,8 @@ class IVON(torch.optim.Optimizer):
                         self.update(flat, at, noise, group["lr"])
 
     def update(self, flat: torch.Tensor, at: slice, noise: torch.Tensor, lr: float) -> None:
-        """The updates of Hessian, momentum and mean for a slice of a flat tensor, with the prior's mean instead of 0 and
-        the move clipped."""
+        """Updates Hessian, momentum and mean of a slice of a flat tensor, with the prior's mean instead of 0 and the
+        move clipped."""
         state, prior_mean = self.state[flat], self.prior[flat][0].view(-1)[at]
         assert flat.grad is not None
         mean, gradient = flat.view(-1)[at], flat.grad.view(-1)[at]

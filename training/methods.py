@@ -88,7 +88,7 @@ class Anchored(Method):
     """AdamW with the weights that the run started from as an anchor: L2-SP, WiSE-FT, FAPM and EWC, by the settings.
 
     EWC (Kirkpatrick et al., arXiv 1612.00796) uses one anchor and one Fisher information for all earlier tasks (Schwarz
-    et al., arXiv 1805.06370, with γ = 1). The run's own L2-SP and EWC terms are computed by the optimizer, AnchoredAdamW.
+    et al., arXiv 1805.06370, with γ = 1). The run's own L2-SP and EWC terms are computed by AnchoredAdamW.
     """
 
     def __init__(self, run: Run, engine: "DeepSpeedEngine", fisher: ParameterFiles | None):

@@ -22,10 +22,11 @@ class AnchoredAdamW(AdamW):
     """AdamW that is pulled towards anchors, the weights that the run started from.
 
     EWC adds the gradient of its penalty, strength · F · (w − w₀), to that of the loss, and L2-SP strength · (w − w₀).
-    Decoupled L2-SP then moves the weights towards the anchors, w ← w + rate · lr · (w₀ − w): with the rate that
-    `Anchored` sets, the share follows the schedule and not its peak (Loshchilov and Hutter, arXiv 1711.05101). With `squares` a step accumulates squared gradients and leaves the weights
-    unchanged; this measures Fisher information. All mappings are by flat tensor (training/zero_shards.py) and are set
-    by the method (training/methods.py).
+    Decoupled L2-SP then moves the weights towards the anchors, w ← w + rate · lr · (w₀ − w). `Anchored` divides the
+    rate by the peak of the schedule, so that the share follows the schedule alone (as weight decay in Loshchilov and
+    Hutter, arXiv 1711.05101, and other than in PyTorch's AdamW). With `squares` a step accumulates squared gradients
+    and leaves the weights unchanged; this measures Fisher information. All mappings are by flat tensor
+    (training/zero_shards.py) and are set by the method (training/methods.py).
     """
     anchors: dict[torch.Tensor, torch.Tensor] = {}
     fisher: dict[torch.Tensor, torch.Tensor] = {}

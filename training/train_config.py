@@ -104,7 +104,8 @@ class TrainConfig:
                                                              "its posterior; auto: the posterior if there is one")
     prior_precision: float = setting(1e6, "precision (1 / variance) of a prior around the weights", above=0)
     tau: float = setting(1.0, "tempering: factor on the precision of an earlier posterior", above=0, at_most=1)
-    ess: float = setting(1e7, "IVON's λ, effective sample size (target tokens): larger means less noise and a weaker prior", above=0)
+    ess: float = setting(1e7, "IVON's λ, the effective sample size in target tokens: larger means less "
+                                "noise and a weaker prior", above=0)
     hess_init: float = setting(1e-3, "initial value of the Hessian estimate", above=0)
     ivon_beta2: float = setting(0.999, "decay rate of the Hessian estimate", at_least=0, below=1)
     clip_radius: float = setting(1e-3, "clip preconditioned gradients to this absolute value", above=0)

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model.attention import SharedPrefix, attention
+import model.attention
+from model.attention import SharedPrefix, attention, causal_sdpa, copies_heads
 from model.config import ModelConfig, size_config
 from model.families import FAMILIES
 from model.lora import LoRA, adapter_shapes, insert_adapters, is_adapter
@@ -15,6 +15,13 @@ from pipeline.memory_plan import GIB, MemoryPlan, alternatives
 from pipeline.plan import PlanConfig, run_settings, trained_parameters
 from pipeline.step_time import plan_step
 from tests.conftest import SHAPE
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Attention as on a GPU, which bf16 attention on a CPU is not for short samples."""
+    monkeypatch.setattr(model.attention, "copies_heads", lambda _, dtype_bytes: copies_heads("cuda", dtype_bytes))
+    return partial(causal_sdpa, is_causal=True)
 
 
 def settings_of(method):
@@ -44,24 +51,22 @@ def kept_for_backward(config, dtype, attend, tokens=64, block=None):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("tokens", [64, 2304])
-def test_activations_equal_those_that_autograd_keeps(device, dtype, heads, tokens):
-    # on GPUs by the fused kernel, which bf16 attention on CPUs does not use for short samples
-    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+def test_activations_equal_those_that_autograd_keeps(device, dtype, heads, tokens, request):
+    attend = request.getfixturevalue("fused") if device == "cuda" else attention
     config = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
     plan = MemoryPlan(config, 1, 1, False, dtype, tokens, False, device, sample_tokens=tokens)
     assert plan.block_activations() == kept_for_backward(config, torch.bfloat16 if dtype == "bf16" else torch.float32,
-                                                         fused if device == "cuda" else attention, tokens)
+                                                         attend, tokens)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_activations_of_samples_that_share_a_prefix(dtype, heads):
+def test_activations_of_samples_that_share_a_prefix(dtype, heads, fused):
     """Eight rows of 24 tokens after a prefix of 16."""
-    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)  # keeps the same with any mask
     config, kind = ModelConfig(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}), \
         torch.bfloat16 if dtype == "bf16" else torch.float32
     shared = SharedPrefix(config, 16, torch.Size((8, 24)), torch.zeros(1, dtype=kind))
-    shared.of_prefix = shared.of_rows = {None: fused}
+    shared.of_prefix = shared.of_rows = {None: fused}  # keeps the same with any mask
     plan = MemoryPlan(config, 1, 1, False, dtype, 16 + 8 * 24, False, "cuda", sample_tokens=40, prefix_tokens=16)
     kept = kept_for_backward(config, kind, shared.of_layer(0), 16 + 8 * 24)
     assert plan.block_activations() == pytest.approx(kept, rel=1e-12)
@@ -69,8 +74,7 @@ def test_activations_of_samples_that_share_a_prefix(dtype, heads):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_activations_of_every_family(model_type, dtype):
-    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+def test_activations_of_every_family(model_type, dtype, fused):
     config, kind = ModelConfig(**SHAPE, model_type=model_type), torch.bfloat16 if dtype == "bf16" else torch.float32
     plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, "cuda", sample_tokens=64)
     for trained in (True, False):
@@ -80,17 +84,16 @@ def test_activations_of_every_family(model_type, dtype):
 
 @pytest.mark.parametrize("adapters", [None, LoRA(4, 8.0), LoRA(3, 8.0, ("q_proj", "down_proj"))])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_activations_of_blocks_that_are_frozen_or_adapted(dtype, adapters):
+def test_activations_of_blocks_that_are_frozen_or_adapted(dtype, adapters, fused):
     """A frozen block keeps less, and one whose linear layers have adapters something else."""
     config, kind = ModelConfig(**SHAPE), torch.bfloat16 if dtype == "bf16" else torch.float32
     trained = adapter_shapes(config, adapters) if adapters else {"model.norm.weight": (32,)}
     plan = MemoryPlan(config, 1, 1, False, dtype, 4096, False, "cuda", sample_tokens=64, trained=trained)
-    fused = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    model = Transformer(config)
+    decoder = Transformer(config)
     if adapters:
-        insert_adapters(model, adapters)
-        model = model.to_empty(device="cpu")
-    block = model.model.layers[0].to(kind)
+        insert_adapters(decoder, adapters)
+        decoder = decoder.to_empty(device="cpu")
+    block = decoder.model.layers[0].to(kind)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     kept = kept_for_backward(config, kind, fused, block=block)
@@ -155,7 +158,7 @@ def test_gradients_are_collected_in_two_buffers_while_reductions_overlap():
     assert dataclasses.replace(plan, offload=True).buffers() == 500_000_000 * (2 * 2 + 4)
     assert dataclasses.replace(plan, zero=0, dtype="fp32").buffers() == 500_000_000 * 4
     assert dataclasses.replace(plan, zero=0, dtype="fp32", processes=1).buffers() == 0
-    assert dataclasses.replace(plan, zero=3).buffers() == 500_000_000 * (2 + 4)
+    assert dataclasses.replace(plan, zero=3).buffers() == 500_000_000 * (4 + 4)  # in fp32, and a copy
 
 
 def test_alternatives_need_at_most_as_much():
