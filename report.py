@@ -31,7 +31,7 @@ from analysis.record_figures import plot_record
 from analysis.results import read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
 from analysis.stages import Stage, middle_rate, rates_of
-from analysis.tables import Section, change_tables, reproduction_sections, result_tables
+from analysis.tables import Section, reproduction_sections, result_tables
 from common.files import UserError
 from common.scripts import run
 from common.settings import setting
@@ -190,7 +190,7 @@ def describe(compared: Comparisons, effect: float,
         missing += [f"the methods of {model} are not compared at equal learning: this takes the {primary} of "
                     f"{baseline} and of another method, after the last stage"
                     for model in record.chains if model not in planes]
-    return sentences + more_sentences, sections + tables + change_tables(record), missing
+    return sentences + more_sentences, sections + tables, missing
 
 
 def method_studies(stages: Sequence[Stage], baseline: str, primary: str, recorded: str | None) -> dict[str, Study]:

@@ -154,13 +154,6 @@ class Record:
         return over_benchmarks(names, lambda chain, name: fg(benchmark_at(chain, 0, name), [
             benchmark_at(chain, number, name) for number in range(1, self.last + 1)]))
 
-    def change_measure(self, *names: str) -> Measure:
-        """The measure of the change from the start to the last stage, the mean over benchmarks in each chain."""
-        def change(chain: Chain, name: str) -> Estimate | None:
-            start, end = benchmark_at(chain, 0, name), benchmark_at(chain, self.last, name)
-            return end - start if start and end else None
-        return over_benchmarks(names, change)
-
     def category_measure(self, category: str) -> Measure:
         """The measure of a category's FG."""
         return self.fg_measure(*self.counted_in(category))

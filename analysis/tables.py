@@ -81,31 +81,6 @@ def noise_caveat(counted: Sequence[str], noise: Collection[str]) -> str:
         "(see Metrics whose forgetting is noise)" if unable else ""
 
 
-DETECTABLE = 2.8  # standard errors of a true difference that is found with 80% power at the level of 5%
-
-
-def change_tables(record: Record) -> list[Section]:
-    """The section with the differences in differences of a pair: how much more the grown model's value of a benchmark
-    changed from the start to the last stage than that of the reference."""
-    if not (record.compared and record.benchmarks):
-        return []
-    groups = [(category, [b.name for b in record.benchmarks_of(category)]) for category in record.categories]
-    groups += [(b.label or b.name, [b.name]) for b in record.benchmarks]
-    rows = []
-    for title, names in groups:
-        comparison = record.compare(record.change_measure(*names))
-        gap = comparison.difference
-        known = gap is not None and not math.isnan(gap.error)
-        rows.append([title, *(format_estimate(comparison.values[model], scale=100) for model in record.compared),
-                     format_estimate(gap, scale=100, sign="+"),
-                     f"{100 * DETECTABLE * gap.error:.1f}" if gap is not None and known else "–"])
-    note = ("Change from the start to the last stage in points, and the difference of the changes; negative is more "
-            "forgetting. In brackets the 95% interval. Detectable: the smallest true difference that the items would "
-            f"show with 80% power, {DETECTABLE} standard errors. It holds for this pair of models.\n\n")
-    return [("Differences in differences", note + markdown_table(
-        ["category or benchmark", *record.compared, " − ".join(record.compared), "detectable"], rows))]
-
-
 FORGETS = "in this pair {grown} forgot {less} than {reference}"
 
 

@@ -1,9 +1,9 @@
 """Tensors in the files that torch.save writes, such as `pytorch_model.bin`: nothing in them is executed.
 
-Such a file holds a pickle that describes the tensors, and their values next to it: as records of a zip archive since
-torch 1.6, one after the other before that. `torch.load(weights_only=True)` reads pickles of protocol 2 alone; the
-published growth models were written with protocol 5. This reader takes every protocol. It knows the few functions and
-types that a description of tensors needs, and refuses a file that names any other.
+Such a file is a zip archive that holds a pickle, which describes the tensors, and their values. (Files of torch before
+1.6 are not archives, and are refused.) `torch.load(weights_only=True)` reads pickles of protocol 2 alone; the published
+growth models were written with protocol 5. This reader takes every protocol. It knows the few functions and types that
+a description of tensors needs, and refuses a file that names any other.
 """
 import math
 import mmap
@@ -11,7 +11,6 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -24,7 +23,6 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat
             "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
             "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
             "BoolStorage": torch.bool}
-MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of a file without a zip archive
 
 
 class Sealed:
@@ -47,7 +45,7 @@ class Storage(Sealed):
     """Values in a file, from byte `offset` on."""
     dtype: torch.dtype
     numel: int
-    offset: int | None = None  # known once the pickle is read, in files without a zip archive
+    offset: int | None = None  # known once the pickle is read
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,9 @@ def read_bin(path: str | Path) -> dict[str, BinTensor]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            content, storages = (read_archive if zipfile.is_zipfile(file) else read_stream)(file, path)
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no zip archive, as torch.save writes it since torch 1.6")
+            content, storages = read_archive(file, path)
             size = file.seek(0, 2)
         for key, storage in storages.items():
             if storage.offset is None or storage.offset + storage.numel * storage.dtype.itemsize > size:
@@ -211,24 +211,3 @@ def data_offset(file: BinaryIO, header_offset: int) -> int:
     if signature != b"PK\x03\x04":
         raise ValueError("a record of the archive has no header")
     return header_offset + 30 + name_length + extra_length
-
-
-def read_stream(file: BinaryIO, path: Path) -> tuple[Any, dict[str, Storage]]:
-    """Reads the description in a file without an archive: returns what it holds, and its storages.
-
-    Five pickles (a magic number, a version, facts on the system, the description, the keys of the storages), then the
-    storages in the order of the keys: the number of values in 8 bytes, and the values.
-    """
-    file.seek(0)
-    head: Sequence[Any] = [TensorUnpickler(file, path).load() for _ in range(3)]
-    if head[:2] != [MAGIC, VERSION] or head[2].get("little_endian") is not True:
-        raise ValueError("its first bytes are not those of a file of torch.save")
-    unpickler = TensorUnpickler(file, path)
-    content = unpickler.load()
-    for key in TensorUnpickler(file, path).load():
-        storage = unpickler.storages[key]
-        if struct.unpack("<q", file.read(8)) != (storage.numel,):
-            raise ValueError(f"the storage {key!r:.50} has another number of values than its description")
-        storage.offset = file.tell()
-        file.seek(storage.numel * storage.dtype.itemsize, 1)
-    return content, unpickler.storages

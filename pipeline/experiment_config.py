@@ -130,6 +130,7 @@ class ExperimentConfig:
         return middle_rate(sorted(self.rates)) if self.rates else None
 
 
+@functools.cache  # the same for all pairs, models, rates and seeds
 def train_settings(cfg: ExperimentConfig, method: str | None, stage_args: str) -> TrainConfig:
     """The settings of a stage with a method, apart from those that identify it. Raises UserError if train_args, the
     method or the stage's own flags are not valid."""
@@ -188,6 +189,7 @@ def check_primary(cfg: ExperimentConfig) -> None:
                         "--primary of losses")
 
 
+@functools.cache
 def evaluate_settings(cfg: ExperimentConfig) -> EvaluateConfig:
     """The settings of the evaluations, apart from those that identify one. Raises UserError if evaluate_args is not
     valid."""

@@ -266,8 +266,7 @@ def test_unknown_settings_are_refused(tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_differences_in_differences(tmp_path):
-    """Of results of any lm-eval, with independent standard errors."""
+def test_one_pair_of_any_lm_eval_results(tmp_path):
     for model, values in (("llm", (0.6, 0.5)), ("stack", (0.62, 0.58))):
         for number, value in enumerate(values):
             folder = tmp_path / f"results/{model}/m{number}"
@@ -276,12 +275,6 @@ def test_differences_in_differences(tmp_path):
                        "boolq": {"acc,none": 0.5, "acc_stderr,none": 0.02}}
             (folder / "results_1.json").write_text(json.dumps({"results": results}))
     text = make_report(tmp_path / "out", results=tmp_path / "results")
-    rows = {cells(line)[0]: cells(line) for line in text.split("## Differences in differences")[1].split("## ")[0]
-            .splitlines() if line.startswith("| ")}
-    # piqa: (58 - 62) - (50 - 60) = 6 points, with the error 2 · 0.01
-    assert rows["piqa"][1:] == ["-4.0 [-6.8, -1.2]", "-10.0 [-12.8, -7.2]", "+6.0 [+2.1, +9.9]", "5.6"]
-    assert rows["Rs"][3].startswith("+3.0 [")
-    assert rows["Rs"][4] == f"{280 * (0.02 ** 2 + 0.04 ** 2) ** 0.5 / 2:.1f}"
     assert "- boolq: its forgetting is noise, since it is 0.5 for all models and stages" in text
     assert "piqa: its" not in text
     assert "One pair of models cannot answer" in first_lines(text)[0]

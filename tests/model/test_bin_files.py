@@ -31,13 +31,12 @@ def assert_same(path, state):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("as_zip", [True, False])
 @pytest.mark.filterwarnings("ignore:.*protocol")
-def test_every_protocol_is_read(tmp_path, protocol, as_zip):
+def test_every_protocol_is_read(tmp_path, protocol):
     path = tmp_path / "pytorch_model.bin"
     state = OrderedDict(STATE)
     state._metadata = OrderedDict({"": {"version": 1}})  # as in the state_dict() of a module
-    torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=as_zip)
+    torch.save(state, path, pickle_protocol=protocol)
     assert_same(path, STATE)
 
 
@@ -82,14 +81,9 @@ NAMES = {"NEWOBJ": "subprocess.Popen", "NEWOBJ_EX": "subprocess.Popen", "BUILD":
 
 
 @pytest.mark.parametrize("opcodes", EVIL)
-@pytest.mark.parametrize("as_zip", [True, False])
-def test_whatever_could_be_called_is_refused_by_name(tmp_path, opcodes, as_zip):
+def test_whatever_could_be_called_is_refused_by_name(tmp_path, opcodes):
     path, called = tmp_path / "pytorch_model.bin", []
-    if as_zip:
-        archive_with(path, EVIL[opcodes])
-    else:
-        path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) +
-                         pickle.dumps({"little_endian": True}, 2) + EVIL[opcodes])
+    archive_with(path, EVIL[opcodes])
     copyreg.add_extension("posix", "system", 0xf0)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -228,12 +222,19 @@ def test_compressed_and_truncated_values(tmp_path):
         archive.writestr("archive/data/0", struct.pack("<2f", 1, 2), compress_type=zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="compressed or missing"):
         read_bin(path)
-    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    torch.save(STATE, path)
     content = path.read_bytes()
     for size in (0, 10, 40, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(UserError, match="is truncated, damaged or not a file of weights"):
             read_bin(path)
+
+
+def test_files_without_an_archive_are_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="it is no zip archive, as torch.save writes it since torch 1.6"):
+        read_bin(path)
 
 
 def test_only_tensors_by_names(tmp_path):
