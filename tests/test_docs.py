@@ -262,6 +262,19 @@ def test_the_differences_in_the_answer_are_those_of_its_table(table, title):
         assert cells == [cell for one in found for cell in (written(one), f"{one.estimate.smallest_detectable:.2f}")]
 
 
+def test_the_results_in_the_readme_are_those_of_their_tables():
+    """A comparison is of m0 as it is (0) or at equal held-out loss (1), after a stage, at a setting."""
+    rows = table_rows((ROOT / "README.md").read_text().split("## Results")[1])
+    comparisons = (0, 3, LEARNING), (0, 3, DECREASE), (0, 3, "0.001"), (1, 3, "0.001"), (0, 1, LEARNING)
+    for place, (table, pairs) in enumerate((("stages.csv", 16), ("larger.csv", 6)), 1):
+        study = Study(read_stage_table(ROOT / "docs/answer" / table), "stack", "llm")
+        for row, (contrast, number, setting) in zip(rows, comparisons, strict=True):
+            found = study.difference(study.contrasts[contrast], PRIMARY, number, setting)
+            low, high = found.estimate.interval
+            told = f"**{written(found)}**" if low > 0 or high < 0 else written(found)
+            assert row[place] == told + (f", {found.estimate.n} pairs" if found.estimate.n < pairs else "")
+
+
 def test_the_differences_by_stage_are_those_of_their_table():
     study = Study(read_stage_table(ROOT / "docs/answer/stages.csv"), "stack", "llm")
     rows = table_rows((ROOT / "docs/answer.md").read_text().split("## What the difference depends on")[1])
