@@ -23,7 +23,9 @@ TOKENIZER_BATCH = 1000  # texts
 class HarnessModel(TemplateLM):
     """A ParallelModel as lm-eval's model: texts in, log-likelihoods and texts out.
 
-    It tokenizes, truncates and stops exactly as lm-eval's Hugging Face backend.
+    It tokenizes, truncates and stops exactly as lm-eval's Hugging Face backend does with single requests; in a batch,
+    the backend misses stop strings that are special tokens. The backend also takes what a task does not set, such as a
+    repetition penalty, from the checkpoint's generation_config.json; here all models are decoded alike.
     """
 
     def __init__(self, model: ParallelModel):

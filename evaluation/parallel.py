@@ -110,8 +110,9 @@ class ParallelModel:
             return any(stop in text for stop in stops)
 
         with self._progress("decoding", len(prompts), "prompt") as bar:
-            return generate(self.model, prompts, config, self.tokenizer.eos_ids, stopped if stops else None,
-                            BatchOptions(samples, self.decode_columns, bar.update))
+            # The text of a special token, which `decode` leaves out, may be in `stops`.
+            return generate(self.model, prompts, config, self.tokenizer.eos_ids | self.tokenizer.special_ids(stops),
+                            stopped if stops else None, BatchOptions(samples, self.decode_columns, bar.update))
 
     @torch.no_grad()
     def _load_sample(self, share: tuple) -> None:

@@ -54,7 +54,8 @@ FAMILY_FIELDS = {"attention_bias": False, "mlp_bias": False, "sliding_window": N
                  "no_rope_layers": None}
 LAYER_KINDS = ("layer_types", "no_rope_layers")  # fields with a value for each layer
 
-ROPE_OPTIONS = {
+ROPE_OPTIONS: dict[str, set[str]] = {
+    "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings"},
@@ -279,7 +280,7 @@ def rope_values(raw: dict) -> dict:
     if scaling.setdefault("rope_type", old_name) == "yarn" and "max_position_embeddings" in raw:
         scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
     theta = {"rope_theta": scaling.pop("rope_theta")} if "rope_theta" in scaling else {}
-    return theta | {"rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+    return theta | {"rope_scaling": None if scaling == {"rope_type": "default"} else scaling}
 
 
 def rope_problems(scaling: dict, theta: float) -> list[str]:

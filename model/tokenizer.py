@@ -1,7 +1,7 @@
 """One tokenizer class for both file formats of checkpoints: `tokenizer.json` and `tokenizer.model`."""
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,9 @@ class Tokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether bos is prepended to the ids of a text, as by transformers: by the post-processor of tokenizer.json,
-        or for a tokenizer.model by `add_bos_token` in tokenizer_config.json, which defaults to true, as in
-        transformers 4, with which models of this kind were made (in transformers 5 to false)."""
+        """Whether bos is prepended to the ids of a text: by the post-processor of tokenizer.json, as in transformers 5,
+        or for a tokenizer.model by `add_bos_token` in tokenizer_config.json, which defaults to true, as in transformers
+        4, with which models of this kind were made (in transformers 5 to false)."""
         if self.fast:
             return self.bos_id is not None and self._first_id() == self.bos_id
         return self.bos_id is not None and self._entry("tokenizer_config.json", "add_bos_token", bool) is not False
@@ -128,6 +128,12 @@ class Tokenizer:
                 return self.fast.decode(ids, skip_special_tokens=True)
             return self.spm.decode([index for index in ids
                                     if index < self.spm.vocab_size() and index not in self._special])
+
+    def special_ids(self, texts: Collection[str]) -> set[int]:
+        """Returns the ids of the special tokens that have one of these texts."""
+        special = self._special if self.fast is None else {
+            index for index, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        return {index for index in special if self.token(index) in texts}
 
     def token(self, index: int) -> str:
         """Returns the text of one token, which may be a special token. Raises UserError if there is no such token."""

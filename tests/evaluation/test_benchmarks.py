@@ -121,6 +121,25 @@ def test_generated_texts_equal_the_backend(models):
     assert found[8 + 3] == whole[3][:whole[3].index(stop)] != whole[3]
 
 
+def test_a_stop_string_may_be_a_special_token(models, monkeypatch):
+    """The backend decodes one request at a time: in a batch it goes on until all rows have ended."""
+    ours, theirs = models
+    monkeypatch.setattr(theirs, "batch_size_per_gpu", 1)
+    prompts = sample_texts()[:8]
+    usual = ours.parallel_model.generate(ours.encode(prompts[:1]), GenerationConfig(max_new_tokens=6))[0][5]
+    for head in (ours.parallel_model.model.lm_head, theirs.model.lm_head):
+        weight = head.weight.detach().clone()
+        weight[0] = 1.1 * weight[usual]  # <unk> is generated, as <|im_end|> is after fine-tuning on chats
+        monkeypatch.setattr(head, "weight", torch.nn.Parameter(weight))
+    texts = {}
+    for until in ((), ("§", "<unk>")):
+        settings = {"until": list(until), "max_gen_toks": 12, "do_sample": False}
+        requests = instances("generate_until", [(prompt, settings) for prompt in prompts])
+        texts[until], expected = (model.generate_until(requests, disable_tqdm=True) for model in models)
+        assert texts[until] == expected
+    assert texts[()] != texts["§", "<unk>"]
+
+
 def test_continuation_longer_than_the_context_is_rejected(models):
     with pytest.raises(UserError, match="longer than the model's context of 96: 'word word"):
         models[0].loglikelihood(instances("loglikelihood", [("a", " word" * 300)]))

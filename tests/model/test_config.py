@@ -108,6 +108,9 @@ def test_both_names_of_the_kind_of_rope_scaling(tmp_path):
     one = ModelConfig.read(written(tmp_path, rope_scaling=scaling))
     assert one.rope_scaling == scaling
     assert ModelConfig.read(written(tmp_path, rope_scaling=scaling | {"type": "default"})) == one
+    for without_kind in ({"factor": 2.0}, {"rope_type": "default", "factor": 2.0}):
+        with pytest.raises(UserError, match="rope_scaling default does not have factor"):
+            ModelConfig.read(written(tmp_path, rope_scaling=without_kind))
     with pytest.raises(UserError, match="rope_scaling type 'dynamic' is not implemented"):
         ModelConfig.read(written(tmp_path, rope_scaling={"rope_type": "dynamic", "type": "linear", "factor": 2.0}))
 
