@@ -239,9 +239,12 @@ def main(cfg: ReportConfig) -> None:
     missing += unusable
     if str(cfg.results).endswith(".csv"):
         missing += [f"a table of stages does not tell which measure was named before the first run: the {PRIMARY} is "
-                    "called primary",
-                    "single items are not in a table of stages: intervals of FG and over the tasks take the values "
-                    "before and after, and those of both models, as independent, and are wider than from the runs"]
+                    "called primary"]
+    estimates = [one for stage in selected for one in (*stage.benchmarks.values(), *stage.tasks.values())]
+    if any(not estimate.parts for estimate in estimates):
+        missing += ["the single items of some results are not known: their intervals of FG and over the tasks take the "
+                    "values before and after, and those of both models, as independent, and are wider than from the "
+                    "runs"]
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []

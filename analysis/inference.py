@@ -61,6 +61,25 @@ def power(noncentrality: float, df: int) -> float:
     return float(weights @ found / weights.sum())
 
 
+def chi_squared(x: float, df: int) -> float:
+    """The probability that chi-squared is below x (1 - Q of 26.4.4 for odd, 26.4.5 for even df)."""
+    odd = df % 2
+    term, above = math.exp(-x / 2), 0.0
+    if odd:
+        term, above = term * math.sqrt(2 * x / math.pi), math.erfc(math.sqrt(x / 2))
+    for step in range(2 + odd, df + 1, 2):
+        above, term = above + term, term * x / step
+    return 1 - above
+
+
+@functools.cache
+def spread_factors(count: int) -> tuple[float, float]:
+    """The 95% interval of a standard deviation, over that of a normal sample of `count` units."""
+    df = count - 1
+    highest = solve(lambda x: chi_squared(x, df) - (1 - ALPHA / 2))
+    return math.sqrt(df / highest), math.sqrt(df / solve(lambda x: chi_squared(x, df) - ALPHA / 2))
+
+
 @functools.cache
 def detectable(count: int) -> float:
     """The smallest difference, in standard deviations, that a t test of `count` units finds with the power POWER."""
@@ -126,8 +145,15 @@ class PairedDifference:
         return self.p < ALPHA
 
     @property
+    def sd_interval(self) -> tuple[float, float]:
+        """The 95% interval of the standard deviation."""
+        low, high = spread_factors(self.n) if self.n > 1 else (math.nan, math.nan)
+        return low * self.sd, high * self.sd
+
+    @property
     def smallest_detectable(self) -> float:
-        """The smallest true difference that this number of units finds with 80% power, given their spread."""
+        """The smallest true difference that this number of units finds with 80% power, if their standard deviation is
+        the true one."""
         return detectable(self.n) * self.sd if self.n > 1 else math.nan
 
     def units_needed(self, effect: float) -> int | None:

@@ -193,8 +193,10 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     sentences = [f"{model}, {measure} at {where}, compared with {baseline}: "
                  f"{found or 'no method can be told apart from it'}."]
     if on_front := dict.fromkeys(point.method for point in front if point.method != START):
-        sentences.append(f"On the Pareto front of what {model} learned and forgot: {', '.join(on_front)}.")
-    of_what = " over the items, which tells how well these runs are measured" if len(study.pairs) == 1 else \
+        sentences.append(f"On the Pareto front of what {model} learned and forgot, by the measured values: "
+                         f"{', '.join(on_front)}.")
+    of_what = " over the items, which tells how well these runs are measured (too narrow for text in general, since " \
+        "windows of one document are alike)" if len(study.pairs) == 1 else \
         f" over the {study.unit}s" + (" (for these items and this m0)" if study.unit == "seed" else "")
     interval = f", with the 95% interval{of_what}" if any(gap.n > 1 for gap in known.values()) else ""
     note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}{interval}. "

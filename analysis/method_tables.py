@@ -17,6 +17,8 @@ NOTE = ("FG in percent, positive is forgetting; measures over the tasks in point
         "benchmarks that all methods have after the last stage. In brackets 95% intervals: over the items, and over "
         "the pairs or the seeds of a single pair if there are several, not corrected for the number of measures.")
 
+ONE_RUN = "one run of each method gives no verdict, since runs that differ only in their seed differ, too; "
+
 PART_NOTE = ("\n(part): the method or the baseline lacks stages, benchmarks, test sets or seeds that the other has, "
              "see What is missing. The differences are without them.\n")
 
@@ -48,9 +50,13 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
                                 (f"{model}, {method}", f"{model}, {baseline}"))
             gaps[method] = measure_gaps(common, found[method], found[baseline], model)
             left_out += common.left_out
-            of_one_run = " in one run of each" if len(common.one) == 1 else ""
-            sentences += [f"{model}, {method} compared with {baseline}{of_one_run}: "
-                          f"{describe_gaps(gaps[method], names)}."] if names and model not in matched else []
+            one_run = len(common.one) == 1
+            if names and model not in matched:
+                if len(gaps) == 1:  # before the first sentence
+                    sentences.append(f"{model}: {ONE_RUN * one_run}intervals are not corrected for the number of "
+                                     "measures.")
+                sentences.append(f"{model}, {method} compared with {baseline}{' in one run of each' * one_run}: "
+                                 f"{describe_gaps(gaps[method], names)}.")
         sections.append((f"Methods: {model}", f"{NOTE}{at_rates}\n\n" + level_table(found, model, names, gaps)))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
         if rows and names:

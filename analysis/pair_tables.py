@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.contrasts import Contrast, Difference
 from analysis.flips import Flips, count_flips
-from analysis.inference import POWER, PairedDifference, holm
+from analysis.inference import POWER, PairedDifference, detectable, holm, units_needed
 from analysis.loss_curves import flops_to_loss
 from analysis.measures import DECREASE, LEARNING, MATCHED_ON
 from analysis.pairs import LEVEL_ENDING, Study, range_of_learning
@@ -81,11 +81,20 @@ def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
 def uncertainty(found: Difference, effect: float) -> str:
     """The sentence on what the design could have found."""
     estimate, unit, parts = found.estimate, found.measure.unit, found.components
-    needed = estimate.units_needed(effect)
     share = "" if parts is None or math.isnan(parts.item_share) else \
         f" The sample of items explains {parts.item_share:.0%} of the variance between pairs."
-    return (f"{count(estimate.n, 'pair')} find a true difference of {estimate.smallest_detectable:.3g} {unit} with "
-            f"{POWER:.0%} power; one of {effect:g} takes {needed or '–'} pairs.{share}")
+    pairs, (low, high) = count(estimate.n, "pair"), (detectable(estimate.n) * sd for sd in estimate.sd_interval)
+    return (f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, as "
+            f"far as {pairs} tell their spread) with {POWER:.0%} power; one of {effect:g} takes "
+            f"{pairs_needed(estimate, effect)}.{share}")
+
+
+def pairs_needed(estimate: PairedDifference, effect: float) -> str:
+    """The number of pairs that find a true difference, with its range by the interval of the standard deviation."""
+    if not (needed := estimate.units_needed(effect)):
+        return "– pairs"
+    low, high = (units_needed(sd, effect) for sd in estimate.sd_interval)
+    return f"{needed:,} pairs ({low:,} to {high:,})"
 
 
 def data_of(study: Study, found: Difference) -> str:
@@ -177,10 +186,11 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
     note = (f"After {study.stages[-1]}; mean over the pairs, in brackets the 95% interval by Student's t. Positive is "
             f"more forgetting (or, for the {LEARNING}, less learning) by the first model. One measure is primary; all "
             "others are secondary, and Holm's p-value is corrected for their number. Detectable: the smallest true "
-            f"difference found with {POWER:.0%} power. Held-out loss is that of text like that of pretraining. KL is "
-            "KL(m0 ‖ stage), averaged over the same tokens as the loss. The loss on a task is that of the references "
-            "of its test set; its rise for an earlier task is counted from the stage that learned it. The NLL "
-            "(negative log-likelihood) of right options is normalised over the options.\n\n")
+            f"difference found with {POWER:.0%} power, if the standard deviation is as found. Held-out loss is that of "
+            "text like that of pretraining. KL is KL(m0 ‖ stage), averaged over the same tokens as the loss. The loss "
+            "on a task is that of the references of its test set; its rise for an earlier task is counted from the "
+            "stage that learned it. The NLL (negative log-likelihood) of right options is normalised over the "
+            "options.\n\n")
     table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
                             "detectable", f"pairs for {effect:g}"], rows)
     return [("Differences between the models", note + table), *stage_section(study, primary),
@@ -223,8 +233,9 @@ def match_section(study: Study) -> list[Section]:
     note = (f"The {LEARNING} after {study.stages[-1]}, and its decrease since m0, in nats per token: the lowest and "
             "the highest value that a model reaches, means over the pairs whose ranges overlap. A difference at equal "
             "learning is the mean over what both ranges of a pair have in common. Width: of this common range, from "
-            "the narrowest to the widest pair. Forgetting is interpolated linearly between the learning rates, and the "
-            "intervals do not include what that adds where rates are far apart.\n\n")
+            "the narrowest to the widest pair. Forgetting is interpolated linearly between the learning rates. Where "
+            "rates are far apart, this makes the model that learns less at the same rate look as if it forgot less; "
+            "the intervals do not include that.\n\n")
     return [("Range of equal learning", note + markdown_table(
         ["models", "equal", "matched pairs", "range of the first", "range of the second", "width"], rows))] \
         if rows else []

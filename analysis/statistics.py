@@ -84,9 +84,10 @@ def mean(estimates: Iterable[Estimate | None]) -> Estimate | None:
 def over_chains(estimates: Mapping[tuple[int, int], Estimate | None]) -> Estimate | None:
     """The mean of estimates {(pair, seed): Estimate} measured on the same items. None if one is None.
 
-    The error due to the choice of items is the same for all and does not shrink with their number. The spread of the
-    pairs adds its standard error, widened by Student's t. All seeds of a pair start from the same models, so their
-    estimates are averaged first. In a single pair the spread is that of its seeds.
+    The error due to the choice of items is the same for all. The spread of the pairs adds its standard error, widened
+    by Student's t; what the choice of items adds to this spread is counted twice, so that intervals cover at least 95%.
+    All seeds of a pair start from the same models, so their estimates are averaged first. In a single pair the spread
+    is that of its seeds.
     """
     known = {key: estimate for key, estimate in estimates.items() if estimate is not None}
     if not known or len(known) < len(estimates):

@@ -56,7 +56,7 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
         return [], []
     by_category = {category: record.compare(record.category_measure(category)) for category in record.categories}
     by_benchmark = [(b.label or b.name, record.compare(record.fg_measure(b.name))) for b in record.benchmarks]
-    claims = {BIAS: "the share of stereotypes fell {less} in {grown} than in {reference}"}
+    claims = {BIAS: "in this pair the share of stereotypes fell {less} in {grown} than in {reference}"}
     sentences = [verdict(f"FG, {category}", record.compared, comparison, claims.get(category, FORGETS),
                          caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.compared else []

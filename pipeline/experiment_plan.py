@@ -20,7 +20,6 @@ from common.provenance import RUN, read_record
 from common.scripts import run
 from common.settings import setting
 
-FEW = 6  # pairs, below which a standard deviation is rough
 ITEM_SHARE = 0.1  # of the variance between pairs that the items may add: more of them save few pairs
 
 
@@ -51,8 +50,9 @@ def items_needed(components: VarianceComponents) -> int | None:
     return max(1, math.ceil(components.of_item * (1 - ITEM_SHARE) / ITEM_SHARE / components.of_pairs))
 
 
-def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
-    """The primary difference of the pilot. Raises UserError if it has less than two pairs."""
+def pilot_difference(cfg: ExperimentPlanConfig) -> tuple[Difference, list[str]]:
+    """The primary difference of the pilot, and sentences on the pairs that cannot be compared. Raises UserError if it
+    has less than two pairs."""
     stages, _ = usable_stages(read_runs(cfg.runs))
     methods = list(dict.fromkeys(stage.method_name for stage in stages if stage.number))
     if len(methods) > 1 and not cfg.method:
@@ -66,17 +66,17 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> Difference:
     primary = cfg.primary or read_primary(cfg.runs) or PRIMARY
     check_measure(primary, study.measures)
     found = study.main_difference(primary)
-    count = found.estimate.n if found else 0
+    count, unmatched = found.estimate.n if found else 0, list(study.unmatched(study.contrasts[0], study.last))
     if found is None or count < 2 or not found.estimate.sd:
         raise UserError(f"{cfg.runs} has {count} pairs with the {primary} of {cfg.grown} and {cfg.reference} after "
                         f"{study.stages[-1]}, expected at least 2 that differ: run experiment.py with more --pairs"
-                        + "".join(f"; {line}" for line in study.unmatched(study.contrasts[0], study.last)))
-    return found
+                        + "".join(f"; {line}" for line in unmatched))
+    return found, unmatched
 
 
 def print_plan(cfg: ExperimentPlanConfig) -> None:
     """Prints what the pilot found, and how many pairs, items and hours find the effect."""
-    found = pilot_difference(cfg)
+    found, unmatched = pilot_difference(cfg)
     estimate, unit = found.estimate, found.measure.unit
     used = {f"pair-{pair}" for pair in found.of_pairs}
     hours = sum(training_seconds(root / name) for root, folders, _ in walk(cfg.runs) for name in folders
@@ -86,13 +86,15 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
           f"{estimate.mean:+.4g} [{low:+.4g}, {high:+.4g}] {unit}\nstandard deviation between pairs: {estimate.sd:.4g}")
     if found.components:
         print_items(found.components, hours, cfg.effect)
-    pairs = units_needed(estimate.sd, cfg.effect)
+    pairs, (low, high) = units_needed(estimate.sd, cfg.effect), (
+        units_needed(sd, cfg.effect) for sd in estimate.sd_interval)
     print(f"pairs needed: {pairs} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
-          f"{POWER:.0%} power at the level {ALPHA:g}\n"
-          f"hours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, with all "
-          "runs of all its models and methods; evaluation comes on top")
-    if estimate.n < FEW:
-        print(f"note: the standard deviation of {estimate.n} pairs is rough, and the plan with it")
+          f"{POWER:.0%} power at the level {ALPHA:g}; {low:,} to {high:,}, as far as {estimate.n} pairs tell the "
+          f"standard deviation\nhours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, "
+          "with all runs of all its models and methods; evaluation comes on top")
+    if unmatched:
+        print("note: the pairs and hours are those of pairs that can be compared: plan for more, since of the pilot "
+              + "; ".join(unmatched))
 
 
 def print_items(components: VarianceComponents, hours: float, effect: float) -> None:
@@ -100,7 +102,8 @@ def print_items(components: VarianceComponents, hours: float, effect: float) -> 
 
     hours: of training for each pair.
     """
-    print(f"of its variance, {components.item_share:.0%} is due to the choice of {components.items} items\n\n"
+    print(f"of its variance, {components.item_share:.0%} is due to the choice of {components.items} items (taken as "
+          "independent; windows of one document are alike, so that for text it is more)\n\n"
           f"{'items':>10} {'deviation':>10} {'pairs':>7} {'hours':>9}")
     for factor in (0.5, 1, 2, 4, math.inf):
         items = factor * components.items

@@ -220,7 +220,7 @@ def test_methods_with_other_tasks_are_compared_until_they_differ(method_runs):
     stage.rename(stage.with_name("m2-inqqg"))
     records = records_by_method(read_runs(method_runs), (), "finetune")
     sentences, sections, left_out = compare_methods(records, "finetune", RATES, ())
-    assert sentences[0].startswith("llm, ewc compared with finetune in one run of each: better by FG DK (-20.00 [")
+    assert sentences[1].startswith("llm, ewc compared with finetune in one run of each: better by FG DK (-20.00 [")
     assert left_out == ["llm, ewc and llm, finetune are compared up to stage 1: the next one is m2-inqqg and m2-empd"]
 
 

@@ -10,6 +10,7 @@ from analysis.inference import (
     holm,
     mcnemar,
     power,
+    spread_factors,
     t_quantile,
     units_needed,
     variance_components,
@@ -24,6 +25,15 @@ def test_quantiles_of_students_t(df, quantile):
     """Table 26.10 of Abramowitz and Stegun."""
     assert t_quantile(df) == pytest.approx(quantile, abs=5.1e-4)
     assert within(t_quantile(df), df) == pytest.approx(0.95, abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(2, 0.000982, 5.024), (3, 0.0506, 7.378), (6, 0.831, 12.833),
+                                                    (16, 6.262, 27.488), (31, 16.791, 46.979)])
+def test_the_interval_of_a_standard_deviation(count, low, high):
+    """From the quantiles of chi-squared at 2.5% and 97.5%, table 26.8 of Abramowitz and Stegun."""
+    assert spread_factors(count) == pytest.approx((((count - 1) / high) ** 0.5, ((count - 1) / low) ** 0.5), rel=1e-3)
+    found = PairedDifference(tuple(float(value) for value in range(count)))
+    assert found.sd_interval == pytest.approx([factor * found.sd for factor in spread_factors(count)])
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 10])

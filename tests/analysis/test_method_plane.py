@@ -98,7 +98,7 @@ def test_methods_are_compared_at_equal_learning(folder):
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
     assert row.startswith("| lora | 2.5000 to 2.9000 | 2.5000 to 2.8000 | -0.3")
     assert "| < 0.001 | 0.003, 0.001, 0.0003 |" in row
-    assert sentences[1].startswith("On the Pareto front of what llm learned and forgot: ")
+    assert sentences[1].startswith("On the Pareto front of what llm learned and forgot, by the measured values: ")
     assert method_study(stages, "llm", "none") is None
 
 

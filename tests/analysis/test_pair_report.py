@@ -70,7 +70,8 @@ def test_a_null_result_says_what_would_have_been_found(tmp_path):
     study = Study(read_runs(write_study(tmp_path / "runs", effect=0.0)), "stack", "llm")
     answer, uncertainty, *_ = pair_tables.answer(study, "rise of held-out loss", 0.02)
     assert answer.startswith("stack and llm cannot be told apart: ")
-    assert re.search(r"a true difference of 0\.\d+ nats/token with 80% power; one of 0.02 takes \d+ pairs", uncertainty)
+    assert re.search(r"a true difference of (0\.\d+) nats/token \((0\.\d+) to (0\.\d+), as far as 4 pairs tell their "
+                     r"spread\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to ([\d,]+)\)", uncertainty)
 
 
 def test_only_the_measure_named_before_the_first_run_is_primary(tmp_path):

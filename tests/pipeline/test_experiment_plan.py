@@ -34,7 +34,10 @@ def test_pairs_items_and_hours(tmp_path, capsys):
     assert [row[0] for row in table] == ["12", "24", "48", "96", "all"]
     assert table[1][1:] == [f"{deviation:.4g}", str(pairs), f"{pairs * 14 / 60:.1f}"]
     assert [float(row[1]) for row in table] == sorted((float(row[1]) for row in table), reverse=True)
-    assert "note: the standard deviation of 4 pairs is rough" in text
+    # the quantiles of chi-squared with 3 degrees of freedom are 0.2158 and 9.3484
+    low, high = (units_needed(deviation * (3 / quantile) ** 0.5, 0.05) for quantile in (9.3484, 0.2158))
+    assert f"; {low} to {high}, as far as 4 pairs tell the standard deviation" in text
+    assert "can be compared" not in text
 
 
 def test_items_needed_by_hand():
@@ -66,10 +69,16 @@ def test_too_little_for_a_plan(tmp_path, refusal, options, flags, message):
     assert message in refusal((ExperimentPlanConfig, print_plan), "--runs", runs, *flags)
 
 
-def test_pairs_without_a_common_loss_are_named(tmp_path, refusal):
+def test_pairs_without_a_common_loss_are_named(tmp_path, refusal, capsys):
+    """In an error if too few are left, and otherwise in the plan."""
     runs = write_study(tmp_path / "study", pairs=(1, 2))
     for rate in RATES[1:]:
         shutil.rmtree(runs / f"pair-2/llm/rate-{rate}")
     line = refusal((ExperimentPlanConfig, print_plan), "--runs", runs)
     assert ("run experiment.py with more --pairs; pair 2 is left out of stack − llm after m2-empd: the models reach no "
             "common new-task loss (stack 2.2500 to 2.6500, llm 2.8000 to 2.8000 nats per token)") in line
+    runs = write_study(tmp_path / "more", pairs=(1, 2, 3))
+    for rate in RATES[1:]:
+        shutil.rmtree(runs / f"pair-2/llm/rate-{rate}")
+    print_plan(ExperimentPlanConfig(runs=str(runs)))
+    assert "plan for more, since of the pilot pair 2 is left out of stack − llm" in capsys.readouterr().out
