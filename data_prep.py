@@ -50,6 +50,11 @@ class TaskDataConfig:
         return [f"eval_dataset_size is {size}, expected {expected}"] if size > 1 and size % 1 > 0 else []
 
 
+def source_text(item: dict, field: str) -> str:
+    """The source text of an item, which several items may have with other prompts or targets."""
+    return str(item["src_info"].get(field) or item["input"])
+
+
 def prepare_task(cfg: TaskDataConfig) -> None:
     """Writes the preprocessed file of a task from its raw files."""
     spec, folder = read_config("task", cfg.task), Path(cfg.folder_path)
@@ -62,9 +67,13 @@ def prepare_task(cfg: TaskDataConfig) -> None:
     indices = split_indices(len(train), cfg.eval_dataset_size)
     splits = {name: [train[i] for i in part] for name, part in zip(("train", "eval"), indices)} | {"test": test}
     trained = {(item["input"], item["output"]) for item in splits["train"]}
+    sources = {source_text(item, spec["source"]) for item in splits["train"]}
     for name in ("eval", "test"):
         if known_items := sum((item["input"], item["output"]) in trained for item in splits[name]):
             print(f"{known_items} of {len(splits[name])} {name} items are training items as well", file=sys.stderr)
+        if known_sources := sum(source_text(item, spec["source"]) in sources for item in splits[name]):
+            print(f"{known_sources} of {len(splits[name])} {name} items have the source text of a training item: the "
+                  "loss on them is not that of new texts", file=sys.stderr)
     changed = write_task(cfg.output_path, splits)
     print(f"{cfg.output_path}: {format_counts(splits)}" + ("" if changed else " (unchanged)"))
 
@@ -72,8 +81,9 @@ def prepare_task(cfg: TaskDataConfig) -> None:
 @dataclass(frozen=True)
 class TextDataConfig:
     """Settings of `data_prep.py text`."""
-    source: str = setting("docs", "docs (the installed packages' documentation), a .txt or .jsonl file, a folder of "
-                                  "them, or a Hub dataset's name")
+    source: str = setting("docs", "docs (the installed packages' documentation), a .jsonl file, a .txt file, which "
+                                  "is cut into documents of 10,000 characters, a folder of such files, or a Hub "
+                                  "dataset's name")
     output_path: str = setting(None, "directory to create", required=True)
     size: str | None = setting(None, "size preset whose vocabulary size the tokenizer gets", names="size")
     vocab_size: int = setting(4096, "vocabulary size of the tokenizer if no size is given; a byte-level vocabulary "

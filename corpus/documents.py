@@ -1,6 +1,7 @@
 """Documents for pretraining: installed documentation, text files or a Hub dataset; and the choice of held-out ones."""
 import ast
 import glob
+import importlib.util
 import os
 import signal
 import sysconfig
@@ -73,7 +74,8 @@ def read_text_file(path: Path, column: str) -> Iterator[str]:
             else:
                 for number, line in enumerate(file, 1):
                     where = f"{path}, line {number}"
-                    yield text_field(parse_json(line, where), column, where) if line.strip() else ""
+                    if line.strip():
+                        yield text_field(parse_json(line, where), column, where)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
     except OSError as error:
@@ -95,8 +97,7 @@ def read_installed_docs() -> list[str]:
     reference (pydoc_data.topics) comes first.
     """
     from pydoc_data.topics import topics
-    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    roots = [library, *(packages / name for name in DOCUMENTED_PACKAGES)]
+    roots = [Path(sysconfig.get_path("stdlib")), *map(package_folder, DOCUMENTED_PACKAGES)]
     files = [file for root in roots for file in sorted(root.rglob("*.py"))
              if not {"tests", "test", "site-packages"} & set(file.relative_to(root).parts)]
     seen: set[str] = set()
@@ -112,6 +113,14 @@ def read_installed_docs() -> list[str]:
             pool.shutdown(cancel_futures=True)
             raise
     return documents
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package. Raises UserError if it is not installed."""
+    if (spec := importlib.util.find_spec(name)) is None or not spec.submodule_search_locations:
+        raise UserError(f"the package {name}, whose documentation is a part of the default text, is not installed: "
+                        "install requirements.txt, or give a text of your own")
+    return Path(spec.submodule_search_locations[0])
 
 
 def follow_parent() -> None:
@@ -159,11 +168,27 @@ def load_hub_dataset(name: str, split: str, columns: list[str], config: str | No
         except RuntimeError as error:
             if revision is not None or "scripts are no longer supported" not in str(error):
                 raise
-            rows = load_dataset(name, config, data_dir, split=split, revision=CONVERTED, streaming=streaming)
+            files = {split: f"{config or only_config(name)}/{split}/*.parquet"}
+            rows = load_dataset(name, data_files=files, split=split, revision=CONVERTED, streaming=streaming)
         yield from tqdm(rows.select_columns(columns), split, disable=True if streaming else None)
+    except UserError:
+        raise
     except Exception as error:  # datasets and huggingface_hub raise many types: network, name, split, columns
         raise UserError(f"cannot read the split {split!r} of {name}: {first_line(error)}. Without a network, put raw "
                         "files into a folder and name it, or use the sample") from None
+
+
+def only_config(name: str) -> str:
+    """The configuration of a dataset of which the Hub has a conversion, with a folder for each of them. Raises
+    UserError if there are several."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFolder
+    entries = HfApi().list_repo_tree(name, revision=CONVERTED, repo_type="dataset")
+    configs = [entry.path for entry in entries if isinstance(entry, RepoFolder)]
+    if len(configs) != 1:
+        raise UserError(f"{name} has the configurations {', '.join(configs) or 'of no folder'}: choose one with "
+                        "--dataset_config, or for a task with config in the table [hub] of its file in configs/task")
+    return configs[0]
 
 
 def is_held_out(text: str) -> bool:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, parsing, read_json
+from common.files import UserError, parsing, read_json, read_text
 from common.writing import write_text
 
 LETTERS = ["A", "B", "C", "D"]
@@ -29,7 +29,7 @@ def read_mutual(folder: str | Path) -> list[dict[str, Any]]:
 
     Raises UserError if there are none, or if one is not an item with four options.
     """
-    paths = sorted(Path(folder).glob("*_*.txt"), key=lambda path: (int((re.findall(r"\d+", path.stem) or [0])[-1]),
+    paths = sorted(Path(folder).glob("[!.]*_*.txt"), key=lambda path: (int((re.findall(r"\d+", path.stem) or [0])[-1]),
                                                                    path.name))
     if not paths:
         found = "holds no files such as dev_1.txt" if Path(folder).is_dir() else "is not a folder"
@@ -50,7 +50,11 @@ def read_item(path: Path) -> dict[str, Any]:
 
 
 def write_mutual(folder: str | Path, path: str | Path) -> int:
-    """Writes the items of a split as JSON lines; returns their number."""
+    """Writes the items of a split as JSON lines; returns their number. Raises UserError if the path exists with another
+    content."""
     items = read_mutual(folder)
-    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    if Path(path).exists() and read_text(path) != text:
+        raise UserError(f"{path} exists already with another content: remove it, or choose another --output_path")
+    write_text(path, text)
     return len(items)

@@ -181,7 +181,7 @@ def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], l
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected the raw files of the task, or a folder {spec['folder']} "
                         "with them")
-    if ignored := [path.name for path in sorted(folder.glob("*.json")) if split_of_file(path) is None]:
+    if ignored := [path.name for path in json_files(folder) if split_of_file(path) is None]:
         print(f"{folder}: neither a training nor a test file, and not read: {format_names(ignored)}", file=sys.stderr)
     train, test = (read_raw_split(folder, split, spec["source"]) for split in ("train", "test"))
     prompts = spec.get("test_prompt", [])
@@ -193,12 +193,17 @@ def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], l
     return train, chosen or test
 
 
+def json_files(folder: Path) -> list[Path]:
+    """The files *.json of a folder, in the order of their names; no hidden ones."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
 def read_raw_split(folder: Path, split: str, source_field: str) -> list[dict]:
     """The items of all files of a split, in the order of the names. Reports and skips items without a target.
 
     `source_field` is the field of src_info with the source text, for the metrics; it may be missing.
     """
-    paths = [path for path in sorted(folder.glob("*.json")) if split_of_file(path) == split]
+    paths = [path for path in json_files(folder) if split_of_file(path) == split]
     if not paths:
         names = format_names(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise UserError(f"{folder} holds no {split} file: expected a *.json with a word in its name that begins with "

@@ -24,7 +24,8 @@ class SFTDataset(list):
     target are tokenized separately and truncated to `max_source_length` and `max_target_length` tokens. A target
     that does not fit with its <eos> has none, so that the model does not learn to end in the middle of a word. The loss
     covers the target, and the prompt as well if `train_on_source`. A chat template has its own tokens instead of <bos>
-    and <eos>, see corpus/prompts.py.
+    and <eos>, see corpus/prompts.py. `long_prompts` is the number of prompts of `max_source_length` tokens, to which
+    longer ones are cut, and `cut_targets` that of targets that are cut.
     """
 
     def __init__(self, items: list[dict], tokenizer: Tokenizer, max_source_length: int, max_target_length: int,
@@ -32,6 +33,8 @@ class SFTDataset(list):
         opened = open_template(template, tokenizer)
         sources, targets = opened.encode_samples([item["input"] for item in items], [item["output"] for item in items],
                                                  max_source_length)
+        self.long_prompts = sum(len(source) == max_source_length for source in sources)
+        self.cut_targets = sum(len(target) >= max_target_length for target in targets)
         super().__init__(
             (np.array(source + [*target, opened.end_id][:max_target_length], dtype=np.int64),
              1 if train_on_source else len(source)) for source, target in zip(sources, targets))

@@ -94,6 +94,9 @@ def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, ru
     items = test_set.items
     prompts = open_template(test_set.template, model.tokenizer).encode_prompts([item["input"] for item in items],
                                                                                test_set.max_source_length)
+    if long := sum(len(ids) == test_set.max_source_length for ids in prompts):
+        print(f"{long:,} of {len(prompts):,} prompts of {test_set.task} reach max_source_length "
+              f"{test_set.max_source_length:,}, to which longer ones are cut", flush=True)
     predictions = [model.tokenizer.decode(ids).strip() for ids in model.generate(prompts, test_set.decoding)]
     references = [item.get("references") or [item["output"]] for item in items]
     sources = [restore_brackets(item["src_info"].get(test_set.source) or item["input"]) for item in items]

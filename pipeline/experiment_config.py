@@ -163,7 +163,13 @@ def check_growth(cfg: ExperimentConfig) -> None:
 
 
 def template_problems(cfg: ExperimentConfig) -> list[str]:
-    """What is wrong with the prompts: m0 and the stages have the same ones, and for a chat template m0 must have it."""
+    """What is wrong with the prompts: m0 and the stages have the same ones, cut to the same lengths, and for a chat
+    template m0 must have it."""
+    for name in ("max_source_length", "max_target_length"):
+        lengths = {getattr(settings, name) for settings in all_train_settings(cfg)}
+        if lengths != {of_evaluation := getattr(evaluate_settings(cfg), name)}:
+            return [f"the stages are trained with {name} {' and '.join(map(str, sorted(lengths)))}, and evaluated with "
+                    f"{of_evaluation}: give train_args and evaluate_args the same --{name}"]
     trained = {settings.template for settings in all_train_settings(cfg)}
     evaluated = evaluate_settings(cfg).template or DEFAULT_TEMPLATE
     if trained != {evaluated}:

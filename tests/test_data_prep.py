@@ -8,10 +8,13 @@ import pytest
 
 import data_prep
 from common.configs import read_config
+from corpus.documents import CONVERTED
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, error_line, run_script
+from tests.hub import HubStandIn
+from tests.hub_datasets import parquet_of
 
 
 def write_raw(folder, name, sources, targets, prompt="simplification_1"):
@@ -109,6 +112,7 @@ def test_preprocessed_file(raw, tmp_path):
 
 def test_training_items_in_the_test_set_are_counted(raw, tmp_path):
     path, = raw.glob("*.train.json")
+    (raw / "._simplification_1.train.json").write_bytes(b"\0 of macOS")
     train = json.loads(path.read_text())
     for values in train.values():
         values.append(values[0])
@@ -121,6 +125,24 @@ def test_training_items_in_the_test_set_are_counted(raw, tmp_path):
     both = [(item["input"], item["output"]) for item in splits["train"]]
     assert (splits["test"][-1]["input"], splits["test"][-1]["output"]) in both
     assert f"1 of {len(splits['test'])} test items are training items as well" in result.stderr
+    assert f"1 of {len(splits['test'])} test items have the source text of a training item" in result.stderr
+
+
+def test_items_that_share_their_source_with_training_items_are_counted(raw, tmp_path):
+    """Such as other references of a sentence, or another prompt with it: each sentence here has two prompts."""
+    path, = raw.glob("*.train.json")
+    write_raw(raw, path.name, [f"Simplify{'.' * (n % 2)} {n // 2}" for n in range(30)], [f"t {n}" for n in range(30)])
+    content = json.loads(path.read_text())
+    content["src_info"] = [{"normal_sentence": f"sentence {n // 2}"} for n in range(30)]
+    path.write_text(json.dumps(content))
+    result = prepare(raw, tmp_path / "out.json")
+    splits = json.loads((tmp_path / "out.json").read_text())
+    trained = {item["src_info"]["normal_sentence"] for item in splits["train"]}
+    both = sum(item["src_info"]["normal_sentence"] in trained for item in splits["eval"])
+    assert both
+    assert "are training items as well" not in result.stderr
+    assert f"{both} of {len(splits['eval'])} eval items have the source text of a training item: the loss on them" in \
+        result.stderr
 
 
 def test_folder_path_may_be_the_task_folder_and_a_second_run_changes_nothing(raw, tmp_path):
@@ -332,3 +354,20 @@ def test_a_missing_network_is_reported_in_one_line(tmp_path):
     result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False)
     assert "Harvard/gigaword" in error_line(result)
     assert not (tmp_path / "raw").exists()
+
+
+def test_one_configuration_and_split_of_a_dataset_that_the_hub_has_converted(tokenizer_dir, tmp_path):
+    """Its main branch has a loading script; the conversion has a folder for each configuration and split."""
+    rows = {f"{config}/{split}/0000.parquet": parquet_of([{"text": f"{config} {split} {n}"} for n in range(300)])
+            for config, splits in (("en", ("train", "challenge_train_sample")), ("de", ("train",))) for split in splits}
+    words = ("data_prep.py", "text", "--source", "owner/texts", "--tokenizer", tokenizer_dir, "--output_path",
+             tmp_path / "out")
+    with HubStandIn() as hub:
+        hub.add("datasets", "owner/texts", {"README.md": b"# Texts", "texts.py": b"import datasets"})
+        hub.add("datasets", "owner/texts", rows, branch=CONVERTED)
+        line = error_line(run_script(*words, check=False, **hub.environment(tmp_path / "cache")))
+        assert "owner/texts has the configurations de, en: choose one with --dataset_config" in line
+        text = run_script(*words, "--dataset_config", "en", **hub.environment(tmp_path / "cache")).stdout
+    assert "300 documents" in text
+    text = Tokenizer(tokenizer_dir).decode(np.load(tmp_path / "out/train-00000.npy").tolist())
+    assert (text.count("en train "), text.count("sample"), text.count("de train")) == (text.count("en "), 0, 0)

@@ -1,4 +1,5 @@
 """evaluate.py on a checkpoint with random weights, with one process and with two."""
+import dataclasses
 import importlib.machinery
 import json
 import shutil
@@ -465,7 +466,7 @@ def sample_infos(folder):
     return [info for path in (ROOT / "data/sample" / folder).glob("*.json") for info in read_json(path)["src_info"]]
 
 
-def test_the_references_of_an_item_and_the_brackets_of_its_source(tokenizer_dir, tmp_path):
+def test_the_references_of_an_item_and_the_brackets_of_its_source(tokenizer_dir, tmp_path, capsys):
     """The prediction is the second of two references; the source field has brackets as in the Penn Treebank."""
     tokenizer, text = Tokenizer(tokenizer_dir), "the ( big ) cat sat"
     references = ["a cat sat here", text]
@@ -474,6 +475,9 @@ def test_the_references_of_an_item_and_the_brackets_of_its_source(tokenizer_dir,
     test_set = TaskTestSet("simp", items, "d", task_decoding("simp", 1), 256, "normal_sentence", "EASSE", None, None)
     model = SimpleNamespace(tokenizer=tokenizer, generate=lambda prompts, config: [tokenizer.encode(text)])
     found = evaluate_test_set(test_set, model, tmp_path, {})["metrics"]
+    assert "are cut" not in capsys.readouterr().out
+    evaluate_test_set(dataclasses.replace(test_set, max_source_length=87), model, tmp_path / "short", {})
+    assert "1 of 1 prompts of simp reach max_source_length 87, to which longer ones are cut" in capsys.readouterr().out
     assert found["rougeL"]["mean"] == 100
     expected, _ = sari(["the ( big ) cat sat down"], [text], [references])
     assert found["sari"]["mean"] == pytest.approx(expected["mean"])

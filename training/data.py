@@ -62,8 +62,12 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
         splits, _ = read_task(cfg.data)
         items = rehearsed_items(cfg, run.earlier_tasks)
         lengths = cfg.max_source_length, cfg.max_target_length
-        train = SFTDataset(splits["train"][:cfg.max_train_samples] + items, tokenizer, *lengths, cfg.train_on_source,
-                           cfg.template)
+        train = samples = SFTDataset(splits["train"][:cfg.max_train_samples] + items, tokenizer, *lengths,
+                                     cfg.train_on_source, cfg.template)
+        if samples.long_prompts or samples.cut_targets:
+            run.dist.print0(f"{samples.long_prompts:,} of {len(samples):,} prompts reach max_source_length "
+                            f"{lengths[0]:,}, to which longer ones are cut; {samples.cut_targets:,} targets are cut to "
+                            f"max_target_length {lengths[1]:,}")
         evaluation = SFTDataset(splits["eval"][:cfg.max_eval_samples], tokenizer, *lengths, template=cfg.template)
         test = splits["test"]
     else:

@@ -1,10 +1,12 @@
 """Documents from text files, Python sources and datasets."""
 import builtins
 import os
+from pathlib import Path
 from unittest import mock
 
 import datasets
 import pytest
+import torch
 
 from common.files import UserError
 from corpus import documents
@@ -27,7 +29,7 @@ BAD_LINES = {
 def test_bad_lines_of_a_jsonl_are_named(tmp_path, bad, said):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert list(read_text_file(path, "text")) == ["a", "", "b"]
+    assert list(read_text_file(path, "text")) == ["a", "b"]
     path.write_text('{"text": "a"}\n' + bad + "\n")
     with pytest.raises(UserError, match=rf"t\.jsonl, line 2:? .*{said}"):
         list(read_text_file(path, "text"))
@@ -106,28 +108,26 @@ def test_installed_documentation(tmp_path, monkeypatch):
                        "packages/other/h.py": "H."}.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f'"""{text}"""\n')
-    monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: str(
-        tmp_path / {"stdlib": "lib", "purelib": "packages"}[name]))
+    monkeypatch.setattr(documents.sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
+    monkeypatch.setattr(documents, "package_folder", lambda name: tmp_path / "packages" / name)
     found = documents.read_installed_docs.__wrapped__()
     assert [text for text in found if len(text) < 4] == ["A.", "B.", "E.", ""]
     assert len(found) > 50  # and the topics of pydoc
 
 
-def test_a_dataset_with_a_loading_script_is_read_from_its_conversion(monkeypatch):
-    asked = []
+def test_documented_packages_are_found_where_they_are_imported_from():
+    assert documents.package_folder("torch") == Path(torch.__file__).parent
+    with pytest.raises(UserError, match="the package no_such_package, whose documentation is a part of the"):
+        documents.package_folder("no_such_package")
 
-    def load_dataset(name, *_, revision, **__):
-        asked.append(revision)
-        if revision is None:
-            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
-        return datasets.Dataset.from_list([{"text": "a"}])
+
+def test_other_errors_of_a_dataset_are_not_taken_for_those_of_a_loading_script(monkeypatch):
+    def load_dataset(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(load_hub_dataset("owner/name", "train", ["text"])) == [{"text": "a"}]
-    assert asked == [None, "refs/convert/parquet"]
-    monkeypatch.setattr(documents, "CONVERTED", None)
     with pytest.raises(UserError, match="scripts are no longer supported"):
-        list(load_hub_dataset("owner/name", "train", ["text"]))
+        list(load_hub_dataset("owner/name", "train", ["text"], revision="main"))
 
 
 def test_rows_of_a_dataset_in_a_folder_whose_name_is_a_pattern(tmp_path, monkeypatch):

@@ -317,6 +317,7 @@ def test_sft_samples(tokenizer_dir):
     tokens, first = data[2]
     assert tokens[:first].tolist() == [1, *tokenizer.encode(items[2]["input"])]  # a whole prompt is not wrapped again
     assert SFTDataset(items, tokenizer, 200, 50, train_on_source=True)[0][1] == 1
+    assert (data.long_prompts, data.cut_targets) == (1, 1)
 
 
 def test_long_prompts_keep_the_response_marker(tokenizer_dir):

@@ -1,5 +1,6 @@
 """Replay and divergence terms equal plain PyTorch under every ZeRO stage, and refuse what they cannot use."""
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -143,7 +144,11 @@ def test_generated_texts_are_within_the_context_and_the_vocabulary(train, checkp
     (m0 / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 120}))
     flags = ["--self_replay_kl", "0.4", "--self_replay_share", "0.5", "--self_replay_texts", "6", "--max_steps", "1",
              "--max_source_length", "100", "--max_target_length", "20"]
-    train(tmp_path / "m1", *flags, init=m0)
+    printed = train(tmp_path / "m1", *flags, init=m0).stdout
+    long, cut = re.search(r"(\d+) of \d+ prompts reach max_source_length 100, to which longer ones are cut; (\d+) "
+                          "targets are cut to max_target_length 20", printed).groups()
+    assert int(long) > 0
+    assert int(cut) > 0
     content = json.loads((tmp_path / "m1/self-replay.json").read_text())
     assert max(map(len, content["texts"])) == 120
     content["texts"][2][1] = 512
