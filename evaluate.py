@@ -63,7 +63,8 @@ def main(cfg: EvaluateConfig) -> None:
         fetch_checkpoint(cfg.checkpoint)
         claimed.enter_context(sole_use(out))
         evaluation = prepare_evaluation(cfg)
-        return evaluation.run["dtype"], file_digests(cfg) if dist.world_size > dist.local_world_size else {}
+        return evaluation.run["dtype"], \
+            file_digests(cfg, evaluation.run) if dist.world_size > dist.local_world_size else {}
 
     with contextlib.ExitStack() as claimed, StopRequest(), \
             Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
@@ -157,15 +158,16 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 
 
-def file_digests(cfg: EvaluateConfig) -> dict[str, str]:
-    """The digests of what every node reads, by a description. Downloads it if needed."""
-    found: dict[str, str] = {}
-    for name in filter(None, (cfg.checkpoint, cfg.reference)):
-        source = fetch_checkpoint(name)
-        found |= {f"the weights of {name}": checkpoint_digest(source),
-                  f"the tokenizer files of {name}": tokenizer_digest(source)}
+def file_digests(cfg: EvaluateConfig, run: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The digests of what every node reads, by a description. Downloads it if needed. run: holds those of the
+    checkpoint if they are known."""
+    checkpoint = fetch_checkpoint(cfg.checkpoint)
+    found = {f"the weights of {cfg.checkpoint}": run["checkpoint_digest"] if run else checkpoint_digest(checkpoint),
+             f"the tokenizer files of {cfg.checkpoint}": tokenizer_digest(checkpoint)}
+    if cfg.reference:
+        found[f"the weights of {cfg.reference}"] = checkpoint_digest(fetch_checkpoint(cfg.reference))
     if cfg.posterior_samples:
-        files = find_parameter_files(fetch_checkpoint(cfg.checkpoint), POSTERIOR)
+        files = find_parameter_files(checkpoint, POSTERIOR)
         found[f"the posterior files of {cfg.checkpoint}"] = digest(files)
     return found
 

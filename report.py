@@ -242,9 +242,9 @@ def main(cfg: ReportConfig) -> None:
                     "called primary"]
     estimates = [one for stage in selected for one in (*stage.benchmarks.values(), *stage.tasks.values())]
     if any(not estimate.parts for estimate in estimates):
-        missing += ["the single items of some results are not known: their intervals of FG and over the tasks take the "
-                    "values before and after, and those of both models, as independent, and are wider than from the "
-                    "runs"]
+        missing += ["some results have no single items of which they are the mean: their intervals of FG and over the "
+                    "tasks take the values before and after, and those of both models, as independent, and are wider "
+                    "than with them"]
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []

@@ -62,14 +62,11 @@ def power(noncentrality: float, df: int) -> float:
 
 
 def chi_squared(x: float, df: int) -> float:
-    """The probability that chi-squared is below x (1 - Q of 26.4.4 for odd, 26.4.5 for even df)."""
+    """The probability that chi-squared is below x > 0 (1 - Q of 26.4.4 for odd, 26.4.5 for even df)."""
     odd = df % 2
-    term, above = math.exp(-x / 2), 0.0
-    if odd:
-        term, above = term * math.sqrt(2 * x / math.pi), math.erfc(math.sqrt(x / 2))
-    for step in range(2 + odd, df + 1, 2):
-        above, term = above + term, term * x / step
-    return 1 - above
+    terms = (math.exp(power * math.log(x / 2) - x / 2 - math.lgamma(power + 1))
+             for power in (place + odd / 2 for place in range(df // 2)))
+    return 1 - sum(terms) - (math.erfc(math.sqrt(x / 2)) if odd else 0)
 
 
 @functools.cache

@@ -43,6 +43,7 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
         found = {method: record for method, record in records.items() if model in record.chains}
         names = list(dict.fromkeys(name for record in found.values() for name in record.measures()))
         gaps: dict[str, dict[str, Gap]] = {}
+        of_model, runs = [], []
         for method in found:
             if method == baseline:
                 continue
@@ -50,13 +51,13 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
                                 (f"{model}, {method}", f"{model}, {baseline}"))
             gaps[method] = measure_gaps(common, found[method], found[baseline], model)
             left_out += common.left_out
-            one_run = len(common.one) == 1
-            if names and model not in matched:
-                if len(gaps) == 1:  # before the first sentence
-                    sentences.append(f"{model}: {ONE_RUN * one_run}intervals are not corrected for the number of "
-                                     "measures.")
-                sentences.append(f"{model}, {method} compared with {baseline}{' in one run of each' * one_run}: "
-                                 f"{describe_gaps(gaps[method], names)}.")
+            runs.append(len(common.one))
+            of_one_run = " in one run of each" if runs[-1] == 1 else ""
+            of_model.append(f"{model}, {method} compared with {baseline}{of_one_run}: "
+                            f"{describe_gaps(gaps[method], names)}.")
+        if of_model and names and model not in matched:
+            one_run = ONE_RUN if 1 in runs else ""
+            sentences += [f"{model}: {one_run}intervals are not corrected for the number of measures.", *of_model]
         sections.append((f"Methods: {model}", f"{NOTE}{at_rates}\n\n" + level_table(found, model, names, gaps)))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
         if rows and names:

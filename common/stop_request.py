@@ -25,10 +25,21 @@ class StopRequest:
         self.sender.setblocking(False)
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
         self.wakeup_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
+        self.ended = False
+        os.register_at_fork(after_in_child=self.forget)
         threading.Thread(target=self.listen, daemon=True).start()
         return self
 
+    def forget(self) -> None:
+        """In a forked process, such as a worker of a pool: a signal to it has its usual effect, and is not written into
+        the socket of its parent."""
+        if not self.ended:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
     def __exit__(self, *error: object) -> None:
+        self.ended = True
         signal.set_wakeup_fd(self.wakeup_fd)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

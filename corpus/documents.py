@@ -185,9 +185,11 @@ def only_config(name: str) -> str:
     from huggingface_hub.hf_api import RepoFolder
     entries = HfApi().list_repo_tree(name, revision=CONVERTED, repo_type="dataset")
     configs = [entry.path for entry in entries if isinstance(entry, RepoFolder)]
-    if len(configs) != 1:
-        raise UserError(f"{name} has the configurations {', '.join(configs) or 'of no folder'}: choose one with "
-                        "--dataset_config, or for a task with config in the table [hub] of its file in configs/task")
+    if not configs:
+        raise UserError(f"the Hub's conversion of {name} is empty")
+    if len(configs) > 1:
+        raise UserError(f"{name} has the configurations {', '.join(configs)}: choose one with --dataset_config, or for "
+                        "a task with config in the table [hub] of its file in configs/task")
     return configs[0]
 
 

@@ -103,7 +103,7 @@ class ExperimentConfig:
                 check()
             except UserError as error:
                 found.append(str(error))
-        return found or template_problems(self)
+        return found or template_problems(self) + length_problems(self)
 
     def init(self, model: str) -> str | None:
         """The checkpoint that was given as the m0 of a model."""
@@ -163,13 +163,7 @@ def check_growth(cfg: ExperimentConfig) -> None:
 
 
 def template_problems(cfg: ExperimentConfig) -> list[str]:
-    """What is wrong with the prompts: m0 and the stages have the same ones, cut to the same lengths, and for a chat
-    template m0 must have it."""
-    for name in ("max_source_length", "max_target_length"):
-        lengths = {getattr(settings, name) for settings in all_train_settings(cfg)}
-        if lengths != {of_evaluation := getattr(evaluate_settings(cfg), name)}:
-            return [f"the stages are trained with {name} {' and '.join(map(str, sorted(lengths)))}, and evaluated with "
-                    f"{of_evaluation}: give train_args and evaluate_args the same --{name}"]
+    """What is wrong with the prompts: m0 and the stages have the same ones, and for a chat template m0 must have it."""
     trained = {settings.template for settings in all_train_settings(cfg)}
     evaluated = evaluate_settings(cfg).template or DEFAULT_TEMPLATE
     if trained != {evaluated}:
@@ -178,6 +172,18 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
     if evaluated == "chat" and not all(cfg.init(model) for model in cfg.models):
         return ["--template chat needs m0s with a chat template: give --init_llm and --init_stack"]
     return []
+
+
+def length_problems(cfg: ExperimentConfig) -> list[str]:
+    """What is wrong with the lengths of prompts and targets: references are cut as in fine-tuning."""
+    found = []
+    for name in ("max_source_length", "max_target_length"):
+        lengths, of_evaluation = {getattr(settings, name) for settings in all_train_settings(cfg)}, getattr(
+            evaluate_settings(cfg), name)
+        if lengths != {of_evaluation}:
+            found.append(f"the stages are trained with {name} {' and '.join(map(str, sorted(lengths)))}, and evaluated "
+                         f"with {of_evaluation}: give train_args and evaluate_args the same --{name}")
+    return found
 
 
 def check_primary(cfg: ExperimentConfig) -> None:

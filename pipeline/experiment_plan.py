@@ -88,7 +88,7 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
         print_items(found.components, hours, cfg.effect)
     pairs, (low, high) = units_needed(estimate.sd, cfg.effect), (
         units_needed(sd, cfg.effect) for sd in estimate.sd_interval)
-    print(f"pairs needed: {pairs} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
+    print(f"pairs needed: {pairs:,} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
           f"{POWER:.0%} power at the level {ALPHA:g}; {low:,} to {high:,}, as far as {estimate.n} pairs tell the "
           f"standard deviation\nhours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, "
           "with all runs of all its models and methods; evaluation comes on top")

@@ -390,7 +390,8 @@ def test_nodes_with_different_files_are_refused(checkpoint, tmp_path):
     cfg = EvaluateConfig(checkpoint=str(tmp_path / "0/m1"), reference=str(tmp_path / "0/m0"), posterior_samples=1)
     digests = evaluate.file_digests(cfg)
     evaluate.check_same_files(cfg, digests)
-    for name, file in (("weights", "m1/model.safetensors"), ("tokenizer files", "m0/tokenizer_config.json"),
+    for name, file in (("weights", "m1/model.safetensors"), ("weights", "m0/model.safetensors"),
+                       ("tokenizer files", "m1/tokenizer_config.json"),
                        ("posterior files", "m1/posterior-00001-of-00001.safetensors")):
         path = tmp_path / "0" / file
         content = path.read_bytes()

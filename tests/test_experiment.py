@@ -367,8 +367,9 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
     (["--methods", "ewc:strength=3"], "the method 'ewc:strength=3': unknown flag '--strength' (did"),
     (["--methods", "vcl", "--train_args", "--weight_decay 1"], "train_args and the method 'vcl': weight_decay is 1.0"),
     (["--size", "tiny", "--text", "x", "--train_args", "--template chat"], "are trained with the template chat"),
-    (["--size", "tiny", "--text", "x", "--train_args", "--max_source_length 64"],
-     "trained with max_source_length 64, and evaluated with 1024: give train_args and evaluate_args the same --max_so"),
+    (["--size", "tiny", "--text", "x", "--train_args", "--max_source_length 64 --max_target_length 32"],
+     "trained with max_source_length 64, and evaluated with 1024: give train_args and evaluate_args the same "
+     "--max_source_length; the stages are trained with max_target_length 32, and evaluated with 256"),
     (["--size", "tiny", "--text", "x", "--stage_args", "--template chat,,"], "with the template alpaca and chat"),
     (["--size", "tiny", "--text", "x", "--train_args", "--template chat", "--evaluate_args", "--template chat"],
      "--template chat needs m0s with a chat template: give --init_llm and --init_stack"),

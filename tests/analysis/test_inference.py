@@ -32,6 +32,7 @@ def test_quantiles_of_students_t(df, quantile):
 def test_the_interval_of_a_standard_deviation(count, low, high):
     """From the quantiles of chi-squared at 2.5% and 97.5%, table 26.8 of Abramowitz and Stegun."""
     assert spread_factors(count) == pytest.approx((((count - 1) / high) ** 0.5, ((count - 1) / low) ** 0.5), rel=1e-3)
+    assert spread_factors(5001) == pytest.approx((1 - 1.96 / 100, 1 + 1.96 / 100), abs=1e-3)  # normal: 1 ± z / √2n
     found = PairedDifference(tuple(float(value) for value in range(count)))
     assert found.sd_interval == pytest.approx([factor * found.sd for factor in spread_factors(count)])
 

@@ -153,3 +153,18 @@ def test_the_users_settings_of_the_allocator_are_kept(given, expected, monkeypat
     code = ("import os; from common.distributed import Distributed\n"
             "with Distributed(): print(os.environ.get('PYTORCH_ALLOC_CONF'))")
     assert run_script("-c", code, **given).stdout.strip() == expected
+
+
+def test_the_end_of_a_forked_pool_is_no_request_to_stop():
+    """lm-eval opens one for standard errors. Its workers are ended by SIGTERM, which the parent does not take as its
+    own; outside the context nothing has changed."""
+    code = ("import multiprocessing, signal\n"
+            "from common.stop_request import StopRequest\n"
+            "context = multiprocessing.get_context('fork')\n"
+            "with StopRequest() as request:\n"
+            "    with context.Pool(2) as pool: print(pool.map(abs, [-1, -2]))\n"
+            "with context.Pool(2) as pool: print(pool.map(abs, [-3, -4]))\n"
+            "print(request.signal)")
+    result = run_script("-c", code)
+    assert result.stdout.split("\n")[:3] == ["[1, 2]", "[3, 4]", "None"]
+    assert result.stderr == ""
