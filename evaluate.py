@@ -68,8 +68,8 @@ def main(cfg: EvaluateConfig) -> None:
 
     with contextlib.ExitStack() as claimed, StopRequest(), \
             Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
-        name, digests = dist.on_rank0(prepare)
-        dtype = TORCH_DTYPES[name]
+        dtype_name, digests = dist.on_rank0(prepare)
+        dtype = TORCH_DTYPES[dtype_name]
         torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a plan for every new shape
 
         def load(name: str) -> Transformer:

@@ -64,9 +64,9 @@ def power(noncentrality: float, df: int) -> float:
 def chi_squared(x: float, df: int) -> float:
     """The probability that chi-squared is below x > 0 (1 - Q of 26.4.4 for odd, 26.4.5 for even df)."""
     odd = df % 2
-    terms = (math.exp(power * math.log(x / 2) - x / 2 - math.lgamma(power + 1))
-             for power in (place + odd / 2 for place in range(df // 2)))
-    return 1 - sum(terms) - (math.erfc(math.sqrt(x / 2)) if odd else 0)
+    orders = (place + odd / 2 for place in range(df // 2))
+    above = sum(math.exp(order * math.log(x / 2) - x / 2 - math.lgamma(order + 1)) for order in orders)
+    return 1 - above - (math.erfc(math.sqrt(x / 2)) if odd else 0)
 
 
 @functools.cache

@@ -21,8 +21,8 @@ def standard_normal(key: object, name: str, size: int, start: int, count: int,
     """Yields standard normal noise for elements [start, start + count) of a flattened parameter of `size` elements.
 
     Each item is (low, high, noise) with the noise of elements [low, high), which lie within one block. The noise is a
-    function of (key, name, element): a block is always sampled as a whole. CPUs and GPUs, and
-    different models of GPUs, sample different numbers.
+    function of (key, name, element): a block is always sampled as a whole. CPUs, GPUs and other models of GPUs sample
+    different numbers.
     """
     for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
         first = block * BLOCK
