@@ -34,7 +34,13 @@ from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.chain import PAIR
 from pipeline.costs import Pace, machine_speed
-from pipeline.experiment_config import ExperimentConfig, all_train_settings, evaluate_settings, train_settings
+from pipeline.experiment_config import (
+    ExperimentConfig,
+    all_train_settings,
+    evaluate_settings,
+    length_notes,
+    train_settings,
+)
 from pipeline.experiment_jobs import arms, m0_job, model_config, pair_jobs
 from pipeline.jobs import Job, read_slurm_template, run_command, submit_command
 from pipeline.ledger import Ledger, ledger_entry
@@ -194,6 +200,8 @@ def main(cfg: ExperimentConfig) -> None:
         print(f"       and those of the pairs {', '.join(map(str, cfg.pairs[1:]))}")
     print(f"{len(jobs)} jobs, {len(to_do)} of them to do; about {format_duration(pace.seconds(to_do))} at "
           f"{UTILISATION:.0%} of a matrix product's speed on one device of this machine", flush=True)
+    for note in length_notes(cfg):
+        print(f"note: {note}", flush=True)
     if cfg.dry_run:
         return
     check_before_running(cfg, to_do)

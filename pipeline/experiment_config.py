@@ -103,7 +103,7 @@ class ExperimentConfig:
                 check()
             except UserError as error:
                 found.append(str(error))
-        return found or template_problems(self) + length_problems(self)
+        return found or template_problems(self)
 
     def init(self, model: str) -> str | None:
         """The checkpoint that was given as the m0 of a model."""
@@ -174,15 +174,15 @@ def template_problems(cfg: ExperimentConfig) -> list[str]:
     return []
 
 
-def length_problems(cfg: ExperimentConfig) -> list[str]:
-    """What is wrong with the lengths of prompts and targets: references are cut as in fine-tuning."""
+def length_notes(cfg: ExperimentConfig) -> list[str]:
+    """Sentences on lengths of prompts and targets that fine-tuning and evaluation do not share."""
     found = []
     for name in ("max_source_length", "max_target_length"):
         lengths, of_evaluation = {getattr(settings, name) for settings in all_train_settings(cfg)}, getattr(
             evaluate_settings(cfg), name)
         if lengths != {of_evaluation}:
             found.append(f"the stages are trained with {name} {' and '.join(map(str, sorted(lengths)))}, and evaluated "
-                         f"with {of_evaluation}: give train_args and evaluate_args the same --{name}")
+                         f"with {of_evaluation}: the losses are those of texts that are cut otherwise")
     return found
 
 

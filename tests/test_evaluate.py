@@ -360,6 +360,7 @@ def test_two_processes_print_one_error_line(checkpoint, tmp_path, suite_file):
 
 def test_a_signal_ends_an_evaluation_with_the_status_of_a_job_that_continues(checkpoint, tmp_path):
     code = (f"import os, signal, sys, time; sys.path[0] = {str(ROOT)!r}; import evaluate\n"
+            "os.environ.pop('RANK', None)  # of this process\n"
             "def prepare(cfg): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
             "evaluate.prepare_evaluation = prepare\n"
             "evaluate.main(evaluate.EvaluateConfig(checkpoint=sys.argv[1], out=sys.argv[2]))")

@@ -127,17 +127,18 @@ def test_a_stop_string_may_be_a_special_token(models, monkeypatch):
     monkeypatch.setattr(theirs, "batch_size_per_gpu", 1)
     prompts = sample_texts()[:8]
     usual = ours.parallel_model.generate(ours.encode(prompts[:1]), GenerationConfig(max_new_tokens=6))[0][5]
-    for head in (ours.parallel_model.model.lm_head, theirs.model.lm_head):
-        weight = head.weight.detach().clone()
-        weight[0] = 1.1 * weight[usual]  # <unk> is generated, as <|im_end|> is after fine-tuning on chats
-        monkeypatch.setattr(head, "weight", torch.nn.Parameter(weight))
-    texts = {}
+    heads = [model.lm_head.weight.data for model in (ours.parallel_model.model, theirs.model)]
+    before, texts = [head.clone() for head in heads], {}
+    for head in heads:
+        head[0] = 1.1 * head[usual]  # <unk> is generated, as <|im_end|> is after fine-tuning on chats
     for until in ((), ("§", "<unk>")):
         settings = {"until": list(until), "max_gen_toks": 12, "do_sample": False}
         requests = instances("generate_until", [(prompt, settings) for prompt in prompts])
         texts[until], expected = (model.generate_until(requests, disable_tqdm=True) for model in models)
         assert texts[until] == expected
     assert texts[()] != texts["§", "<unk>"]
+    for head, weight in zip(heads, before):
+        head.copy_(weight)
 
 
 def test_continuation_longer_than_the_context_is_rejected(models):
