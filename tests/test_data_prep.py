@@ -8,13 +8,10 @@ import pytest
 
 import data_prep
 from common.configs import read_config
-from corpus.documents import CONVERTED
 from corpus.shards import check_shards
 from corpus.tasks import read_task
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, error_line, run_script
-from tests.hub import HubStandIn
-from tests.hub_datasets import parquet_of
 
 
 def write_raw(folder, name, sources, targets, prompt="simplification_1"):
@@ -354,20 +351,3 @@ def test_a_missing_network_is_reported_in_one_line(tmp_path):
     result = run_script("data_prep.py", "hub", "--task", "hgen", "--output_path", tmp_path / "raw", check=False)
     assert "Harvard/gigaword" in error_line(result)
     assert not (tmp_path / "raw").exists()
-
-
-def test_one_configuration_and_split_of_a_dataset_that_the_hub_has_converted(tokenizer_dir, tmp_path):
-    """Its main branch has a loading script; the conversion has a folder for each configuration and split."""
-    rows = {f"{config}/{split}/0000.parquet": parquet_of([{"text": f"{config} {split} {n}"} for n in range(300)])
-            for config, splits in (("en", ("train", "challenge_train_sample")), ("de", ("train",))) for split in splits}
-    words = ("data_prep.py", "text", "--source", "owner/texts", "--tokenizer", tokenizer_dir, "--output_path",
-             tmp_path / "out")
-    with HubStandIn() as hub:
-        hub.add("datasets", "owner/texts", {"README.md": b"# Texts", "texts.py": b"import datasets"})
-        hub.add("datasets", "owner/texts", rows, branch=CONVERTED)
-        line = error_line(run_script(*words, check=False, **hub.environment(tmp_path / "cache")))
-        assert "owner/texts has the configurations de, en: choose one with --dataset_config" in line
-        text = run_script(*words, "--dataset_config", "en", **hub.environment(tmp_path / "cache")).stdout
-    assert "300 documents" in text
-    text = Tokenizer(tokenizer_dir).decode(np.load(tmp_path / "out/train-00000.npy").tolist())
-    assert (text.count("en train "), text.count("sample"), text.count("de train")) == (text.count("en "), 0, 0)

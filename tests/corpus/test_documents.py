@@ -11,6 +11,9 @@ import torch
 from common.files import UserError
 from corpus import documents
 from corpus.documents import load_hub_dataset, read_docstrings, read_documents, read_text_file
+from tests.conftest import run_script
+from tests.hub import HubStandIn
+from tests.hub_datasets import parquet_of
 
 DEEP = "[" * 100_000
 BAD_LINES = {
@@ -153,3 +156,20 @@ def test_errors_while_rows_are_read_are_reported(monkeypatch, second, said):
     assert next(documents) == "A text."
     with pytest.raises(UserError, match=said):
         list(documents)
+
+
+def test_one_configuration_and_split_of_a_dataset_that_the_hub_has_converted(tmp_path):
+    """Its main branch has a loading script; the conversion has a folder for each configuration and split."""
+    rows = {f"{config}/{split}/0000.parquet": parquet_of([{"text": f"{config} {split} {n}"} for n in range(3)])
+            for config, splits in (("en", ("train", "challenge_train_sample")), ("de", ("train",))) for split in splits}
+    code = ("from common.files import UserError\n"
+            "from corpus.documents import read_documents\n"
+            "print(list(read_documents('owner/texts', dataset_config='en')))\n"
+            "try: list(read_documents('owner/texts'))\n"
+            "except UserError as error: print(error)")
+    with HubStandIn() as hub:
+        hub.add("datasets", "owner/texts", {"README.md": b"# Texts", "texts.py": b"import datasets"})
+        hub.add("datasets", "owner/texts", rows, branch=documents.CONVERTED)
+        texts, error, _ = run_script("-c", code, **hub.environment(tmp_path / "cache")).stdout.split("\n")
+    assert texts == "['en train 0', 'en train 1', 'en train 2']"
+    assert error.startswith("owner/texts has the configurations de, en: choose one with --dataset_config")
