@@ -83,7 +83,8 @@ def uncertainty(found: Difference, effect: float) -> str:
     estimate, unit, parts = found.estimate, found.measure.unit, found.components
     share = "" if parts is None or math.isnan(parts.item_share) else \
         f" The sample of items explains {parts.item_share:.0%} of the variance between pairs."
-    pairs, (low, high) = count(estimate.n, "pair"), (detectable(estimate.n) * sd for sd in estimate.sd_interval)
+    pairs = count(estimate.n, "pair")
+    low, high = (detectable(estimate.n) * sd for sd in estimate.sd_interval)
     return (f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, as "
             f"far as {pairs} tell their spread) with {POWER:.0%} power; one of {effect:g} takes "
             f"{pairs_needed(estimate, effect)}.{share}")

@@ -178,8 +178,8 @@ def length_notes(cfg: ExperimentConfig) -> list[str]:
     """Sentences on lengths of prompts and targets that fine-tuning and evaluation do not share."""
     found = []
     for name in ("max_source_length", "max_target_length"):
-        lengths, of_evaluation = {getattr(settings, name) for settings in all_train_settings(cfg)}, getattr(
-            evaluate_settings(cfg), name)
+        lengths = {getattr(settings, name) for settings in all_train_settings(cfg)}
+        of_evaluation = getattr(evaluate_settings(cfg), name)
         if lengths != {of_evaluation}:
             found.append(f"the stages are trained with {name} {' and '.join(map(str, sorted(lengths)))}, and evaluated "
                          f"with {of_evaluation}: the losses are those of texts that are cut otherwise")

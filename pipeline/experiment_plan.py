@@ -86,8 +86,8 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
           f"{estimate.mean:+.4g} [{low:+.4g}, {high:+.4g}] {unit}\nstandard deviation between pairs: {estimate.sd:.4g}")
     if found.components:
         print_items(found.components, hours, cfg.effect)
-    pairs, (low, high) = units_needed(estimate.sd, cfg.effect), (
-        units_needed(sd, cfg.effect) for sd in estimate.sd_interval)
+    pairs = units_needed(estimate.sd, cfg.effect)
+    low, high = (units_needed(sd, cfg.effect) for sd in estimate.sd_interval)
     print(f"pairs needed: {pairs:,} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
           f"{POWER:.0%} power at the level {ALPHA:g}; {low:,} to {high:,}, as far as {estimate.n} pairs tell the "
           f"standard deviation\nhours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, "
