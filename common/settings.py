@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from common.configs import known, read_config, read_toml, unknown_name
@@ -228,6 +228,13 @@ def make_parser(cls: type, description: str, prog: str | None) -> Parser:
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else METAVARS[base] + ",…" * many
         parser.add_argument(f"--{field.name}", metavar=metavar, help=help.replace("%", "%%"), **kind)
     return parser
+
+
+def config_files(argv: Sequence[str]) -> list[str]:
+    """The files that `--config` names in a command line."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    return parser.parse_known_args(argv)[0].config
 
 
 def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None = None) -> Any:

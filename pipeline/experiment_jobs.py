@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.configs import CONFIGS, read_config
 from common.files import UserError
+from common.settings import config_files
 from corpus.shards import WINDOW_TOKENS
 from evaluation.suites import open_suite
 from model.config import ModelConfig, size_config
@@ -77,13 +78,15 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, method: str | No
     sampled = ["--posterior_samples", cfg.posterior_samples] if settings[0].optimizer == "ivon" else []
     jobs, stages = [], chain.finetune_stages(cfg.order, m0, place)
     for stage, args, own in zip(stages, cfg.each_stage_args, settings):
+        given = [*split_words(cfg.train_args), *split_words(args)]
         data = Path(cfg.data) / f"{stage.task}.json"
         first = ["--rehearsal", "0"] if stage is stages[0] and own.rehearsal else []
         replay = ["--replay_text", own.replay_text] if own.replay_share else []
         command = chain.finetune_command(launcher_words(cfg), stage, data, cfg.size, [
-            "--seed", seed, *split_words(cfg.train_args), *split_words(args), *flags, *replay, *shared, *first])
+            "--seed", seed, *given, *flags, *replay, *shared, *first])
+        files = map(Path, filter(None, (*config_files(given), own.deepspeed, *replay[1:])))
         jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, own),
-                        (stage.parent, data, *recipe, *map(Path, filter(None, (own.deepspeed, *replay[1:]))))))
+                        (stage.parent, data, *recipe, *files)))
         jobs.append(evaluation_job(cfg, arm, stage.out, m0, sampled, rate in (None, cfg.shared_rate)))
     return jobs
 
@@ -125,8 +128,10 @@ def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: 
         files = [folder / name for name in dict.fromkeys(entry["file"] for entry in entries if "file" in entry)]
         flags += [*optional_flags(suite=cfg.suite, suite_files=cfg.suite_files), *sampled]
         inputs += [path, *files]
+    given = split_words(cfg.evaluate_args)
+    inputs += map(Path, config_files(given))
     command = chain.evaluate_command(launcher_words(cfg), checkpoint, out, cfg.data, tasks, [
-        *optional_flags(text=cfg.text, reference=m0), *flags, *split_words(cfg.evaluate_args)])
+        *optional_flags(text=cfg.text, reference=m0), *flags, *given])
     settings = evaluate_settings(cfg)
     windows = math.inf if settings.limit is None else settings.limit * (settings.text_length or WINDOW_TOKENS)
     work = EvaluationWork(data, tasks, files, settings.limit, min(settings.text_tokens, windows) if cfg.text else 0,

@@ -284,6 +284,18 @@ def test_a_changed_recipe_repeats_a_job(checkpoint, tasks, tmp_path):
                      ["task/simp.toml", "eval/sample.toml"]]
 
 
+def test_a_changed_file_of_further_flags_repeats_a_job(checkpoint, tasks, tmp_path):
+    train, stage, evaluate = (tmp_path / f"{name}.toml" for name in ("train", "stage", "evaluate"))
+    for path, text in ((train, "max_steps = 3"), (stage, "weight_decay = 0.1"), (evaluate, "limit = 2")):
+        path.write_text(text)
+    m0_eval, first, first_eval, second, _ = jobs_of(settings(
+        checkpoint, tasks, tmp_path, models=("llm",), order=("simp", "empd"), train_args=f"--config={train}",
+        stage_args=("", f"--config '{stage}'"), evaluate_args=f"--config {evaluate}"))
+    assert train in first.inputs and stage not in first.inputs
+    assert {train, stage} <= set(second.inputs)
+    assert all(evaluate in job.inputs for job in (m0_eval, first_eval)) and evaluate not in first.inputs
+
+
 def test_the_time_left_follows_each_scripts_measured_speed():
     pace, train = Pace(100.0), Job(None, ["train.py"], 1000.0)
     assert pace.seconds([train, train]) == 20  # at the speed given
