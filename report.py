@@ -22,7 +22,7 @@ from analysis.method_figures import plot_planes
 from analysis.method_plane import finished_methods, left_out_of_plane, method_study, plane_section
 from analysis.method_profits import left_out_of_profits, profit_section
 from analysis.method_tables import compare_methods
-from analysis.pages import markdown_list, write_pages
+from analysis.pages import markdown_image, markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
 from analysis.pair_tables import answer, pair_sections
 from analysis.pairs import Study
@@ -250,14 +250,14 @@ def main(cfg: ReportConfig) -> None:
     sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []
     title = f"Forgetting: {', '.join(record.chains)}; {record.stages[0]} to {record.stages[-1]}"
     if len(records) > 1:
-        title += f"; method {method}"
+        title += f"; {with_method(method)}"
     with explain_os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything
     figures = (plot_pairs(study, out, primary) if study else {}) | of_record
     figures |= plot_planes(planes, out, primary)
     summary = markdown_list(sentences)
-    images = "".join(f"![{caption}]({name}.png)\n\n" for name, caption in figures.items())
+    images = "".join(markdown_image(name, caption) for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
     write_text(out / "stages.csv", stage_table(stages))
     write_pages(out, f"# {title}\n\n{summary}\n{images}{body}")

@@ -27,7 +27,7 @@ class Contrast:
         what = f"{self.one} − {self.two}"
         if self.of:
             return f"{what} of {self.of}"
-        return f"{what}, m0 of equal loss" if self.equal_loss else what
+        return f"{what}, m0 of nearly equal loss" if self.equal_loss else what
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,10 @@ def use_few_ticks(*axes: Axis) -> None:
 def add_legend(figure: Figure, handles: list[Artist]) -> None:
     """Adds a legend above the panels, and makes the figure higher by its height."""
     labels = [fold(str(handle.get_label()), 3.0) for handle in handles]
-    rows, columns = grid_shape(len(labels), 0.7 + text_width(*labels), figure.get_figwidth())
+    rows, columns = grid_shape(len(labels), 0.95 + text_width(*labels), figure.get_figwidth())
     figure.set_figheight(figure.get_figheight() + rows * (0.07 + text_height(*labels)) + 0.1)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=FONT)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=FONT,
+                  handlelength=4)  # which shows what tells dashed lines apart
 
 
 def grid_shape(count: int, width: float, total: float) -> tuple[int, int]:

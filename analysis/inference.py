@@ -138,7 +138,8 @@ class PairedDifference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the 95% interval excludes 0, as far as there is one."""
+        """Whether the p-value is below ALPHA, so that the 95% interval excludes 0; False without a spread, which
+        a test needs."""
         return self.p < ALPHA
 
     @property

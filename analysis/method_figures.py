@@ -1,4 +1,5 @@
 """The figure of the methods of each model: what is learned against what is forgotten, over learning rates."""
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from matplotlib.patheffects import withStroke
 from analysis.figures import PALETTE, add_legend, fold, make_panels, save_figure, styled, text_height, use_few_ticks
 from analysis.matching import efficient_branch
 from analysis.measures import LEARNING
-from analysis.method_plane import START, Point, pareto_front, points_of, start_point
+from analysis.method_plane import START, Point, gap_of, pareto_front, points_of, start_point
 from analysis.pairs import Study
+from analysis.stages import method_title
 
 HOLLOW: dict[str, Any] = {"ls": "", "marker": "o", "ms": 4, "mfc": "white"}
 FRONT: dict[str, Any] = {"color": "#DDDDDD", "lw": 5, "marker": "o", "ms": 11}  # a front may be a single point
@@ -23,15 +25,18 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
     """Plots forgetting over the loss on the new task: a panel for each method of each model, with the curve of the
     baseline and the Pareto front of all methods. Returns {file name without suffix: caption}, empty without points."""
     points = {model: points_of(study, measure) for model, study in studies.items()}
-    places = [(model, method) for model in studies
-              for method in dict.fromkeys(point.method for point in points[model])
-              if method != studies[model].reference]
+    places = [(model, method) for model, study in studies.items()
+              for method in sorted(dict.fromkeys(point.method for point in points[model]),
+                                   key=lambda method: mean_gap(study, method, measure))
+              if method != study.reference]
     if not places:
         return {}
     titles = [fold(method if len(studies) == 1 else f"{model}: {method}", 2.2) for model, method in places]
     figure, panels = make_panels(len(places), 2.4, 2.0 + text_height(*titles))
     fronts = {model: [point for point in pareto_front([*points[model], *start_point(study, measure)])
                       if point.method != START] for model, study in studies.items()}
+    efficient = [point for model, study in studies.items() for name in study.models
+                 for point in split_curve(points[model], name)[0]]
     for panel, title, (model, method) in zip(panels, titles, places):
         study, own, front = studies[model], points[model], fronts[model]
         panel.plot(*coordinates(own), ls="", marker=".", ms=3, color="#BBBBBB", zorder=0)
@@ -40,10 +45,9 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
         draw_curve(panel, [point for point in own if point.method == method], PALETTE[1])
         for point in own:
             if point.method == method and point.rate:
-                panel.annotate(short_rate(point.rate), (point.loss, point.forgetting), (4, -7), fontsize=6,
+                panel.annotate(short_rate(point.rate), (point.loss, point.forgetting), (4, -8), fontsize=7,
                                textcoords="offset points", color=PALETTE[1], annotation_clip=True,
                                path_effects=[withStroke(linewidth=1.5, foreground="white")])
-        efficient = [point for name in study.models for point in split_curve(own, name)[0]]
         panel.set(**{limit: with_margin(values) for limit, values in zip(("xlim", "ylim"), coordinates(efficient))})
         panel.set_title(title)
         panel.invert_xaxis()
@@ -52,7 +56,7 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
     figure.supxlabel(f"{LEARNING} after the last stage (nats/token), to the right more was learned")
     figure.supylabel(fold(f"{measure} ({next(iter(studies.values())).measures[measure].unit})", 2.6 + 1.2 * (
         len(places) > 4)))
-    baselines = " / ".join(dict.fromkeys(study.reference for study in studies.values()))
+    baselines = " / ".join(dict.fromkeys(method_title(study.reference) for study in studies.values()))
     rates = dict.fromkeys(short_rate(point.rate) for model, study in studies.items() for point in points[model]
                           if point.method == study.reference and point.rate)
     baselines += f" ({', '.join(rates)})" if rates else ""
@@ -65,6 +69,12 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
     return {"methods": f"{measure} over {LEARNING}: a panel for each method, with its learning rates, {baselines} and "
                        f"the Pareto front of all methods and {START}, which lies outside. So may rates that learn no "
                        "more than a smaller one of their method."}
+
+
+def mean_gap(study: Study, method: str, measure: str) -> float:
+    """How much more a method forgets than the baseline at equal loss on the new task; infinity if it is unknown."""
+    gap = gap_of(study, method, measure)
+    return gap.mean if gap else math.inf
 
 
 def coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -17,9 +17,8 @@ from analysis.inference import ALPHA, PairedDifference, holm
 from analysis.measures import ItemValues, losses_at, task_at
 from analysis.pair_tables import p_text, range_text, with_interval
 from analysis.pairs import Study
-from analysis.stages import Stage
-from analysis.tables import Section
-from common.formatting import markdown_table
+from analysis.stages import Stage, method_title
+from analysis.tables import Section, table_of_values
 
 START = "m0"  # a point of the plane, where nothing was learned or forgotten
 
@@ -168,10 +167,10 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     gaps = {method: gap_of(study, method, measure) for method in methods if method != baseline}
     known = {method: gap for method, gap in gaps.items() if gap}
     corrected = dict(zip(known, holm([gap.p for gap in known.values()]))) if len(study.pairs) > 1 else {}
-    verdicts: dict[str, list[str]] = {"less with": [], "more with": []}
+    verdicts: dict[str, list[str]] = {"smaller with": [], "larger with": []}
     for method, p in corrected.items():
         if p < ALPHA:
-            verdicts["less with" if known[method].mean < 0 else "more with"].append(method)
+            verdicts["smaller with" if known[method].mean < 0 else "larger with"].append(method)
     apart = {method for method in methods if study.matches_learning and method not in (*known, baseline) and any(
         study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs)}
     rows = []
@@ -190,16 +189,17 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     found = "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
     if len(study.pairs) == 1:
         found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
-    sentences = [f"{model}, {measure} at {where}, compared with {baseline}: "
+    other = method_title(baseline)
+    sentences = [f"{model}, {measure} at {where}, compared with {other}: "
                  f"{found or 'no method can be told apart from it'}."]
     if on_front := dict.fromkeys(point.method for point in front if point.method != START):
         sentences.append(f"On the Pareto front of what {model} learned and forgot, by the measured values: "
-                         f"{', '.join(on_front)}.")
+                         f"{', '.join(map(method_title, on_front))}.")
     of_what = " over the items, which tells how well these runs are measured (too narrow for text in general, since " \
         "windows of one document are alike)" if len(study.pairs) == 1 else \
         f" over the {study.unit}s" + (" (for these items and this m0)" if study.unit == "seed" else "")
     interval = f", with the 95% interval{of_what}" if any(gap.n > 1 for gap in known.values()) else ""
-    note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {baseline} at {where}{interval}. "
+    note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {other} at {where}{interval}. "
             + ("Compared at: the losses on the last task that both reach, interpolated linearly between learning "
                "rates and taken as measured; differences at other losses are not comparable. Between rates that are "
                "far apart, linear interpolation overstates the forgetting if its curve is convex; the intervals do not "
@@ -207,6 +207,6 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
             + ("p is corrected for the number of methods (Holm). " if corrected else "")
             + "On the Pareto front: the learning rates at which no other method and rate, nor m0, learned more and "
             "forgot less, by the measured values. Minutes of training are those of a chain.\n\n")
-    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {baseline}", "p", "on the front",
+    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {other}", "p", "on the front",
             "minutes"]
-    return sentences, (f"Learned and forgotten: {model}", note + markdown_table(head, rows))
+    return sentences, (f"Learned and forgotten: {model}", note + table_of_values(head, rows))

@@ -7,7 +7,7 @@ from analysis.comparison import CommonPart, same, training_minutes
 from analysis.record import Record
 from analysis.stages import Calibration
 from analysis.statistics import Estimate
-from analysis.tables import BIAS, PART, Section, format_estimate
+from analysis.tables import BIAS, PART, Section, format_estimate, table_of_values
 from common.formatting import markdown_table
 
 HIGHER_IS_BETTER = ("average performance", "backward transfer")  # of the other measures lower values are better
@@ -58,7 +58,8 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
         if of_model and names and model not in matched:
             one_run = ONE_RUN if 1 in runs else ""
             sentences += [f"{model}: {one_run}intervals are not corrected for the number of measures.", *of_model]
-        sections.append((f"Methods: {model}", f"{NOTE}{at_rates}\n\n" + level_table(found, model, names, gaps)))
+        if values := value_table(found, model, names, gaps):
+            sections.append((f"Methods: {model}", f"{NOTE}{at_rates}\n\n{values}"))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
         if rows and names:
             sections.append((f"Methods minus {baseline}: {model}",
@@ -82,9 +83,9 @@ def with_note(table: str) -> str:
     return table + PART_NOTE * (PART in table)
 
 
-def level_table(records: dict[str, Record], model: str, names: Sequence[str],
+def value_table(records: dict[str, Record], model: str, names: Sequence[str],
                 gaps: Mapping[str, dict[str, Gap]]) -> str:
-    """The table of the measures of a model with each method, of all that the method has."""
+    """The table of the measures of a model with each method, of all that the method has; "" without values."""
     rows = []
     sampled = {method for method, record in records.items() if any(calibrations(record, model, "sampled"))}
     calibrated = common_names(records.values(), model, "calibration")
@@ -100,7 +101,7 @@ def level_table(records: dict[str, Record], model: str, names: Sequence[str],
             shared = common_names([records[name] for name in sampled], model, "sampled")
             rows.append(["averaged over posterior samples", *["–"] * len(names),
                          *calibration_cells(record, model, "sampled", shared), "–"])
-    return with_note(markdown_table(["method", *names, "ECE", "NLL", "minutes of training"], rows))
+    return with_note(table_of_values(["method", *names, "ECE", "NLL", "minutes of training"], rows))
 
 
 def format_gap(gap: Gap | None) -> str:

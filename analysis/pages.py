@@ -9,7 +9,8 @@ from common.writing import write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;
-text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.75rem}
+text-align:left}table{display:block;overflow-x:auto;font-variant-numeric:tabular-nums}.n{white-space:nowrap}
+figure{overflow-x:auto}img{max-width:100%;min-width:40rem}pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.75rem}
 figure{margin:1.5rem 0}figcaption{color:#555}"""
 
 
@@ -28,12 +29,18 @@ def write_pages(folder: Path, page: str) -> None:
     title = html.escape(page.partition("\n")[0].removeprefix("# "))
     write_text(path, page)
     write_text(folder / "report.html", f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+               '<meta name="viewport" content="width=device-width,initial-scale=1">'
                f"<style>{STYLE}</style><body>{to_html(page, folder)}</body></html>\n")
 
 
 def images_of(page: str) -> set[str]:
     """The file names of the images of a page, which lie in its folder."""
     return set(re.findall(r"^!\[.*\]\(([\w-]+\.png)\)$", page, re.MULTILINE))
+
+
+def markdown_image(name: str, caption: str) -> str:
+    """A figure of a page, <name>.png, with its caption."""
+    return f"![{name}]({name}.png)\n*{caption}*\n\n"
 
 
 def to_html(text: str, folder: Path = Path()) -> str:
@@ -45,9 +52,10 @@ def to_html(text: str, folder: Path = Path()) -> str:
         if heading := re.fullmatch("(#+) (.*)", block):
             level = len(heading[1])
             parts.append(f"<h{level}>{html.escape(heading[2])}</h{level}>")
-        elif image := re.fullmatch(r"!\[(.*)\]\((.*)\)", block):
-            caption, data = html.escape(image[1]), base64.b64encode((folder / image[2]).read_bytes()).decode()
-            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        elif image := re.fullmatch(r"!\[(.*)\]\((.*)\)\n\*(.*)\*", block):
+            name, caption = html.escape(image[1]), html.escape(image[3])
+            data = base64.b64encode((folder / image[2]).read_bytes()).decode()
+            parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
                          f"<figcaption>{caption}</figcaption></figure>")
         elif block.startswith("```"):
             parts.append("<pre>" + html.escape("\n".join(lines[1:-1])) + "</pre>")
@@ -69,7 +77,9 @@ def markdown_list(sentences: Iterable[str]) -> str:
 def table_row(line: str, tag: str) -> str:
     """A row of a Markdown table as HTML. tag: "th" or "td"."""
     cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line[1:-1])]
-    return "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in cells) + "</tr>"
+    number = ' class="n"'  # its interval stays on the same line
+    return "<tr>" + "".join(f"<{tag}{number * bool(re.match('[-+−]?[0-9]', cell))}>{inline(cell)}</{tag}>"
+                            for cell in cells) + "</tr>"
 
 
 def inline(text: str) -> str:

@@ -22,9 +22,10 @@ from analysis.figures import (
     text_height,
     use_few_ticks,
 )
-from analysis.inference import PairedDifference
+from analysis.inference import POWER, PairedDifference
 from analysis.loss_curves import draw_loss_curves
-from analysis.measures import DECREASE, LEARNING
+from analysis.matching import efficient_branch
+from analysis.measures import LEARNING, MATCHED_ON
 from analysis.pairs import LEVEL_ENDING, Study
 from analysis.stages import TEXT
 
@@ -33,25 +34,30 @@ MARKS: list[dict[str, Any]] = [{"color": color, "marker": marker, "ms": 5} for c
     ["#000000", "#8A8A00", "#6A3D9A", "#8C510A", "#008080", "#B2182B", "#4D4D4D", "#C51B7D"], "osD^vPX*")]
 MIN_PAIRS = 3  # the intervals of contrasts with fewer do not set the range of the axis
 GREY = "#888888"
+HOLLOW: dict[str, Any] = {"marker": "o", "ms": 2.5, "mfc": "white", "mew": 0.6}
 
 
 @styled
 def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
     """Plots the figures for which a study has results. Returns {file name without suffix: caption}."""
+    learning = study.learning_text(study.main_setting, study.compared)
+    over_pairs = "mean over the pairs and 95% interval"
     figures: dict[str, tuple[Callable[[Study, str], Figure | None], str]] = {
-        "differences": (plot_differences, f"Differences after {study.stages[-1]}: mean over the pairs and 95% interval."
-                        " Positive is more forgetting by the first model. The measure of the answer is on top. "
+        "differences": (plot_differences, f"Differences after {study.stages[-1]} at {learning}: {over_pairs}. Positive "
+                        "is more forgetting by the first model. The measure of the answer is on top. "
                         f"Intervals of fewer than {MIN_PAIRS} pairs may leave the panel."),
-        "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a thick one for the "
-                     "mean over the pairs of the two models that are compared, where a model has all of these. A point "
-                     "is a learning rate."),
+        "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a point for each learning "
+                     "rate, hollow if it learns no more than a smaller one and is left out. A thick line is the mean "
+                     "of the compared pairs at each rate. Within pairs at equal loss, as they are compared, the "
+                     "difference can have another sign."),
         "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, at which learning is not matched, "
-                    "and at equal learning."),
-        "by-stage": (plot_by_stage, f"Difference in {primary} by stage."),
-        "by-start": (plot_by_start, f"Difference in {primary} of each pair over the difference of the losses of both "
-                     "m0: on held-out text, and on the last task."),
+                    f"and at equal learning: {over_pairs}."),
+        "by-stage": (plot_by_stage, f"Difference in {primary} by stage at {learning}: {over_pairs}."),
+        "by-start": (plot_by_start, f"Difference in {primary} of each pair at {learning}, over the difference of the "
+                     "losses of both m0: on held-out text, and on the last task."),
         "pretraining": (plot_pretraining, "Held-out loss during pretraining: a thin line for each pair, a thick one "
-                        "for the mean over the pairs. A grown model starts with the FLOPs of its base.")}
+                        "for the mean over the pairs. A grown model starts with the FLOPs of its base. The first "
+                        "losses may lie above the panel.")}
     plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(study, primary))}
     for name, figure in plotted.items():
         save_figure(figure, folder / name)
@@ -99,7 +105,7 @@ def plot_differences(study: Study, primary: str) -> Figure | None:
         panel.set(ylim=(len(measures) - 0.5, -0.5), xlabel=f"difference ({unit})")
     add_legend(figure, [*contrast_handles([study.contrasts[place] for place in sorted(shown)], study),
                         Line2D([], [], ls="", color=GREY, marker="|", ms=8,
-                               label="smallest difference found with 80% power")])
+                               label=f"smallest detectable difference ({POWER:.0%} power)")])
     return figure
 
 
@@ -133,7 +139,7 @@ def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates
 
 def plot_learning(study: Study, primary: str) -> Figure | None:
     """Forgetting over the loss on the new task, a panel for each stage and a curve for each model."""
-    styles = model_styles(study.models, LINES)
+    styles = model_styles([model for model in study.models if not model.endswith(LEVEL_ENDING)], LINES)
     curves: dict[int, dict[str, dict[int, np.ndarray]]] = {}  # stage -> model -> pair -> (x, y) [2, R]
     for number in range(1, study.last + 1):
         for model in styles:
@@ -144,15 +150,21 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
         return None
     titles = [fold(study.stages[number], 2.7) for number in curves]
     figure, panels = make_panels(len(curves), 3.2, 2.4 + text_height(*titles))
-    for panel, title, of_models in zip(panels, titles, curves.values()):
+    for panel, title, (number, of_models) in zip(panels, titles, curves.items()):
         most = max(curve.shape[1] for found in of_models.values() for curve in found.values())
         complete = {model: {pair for pair, curve in found.items() if curve.shape[1] == most}
                     for model, found in of_models.items()}
-        common = set.intersection(*(complete.get(model, set()) for model in study.compared))
+        compared = study.difference(study.contrasts[0], primary, number, study.main_setting)
+        common = set.intersection(set(compared.of_pairs if compared else ()),
+                                  *(complete.get(model, set()) for model in study.compared))
         for model, found in of_models.items():
             style = styles[model]
             for curve in found.values():
-                panel.plot(*curve, lw=0.6, alpha=0.5, marker=".", ms=3, color=style["color"], ls=style["ls"])
+                branch = efficient_branch(curve[0])
+                panel.plot(*curve[:, branch], lw=0.6, alpha=0.5, marker=".", ms=3, color=style["color"],
+                           ls=style["ls"])
+                if len(branch) < curve.shape[1]:
+                    panel.plot(*np.delete(curve, branch, axis=1), ls="", alpha=0.5, color=style["color"], **HOLLOW)
             if common and common <= complete[model]:
                 panel.plot(*np.mean([found[pair] for pair in common], axis=0), lw=2, **style)
         panel.set_title(title)
@@ -162,14 +174,15 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
     figure.supxlabel(f"{LEARNING} (nats/token), to the right more was learned")
     figure.supylabel(fold(f"{primary} ({study.measures[primary].unit})", 2.4))
     shown = {model for of_models in curves.values() for model in of_models}
-    add_legend(figure, [Line2D([], [], label=model, **style) for model, style in styles.items() if model in shown])
+    add_legend(figure, [*(Line2D([], [], label=model, **style) for model, style in styles.items() if model in shown),
+                        Line2D([], [], ls="", color=GREY, **HOLLOW, label="learns no more than a smaller rate")])
     return figure
 
 
 def plot_by_rate(study: Study, primary: str) -> Figure | None:
     """The primary difference after the last stage at each learning rate, and at equal learning."""
-    settings = [*study.rates, LEARNING, DECREASE]
-    labels = [*study.rates, f"equal\n{fold(LEARNING, 0.9)}", f"equal\n{fold(DECREASE, 0.9)}"]
+    settings = [*study.rates, *MATCHED_ON]
+    labels = [*(f"rate\n{rate}" for rate in study.rates), *(f"equal\n{fold(name, 0.9)}" for name in MATCHED_ON)]
     return plot_over(study, primary, labels, [(study.last, setting) for setting in settings], "compared at") \
         if study.matches_learning else None
 

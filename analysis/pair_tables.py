@@ -19,6 +19,7 @@ from common.formatting import markdown_table
 
 ONE_PAIR = ("One pair of models cannot answer whether {0} forgets less than {1}: pairs differ, and the pair is the "
             "unit. Intervals are over the items and seeds of this pair, and not corrected for their number.")
+MOST_DECIMALS = 6  # of values that differ by rounding errors only
 FLOPS_TOLERANCE = 0.02  # relative difference of the FLOPs of two m0 that count as equal: of a few steps
 
 
@@ -51,8 +52,8 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
         if contrast.equal_loss and control:
             gap = start_difference(study, contrast, control.of_pairs)
             left = f" (remaining difference {with_interval(gap)})" if gap.n else ""
-            lines.append(f"With m0 of equal held-out loss{left}, it differs by {with_interval(control.estimate)} "
-                         f"{unit}, n = {count(control.estimate.n, 'pair')}.")
+            lines.append(f"With m0 of nearly equal held-out loss{left}, it differs by "
+                         f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
     if found.is_matched and (other := study.difference(study.contrasts[0], primary, study.last, DECREASE)):
         lines.append(f"At an equal {DECREASE} since m0 instead, it differs by {with_interval(other.estimate)} {unit}, "
                      f"n = {count(other.estimate.n, 'pair')} (not the primary comparison).")
@@ -136,8 +137,8 @@ def start_difference(study: Study, contrast: Contrast, pairs: Collection[int], n
 
 
 def signed(value: float) -> str:
-    """A difference with three significant digits, which a value other than 0 never loses."""
-    return "–" if math.isnan(value) else f"{value:+.3g}" if value else "0"
+    """A difference with three significant digits."""
+    return "–" if math.isnan(value) else f"{value:+#.3g}".removesuffix(".") if value else "0"
 
 
 def p_text(p: float, equals: str = "") -> str:
@@ -152,9 +153,16 @@ def range_text(ends: Iterable[float]) -> str:
 
 
 def with_interval(estimate: PairedDifference) -> str:
-    """A difference with its 95% interval, as far as there is one."""
-    low, high = estimate.interval
-    return signed(estimate.mean) + ("" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]")
+    """A difference, with its 95% interval if there is one, in as many decimals as that tells."""
+    if math.isnan(estimate.half_width) or not estimate.half_width:
+        return signed(estimate.mean)
+    decimals = 1 - math.floor(math.log10(estimate.half_width))  # two significant digits of the half width
+    decimals = min(max(0, decimals), MOST_DECIMALS)
+    bounds = [bound for bound in estimate.interval if bound]
+    while estimate.is_significant and not all(round(bound, decimals) for bound in bounds):
+        decimals += 1  # an interval that excludes 0 looks like that
+    mean, low, high = (f"{number:+z.{decimals}f}" for number in (estimate.mean, *estimate.interval))
+    return f"{mean} [{low}, {high}]"
 
 
 def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | None, list[Difference]]:

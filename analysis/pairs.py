@@ -306,7 +306,8 @@ class Study:
     def all_left_out(self) -> list[str]:
         """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
         without = [line for contrast in self.contrasts for line in self.without_model(contrast)]
-        of_contrasts = [line for contrast in self.contrasts for number in range(1, self.last + 1)
+        numbers = range(self.last if self.of else 1, self.last + 1)  # methods are compared after the last stage only
+        of_contrasts = [line for contrast in self.contrasts for number in numbers
                         for find in (self.lacking_results, self.unmatched) for line in find(contrast, number)]
         of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
                          for line in self.unmatched(contrast, number, DECREASE)]

@@ -45,8 +45,9 @@ class Record:
         chains: {model: {(pair, seed): Chain}}. All seeds of a model of a pair share m0. Results under other conditions
             than those of m0 are left out.
         compared: the models to compare, if both have results.
-        several_seeds: whether a model has more than one chain.
+        several_chains: whether a model has more than one chain.
         several_pairs: whether the models are those of more than one pair.
+        rate: the learning rate of the stages; "" if they are in no folder of a rate, or not all in the same one.
         last: number of the last stage.
         stages: name of each stage.
         benchmarks: benchmarks that were measured, in the order of the suites.
@@ -70,8 +71,10 @@ class Record:
         found = make_chains(stages)
         comparable = {model: drop_unlike(group) for model, group in found.items()}
         self.chains = {model: group for model, (group, _) in comparable.items()}
-        self.method, self.several_seeds = method, max(map(len, self.chains.values())) > 1
+        self.method, self.several_chains = method, max(map(len, self.chains.values())) > 1
         self.several_pairs = len({key[0] for _, key, _ in self.all_chains()}) > 1
+        rates = {stage.rate or "" for stage in stages if stage.number}
+        self.rate = rates.pop() if len(rates) == 1 else ""
         self._uncounted = uncounted
         self.last = max([last, *(number for _, _, chain in self.all_chains() for number in chain)])
         names = stage_names([stage for _, _, chain in self.all_chains() for stage in chain.values()])
@@ -122,6 +125,22 @@ class Record:
             zero = [b.name for b in self.benchmarks if (start := benchmark_at(chain, 0, b.name)) and not start.value]
             if zero:
                 yield f"{self._title(model, 0)}: no FG, since the value at the start is 0: " + ", ".join(zero)
+
+    @property
+    def at_rate(self) -> str:
+        """The words that say at which learning rate the stages were trained; "" if `rate` is unknown."""
+        return f" at the learning rate {self.rate}" if self.rate else ""
+
+    @property
+    def interval_text(self) -> str:
+        """What the 95% intervals contain."""
+        spread = f" and the spread of the {'pairs' if self.several_pairs else 'seeds'}" if self.several_chains else ""
+        return f"95% interval from the standard errors{spread}"
+
+    def title(self, model: str) -> str:
+        """The name of a model in heads and legends, with its number of pairs if there are several."""
+        number = len({pair for pair, _ in self.own[model]})
+        return f"{model}, {number} pair{'s' * (number != 1)}" if self.several_pairs else model
 
     @property
     def categories(self) -> list[str]:

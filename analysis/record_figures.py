@@ -1,5 +1,6 @@
 """The figures of a report, plotted from a record."""
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from analysis.benchmark_catalog import task_metric
+from analysis.comparison import Key, key_name
 from analysis.figures import (
     LINES,
     PALETTE,
@@ -50,18 +52,19 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
 
     Nothing is written if one of them cannot be plotted.
     """
-    first_seed = " (the first seed)" if record.several_seeds else ""
+    key = first_common_key(record)
+    chain, rate = f" ({key_name(key)})" if key and record.several_chains else "", record.at_rate
+    smaller = f" Of {BIAS}, positive is a smaller share of stereotypes." if BIAS in record.categories else ""
     figures = {
-        "benchmarks": (plot_benchmarks, "Each benchmark over the stages, with 95% intervals."),
-        "forgetting": (plot_forgetting, "FG by category, with 95% intervals."),
-        "bias": (plot_bias,
-                 "Share of pairs in which the stereotype is the more probable sentence (%); 50 is balanced."),
-        "tasks": (plot_tasks, "Each task's metric at every stage; each column has its own colour scale, "
-                  f"of at least {SPAN:.0f} points."),
-        "losses": (plot_losses, f"Loss over tokens, a panel per stage{first_seed}."),
-        "calibration": (plot_calibration,
-                        "Accuracy against expected calibration error, stages joined in order, with growing marks"
-                        f"{first_seed}.")}
+        "benchmarks": (plot_benchmarks, f"Each benchmark over the stages{rate}, with the {record.interval_text}."),
+        "forgetting": (plot_forgetting, f"FG by category{rate}, with the {record.interval_text}.{smaller}"),
+        "bias": (plot_bias, f"Share of sentence pairs{rate} in which the stereotype is more probable (%); 50 is "
+                 "balanced."),
+        "tasks": (plot_tasks, f"Each task's metric at every stage{rate}; each column has its own colour scale, of at "
+                  f"least {SPAN:.0f} points."),
+        "losses": (plot_losses, f"Loss over tokens{rate}, a panel for each stage{chain}."),
+        "calibration": (plot_calibration, f"Accuracy against expected calibration error{rate}, stages joined in order, "
+                        f"with growing marks{chain}.")}
     plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(record))}
     for name, figure in plotted.items():
         save_figure(figure, folder / name)
@@ -98,7 +101,7 @@ def plot_benchmarks(record: Record) -> Figure | None:
         panel.set_xticks(range(record.last + 1), stages)
         use_few_ticks(panel.yaxis)
         panel.grid()
-    handles: list[Artist] = [Line2D([], [], label=model, **style) for model, style in styles.items()]
+    handles: list[Artist] = [Line2D([], [], label=record.title(model), **style) for model, style in styles.items()]
     if with_chance:
         handles.append(Line2D([], [], label="by guessing", **GUESSING))
     add_legend(figure, handles)
@@ -130,7 +133,7 @@ def plot_forgetting(record: Record) -> Figure | None:
     panel.set_yticks(range(len(categories)), categories)
     panel.grid(axis="x")
     panel.set_axisbelow(True)
-    add_legend(figure, [Patch(label=model, **style) for model, style in styles.items()])
+    add_legend(figure, [Patch(label=record.title(model), **style) for model, style in styles.items()])
     return figure
 
 
@@ -191,6 +194,13 @@ def plot_heat_maps(cells: Cells, shades: Cells, rows: Sequence[str], columns: Se
     return figure, image
 
 
+def first_common_key(record: Record) -> Key | None:
+    """The key of the first chain that all models have, or, if there is none, that the most models have."""
+    counts = Counter(key for key in sorted({key for _, key, _ in record.all_chains()})
+                     for group in record.chains.values() if key in group)
+    return counts.most_common(1)[0][0] if counts else None
+
+
 def value_of(estimate: Estimate | None) -> float:
     """The value of an estimate, NaN for None."""
     return math.nan if estimate is None else estimate.value
@@ -199,9 +209,10 @@ def value_of(estimate: Estimate | None) -> float:
 def plot_losses(record: Record) -> Figure | None:
     """Training and eval loss over tokens, a panel per stage."""
     curves: dict[str, dict[str, tuple[Points, Points, list[float]]]] = {}
+    key = first_common_key(record)
     for number, name in enumerate(record.stages):
         for model, seeds in record.chains.items():
-            stage = next(iter(seeds.values())).get(number)
+            stage = seeds.get(key, {}).get(number) if key else None
             if stage and stage.log:
                 curves.setdefault(name, {})[model] = loss_curve(stage)
     if not curves:
@@ -248,10 +259,12 @@ def plot_calibration(record: Record) -> Figure | None:
     """Accuracy over expected calibration error, a panel per benchmark: stages joined in order, with marks that grow,
     the last one filled."""
     curves: dict[str, dict[str, Points]] = {}
+    key = first_common_key(record)
     benchmarks = {benchmark.name: benchmark for benchmark in record.benchmarks if not benchmark.part_of}
     for name in benchmarks:
         for model, seeds in record.chains.items():
-            points = [(found.ece, 100 * found.accuracy) for _, stage in sorted(next(iter(seeds.values())).items())
+            chain = seeds.get(key, {}) if key else {}
+            points = [(found.ece, 100 * found.accuracy) for _, stage in sorted(chain.items())
                       if (found := stage.calibration.get(name))]
             if points:
                 curves.setdefault(name, {})[model] = points

@@ -109,6 +109,11 @@ class Stage:
         return self.method or "none"
 
 
+def method_title(name: str) -> str:
+    """How sentences and figures call a method, or the runs without one ("none")."""
+    return "no method" if name == "none" else name
+
+
 def middle_rate(rates: Sequence[T]) -> T:
     """The learning rate with which test sets are generated and benchmarks run. rates: ascending."""
     return rates[(len(rates) - 1) // 2]

@@ -32,7 +32,7 @@ def result_tables(record: Record, noise: Collection[str] = ()) -> tuple[list[str
         rows = {name: record.compare(record.task_measure(name)) for name in TASK_MEASURES}
         if record.compared:
             sentences.append(verdict("Backward transfer", record.compared, rows["backward transfer"], sign=-1))
-        sections.append(("Over the tasks", "After the last stage, in points of each task's metric: "
+        sections.append(("Over the tasks", f"After the last stage{record.at_rate}, in points of each task's metric: "
                          + ", ".join(f"{task} {task_metric(task)}" for task in record.tasks) + ".\n\n"
                          + model_table("", record, rows.items(), decimals=2)))
         for model in record.chains:
@@ -61,11 +61,12 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
                          caveat=noise_caveat(record.counted_in(category), noise))
                  for category, comparison in by_category.items()] if record.compared else []
     names = [f"{short}: {name}" for short, name in CATEGORIES.items() if short in record.categories]
-    units = f" and the spread of the {'pairs' if record.several_pairs else 'seeds'}" if record.several_seeds else ""
-    note = ("FG in percent of the start, mean over the stages; positive is forgetting. In brackets the 95% interval "
-            f"from the benchmarks' standard errors{units}.")
+    note = (f"FG{record.at_rate} in percent of the start, mean over the stages; positive is forgetting. In brackets "
+            f"the {record.interval_text}.")
     if names:
         note += f" {'; '.join(names)}."
+    if BIAS in record.categories:
+        note += f" {BIAS}: positive is a smaller share of stereotypes."
     if record.several_pairs:
         note += " Do not compare columns that are means over different pairs."
     note += "\n\n"
@@ -123,10 +124,15 @@ def model_table(first: str, record: Record, rows: Iterable[tuple[str, Comparison
             is_part |= comparison.is_part
     note = ("\n(part): without the stages, benchmarks, test sets and seeds that only one of the two models has. They "
             "are listed under What is missing.\n")
-    heads = [f"{model}, {len({pair for pair, _ in record.own[model]})} pairs" if record.several_pairs else model
-             for model in record.chains]
-    return markdown_table([first, *heads, *([" − ".join(record.compared)] if record.compared else [])], lines) \
-        + note * is_part
+    difference = [" − ".join(record.compared)] if record.compared else []
+    return markdown_table([first, *map(record.title, record.chains), *difference], lines) + note * is_part
+
+
+def table_of_values(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table without the columns that have no value ("–") in any row; "" if only the first column is left."""
+    kept = [0, *(place for place in range(1, len(heads)) if any(row[place] != "–" for row in rows))]
+    return markdown_table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows]) \
+        if len(kept) > 1 else ""
 
 
 def format_estimate(estimate: Estimate | None, decimals: int = 1, scale: float = 1, sign: str = "") -> str:

@@ -291,9 +291,11 @@ def test_a_changed_file_of_further_flags_repeats_a_job(checkpoint, tasks, tmp_pa
     m0_eval, first, first_eval, second, _ = jobs_of(settings(
         checkpoint, tasks, tmp_path, models=("llm",), order=("simp", "empd"), train_args=f"--config={train}",
         stage_args=("", f"--config '{stage}'"), evaluate_args=f"--config {evaluate}"))
-    assert train in first.inputs and stage not in first.inputs
+    assert train in first.inputs
+    assert stage not in first.inputs
     assert {train, stage} <= set(second.inputs)
-    assert all(evaluate in job.inputs for job in (m0_eval, first_eval)) and evaluate not in first.inputs
+    assert all(evaluate in job.inputs for job in (m0_eval, first_eval))
+    assert evaluate not in first.inputs
 
 
 def test_the_time_left_follows_each_scripts_measured_speed():

@@ -1,6 +1,7 @@
 """The figures, measured as drawn: panels of a useful size, and texts that can be read."""
 import itertools
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import matplotlib
@@ -17,7 +18,7 @@ from matplotlib.transforms import Affine2D
 from analysis import record_figures
 from analysis.figures import save_figure
 from analysis.record import Record
-from analysis.record_figures import loss_curve, plot_record
+from analysis.record_figures import first_common_key, loss_curve, plot_record
 from analysis.results import read_results, read_runs
 from analysis.stages import Stage
 from common.files import UserError
@@ -220,6 +221,17 @@ def test_a_damaged_log_is_refused(runs, tmp_path, log, settings):
     with pytest.raises(UserError, match="llm/m1-simp.* is damaged"):
         plot_record(Record(read_runs(runs)), tmp_path)
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_logs_and_calibration_are_of_a_chain_that_all_models_have():
+    """Pair 3, not the first of each; without a common one the chain that most have."""
+    chains = {"llm": {(1, 42): 0, (3, 42): 0}, "stack": {(1, 42): 0, (3, 42): 0}, "stack-level": {(3, 42): 0}}
+    record = SimpleNamespace(chains=chains, all_chains=lambda: (
+        (model, key, chain) for model, group in chains.items() for key, chain in group.items()))
+    assert first_common_key(record) == (3, 42)
+    del chains["stack-level"][3, 42]
+    chains["stack-level"][5, 42] = 0
+    assert first_common_key(record) == (1, 42)
 
 
 def test_very_many_epochs_are_not_marked():

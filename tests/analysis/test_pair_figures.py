@@ -75,6 +75,20 @@ def test_the_thick_line_is_the_mean_of_the_pairs(tmp_path):
     assert thick[1].get_xdata() == pytest.approx([2.65, 2.45, 2.25])
 
 
+def test_a_rate_that_learns_no_more_is_hollow_and_not_joined(tmp_path):
+    study = study_of(tmp_path / "study")
+    straight = study.curve
+
+    def bent(name, pair, model, *place):
+        x, y, rates = straight(name, pair, model, *place)
+        return (np.array([*x[:2], x[0] + 0.1]) if (pair, model) == (1, "llm") else x), y, rates
+    with mock.patch.object(study, "curve", bent):
+        lines = plot_learning(study, PRIMARY).axes[1].get_lines()
+    hollow = [line for line in lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_xdata() for line in hollow] == [pytest.approx([2.8 + 0.1])]
+    assert sorted(len(line.get_xdata()) for line in lines) == [1, 2] + [3] * 9
+
+
 def test_each_pair_is_drawn_over_the_difference_at_the_start(tmp_path):
     """The grown m0 has a lower held-out loss, by 0.2 nats, and forgets less. Both have the same loss on the task."""
     text, task = plot_by_start(study_of(tmp_path / "study"), PRIMARY).axes
@@ -102,5 +116,5 @@ def test_pretraining_shows_each_pair_and_their_mean(tmp_path):
     table = dict(pair_sections(study, PRIMARY, RATES[1], 0.05))["Pretraining"]
     assert "| llm | 4 | 8.025 | 5.025 | – | – |" in table
     # the speed-up is that of 10 / 9.5 TFLOP
-    assert "| stack | 4 | 7.825 | 4.825 | -0.2 [-0.2, -0.2] (-0.200 to -0.200) | +5% to +5% |" in table
+    assert "| stack | 4 | 7.825 | 4.825 | -0.200000 [-0.200000, -0.200000] (-0.200 to -0.200) | +5% to +5% |" in table
     assert "llm-level" not in table

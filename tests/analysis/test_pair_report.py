@@ -2,14 +2,18 @@
 import json
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import report
-from analysis import pair_tables
+from analysis import pair_tables, record_figures
+from analysis.inference import PairedDifference
 from analysis.measures import write_primary
+from analysis.pair_tables import with_interval
 from analysis.pairs import Study
+from analysis.record import Record
 from analysis.results import read_runs
 from common.files import UserError, read_json
 from evaluation.result_files import write_losses
@@ -40,7 +44,7 @@ def test_the_answer_comes_first(tmp_path):
     assert uncertainty.startswith("4 pairs find a true difference of ")
     assert "one of 0.05 takes 25 pairs" in uncertainty
     assert data == "Data: 4 pairs (pretraining seeds 1, 2, 3, 4), 24 items, learning rates 0.0003, 0.001, 0.003."
-    assert start.startswith("Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token; difference -0.2 [")
+    assert start.startswith("Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token; difference -0.200.")
     assert text.index("stack forgets less") < text.index("## Differences between the models")
 
 
@@ -51,19 +55,29 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
              if line.startswith("| ")][1:]
     assert [row[0] for row in table if "(primary)" in row[0]] == ["rise of held-out loss (primary)"]
     assert table[0][7] == "–"
-    assert {row[2] for row in table} == {"stack − llm", "stack − llm, m0 of equal loss",
+    assert {row[2] for row in table} == {"stack − llm", "stack − llm, m0 of nearly equal loss",
                                          "interleave − llm"}
     learning = next(row for row in table if row[0] == "new-task loss")
-    assert learning[3:6] == ["rate 0.001", "4", "-0.15 [-0.15, -0.15]"]
-    control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("m0 of equal loss"))
+    assert learning[3:6] == ["rate 0.001", "4", "-0.150"]
+    control = next(row for row in table if row[0] == "rise of held-out loss" and row[2].endswith("equal loss"))
     tested = sum(row[6] != "–" for row in table[1:])
     assert float(control[7]) == pytest.approx(min(1, tested * float(control[6])), rel=0.1)
-    assert "With m0 of equal held-out loss (remaining difference 0 [0, 0]), it differs by -0." in text
-    assert "| stack − llm | held-out text | 4 | 4.8000 | 5.0000 | -0.2 [-0.2, -0.2] |" in text
-    assert "| stack − llm | empd | 4 | 3.2000 | 3.2000 | 0 [0, 0] | – |" in text
-    assert "| stack − llm, m0 of equal loss | held-out text | 4 | 4.8000 | 4.8000 | 0 " in text
-    assert re.search(r"^\| stack − llm, m0 of equal loss \| m1-simp \| rate 0\.001 \| 4 \| ", text, re.MULTILINE)
+    assert "With m0 of nearly equal held-out loss (remaining difference 0), it differs by -0." in text
+    assert "| stack − llm | held-out text | 4 | 4.8000 | 5.0000 | -0.200 |" in text
+    assert "| stack − llm | empd | 4 | 3.2000 | 3.2000 | 0 | – |" in text
+    assert "| stack − llm, m0 of nearly equal loss | held-out text | 4 | 4.8000 | 4.8000 | 0 " in text
+    assert re.search(r"^\| stack − llm, m0 of nearly equal loss \| m1-simp \| rate 0\.001 \| 4 \| ", text, re.MULTILINE)
     assert "| quiz | llm | 160 | 16 | 0 |" in text  # four of 40 items in each pair
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ((0.13049,), "+0.130"), ((1234.5,), "+1.23e+03"), ((0.2, 0.2), "+0.200"), ((0.0, 0.0), "0"),
+    # half widths by hand, t(1) = 12.706, t(2) = 4.3027: 1.2706, 0.13, 0.00098, 127.06 and 0.1245
+    ((0.1, 0.3), "+0.2 [-1.1, +1.5]"), ((0.03, 0.08, 0.135), "+0.08 [-0.05, +0.21]"),
+    ((0.0004, 0.001, 0.00115), "+0.00085 [-0.00014, +0.00184]"), ((100.0, 120.0), "+110 [-17, +237]"),
+    ((0.0751, 0.125, 0.1755), "+0.1252 [+0.0005, +0.2499]")])
+def test_an_interval_has_as_many_decimals_as_it_tells(values, text):
+    assert with_interval(PairedDifference(values)) == text
 
 
 def test_a_null_result_says_what_would_have_been_found(tmp_path):
@@ -139,6 +153,20 @@ def test_the_answer_rests_on_one_set_of_pairs(tmp_path):
             "dtype": "fp32", "limit": None, "data_digest": "d", "tokenizer_digest": "t"})
     found = first_lines(make_report(tmp_path / "out", runs=runs))
     assert [line.replace("; left out: pair 4, see What is missing.", ".") for line in found] == expected
+
+
+def test_tables_and_captions_name_the_rate_and_the_pairs_of_each_model(tmp_path):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2))
+    shutil.rmtree(runs / "pair-2/stack")
+    text = make_report(tmp_path / "out", runs=runs)
+    spread = "95% interval from the standard errors and the spread of the pairs"
+    assert "FG at the learning rate 0.001 in percent of the start, mean over the stages; positive is forgetting. " \
+        f"In brackets the {spread}." in text
+    assert "| category | llm, 2 pairs | stack, 1 pair |" in text
+    record = Record([stage for stage in read_runs(runs) if stage.rate in (None, RATES[1])])
+    with mock.patch.object(record_figures, "save_figure"):
+        captions = record_figures.plot_record(record, tmp_path)
+    assert captions["benchmarks"] == f"Each benchmark over the stages at the learning rate 0.001, with the {spread}."
 
 
 def test_unequal_flops_are_told(tmp_path):

@@ -222,7 +222,8 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
         if path.is_dir():
             path.rename(path.with_name(f"gone-{path.name}"))
     study = study_of(folder)
-    assert list(map(str, study.contrasts)) == ["stack − llm", "stack − llm, m0 of equal loss", "interleave − llm"]
+    assert list(map(str, study.contrasts)) == ["stack − llm", "stack − llm, m0 of nearly equal loss",
+                                               "interleave − llm"]
     control = study.contrasts[1]
     assert study.models_of(control, 1) == ("stack", "llm-level")
     assert study.models_of(control, 4) is None

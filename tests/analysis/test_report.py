@@ -131,7 +131,7 @@ def test_errors(runs, tmp_path, spoil, message):
 
 def test_methods_are_compared_with_the_baseline(method_runs, tmp_path):
     text = make_report(tmp_path / "out", runs=method_runs)
-    assert text.startswith("# Forgetting: llm; m0 to m2-empd; method finetune\n")
+    assert text.startswith("# Forgetting: llm; m0 to m2-empd; with the method finetune\n")
     levels, gaps = (part.splitlines() for part in text.split("## Methods: llm")[1].split("## Methods minus finetune"))
     assert cells(next(line for line in gaps if line.startswith("| method"))) == [
         "method", "FG DK", "FG Rs", "FG Bias", "average performance", "backward transfer",
@@ -156,7 +156,7 @@ def test_methods_are_compared_with_the_baseline(method_runs, tmp_path):
 
 def test_the_method_and_the_baseline_can_be_chosen(method_runs, tmp_path):
     text = make_report(tmp_path / "out", runs=method_runs, method="ewc", baseline="ewc")
-    assert text.startswith("# Forgetting: llm; m0 to m2-empd; method ewc\n")
+    assert text.startswith("# Forgetting: llm; m0 to m2-empd; with the method ewc\n")
     assert "llm, finetune compared with ewc in one run of each: worse by FG DK (+30.00" in text
     assert text.index("| ewc |") < text.index("| finetune |")
     cfg = settings.load(ReportConfig, ["--runs", str(method_runs), "--method", "ewc"], "")

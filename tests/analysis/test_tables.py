@@ -57,7 +57,8 @@ def test_measures_that_say_nothing_are_named():
 
 def test_html():
     text = "A `code` & more\n\n| a | b |\n|---|---|\n| 1 | <2> |\n\n- one\n- two\n\n```\nx | y\n```\n"
-    assert to_html(text) == ("<p>A <code>code</code> &amp; more</p>\n<table><tr><th>a</th><th>b</th></tr><tr><td>1</td>"
+    assert to_html(text) == ("<p>A <code>code</code> &amp; more</p>\n<table><tr><th>a</th><th>b</th></tr><tr>"
+                             '<td class="n">1</td>'
                              "<td>&lt;2&gt;</td></tr></table>\n<ul><li>one</li><li>two</li></ul>\n<pre>x | y</pre>")
 
 
