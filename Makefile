@@ -5,7 +5,6 @@
 # variables from the environment of its process.
 
 PYTHON ?= python3
-VENV   := .venv
 
 # Exports the variables of the command line literally: neither make nor the shell expands their values. GIVEN: their
 # names. GOALS: the targets of this call.
@@ -14,7 +13,10 @@ export GOALS := $(MAKECMDGOALS)
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),\
     $(eval override $(name) := $$(value $(name)))$(eval export $(name))$(eval GIVEN += $(name))))
 
-# With DRY_RUN=1 the commands are printed and none is run, so that no environment is needed.
+# With DRY_RUN=1 the commands are printed and none is run, so that no environment is needed. What `make clean` removes
+# cannot be changed on the command line.
+override VENV    := .venv
+override CLEANED := $(VENV) $(VENV).lock data/prepared .pytest_cache .ruff_cache .mypy_cache
 DRY          := $(filter-out 0,$(value DRY_RUN))
 RUN          := $(if $(DRY),$(PYTHON),$(VENV)/bin/python) -m pipeline.targets
 PACKAGES     := $(if $(DRY),,$(VENV)/user)
@@ -32,8 +34,6 @@ train pretrain data evaluate experiment experiment-plan report growth-study plan
 
 bench test lint: $(DEV_PACKAGES)
 	@$(RUN) $@
-
-CLEANED := $(VENV) $(VENV).lock data/prepared .pytest_cache .ruff_cache .mypy_cache
 
 clean:
 	$(if $(DRY),@echo) rm -rf $(CLEANED)

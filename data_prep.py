@@ -6,7 +6,7 @@
     python data_prep.py suite --output_path data/eval/sample
     python data_prep.py mutual --folder_path MuTual/data/mutual/dev
 """
-import common.interrupts
+import common.startup
 
 import os
 import sys
@@ -26,7 +26,7 @@ from corpus.mutual import write_mutual
 from corpus.raw_tasks import raw_task_exists, read_hub_task, read_raw_task, write_raw_task
 from corpus.sample_suite import suite_exists, write_suite
 from corpus.shards import shards_exist, write_shards
-from corpus.tasks import split_indices, write_task
+from corpus.tasks import lacking_source, split_indices, write_task
 from model.config import size_config
 from model.tokenizer import Tokenizer, copy_special_ids, copy_tokenizer, train_tokenizer
 
@@ -64,6 +64,8 @@ def prepare_task(cfg: TaskDataConfig) -> None:
             raise UserError(f"{folder} is the folder of the task {other}, expected {spec['folder']} or its parent "
                             "folder")
     train, test = read_raw_task(cfg.folder_path, spec)
+    for problem in lacking_source(test, spec["source"]) if spec.get("sari") else ():
+        print(f"{folder}: {problem}", file=sys.stderr)
     indices = split_indices(len(train), cfg.eval_dataset_size)
     splits = {name: [train[i] for i in part] for name, part in zip(("train", "eval"), indices)} | {"test": test}
     trained = {(item["input"], item["output"]) for item in splits["train"]}
@@ -130,8 +132,10 @@ def prepare_text(cfg: TextDataConfig) -> None:
         if not shards_exist(cfg.output_path, settings):
             raise
         return print(f"{cfg.output_path} exists already: if the text has changed, remove it to make it again")
-    tokens = sum(shard["tokens"] for shard in meta["shards"].values())
-    print(f"{cfg.output_path}: {meta['documents']:,} documents, {tokens:,} tokens")
+    tokens = {split: sum(shard["tokens"] for name, shard in meta["shards"].items() if name.startswith(split))
+              for split in ("train", "val")}
+    print(f"{cfg.output_path}: {meta['documents']:,} documents, {sum(tokens.values()):,} tokens, of which "
+          f"{tokens['val']:,} are held out")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Writes losses-text.json for the text, losses-task-<task>.json, predictions-<task
 task, and results_<date>.json for the suite, into the folder `eval` of the checkpoint. Existing results of the same
 weights, data and settings are kept.
 """
-import common.interrupts
+import common.startup
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ from common.provenance import DEFAULT_TEMPLATE, TemplateName, last_template, rea
 from common.stop_request import StopRequest
 from common.writing import check_writable, sole_use
 from corpus.prompts import open_template
-from corpus.tasks import first_items, read_task
+from corpus.tasks import first_items, lacking_source, read_task
 from evaluation.evaluate_config import EvaluateConfig
 from evaluation.losses import LossSet, evaluate_losses, existing_losses, open_loss_sets
 from evaluation.metrics import SARI_VERSION, bertscore
@@ -213,6 +213,7 @@ def open_test_sets(cfg: EvaluateConfig, template: TemplateName, max_length: int)
         items = first_items(read_task(path, source)[0]["test"], cfg.limit)
         if not items:
             problems.append(f"the test set of {path} is empty: make it from a raw folder with a test file")
+        problems += [f"{path}: {problem}" for problem in lacking_source(items, source)] if sari and cfg.decode else []
         for name, length in (("max_target_length", cfg.max_target_length), ("max_new_tokens", decoding.max_new_tokens)):
             if (cfg.decode or name == "max_target_length") and cfg.max_source_length + length > max_length:
                 problems.append(f"max_source_length {cfg.max_source_length} + {name} {length} of {task} is more than "

@@ -10,7 +10,7 @@ Each job is a separate command, which is printed. A job is repeated only if its 
 have changed since, according to the digests in experiment/*.json. An interrupted experiment continues where it stopped.
 Pairs do not depend on each other: two commands with different --pairs and the same --out may run at the same time.
 """
-import common.interrupts
+import common.startup
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.scripts import run
 from common.writing import check_writable, write_text
-from corpus.shards import WINDOW_TOKENS
+from corpus.shards import WINDOW_TOKENS, ShardDataset
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.chain import PAIR
@@ -93,9 +93,11 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
                         f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
                         "evaluate_args")
     window = evaluated.text_length or min(WINDOW_TOKENS, limit)
-    if cfg.text and Path(cfg.text).is_dir() and evaluated.text_tokens < window:
-        raise UserError(f"text_tokens in evaluate_args is {evaluated.text_tokens}, less than a window of {window} "
-                        "tokens: raise it, or lower text_length")
+    if cfg.text and Path(cfg.text).is_dir():
+        if evaluated.text_tokens < window:
+            raise UserError(f"text_tokens in evaluate_args is {evaluated.text_tokens}, less than a window of {window} "
+                            "tokens: raise it, or lower text_length")
+        ShardDataset(cfg.text, "val", window)  # raises UserError without a whole window
     if cfg.suite and any(job.script == "evaluate.py" for job in to_do):
         from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
         for benchmark in read_suite(cfg.suite, cfg.suite_files):

@@ -9,7 +9,7 @@ Writes report.md, report.html (one file, with the figures in it), the figures as
 the results of all stages. From this table the same answer comes without the runs; what takes single items or logs is
 then left out. The rows of several tables can be put into one file.
 """
-import common.interrupts
+import common.startup
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace

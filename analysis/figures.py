@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -26,13 +26,13 @@ LINES: list[dict[str, Any]] = [{"color": color, "ls": style, "marker": marker, "
 FONT = 8.0  # size of all text but the legend, in points
 PAGE = 10.0  # width of a figure, unless a single panel is wider
 
-# Decorator of functions that plot: applies the style and restores the caller's matplotlib settings. Without parse_math
-# a "$" in a name is a dollar sign.
-styled = matplotlib.rc_context({
+# Decorator of functions that plot: applies the style, whatever the user's matplotlibrc says, and restores the caller's
+# settings. Without parse_math a "$" in a name is a dollar sign.
+styled = matplotlib.style.context(["default", {
     "font.size": 9, "axes.titlesize": FONT, "axes.titlelocation": "left", "axes.labelsize": FONT,
     "xtick.labelsize": FONT, "ytick.labelsize": FONT, "figure.labelsize": FONT, "text.parse_math": False,
     "axes.formatter.useoffset": False, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3,
-    "svg.hashsalt": "report"})
+    "svg.hashsalt": "report"}])
 
 
 def model_styles(names: Iterable[str], styles: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 TASK_KEYS: dict[str, type] = {"folder": str, "source": str, "decoding": dict, "target": str, "measure": str,
                               "sari": bool, "test_prompt": list, "hub": dict, "prompts": dict}
+TASK_METRICS = "bleu", "rouge1", "rouge2", "rougeL", "sari", "sari_hf", "bertscore"
 REQUIRED_TASK_KEYS = ["folder", "source", "decoding"]
 PHASES = "base", "stack", "llm"  # of pretraining: tables in the file of a size
 SIZE_TABLES = "hub", "model", "growth", "pretraining", *PHASES, "study", "finetune"
@@ -71,6 +72,10 @@ def check_task(path: Path, tables: Mapping[str, object]) -> None:
     problems += [f"unknown key {key!r}" for key in tables if key not in TASK_KEYS]
     problems += [f"{key} is {value!r:.80}, expected {'a table' if TASK_KEYS[key] is dict else TASK_KEYS[key].__name__}"
                  for key, value in tables.items() if key in TASK_KEYS and not isinstance(value, TASK_KEYS[key])]
+    if (metric := tables.get("measure", "rougeL")) not in TASK_METRICS:
+        problems.append(f"measure is {metric!r:.80}, expected one of {', '.join(TASK_METRICS)}")
+    elif str(metric).startswith("sari") and not tables.get("sari"):
+        problems.append(f"measure is {metric}, which takes sari = true")
     if isinstance(hub := tables.get("hub"), dict):
         problems += [f"[hub] lacks {key}" for key in ("dataset", "splits", "columns") if key not in hub]
     if problems:

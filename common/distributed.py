@@ -61,10 +61,12 @@ class Distributed:
         else:
             self.device = torch.device("cpu")
         launcher_number("MASTER_PORT", None, below=1 << 16)
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError("the environment has RANK, but no MASTER_ADDR: start with torchrun, or unset RANK")
         try:
             torch_dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                           timeout=self.timeout)
-        except torch_dist.DistError as error:
+        except (RuntimeError, ValueError) as error:  # also of an unknown GLOO_SOCKET_IFNAME
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ['MASTER_PORT']}"
             raise UserError(f"cannot meet the other processes at {place} ({str(error).splitlines()[0]:.200}): choose "
                             "another port, or check the address and that all processes were started") from None

@@ -30,7 +30,9 @@ DIGESTS = {"parent_digest": "the initial weights", "data_digest": "the data", "r
 
 def git_commit() -> str | None:
     """The commit of this program, with "-dirty" if files have changed since; None outside a repository of its own."""
-    inside = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # another repository may contain it
+    # another repository may contain it, or be named by the variables of a git hook
+    inside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    inside["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
     try:
         result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
                                 cwd=ROOT, env=inside, capture_output=True, check=True)

@@ -110,6 +110,8 @@ def open_shard(path: Path, tokens: int) -> np.ndarray:
     """A memory-mapped shard. Raises UserError if it is not an array of as many token ids as meta.json says."""
     try:
         shard = np.lib.format.open_memmap(path, mode="r")
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged header may raise errors of the tokenize module, besides ValueError
         raise UserError(f"{path} is damaged or not a NumPy array ({first_line(error):.200}). {RESTORE}") from None
     if shard.dtype.kind != "u" or shard.shape != (tokens,):
@@ -155,7 +157,9 @@ class ShardDataset:
         self.seq_length = seq_length
         self.ends = np.cumsum([max(0, len(shard) - 1) // seq_length for shard in self.shards])
         if not self.ends[-1]:
-            raise UserError(f"{directory}: no {split} shard has the {seq_length + 1} tokens of one sample")
+            most = max(map(len, self.shards))
+            raise UserError(f"{directory}: the shards {split}-*.npy have at most {most:,} tokens, and a sample has "
+                            f"{seq_length + 1:,}: make shards of a longer text, or lower the length of the samples")
         self.size = min(int(self.ends[-1]), limit or int(self.ends[-1]))
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Preprocessed task files (writer and reader), and a task as samples for supervised fine-tuning."""
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ def first_items(items: list[dict], limit: int | None) -> list[dict]:
         of_prompts.setdefault(str((item["src_info"] or {}).get("prompt_name")), []).append(item)
     in_turn = (item for turn in itertools.zip_longest(*of_prompts.values()) for item in turn if item is not None)
     return list(itertools.islice(in_turn, limit))
+
+
+def lacking_source(items: Sequence[Mapping[str, Any]], field: str) -> list[str]:
+    """A list with the sentence on the first item whose src_info has no text in a field; empty if all have one. SARI
+    compares the output with this text."""
+    return [f"item {index} of the test set has no text as {field!r} in src_info, which SARI needs; it has "
+            f"{', '.join(item['src_info']) or 'no fields'}: `source` in the task's file names the field"
+            for index, item in enumerate(items) if not item["src_info"].get(field)][:1]
 
 
 def item_problem(item: Any, source_field: str | None) -> str:

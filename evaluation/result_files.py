@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def write_results(directory: Path, results: dict[str, Any], samples: Mapping[str
     Raises UserError, and writes nothing, if a number is not finite.
     """
     from lm_eval.utils import handle_non_serializable  # lm-eval takes seconds to import
-    date = datetime.datetime.now().isoformat().replace(":", "-")
+    date = date_of_results(directory)
     path = directory / f"results_{date}.json"
     files = {directory / f"samples_{task}_{date}.jsonl": "\n".join(
         finite_json({key: value for key, value in item.items() if key not in ("doc", "arguments", "resps")}, path,
@@ -233,6 +233,19 @@ def write_results(directory: Path, results: dict[str, Any], samples: Mapping[str
     files[path] = finite_json(results, path, handle_non_serializable, indent=2)
     for file, text in files.items():
         write_text(file, text + "\n")
+
+
+def date_of_results(directory: Path) -> str:
+    """The date in the names of new results files: the time in UTC, or, if a file in the directory has a later one, such
+    as in the time of another zone, the next microsecond. Files are therefore named in the order in which they are
+    written, and the last one holds the newest results."""
+    dates = [datetime.datetime.now(datetime.UTC).replace(tzinfo=None)]
+    for path in directory.glob("results_*.json"):
+        date, _, time = path.stem.removeprefix("results_").partition("T")
+        with suppress(ValueError, OverflowError):  # the name of another program's file
+            named = datetime.datetime.fromisoformat(f"{date}T{time.replace('-', ':')}").replace(tzinfo=None)
+            dates.append(named + datetime.timedelta(microseconds=1))
+    return max(dates).isoformat(timespec="microseconds").replace(":", "-")
 
 
 def results_files(folder: Path) -> list[Path]:

@@ -123,8 +123,8 @@ ALLOWED: dict[str, Any] = {
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Reads a description of tensors. Raises UserError for a name that is not ALLOWED, and ValueError for a description
-    that would take much more memory than its length."""
+    """Reads a description of tensors. Raises UserError for a name that is not ALLOWED, and ValueError for an object
+    with a number beyond the length of the description, which would take as much memory as the number says."""
 
     def __init__(self, file: BinaryIO, path: Path):
         start = file.tell()
@@ -176,7 +176,7 @@ def read_bin(path: str | Path) -> dict[str, BinTensor]:
         for key, storage in storages.items():
             if storage.offset is None or storage.offset + storage.numel * storage.dtype.itemsize > size:
                 raise ValueError(f"the values of the storage {key!r:.50} are missing")
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, PermissionError):
         raise
     except Exception as error:  # a damaged pickle or archive raises errors of almost any type
         raise UserError(f"{path} is truncated, damaged or not a file of weights ({first_line(error):.200}): download "
@@ -195,7 +195,7 @@ def read_archive(file: BinaryIO, path: Path) -> tuple[Any, dict[str, Storage]]:
         records = {name.partition("/")[2]: record for name, record in zip(archive.namelist(), archive.infolist())}
         if records["data.pkl"].compress_type != zipfile.ZIP_STORED:
             raise ValueError("its description is compressed")
-        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+        if (order := records.get("byteorder")) and (order.file_size > 16 or archive.read(order) != b"little"):
             raise ValueError("its numbers are not little-endian")
         with archive.open(records["data.pkl"]) as pickled:
             unpickler = TensorUnpickler(pickled, path)  # type: ignore[arg-type]

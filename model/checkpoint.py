@@ -208,7 +208,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Opens a safetensors file for reading. Raises UserError if it is truncated or damaged."""
+    """Opens a safetensors file for reading. Raises UserError if it is truncated or damaged, and OSError if it cannot be
+    read."""
+    with open(path, "rb"):  # safe_open says of a file without permission that it does not exist
+        pass
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

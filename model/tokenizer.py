@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import JSON_NAMES, UserError, digest, first_line, read_json
-from common.writing import write_json
+from common.writing import explain_os_errors, write_json
 from model.config import special_id_problems
 
 # All tokenizer files of a checkpoint directory. They are copied to every checkpoint made from it.
@@ -228,7 +228,8 @@ def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
     """Copies the tokenizer files of one checkpoint directory into another."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(directory) / name)
+            with explain_os_errors(Path(directory) / name):
+                shutil.copyfile(Path(source) / name, Path(directory) / name)
 
 
 def copy_special_ids(source: str | Path, directory: str | Path) -> None:

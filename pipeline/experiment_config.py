@@ -73,8 +73,9 @@ class ExperimentConfig:
         """Contradictions between settings, as sentences."""
         found = [f"{name} names one twice" for name in ("models", "pairs", "controls", "rates", "seeds", "methods")
                  if len(set(getattr(self, name))) < len(getattr(self, name))]
-        found += [f"{model} has no --init_{model}, and --size is missing" for model in self.models
-                  if not self.size and not self.init(model)]
+        found += [f"--size is missing, by which {model} is pretrained" + (
+            f": give it, or --init_{model}" if model in chain.PAIR else "") for model in self.models
+            if not self.size and not self.init(model)]
         if "flops" not in self.controls:
             found.append("controls lacks flops: a loss control trains one of the m0 with equal FLOPs on")
         if "loss" in self.controls and not set(chain.PAIR) <= set(self.models):

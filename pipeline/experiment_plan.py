@@ -2,7 +2,7 @@
 
     python -m pipeline.experiment_plan --runs runs/study --effect 0.05
 """
-import common.interrupts
+import common.startup
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """The table, the verdicts and the figure of a growth study: loss over FLOPs, grown and from scratch."""
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growt
 LABELS = {TRAINED_ON: "base, trained further"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
 # As in the report's figures (MODELS in analysis/figures.py), where scratch is llm.
-COLOURS = dict(zip(dict.fromkeys(["scratch", "stack", "base", "interleave", *DEPTH_OPERATORS]), [*PALETTE, "#777777"]))
+COLOURS = dict(zip(dict.fromkeys(["scratch", "stack", "base", "interleave", *DEPTH_OPERATORS]),
+                   itertools.cycle([*PALETTE, "#777777"])))
 COLOURS[TRAINED_ON] = COLOURS["base"]
 
 

@@ -100,6 +100,10 @@ class Variables:
         found += [f"make {' '.join(goals)} does not use {', '.join(unused)}"] if unused else []
         found += [problem for targets, variable, values, accepted in checks if target in targets
                   for value in values for problem in unknown_name(variable, value, accepted)]
+        if target in ("evaluate", "experiment") and self.suite.endswith(".toml") and not (
+                Path(self.suite).is_file() or self.dry_run):
+            found.append(f"SUITE is {self.suite}, which does not exist: expected a .toml file, or one of "
+                         f"{', '.join(known('eval'))}")
         if target in (*stages, "plan") and self.init and "SIZE" not in self.given and self.preset:
             found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
                          "its recipe, or SIZE= and RUNS=folder for none")

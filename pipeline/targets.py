@@ -5,7 +5,7 @@
 
 Imports no installed package, since `make help` runs it before they are installed.
 """
-import common.interrupts
+import common.startup
 
 import os
 import shlex

@@ -255,7 +255,8 @@ def test_the_differences_in_the_answer_are_those_of_its_table(table, title):
     text = (ROOT / "docs/answer.md").read_text().split(title)[1]
     plain, level = study.contrasts
     rows = table_rows(text)
-    assert rows.pop(1)[:2] == ["the same, m0 at nearly equal held-out loss", written(study.difference(level, PRIMARY, 3))]
+    assert rows.pop(1)[:2] == ["the same, m0 at nearly equal held-out loss",
+                               written(study.difference(level, PRIMARY, 3))]
     assert len(rows) == 4
     for name, *cells in rows:
         found = [study.difference(plain, name.removesuffix(" (primary)"), 3, rate) for rate in (LEARNING, "0.001")]

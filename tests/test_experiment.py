@@ -15,7 +15,9 @@ import report
 from common.files import UserError
 from common.settings import load
 from common.writing import write_json
+from corpus.shards import write_shards
 from model.config import ModelConfig
+from model.tokenizer import Tokenizer
 from pipeline import experiment_jobs
 from pipeline.costs import Pace
 from pipeline.experiment_config import ExperimentConfig
@@ -431,7 +433,7 @@ def test_the_published_experiment(checkpoint, tasks, tmp_path, refusal):
      "is of benchmarks, which run at one of the rates only"),
     (["--size", "7b"], "the primary measure, rise of held-out loss, needs a held-out text: give --text, or another "),
     (["--size", "7b", "--text", "x", "--pairs", "1"], "the m0 of the size 7b is published, so that there is one pair "),
-    ([], "llm has no --init_llm, and --size is missing"),
+    ([], "--size is missing, by which llm is pretrained: give it, or --init_llm"),
     (["--size", "tiny", "--text", "x", "--suite", "smple"], "unknown suite 'smple', expected one of local, paper"),
     (["--size", "tiny", "--text", "x", "--data", "gone"], "gone/simp.json does not exist: make it")])
 def test_invalid_experiments(refusal, tmp_path, flags, said):
@@ -497,6 +499,17 @@ def test_what_would_fail_after_hours_fails_before_the_first_job(checkpoint, task
              *(word.replace("FOLDER", str(tmp_path)).replace("ENCODER", str(checkpoint)) for word in flags)]
     assert said.replace("FOLDER", str(tmp_path)) in refusal((ExperimentConfig, experiment.main), *words)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link", "suite.toml"}
+
+
+def test_a_held_out_text_without_a_window_is_found_before_the_first_job(checkpoint, tasks, tokenizer_dir, tmp_path,
+                                                                         monkeypatch, refusal):
+    monkeypatch.setattr(experiment, "run_command", lambda words: pytest.fail(f"{words} was run"))
+    monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
+    (tmp_path / "text").mkdir()
+    write_shards(tmp_path / "text", [f"{number} words" for number in range(400)], Tokenizer(tokenizer_dir), {})
+    assert "the shards val-*.npy have at most " in refusal(
+        (ExperimentConfig, experiment.main), "--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data",
+        tasks, "--suite", "none", "--text", tmp_path / "text", "--out", tmp_path / "runs")
 
 
 def test_a_failure_is_not_an_incomplete_evaluation(tmp_path, monkeypatch):

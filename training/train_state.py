@@ -79,8 +79,9 @@ class TrainState:
     def progress_line(self, steps: int, result: StepResult, lr: float) -> str:
         """The printed line for the last step added."""
         remaining = format_duration(self.seconds / self.step * (steps - self.step))
+        norm = f"{result.grad_norm:7.3f}" if result.applied else f"{'–':>7}"
         return (f"step {self.step:>{len(str(steps))}}/{steps}  loss {result.loss:7.4f}  lr {lr:.2e}  "
-                f"norm {result.grad_norm:7.3f}  {self.tokens / self.seconds:9,.0f} tokens/s  "
+                f"norm {norm}  {self.tokens / self.seconds:9,.0f} tokens/s  "
                 f"computed {self.computed_tokens / self.tokens:4.0%}  left {remaining}")
 
     def result(self, data: TrainData) -> dict[str, Any]:

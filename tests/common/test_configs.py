@@ -23,6 +23,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("text", "said"), [
     (TASK, "decoding is missing"), ('folder = "mine"\n' + DECODING, "source is missing"),
     (TASK + 'measur = "sari"\n' + DECODING, "unknown key 'measur'"),
+    (TASK + 'measure = "accuracy"\n' + DECODING, "measure is 'accuracy', expected one of bleu, rouge1, rouge2, rougeL, "
+     "sari, sari_hf, bertscore"), (TASK + 'measure = "sari"\n' + DECODING, "measure is sari, which takes sari = true"),
     (TASK.replace('"mine"', "5") + DECODING, "folder is 5, expected str"),
     (TASK + DECODING + "[hub]\ndataset = 'me/mine'\ncolumns = {}\n", "[hub] lacks splits"),
     (TASK + "decoding = 4\n", "decoding is 4, expected a table")])

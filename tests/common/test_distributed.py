@@ -1,7 +1,11 @@
 """Process groups, requests to stop, and the data type of a machine."""
+import contextlib
 import os
+import pty
 import re
 import socket
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from common.distributed import Distributed, free_port
 from common.dtypes import resolve_dtype
 from common.files import UserError
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
 
 COLLECTIVES = """
 import sys, time
@@ -68,9 +72,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2', expected a whole number from 0 to 1"),
     ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
     ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected a whole number from 0 to"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1234"}, "the environment has RANK, but no MASTER_ADDR"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1234", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "gone0"},
+     "cannot meet the other processes at 127.0.0.1:1234"),
 ])
 def test_bad_variables_of_a_launcher_are_refused(monkeypatch, environment, message):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -123,6 +130,27 @@ def test_a_second_signal_ends_the_process_at_once():
     assert (result.returncode, result.stdout) == (128 + 15, "SIGINT\n")
     assert result.stderr.splitlines() == [
         "SIGINT: stopping after this step, or at the end; a second signal ends the run at once", "ended by SIGTERM"]
+
+
+def test_a_lost_terminal_is_a_request_to_stop():
+    """What is printed afterwards is lost, and no error. Under nohup nothing happens."""
+    code = ("import os, signal, sys, time; from common.stop_request import StopRequest\n"
+            "with StopRequest() as request:\n"
+            "    request.defers = True; os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.5)\n"
+            "    print('to nobody', flush=True); os.write(int(sys.argv[1]), str(request.signal).encode())")
+    controller, terminal = pty.openpty()
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code, str(writer)], cwd=ROOT, stdout=terminal, stderr=terminal,
+                               pass_fds=[writer])
+    for end in (terminal, writer):
+        os.close(end)
+    assert os.read(reader, 99) == b"SIGHUP"
+    assert process.wait(60) == 0
+    os.set_blocking(controller, False)
+    with contextlib.suppress(OSError):
+        assert b"to nobody" not in os.read(controller, 999)
+    ignored = subprocess.run(["nohup", sys.executable, "-c", code, "1"], cwd=ROOT, capture_output=True, check=True)
+    assert ignored.stdout == b"to nobody\nNone"
 
 
 def test_a_signal_ends_a_process_that_has_nothing_to_save():

@@ -6,7 +6,7 @@ import sys
 from tests.conftest import ROOT
 
 
-def test_the_commit_is_that_of_the_program_itself(tmp_path):
+def test_the_commit_is_that_of_the_program_itself(tmp_path, monkeypatch):
     """Not that of another repository that contains it, such as one with an unpacked archive."""
     program = tmp_path / "other/program"
     shutil.copytree(ROOT / "common", program / "common")
@@ -23,4 +23,6 @@ def test_the_commit_is_that_of_the_program_itself(tmp_path):
     commit(tmp_path / "other")
     assert run(sys.executable, "-c", code) == "None"
     own = commit(program)
+    assert run(sys.executable, "-c", code) == own
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))  # as in a git hook
     assert run(sys.executable, "-c", code) == own

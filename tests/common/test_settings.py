@@ -11,7 +11,7 @@ from common import configs
 from common.configs import CONFIGS, known, read_config, read_toml
 from common.files import UserError
 from common.scripts import dispatch
-from common.settings import load, setting
+from common.settings import hint, load, setting
 from corpus.raw_tasks import constraint
 from data_prep import HubDataConfig, TaskDataConfig, TextDataConfig
 from model.config import ModelConfig
@@ -93,6 +93,13 @@ def test_values_are_checked_beside_unknown_names():
     assert str(error.value) == (
         "unknown flag '--taks' (did you mean '--task'?); share is 'much', expected a number (in the flags); "
         "beta is 2.0, expected a number at least 0 and below 1")
+
+
+def test_names_of_other_tools_are_understood():
+    names = ["--learning_rate", "--out", "--zero", "--phase"]
+    assert hint("--lr", names) == " (did you mean '--learning_rate'?)"
+    assert hint("output_dir", ["out", "optimizer"]) == " (did you mean 'out'?)"
+    assert hint("--epochs", names) == ""  # not --phase, and this script has no num_train_epochs
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -1,4 +1,5 @@
 """Results files of lm-eval."""
+import datetime
 import json
 import math
 import statistics
@@ -29,6 +30,18 @@ def test_values_of_old_and_new_results():
     assert value == 0.3
     assert math.isnan(error)
     assert metric_value(entry, "pct_stereotype") is None
+
+
+def test_later_results_have_later_names(tmp_path):
+    """Also than those of a clock that was ahead, such as in a zone farther east."""
+    ahead = datetime.datetime.now(datetime.UTC).replace(tzinfo=None) + datetime.timedelta(hours=9)
+    (tmp_path / f"results_{ahead.isoformat().replace(':', '-')}.json").write_text('{"results": {}}')
+    (tmp_path / "results_of-another-program.json").write_text('{"results": {}}')
+    for value in (0.25, 0.5):
+        write_results(tmp_path, {"results": {"a": {"acc,none": value}}}, {})
+    found = [path for path in results_files(tmp_path) if "another" not in path.name]
+    assert [read_results_file(path).content["results"] for path in found] == [
+        {}, {"a": {"acc,none": 0.25}}, {"a": {"acc,none": 0.5}}]
 
 
 def test_items_of_a_group(tmp_path):

@@ -498,6 +498,7 @@ def test_defaults():
 
 @pytest.mark.parametrize(("target", "variables", "said"), [
     ("evaluate", {"SUITE": "nope"}, "unknown SUITE 'nope', expected one of local, paper, sample, none"),
+    ("evaluate", {"SUITE": "my/gone.toml"}, "SUITE is my/gone.toml, which does not exist: expected a .toml file"),
     ("experiment", {"PAIRS": "0"}, "PAIRS is '0', expected at most 9,999 pairs, or seeds divided by commas"),
     ("experiment", {"PAIRS": "1;2"}, "PAIRS is '1;2', expected"), ("experiment", {"PAIRS": "10000"}, "at most 9,999"),
     ("experiment", {"PAIRS": "4 6"}, "PAIRS is '4 6', expected")])
@@ -511,4 +512,5 @@ def test_cleaning_removes_what_is_made_again_in_seconds():
     assert targets.Variables({"DRY_RUN": "0"}).dry_run is False
     printed = make("clean", DRY_RUN="1").stdout.splitlines()
     assert printed[0] == "rm -rf .venv .venv.lock data/prepared .pytest_cache .ruff_cache .mypy_cache"
+    assert make("clean", DRY_RUN="1", VENV="/", CLEANED="/").stdout.splitlines() == printed
     assert printed[1].startswith("find . -name __pycache__")

@@ -442,6 +442,14 @@ def test_two_launchers_form_one_run(train, uninterrupted, tmp_path):
     assert losses(tmp_path / "m1") == pytest.approx(losses(uninterrupted), rel=2e-6)
 
 
+def test_the_line_of_a_skipped_step_has_no_norm():
+    state = TrainState()
+    for norm, shown in ((0.5, "norm   0.500  "), (math.nan, "norm       –  ")):
+        result = StepResult(2.0, norm, 1.0)
+        state.add_step(GlobalBatch([0], [(np.array([1, 2]), 1)], [], False), result, 1.0, 0.0)
+        assert shown in state.progress_line(9, result, 1e-3)
+
+
 def test_the_limit_of_a_loss_spike_by_hand():
     def limit(steps):
         state = TrainState()
