@@ -84,7 +84,7 @@ def prepare_task(cfg: TaskDataConfig) -> None:
 class TextDataConfig:
     """Settings of `data_prep.py text`."""
     source: str = setting("docs", "docs (the installed packages' documentation), a .jsonl file, a .txt file, which "
-                                  "is cut into documents of 10,000 characters, a folder of such files, or a Hub "
+                                  "is cut into documents of about 10,000 characters, a folder of such files, or a Hub "
                                   "dataset's name")
     output_path: str = setting(None, "directory to create", required=True)
     size: str | None = setting(None, "size preset whose vocabulary size the tokenizer gets", names="size")

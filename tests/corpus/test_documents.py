@@ -50,6 +50,14 @@ def test_a_long_text_becomes_many_documents(tmp_path):
         list(read_text_file(tmp_path / "book.txt", "text"))
 
 
+def test_a_text_without_line_ends_becomes_many_documents_as_well(tmp_path):
+    text = " ".join(map(str, range(6000)))
+    (tmp_path / "text8.txt").write_text(text)
+    found = list(read_documents(str(tmp_path / "text8.txt")))
+    assert "".join(found) == text
+    assert [len(one) for one in found] == [10_000, 10_000, len(text) - 20_000]
+
+
 def test_a_folder_gives_the_files_of_its_subfolders(tmp_path):
     folder, elsewhere = tmp_path / "d[1]", tmp_path / "elsewhere"
     for path in (folder / "b.txt/c.txt", folder / "a.jsonl", folder / ".hidden/x.txt", folder / ".x.txt",
