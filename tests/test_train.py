@@ -441,6 +441,7 @@ def test_trains_on_a_file_of_the_original_tool(train, tmp_path):
     (tmp_path / "simp.json").write_text(json.dumps(splits))
     result = train(tmp_path / "run", "--max_steps", "3", data=tmp_path / "simp.json")
     assert "1 samples have no target and are left out: train[8]" in result.stdout
+    assert "note: the learning rate warms up for 4 of 3 steps, and never reaches " in result.stdout
     assert losses(tmp_path / "run")[3, "loss"] < losses(tmp_path / "run")[1, "loss"]
 
 

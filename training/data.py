@@ -82,6 +82,9 @@ def load_data(run: Run, tokenizer: Tokenizer) -> TrainData:
     last = run.first_sample + num_samples(cfg, run.model_config, len(train), run.lineage, run.trained)
     data = TrainData(run, train, evaluation, test, held_out, replay, last)
     run.dist.on_all_ranks(lambda: check_steps(cfg, data.steps))
+    if (steps := cfg.schedule_steps or data.steps) <= cfg.warmup_steps:
+        run.dist.print0(f"note: the learning rate warms up for {cfg.warmup_steps} of {steps} steps, and never reaches "
+                        f"{cfg.learning_rate:g}")
     return data
 
 
