@@ -54,14 +54,15 @@ FAMILIES = {
 }
 
 # What other families need that the decoder lacks, for the error message.
-EXPERTS = "a mixture of experts"
+EXPERTS, PARALLEL = "a mixture of experts", "LayerNorm, and attention and MLP in parallel"
+GEMMA = "GELU, a scaled embedding, norms with a gain of 1 + weight"
 MISSING = {
-    "gemma": "GELU, norms with a gain of 1 + weight, and a scaled embedding",
-    "gemma2": "GELU, norms with a gain of 1 + weight, and logit soft-capping",
-    "gemma3": "GELU, norms with a gain of 1 + weight, and two rotary bases",
-    "gemma3_text": "GELU, norms with a gain of 1 + weight, and two rotary bases",
-    "gpt_neox": "LayerNorm, parallel attention and MLP, and rotation of a part of each head",
-    "gpt2": "LayerNorm and learned positions",
+    "gemma": GEMMA, "gemma2": f"{GEMMA} on both sides, and logit soft-capping",
+    **dict.fromkeys(("gemma3", "gemma3_text"), f"{GEMMA} on both sides, and two rotary bases"),
+    "gpt_neox": PARALLEL, "phi": PARALLEL, "falcon": PARALLEL, "cohere": PARALLEL, "cohere2": PARALLEL,
+    "gpt2": "LayerNorm and learned positions", "opt": "LayerNorm and learned positions",
+    "stablelm": "LayerNorm", "starcoder2": "LayerNorm and an MLP without a gate",
+    "granite": "scaled embeddings, residuals, attention and logits",
     "olmo": "norms without weights",
     "phi3": "fused projections",
     "mixtral": EXPERTS, "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS, "olmoe": EXPERTS, "deepseek_v2": EXPERTS,
