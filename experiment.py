@@ -6,8 +6,9 @@
     python experiment.py … --methods finetune,ewc,vcl:tau=0.5     a chain for each method against forgetting
     python experiment.py … --pairs 1,2,3 --rates 3e-4,1e-3        three pretraining seeds, two learning rates
 
-Each job is a separate command, which is printed. A job is repeated only if its command, its initial weights or its data
-have changed since, according to the digests in experiment/*.json. An interrupted experiment continues where it stopped.
+Each job is a separate command, which is printed. A job is repeated if its command or one of its inputs (checkpoints,
+data, configuration files) has changed, according to the digests in experiment/*.json, or if a file that it made is
+missing. An interrupted experiment continues where it stopped.
 Pairs do not depend on each other: two commands with different --pairs and the same --out may run at the same time.
 """
 import common.startup
@@ -192,8 +193,10 @@ def all_jobs(cfg: ExperimentConfig) -> list[Job]:
 def main(cfg: ExperimentConfig) -> None:
     """Prints the plan, runs the jobs that are missing or changed, and writes the report."""
     jobs, ledger = all_jobs(cfg), Ledger(cfg.out)
-    if cfg.only and not (jobs := [job for job in jobs if str(job.out) == cfg.only]):
-        raise UserError(f"no job of this experiment makes {cfg.only}")
+    if cfg.only and cfg.only not in (made := [str(job.out) for job in jobs]):
+        raise UserError(f"no job of this experiment makes {cfg.only}, expected a directory such as {made[0]}: "
+                        "--dry_run without --only lists them")
+    jobs = [job for job in jobs if cfg.only in (None, str(job.out))]
     pace, to_do = Pace(UTILISATION * machine_speed()), [job for job in jobs if not ledger.unchanged(job)]
     listed = jobs if cfg.only or not cfg.pairs else pair_jobs(cfg, cfg.pairs[0])
     for number, job in enumerate(listed, 1):

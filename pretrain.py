@@ -134,8 +134,8 @@ def level_job(cfg: PretrainConfig, flags: Sequence[object]) -> Job:
                         f"give --seed {used['seed']}")
     rate = used["learning_rate"] * (1 if used["lr_scheduler_type"] == "constant" else used["min_lr_ratio"])
     if not rate:
-        raise UserError(f"{cfg.init} was trained with min_lr_ratio 0, so that its learning rate ended at 0: there "
-                        "is no rate at which to train it on")
+        raise UserError(f"{cfg.init} was trained with min_lr_ratio 0, so that its learning rate ended at 0 "
+                        "and it cannot be trained further: pretrain it with a min_lr_ratio above 0")
     return training_job(cfg, Path(cfg.out) / "m0", flops, [
         "--phase", cfg.phase_of_m0, "--init", cfg.init, "--max_tokens", "none", "--max_flops", 2 * flops,
         "--lr_scheduler_type", "constant", "--learning_rate", rate,

@@ -6,8 +6,8 @@
     python report.py --results report/stages.csv --out again         the table that another report wrote
 
 Writes report.md, report.html (one file, with the figures in it), the figures as PNG and SVG, and stages.csv, a table of
-the results of all stages. From this table the same answer comes without the runs; what takes single items or logs is
-then left out. The rows of several tables can be put into one file.
+the results of all stages. A report made from this table gives the same answer, without what needs single items or logs.
+The rows of several tables can be put into one file.
 """
 import common.startup
 
@@ -54,9 +54,10 @@ class ReportConfig:
     primary: str | None = setting(None, "the measure that answers the question; all others are secondary; none: the "
                                         f"one that experiment.py recorded before the first run, or else {PRIMARY}")
     rate: float | None = setting(None, "learning rate at which models and methods are compared without matching their "
-                                       "learning; none, and of methods without it: their middle one",
-                                 above=0)
-    effect: float = setting(0.05, "difference whose number of pairs the report tells, in units of the measure",
+                                       "learning; none, or not run with a method: the middle one of the method (of two "
+                                       "the smaller)", above=0)
+    effect: float = setting(0.05, "difference for which the report gives the number of pairs needed, in units of the "
+                                  "primary measure",
                             at_least=1e-9)
     constant: bool = setting(False, "count benchmarks in the FG of their categories that have the same value for all "
                                     "models and stages, as in published figures")
@@ -92,8 +93,9 @@ def compared_models(stages: Sequence[Stage], cfg: ReportConfig) -> ModelPair | N
 
 
 def shared_rates(stages: Sequence[Stage], cfg: ReportConfig) -> dict[str, str]:
-    """{method: the learning rate at which it is compared without matching: the middle one of those with benchmarks or
-    generated test sets, if there are such. Raises UserError if no method has the requested one."""
+    """{method: learning rate} at which methods are compared without matching: the requested one if the method has it,
+    otherwise the middle of its rates with benchmarks or decoded test sets, or of all its rates if there are no such
+    ones. Raises UserError if no method has the requested one."""
     methods = {method: rates_of([stage for stage in stages if stage.method_name == method])
                for method in dict.fromkeys(stage.method_name for stage in stages if stage.number)} or {"none": [""]}
     whole = {method: rates_of([stage for stage in stages if stage.method_name == method

@@ -73,7 +73,7 @@ def read_stage(path: Path, number: int, task: str | None) -> Stage:
     wrong = wrong_types(settings, SETTING_TYPES) + wrong_types(run.get("result", {}), RESULT_TYPES)
     if wrong or run and not settings:
         raise UserError(f"{path / RUN} is damaged or was not written by this program: its entry "
-                        f"{[*wrong, 'settings'][0]!r} is not valid")
+                        f"{[*wrong, 'settings'][0]!r} is not valid: restore it, or remove {path}")
     seed, method, owner = settings.get("seed", 0), settings.get("method"), path.parent
     if seeded := re.fullmatch(r"seed-(\d+)", owner.name):
         seed, owner = int(seeded[1]), owner.parent

@@ -115,7 +115,8 @@ def method_title(name: str) -> str:
 
 
 def middle_rate(rates: Sequence[T]) -> T:
-    """The learning rate with which test sets are generated and benchmarks run. rates: ascending."""
+    """The learning rate with which test sets are decoded and benchmarks run: the middle one, of two the smaller. rates:
+    ascending."""
     return rates[(len(rates) - 1) // 2]
 
 

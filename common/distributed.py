@@ -78,8 +78,8 @@ class Distributed:
             torch_dist.destroy_process_group()  # NCCL's may wait for processes that have failed
         if self.world_size > 1 and kind and issubclass(kind, RuntimeError) and re.search(CONNECTION_ERRORS, str(error)):
             raise UserError("lost the connection to another process, which has died or hangs "
-                            f"({str(error).splitlines()[0]:.200}): the same command resumes from the saved state") \
-                from None
+                            f"({str(error).splitlines()[0]:.200}): see its error above, then run the same command "
+                            "again") from None
 
     def all_reduce_sum(self, *values: Any) -> list[float]:
         """The sums of scalars over all ranks."""

@@ -54,9 +54,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The objects in a metrics.jsonl; empty if there is no such file. Raises UserError for an invalid line."""
     lines = read_json_lines(path) if path.exists() else []
     for number, line in enumerate(lines, 1):
-        if type(line.get("step")) is not int or not all(is_number(line.get(name, 0)) or line[name] is None
-                                                        for name in ("loss", "eval_loss", "tokens", "flops")):
-            raise UserError(f"{path}: entry {number}: expected a step, and numbers as losses, tokens and flops")
+        wrong = [name for name in ("loss", "eval_loss", "tokens", "flops")
+                 if not is_number(line.get(name, 0)) and line[name] is not None]
+        if type(line.get("step")) is not int:
+            wrong = ["step"]
+        if wrong:
+            raise UserError(f"{path}, entry {number}: {wrong[0]} is {line.get(wrong[0])!r:.80}, expected a "
+                            f"{'whole ' if wrong[0] == 'step' else ''}number: restore the file, or remove the line")
     return lines
 
 

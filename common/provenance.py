@@ -77,7 +77,8 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
         or task.get("template", DEFAULT_TEMPLATE) not in get_args(TemplateName)] or [
         "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)]
     if problems:
-        raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not valid")
+        raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not "
+                        f"valid: restore it, or remove {directory}")
     return record
 
 
@@ -129,7 +130,7 @@ def differences(record: Mapping[str, Any], recorded: Mapping[str, Any], defaults
     A setting that the earlier one lacks, because it did not exist yet, had its default value.
     """
     found = changed({**defaults, **recorded.get("settings", {})}, record["settings"], OPERATIONAL)
-    return found + [f"{what} differ ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
+    return found + [f"different: {what} ({recorded.get(key)!s:.12} there, {record.get(key)!s:.12} here)"
                     for key, what in DIGESTS.items()
                     if recorded.get(key) != record.get(key)]
 

@@ -1,7 +1,8 @@
 """Settings of the scripts: a frozen dataclass, overridden by TOML files, overridden by flags.
 
 Every script declares its settings as a dataclass whose fields are made by `setting`; `load` makes an instance of it.
-Unknown names, wrong types, values out of range and contradictions are reported together, in one line.
+Unknown names, wrong types and values out of range are reported together, in one line; missing values and contradictions
+follow once names and types are right.
 `--show_settings` prints every resolved value and where it comes from.
 """
 import argparse
@@ -251,7 +252,8 @@ def config_files(argv: Sequence[str]) -> list[str]:
 
 
 def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None = None) -> Any:
-    """An instance of the settings dataclass `cls` from the command line. Raises UserError with all problems.
+    """An instance of the settings dataclass `cls` from the command line. Raises UserError with all problems of names,
+    types and ranges, or, if names and types are right, of ranges, missing values and contradictions.
 
     `--config FILE` may be given several times; later files override earlier ones, and flags override files. If the
     class has a field `size`, the table [phase] of configs/size/<size>.toml comes between files and flags, where

@@ -22,6 +22,7 @@ from typing import Any
 from common.files import UserError, first_line
 
 WRITING = ".writing"  # the end of the names of temporary siblings
+UNCHANGED = "; existing files are unchanged"  # of atomic writes alone: appending and renaming may change files
 
 
 class ExistsError(UserError):
@@ -90,7 +91,8 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file atomically: readers see either the old or the new content."""
     path = named(path)
-    with explain_os_errors(path), temporary_sibling(path, lambda partial: partial.touch(exist_ok=False)) as partial:
+    with explain_os_errors(path, UNCHANGED), \
+            temporary_sibling(path, lambda partial: partial.touch(exist_ok=False)) as partial:
         partial.write_bytes(content)
         sync(partial)
         partial.replace(path)
@@ -111,8 +113,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def explain_os_errors(path: str | Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission or another failure to write into a UserError that names `path`."""
+def explain_os_errors(path: str | Path, note: str = "") -> Iterator[None]:
+    """Turns a full disk, a missing permission or another failure to write into a UserError that names `path` and ends
+    with `note`."""
     reasons = {
         errno.ENOSPC: "the disk is full: free some space and run the same command again",
         errno.EFBIG: "the file is larger than allowed here (see ulimit -f)",
@@ -129,7 +132,7 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         where = f" ({error.filename})" if error.filename and not is_part(error.filename, path) else ""
         reason = reasons.get(error.errno or 0, error.strerror or first_line(error))
         final = re.sub(rf"\.([^/]+)\.[0-9a-f]{{8}}{re.escape(WRITING)}", r"\1", str(path))  # not the temporary sibling
-        raise UserError(f"cannot write {final}{where}: {reason}; existing files are unchanged") from None
+        raise UserError(f"cannot write {final}{where}: {reason}{note}") from None
 
 
 @contextmanager
@@ -199,7 +202,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     path = named(path)
     if os.path.lexists(path):
         raise ExistsError(f"{path} exists already: remove it or choose another name")
-    with explain_os_errors(path), temporary_sibling(path, Path.mkdir) as partial:
+    with explain_os_errors(path, UNCHANGED), temporary_sibling(path, Path.mkdir) as partial:
         yield partial
         try:
             partial.rename(path)

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.files import UserError, first_line, parse_json, walk
+from common.formatting import format_names
 
 VALIDATION_PER_MILLE = 10  # documents per thousand that are held out for validation
 CONVERTED = "refs/convert/parquet"  # the branch of a dataset on the Hub to which its files are converted
@@ -86,9 +87,13 @@ def read_text_file(path: Path, column: str) -> Iterator[str]:
 
 def text_field(value: Any, name: str, where: str) -> str:
     """A field of an object. Raises UserError, which begins with `where`, unless the field is a text."""
-    if not isinstance(value, dict) or not isinstance(text := value.get(name), str):
-        raise UserError(f"{where}: expected an object with a text as {name!r}")
-    return text
+    if isinstance(value, dict) and isinstance(text := value.get(name), str):
+        return text
+    if isinstance(value, dict) and name not in value:
+        found = f"the fields {format_names(list(value))}: data_prep.py text has --text_column for another name"
+    else:
+        found = f"{value!r:.80}: correct or remove it"
+    raise UserError(f"{where}: expected an object with a text as {name!r}, found {found}")
 
 
 @cache

@@ -30,7 +30,8 @@ class PromptTemplate:
     def check_length(self, max_length: int) -> None:
         """Raises UserError if prompts of `max_length` tokens have no room for a source."""
         if (size := len(self.bos) + len(self.tokenizer.encode(self.render("x")))) > max_length:
-            raise UserError(f"max_source_length is {max_length}, but the template alone has {size} tokens: raise it")
+            raise UserError(f"max_source_length is {max_length}, but the template needs {size} tokens with a source of "
+                            "one letter: raise it")
 
     def encode_prompts(self, sources: Sequence[str], max_length: int) -> list[list[int]]:
         """Returns the token ids of the prompt of each source, at most `max_length` of them.

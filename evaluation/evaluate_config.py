@@ -24,8 +24,8 @@ class EvaluateConfig:
                                           "such as m0: a directory or a Hub id")
     suite: str | None = setting(None, "suite of benchmarks: a name in configs/eval, or the path of a .toml file")
     suite_files: str | None = setting(None, "folder of the suite's local files; none: the folder of its .toml file")
-    limit: int | None = setting(None, "use only the first N items of the text, of each task and benchmark, and of each "
-                                      "task of a group", at_least=1)
+    limit: int | None = setting(None, "use only N items: the first of the text and of each benchmark (of each task of "
+                                      "a group), and of each task its prompts in turn", at_least=1)
     text_tokens: int = setting(100_000, "use the text up to this number of tokens", at_least=1)
     text_length: int | None = setting(None, f"maximum number of tokens of a window of the text; none: {WINDOW_TOKENS} "
                                             "for token shards, the model's context for a text file", at_least=1)

@@ -1,9 +1,9 @@
 """Tensors in the files that torch.save writes, such as `pytorch_model.bin`: nothing in them is executed.
 
 Such a file is a zip archive that holds a pickle, which describes the tensors, and their values. (Files of torch before
-1.6 are not archives, and are refused.) `torch.load(weights_only=True)` reads pickles of protocol 2 alone; the published
-growth models were written with protocol 5. This reader takes every protocol. It knows the few functions and types that
-a description of tensors needs, and refuses a file that names any other.
+1.6 are not archives, and are refused.) `torch.load(weights_only=True)` fails on pickles of protocol 4 and later; the
+published growth models were written with protocol 5. This reader takes every protocol. It knows the few functions and
+types that a description of tensors needs, and refuses a file that names any other.
 """
 import math
 import mmap

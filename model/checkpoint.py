@@ -120,7 +120,8 @@ class CheckpointReader:
         return DTYPES[self.stored(name)[0]]
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError with all differences between the tensors and the parameters of a configuration."""
+        """Raises UserError with the differences between the tensors and the parameters of a configuration, as
+        `check_tensors` does, or if a head differs from the embedding that it is tied to."""
         check_tensors({name: self.stored(name) for name in self.files}, config, self.directory)
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if config.tie_word_embeddings and head in self.files and not torch.equal(self[head], self[embedding]):
@@ -166,7 +167,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def check_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, directory: Path) -> None:
-    """Raises UserError with all differences between tensors {name: (dtype, shape)} and a configuration's parameters."""
+    """Raises UserError with the first 20 differences between tensors {name: (dtype, shape)} and the parameters of a
+    configuration, and the number of the others."""
     expected = parameter_shapes(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # it may lie next to the embedding
     problems = [f"{name} is missing" for name in expected if name not in stored]
@@ -200,7 +202,8 @@ def read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path, dict).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()) \
             or not weight_map:
-        raise UserError(f"{path}: expected an object 'weight_map' from tensors to files")
+        raise UserError(f"{path}: expected an object 'weight_map' from tensors to files, found {weight_map!r:.80}: "
+                        "copy the index again")
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise UserError(f"{path} names the file {file!r}, which would leave the directory")

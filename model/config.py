@@ -32,7 +32,7 @@ IGNORED_OPTIONS = {
     "num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "early_stopping",
     "num_return_sequences", "num_beam_groups", "diversity_penalty", "typical_p", "encoder_no_repeat_ngram_size",
     "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "auto_map", "rope_parameters", "attn_implementation",
+    "auto_map", "attn_implementation",
 }
 
 # Options that are accepted only with the value that the decoder implements.
@@ -243,6 +243,7 @@ def config_values(raw: dict) -> dict:
     problems = [f"option {name} = {raw[name]!r:.80} is not implemented (expected {expected!r})"
                 for name, expected in (FIXED_OPTIONS | NEUTRAL_OPTIONS).items() if raw.get(name, expected) != expected]
     known = IGNORED_OPTIONS.union(names, family.options, FIXED_OPTIONS, NEUTRAL_OPTIONS)
+    known |= {"rope_parameters"}  # read by rope_values
     problems += [f"option {name} = {value!r:.80} is not implemented" for name, value in raw.items()
                  if name not in known and not name.startswith("_") and value not in (None, False, [], {})]
     problems += [f"{name} is missing" for name in names[:5] if name not in values]

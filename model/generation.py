@@ -30,13 +30,15 @@ StopCriterion = Callable[[list[int]], bool]  # whether generation ends with thes
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding settings, with the names and meanings of transformers' GenerationConfig."""
+    """Decoding settings, with the names of transformers' GenerationConfig. Some defaults differ (there, top_k is 50),
+    and `seed` is this program's."""
     max_new_tokens: int = setting(64, "maximum number of new tokens", at_least=1)
     num_beams: int = setting(1, "number of beams", at_least=1, at_most=1000)
     length_penalty: float = setting(1.0, "a finished beam's score is its log-likelihood / length ** length_penalty",
                                     at_least=-1, at_most=10)  # far beyond them, scores overflow or pass NEVER
     early_stopping: bool | Literal["never"] = setting(
-        False, "true: stop with num_beams finished beams; never: stop when no better beam is possible")
+        False, "true: stop with num_beams finished beams; false: stop when a better beam is unlikely; never: stop when "
+               "none is possible")
     no_repeat_ngram_size: int = setting(0, "block repeated n-grams of this size; 0: off", at_least=0)
     do_sample: bool = setting(False, "sample instead of taking the most probable token")
     temperature: float = setting(1.0, "divisor of the logits", at_least=1e-3)

@@ -13,7 +13,12 @@ def finite_logits(model: Transformer, hidden: Tensor) -> Tensor:
     logits = model.lm_head(hidden).float()
     lowest, highest = torch.stack(torch.aminmax(logits)).tolist()  # both are NaN if one logit is
     if not math.isfinite(highest - lowest):
-        is_fp32 = model.lm_head.weight.dtype == torch.float32
-        raise UserError(f"the model's logits are not finite (from {lowest} to {highest}): the weights are damaged"
-                        + ("" if is_fp32 else f", or too large for {model.lm_head.weight.dtype}: try fp32"))
+        raise UserError(f"the model's logits are not finite (from {lowest} to {highest}): {why_not_finite(model)}")
     return logits
+
+
+def why_not_finite(model: Transformer) -> str:
+    """Returns what may have caused a value that is not finite, and what to do, as words after a colon."""
+    dtype = model.lm_head.weight.dtype
+    return "the weights are damaged" + (": copy the checkpoint or train it again" if dtype == torch.float32 else
+                                        f", or too large for {dtype}: try --dtype fp32")

@@ -48,9 +48,9 @@ def plan_targets(inputs: Sequence[Ids], targets: Sequence[Ids]) -> tuple[list[np
     """
     if wrong := [index for index, (ids, predicted) in enumerate(zip(inputs, targets))
                  if not 0 < len(predicted) <= len(ids)]:
-        raise UserError(f"request {wrong[0]} has {len(targets[wrong[0]])} tokens to predict from "
-                        f"{len(inputs[wrong[0]])} positions: expected at least one, after a context, and room for all "
-                        "in the model's context")
+        raise UserError(f"request {wrong[0]} has {len(targets[wrong[0]])} target tokens and {len(inputs[wrong[0]])} "
+                        "input tokens: expected 1 to as many targets as inputs; a longer target does not fit into the "
+                        "model's context")
     sequences, places = sort_sequences(inputs)
     by_sequence: list[list[int]] = [[] for _ in sequences]
     for request, place in enumerate(places):
@@ -118,7 +118,7 @@ def log_likelihoods(model: Transformer, pairs: Sequence[Pair], max_tokens: int =
     """Returns log p(continuation | context) of each pair in nats, and whether it is the greedy continuation.
 
     Also returns {"computed", "asked"}: the tokens that the model computed, in passes of `max_tokens` tokens, and the
-    tokens of all pairs. Raises UserError if a logit is not finite.
+    input tokens of all pairs, without sharing. Raises UserError if a logit is not finite.
     """
     inputs = [truncate_left(*pair, model.config.max_position_embeddings) for pair in pairs]
     def score(logits: list[Tensor], row: Tensor, target: Tensor) -> list[Tensor]:

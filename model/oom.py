@@ -14,8 +14,9 @@ OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_ST
 
 
 def available_memory() -> float:
-    """Returns the bytes of memory that programs can still get on this machine; infinity where that is not known. An
-    allocation may succeed beyond that: the system then ends the program that uses the memory."""
+    """Returns the bytes of memory that programs can still get on this machine; infinity where that is not known. Limits
+    of a container or a Slurm job are not counted. An allocation may succeed beyond that: the system then ends the
+    program that uses the memory."""
     with suppress(OSError, ValueError, KeyError):
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024 * int(fields["MemAvailable"].removesuffix("kB"))

@@ -41,5 +41,6 @@ def sample_posterior(mean: torch.Tensor, precision: torch.Tensor, key: object, n
     for low, high, noise in standard_normal(key, name, len(mean), 0, len(mean), mean.device):
         torch.addcdiv(mean[low:high], noise, precision[low:high].sqrt(), out=sample[low:high])
     if not is_finite(sample):
-        raise UserError(f"the posterior of {name} is damaged: a sample of it is not finite")
+        raise UserError(f"the posterior of {name} is damaged, a sample of it is not finite: copy the checkpoint's "
+                        "posterior-*.safetensors or train it again")
     return sample

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import UserError
+from model.logits import why_not_finite
 from model.loglikelihood import Progress, plan_targets, scored_targets
 from model.transformer import Transformer
 
@@ -38,5 +39,5 @@ def sample_losses(model: Transformer, samples: Sequence[Sample], reference: Tran
         for total, values in zip(sums, scores):
             np.add.at(total, requests, values)
     if not np.isfinite(sums).all():
-        raise UserError("the loss is not finite: the weights are damaged")
+        raise UserError(f"a loss is not finite: {why_not_finite(model)}")
     return sums[0], None if reference is None else sums[1]

@@ -40,8 +40,8 @@ class ExperimentConfig:
     seeds: tuple[int, ...] = setting((42,), "seeds of fine-tuning; all but the first have a folder seed-<n>",
                                      required=True, at_least=0)
     rates: tuple[float, ...] = setting((), "learning rates of fine-tuning, each a chain from m0 in a folder rate-<x>; "
-                                           "test sets are generated and benchmarks run with the middle one; none: one "
-                                           "chain with the recipe's rate", above=0, at_most=1e6)
+                                           "test sets are decoded and benchmarks run with the middle one (of two the "
+                                           "smaller); none: one chain with the recipe's rate", above=0, at_most=1e6)
     methods: tuple[str, ...] = setting((), "files in configs/method, each a separate chain from m0; settings of "
                                            "train.py may follow: ewc:ewc_strength=10; none: one chain, by "
                                            "configs/train/finetune.toml")
@@ -127,7 +127,7 @@ class ExperimentConfig:
 
     @property
     def shared_rate(self) -> float | None:
-        """The learning rate with which test sets are generated and benchmarks run; None: all."""
+        """The learning rate with which test sets are decoded and benchmarks run; None: all."""
         return middle_rate(sorted(self.rates)) if self.rates else None
 
 

@@ -122,6 +122,12 @@ def test_the_model_that_is_behind_is_trained_on(tasks, tmp_path, llm, stack, lev
     assert level == f"{last.model}-level"
 
 
+def test_a_directory_that_no_job_makes(tasks, tmp_path):
+    cfg = ExperimentConfig(size="tiny", text="x", data=str(tasks), out=str(tmp_path), order=("simp",), only="m1")
+    with pytest.raises(UserError, match=f"makes m1, expected a directory such as {tmp_path}/llm/m0: --dry_run without"):
+        experiment.main(cfg)
+
+
 def test_m0_is_pretrained_or_from_the_hub(tasks, tmp_path, capsys):
     found = jobs_of(ExperimentConfig(size="tiny", text="some/text", data=str(tasks), out=str(tmp_path),
                                      order=("simp",)))

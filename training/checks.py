@@ -91,7 +91,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
         config = config.with_layers(layer_map)
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
-    check_length(cfg, config, of_data, lineage, trained)
+    check_start(cfg, config, of_data, lineage, trained)
     facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
     earlier = earlier_tasks(cfg, of_data, lineage)
     if cfg.rehearsal:
@@ -123,8 +123,8 @@ def check_source_digests(cfg: TrainConfig, source: Path, fields: Mapping[str, An
     """Raises UserError if this node has other copies of what rank 0 has read, whose record is in `fields`."""
     for name, found in source_digests(cfg, source, fields["lineage"]).items():
         if found != fields["record"].get(name):
-            raise UserError(f"{DIGESTS[name]} of {cfg.init or cfg.data} are not the same on all nodes: copy them there "
-                            "again, or use a shared folder")
+            raise UserError(f"not the same on all nodes: {DIGESTS[name]} of {cfg.init or cfg.data}; copy the files "
+                            "there again, or use a shared folder")
 
 
 def check_compiler() -> None:
@@ -193,9 +193,10 @@ def text_digest(cfg: TrainConfig, name: str, source: Path) -> str:
     return of_text
 
 
-def check_length(cfg: TrainConfig, config: ModelConfig, of_data: str, lineage: dict[str, Any],
-                 trained: Shapes) -> None:
-    """Checks that the run has at least one step, and reports where in its text it starts."""
+def check_start(cfg: TrainConfig, config: ModelConfig, of_data: str, lineage: dict[str, Any],
+                trained: Shapes) -> None:
+    """Raises UserError if max_flops leaves no step, and prints a note if a pretraining run does not continue in the
+    text of its initial checkpoint."""
     if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):
         step = training_flops(cfg.global_batch_size * cfg.seq_length, config, trained)
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "

@@ -126,7 +126,7 @@ class IVON(torch.optim.Optimizer):
         delta, (beta1, beta2) = self.delta(flat, at), self.betas
         if self.sample_params:
             total = hess + delta  # h + δ
-            # Price's theorem: gradient times noise over variance estimates the Hessian's diagonal
+            # Price's theorem: gradient · (sample − mean) / σ² = gradient · noise / σ estimates the Hessian's diagonal
             gap = (total * self.ess).sqrt_().mul_(noise).mul_(gradient).sub_(hess)
             hess.add_(gap, alpha=1 - beta2)
             hess.addcdiv_(gap.square_(), total, value=(1 - beta2) ** 2 / 2)  # keeps h + δ positive

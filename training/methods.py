@@ -1,5 +1,5 @@
-"""Methods against forgetting, as hooks around the step: anchors, distillation, adapters, variational learning. One more
-hook lets pretraining continue with the moments of AdamW.
+"""Methods against forgetting, as hooks around the step: anchors, distillation, adapters, variational learning. The
+class `Continued` uses the same hooks to carry AdamW's moments over to further pretraining.
 
 A method stores its values in dictionaries keyed by the flat tensors that the optimizer updates
 (training/zero_shards.py), so it works unchanged under every ZeRO stage. What the next task needs is written next to
@@ -88,7 +88,7 @@ class Anchored(Method):
     """AdamW with the weights that the run started from as an anchor: L2-SP, WiSE-FT, FAPM and EWC, by the settings.
 
     EWC (Kirkpatrick et al., arXiv 1612.00796) uses one anchor and one Fisher information for all earlier tasks (Schwarz
-    et al., arXiv 1805.06370, with γ = 1). The run's own L2-SP and EWC terms are computed by AnchoredAdamW.
+    et al., arXiv 1805.06370, with γ = 1). AnchoredAdamW computes the L2-SP and EWC terms.
     """
 
     def __init__(self, run: Run, engine: "DeepSpeedEngine", fisher: ParameterFiles | None):
@@ -157,8 +157,8 @@ class Continued(Method):
 
 
 def num_updates(run: Run) -> int:
-    """The updates after which the moments of the checkpoint to train on were saved. Raises UserError if its record does
-    not tell."""
+    """The number of optimizer updates behind the moments of the initial checkpoint. Raises UserError if its record does
+    not have it."""
     if not (updates := run.lineage.get("updates", 0)):
         raise UserError(f"{run.cfg.init} has optimizer moments, but no record ({RUN} or {GROWTH}) that tells after how "
                         "many updates: copy it as well, or remove the moments")

@@ -22,7 +22,8 @@ class TrainConfig:
                                             at_least=1)
     data: str = setting(None, "preprocessed task file, or directory of token shards", required=True)
     out: str = setting(None, "directory of the run", required=True)
-    seed: int = setting(42, "seed of new weights and of the sample order", at_least=0)
+    seed: int = setting(42, "seed of everything random: new weights and adapters, the sample order, rehearsed, "
+                            "replayed and generated samples, IVON's noise", at_least=0)
     # the batch
     global_batch_size: int = setting(32, "samples in a step, over all ranks", at_least=1, at_most=1 << 20)
     max_tokens_per_microbatch: int = setting(4096, "maximum tokens in a micro-batch, with padding; affects speed and "
@@ -64,7 +65,8 @@ class TrainConfig:
     adam_epsilon: float = setting(1e-8, "term added to the root of the second moment", above=0)
     max_grad_norm: float = setting(0.3, "gradient clipping norm; 0: no clipping", at_least=0)
     skip_loss_above: float | None = setting(None, "skip a batch whose loss exceeds this multiple of the mean over the "
-                                                  "last 50 steps", above=0)
+                                                  "last 50 steps that were not skipped (none before 10 steps)",
+                                            above=0)
     # which weights are trained
     train: tuple[str, ...] = setting(("all",), "what is trained, the rest is frozen: all; new_layers, those that the "
                                                "last growth added; lora; or patterns of names such as model.layers.3.*",

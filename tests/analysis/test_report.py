@@ -257,7 +257,7 @@ RESULTS, METRICS, RUN = "llm/m1-simp/eval/results_1.json", "llm/m1-simp/eval/met
      "00000 is not a finite number"),
     (write("llm/m1-simp/eval/predictions-simp.jsonl", '{"scores": 5}'), "predictions-simp.jsonl is damaged"),
     (change("llm/m1-simp/metrics.jsonl", '"tokens": 100}', '"tok'), "metrics.jsonl, line 2 is not JSON"),
-    (change("llm/m1-simp/metrics.jsonl", '"loss": 4.8', '"loss": "low"'), "metrics.jsonl: entry 2: expected"),
+    (change("llm/m1-simp/metrics.jsonl", '"loss": 4.8', '"loss": "low"'), "metrics.jsonl, entry 2: loss is 'low'"),
     (change(RUN, '"seed": 42', '"seed": [42]'), f"{RUN} is damaged or was not written by this program: its entry 's"),
     (write(RUN, '{"commit": "c0ffee"}'), f"{RUN} is damaged or was not written by this program: its entry 'settings"),
     (write("experiment/llm-m1-simp.json", '{"command": [5]}'), "experiment/llm-m1-simp.json is damaged"),

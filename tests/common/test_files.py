@@ -46,8 +46,15 @@ def test_an_existing_directory_is_refused(tmp_path):
 def test_os_errors_become_one_line(tmp_path, number, reason):
     with pytest.raises(UserError, match=f"write here: {reason}"), explain_os_errors("here"):
         raise OSError(number, "x")
-    with pytest.raises(UserError, match="write here: x"), explain_os_errors("here"):
+    with pytest.raises(UserError, match="write here: x$"), explain_os_errors("here"):
         raise OSError(errno.EIO, "x")
+
+
+def test_atomic_writes_say_that_nothing_has_changed(tmp_path):
+    (tmp_path / "file").touch()
+    for write in (lambda path: write_text(path, "x"), lambda path: new_directory(path).__enter__()):
+        with pytest.raises(UserError, match=r"cannot write .*/file/new.*; existing files are unchanged$"):
+            write(tmp_path / "file/new")
 
 
 def test_json(tmp_path):

@@ -18,7 +18,7 @@ from tests.hub_datasets import parquet_of
 DEEP = "[" * 100_000
 BAD_LINES = {
     "null": ('{"text": null}', "expected an object with a text as 'text'"),
-    "no text": ('{"txt": "a"}', "expected an object with a text as 'text'"),
+    "no text": ('{"txt": "a"}', "with a text as 'text', found the fields txt: data_prep.py text has --text_column"),
     "list": ("[1]", "expected an object with a text as 'text'"),
     "number": ('{"text": 5}', "expected an object with a text as 'text'"),
     "not JSON": ("no", "is not JSON"),

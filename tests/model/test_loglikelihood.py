@@ -96,5 +96,5 @@ def test_shares_keep_prefixes_together_and_balance_new_tokens():
 
 
 def test_a_continuation_without_tokens_is_refused():
-    with pytest.raises(UserError, match="expected at least one"):
+    with pytest.raises(UserError, match="has 0 target tokens and 1 input tokens: expected 1"):
         log_likelihoods(random_model(), [([5, 6], [])])

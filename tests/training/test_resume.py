@@ -151,7 +151,7 @@ def test_another_tokenizer_is_refused(train, killed_copy, checkpoint, tmp_path):
     first, second = [token for token, index in vocabulary.items() if index in (300, 301)]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (renamed / "tokenizer.json").write_text(json.dumps(content))
-    assert "the tokenizer files differ (" in error_line(train(out, init=renamed, check=False))
+    assert "different: the tokenizer files (" in error_line(train(out, init=renamed, check=False))
 
 
 def test_a_setting_that_a_record_lacks_had_its_default():
@@ -159,7 +159,7 @@ def test_a_setting_that_a_record_lacks_had_its_default():
     assert differences(record, record | {"settings": {}}, {"tau": 1.0}) == []
     assert differences(record, record | {"settings": {}}, {"tau": 0.5}) == ["tau is 0.5 there and 1.0 here"]
     assert differences(record, record | {"tokenizer_digest": "u"}, {}) == [
-        "the tokenizer files differ (u there, t here)"]
+        "different: the tokenizer files (u there, t here)"]
 
 
 def test_the_saved_state_is_safetensors_with_each_value_once(killed, checkpoint):
@@ -214,7 +214,7 @@ def test_nodes_with_different_checkpoints_are_refused(train, checkpoint, tmp_pat
              "os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')")
     result = train(tmp_path / "m1", init="m0", launcher=2, check=False, patch=patch)
     line, = (line for line in result.stderr.splitlines() if line.startswith("error"))
-    assert "the tokenizer files of m0 are not the same on all nodes: copy them there again, or use a shared" in line
+    assert "not the same on all nodes: the tokenizer files of m0; copy the files there again, or use a shared" in line
     assert "(on rank 1)" in line
 
 
