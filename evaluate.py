@@ -49,7 +49,7 @@ class PreparedEvaluation:
     out: Path
     run: dict[str, Any]  # what all results depend on
     loss_sets: list[LossSet]
-    test_sets: list[TaskTestSet]  # to be generated
+    test_sets: list[TaskTestSet]  # to be decoded
     suite: Any  # a benchmarks.SuiteRun, or None: lm-eval takes seconds to import
 
 
@@ -183,8 +183,8 @@ def results_folder(cfg: EvaluateConfig) -> Path:
     """The folder for the results. Raises UserError for a checkpoint from the Hub without --out."""
     if cfg.out is None and not Path(cfg.checkpoint).is_dir():
         repo_id, _ = split_hub_id(cfg.checkpoint)
-        raise UserError(f"--out is missing: {repo_id} is no directory here, and the results of a checkpoint from the "
-                        "Hub would lie in the Hub's cache")
+        raise UserError(f"--out is missing: {repo_id} is not a directory here, and results next to a downloaded "
+                        "checkpoint would be in the Hub's cache")
     return Path(cfg.out or Path(cfg.checkpoint) / "eval")
 
 

@@ -2,7 +2,7 @@
 
     python experiment.py --size tiny --text data/text/tiny --data data/prepared/sample --out runs/tiny
     python experiment.py … --init_llm DIR --init_stack DIR        your own checkpoints instead of pretrained ones
-    python experiment.py … --order simp,empd,simp --seeds 42,43   a task may come again; each seed is a chain from m0
+    python experiment.py … --order simp,empd,simp --seeds 42,43   a task may be repeated; each seed is a chain from m0
     python experiment.py … --methods finetune,ewc,vcl:tau=0.5     a chain for each method against forgetting
     python experiment.py … --pairs 1,2,3 --rates 3e-4,1e-3        three pretraining seeds, two learning rates
 
@@ -72,7 +72,7 @@ def record_primary(cfg: ExperimentConfig) -> None:
 
 
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
-    """Raises UserError for what some later job or the report would stumble over: packages and files that the settings
+    """Raises UserError for problems that a later job or the report would fail on: packages and files that the settings
     name, the parameters to train, the length of samples, the suite, stages of another order, folders to write to."""
     training = all_train_settings(cfg)
     for settings in training:

@@ -52,8 +52,9 @@ class PretrainConfig:
                                   "growth operator of a model grown from a base", names=MODELS)
     data: str = setting(None, "directory of token shards", required=True)
     out: str = setting(None, "folder of the runs; the last one is m0 in it", required=True)
-    init: str | None = setting(None, "finished m0 of this model, to train further until it is level with another")
-    level_with: str | None = setting(None, "the m0 whose held-out loss --init is trained further to reach")
+    init: str | None = setting(None, "finished m0 of this model, to train further until its held-out loss is that of "
+                                     "--level_with")
+    level_with: str | None = setting(None, "m0 whose held-out loss --init has to reach")
     factors: tuple[int, ...] = setting(FACTORS, "growth factors, one for each growth", at_least=2,
                                        used_if=("model", [name for name in MODELS if name != "llm"]))
     at_tokens: tuple[int, ...] = setting((), "tokens seen at each growth", at_least=1, at_most=10 ** 18,

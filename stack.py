@@ -47,8 +47,8 @@ class GrowConfig:
     init: str = setting(None, "checkpoint of the base: a directory or a Hub id", required=True)
     out: str = setting(None, "directory of the grown checkpoint", required=True)
     operator: str = setting("stack", f"growth operator: {', '.join(OPERATORS)}", names=OPERATORS)
-    factor: float | None = setting(None, "growth factor; 4 if nothing else gives the depth; target_layers allows "
-                                         "smaller growth", at_least=2, at_most=MAX_LAYERS)
+    factor: float | None = setting(None, "growth factor, 4 if no other setting gives the depth; for less than 2 give "
+                                         "target_layers", at_least=2, at_most=MAX_LAYERS)
     target_layers: int | None = setting(None, "number of layers of the grown model, instead of the factor",
                                         at_most=MAX_LAYERS)
     new_layers: int | None = setting(None, "number of layers to add, instead of the factor", at_least=1,
@@ -61,8 +61,8 @@ class GrowConfig:
                                 "each", at_least=0, at_most=100)
     seed: int = setting(42, "seed of the noise", at_least=0)
     moments: Literal["reset", "copied", "zero"] = setting(
-        "reset", "optimizer moments, of those that train.py --carry_moments has written: none, those of the copied "
-                 "layers, or zero in the new layers")
+        "reset", "the base's optimizer moments (train.py --carry_moments): reset: not written; copied: those of the "
+                 "copied layers; zero: zero in the new layers")
 
     @property
     def adds_nothing(self) -> bool:

@@ -96,8 +96,8 @@ def common_places(chains: Iterable[Chain]) -> set[Place]:
 
 
 def drop_unlike(group: Group) -> tuple[Group, list[str]]:
-    """The chains without results under other conditions than those of the start, or of the first stage that has the
-    result; and a sentence for each stage about those left out, with both conditions."""
+    """Drops results measured under other conditions than the first stage that has them, m0 first. Returns the chains,
+    and a sentence for each stage with dropped results, with both conditions."""
     first: dict[tuple[str, str], dict[str, tuple[object, str]]] = {}  # result -> {condition: (value, stage)}
     dropped: dict[tuple[str, str], dict[str, None]] = {}  # (stage, what differs) -> names of results
     places: dict[Key, set[Place]] = {seed: places_of(chain) for seed, chain in group.items()}
@@ -269,7 +269,7 @@ def trained_otherwise(stages: Sequence[Stage], of_methods: bool, unit: str = "pa
     """Sentences on the stages that were fine-tuned with other settings, or on other data, than the first stage of the
     same number. What is not known is taken as equal.
 
-    of_methods: whether the stages are of several methods, which have settings of their own. unit: see pair_name.
+    of_methods: whether the stages are of several methods, which have different settings. unit: see pair_name.
     """
     first: dict[int, tuple[Stage, Conditions]] = {}
     found: dict[tuple[str, str], list[str]] = {}  # (the first stage, what differs) -> stages

@@ -12,12 +12,12 @@ import numpy as np
 
 ALPHA = 0.05  # of two-sided tests; intervals cover 1 - ALPHA
 POWER = 0.8  # probability with which a design finds its smallest detectable difference
-MOST = 10_000  # units beyond which the normal distribution stands for Student's t
+MAX_UNITS = 10_000  # units beyond which the normal distribution stands for Student's t
 
 NORMAL_CDF = np.vectorize(statistics.NormalDist().cdf, otypes=[float])
 
 
-def within(t: float, df: int) -> float:
+def t_probability(t: float, df: int) -> float:
     """A(t|df), the probability that Student's t lies in [-t, t] (26.7.3 for odd, 26.7.4 for even df). t: at least 0.
     df: degrees of freedom, a whole number of at least 1."""
     angle = math.atan(t / math.sqrt(df))
@@ -33,7 +33,7 @@ def within(t: float, df: int) -> float:
 @functools.cache
 def t_quantile(df: int) -> float:
     """The t that |T| exceeds with probability ALPHA, such as 2.571 for 5 degrees of freedom."""
-    return solve(lambda t: within(t, df) - (1 - ALPHA))
+    return solve(lambda t: t_probability(t, df) - (1 - ALPHA))
 
 
 def solve(function: Callable[[float], float]) -> float:
@@ -61,7 +61,7 @@ def power(noncentrality: float, df: int) -> float:
     return float(weights @ found / weights.sum())
 
 
-def chi_squared(x: float, df: int) -> float:
+def chi_squared_cdf(x: float, df: int) -> float:
     """The probability that chi-squared is below x > 0 (1 - Q of 26.4.4 for odd, 26.4.5 for even df)."""
     odd = df % 2
     orders = (place + odd / 2 for place in range(df // 2))
@@ -73,8 +73,8 @@ def chi_squared(x: float, df: int) -> float:
 def spread_factors(count: int) -> tuple[float, float]:
     """The 95% interval of a standard deviation, over that of a normal sample of `count` units."""
     df = count - 1
-    highest = solve(lambda x: chi_squared(x, df) - (1 - ALPHA / 2))
-    return math.sqrt(df / highest), math.sqrt(df / solve(lambda x: chi_squared(x, df) - ALPHA / 2))
+    highest = solve(lambda x: chi_squared_cdf(x, df) - (1 - ALPHA / 2))
+    return math.sqrt(df / highest), math.sqrt(df / solve(lambda x: chi_squared_cdf(x, df) - ALPHA / 2))
 
 
 @functools.cache
@@ -86,12 +86,12 @@ def detectable(count: int) -> float:
 def units_needed(deviation: float, effect: float) -> int:
     """The number of units that a t test needs to find the difference `effect` with the power POWER.
 
-    deviation: the standard deviation between units. A normal approximation beyond MOST units.
+    deviation: the standard deviation between units. A normal approximation beyond MAX_UNITS units.
     """
     normal = statistics.NormalDist()
     quantiles = normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER)
     count = max(2, math.ceil((quantiles * deviation / effect) ** 2))  # never more than Student's t needs
-    while count <= MOST and detectable(count) * deviation > effect:
+    while count <= MAX_UNITS and detectable(count) * deviation > effect:
         count += 1
     return count
 
@@ -134,7 +134,7 @@ class PairedDifference:
         """The two-sided p-value of the one-sample t test."""
         if self.n < 2 or not self.sd:
             return math.nan  # without spread, as for a metric that does not change, there is no test
-        return 1 - within(abs(self.mean) / self.sd * math.sqrt(self.n), self.n - 1)
+        return 1 - t_probability(abs(self.mean) / self.sd * math.sqrt(self.n), self.n - 1)
 
     @property
     def is_significant(self) -> bool:

@@ -191,8 +191,8 @@ class Study:
         for pair in self.pairs:
             for model, other in (self.compared, self.compared[::-1]):
                 if abs(gap := self._start_gap(pair, level(model), other)) > LEVEL_TOLERANCE:
-                    yield (f"{self.name_of(pair)}: {level(model)} is no control at equal held-out loss, since its m0 "
-                           f"differs from that of {other} by {gap:+.3f} nats per token")
+                    yield (f"{self.name_of(pair)}: {level(model)} is not used as the control at equal held-out loss, "
+                           f"since its m0 differs from that of {other} by {gap:+.3f} nats per token")
 
     def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING,
               learning: str = LEARNING) -> Match | None:

@@ -1,7 +1,7 @@
 """The results of stages as a table (CSV), a row for each losses file, benchmark and task of a stage.
 
-A report writes it, and another can be made from it without the runs: with the same answer, since the differences of
-pairs rest on each stage's means, but without what takes single items. The rows of several machines can be put into one
+A report writes the table, and a report can be made from it without the runs: the answer is the same, since it needs
+only the means of each stage; what needs single items is left out. The rows of several machines can be put into one
 file.
 """
 import csv

@@ -327,7 +327,8 @@ def kill_training(cfg, folder):
 
 
 def start_twice(training, resumed, delay):
-    """Starts a run, anew or from a saved state, and again `delay` seconds later: one of the two trains.
+    """Starts a run, from its beginning or from a saved state, and starts it again `delay` seconds later: one of the two
+    trains.
 
     Returns what the other says.
     """

@@ -57,7 +57,7 @@ class Cost:
 
 
 def write_halves(cfg, folder):
-    """Writes the two halves of the training samples as files of their own; returns {"first": path, "later": path}."""
+    """Writes the two halves of the training samples as separate files; returns {"first": path, "later": path}."""
     splits, paths = read_task(cfg.data)[0], {}
     for half, task in enumerate(("first", "later")):
         paths[task] = folder / f"{task}.json"

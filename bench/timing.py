@@ -55,7 +55,7 @@ def serve(connection, make):
 
 
 def take_steps(name, make, batches):
-    """Takes the steps of a variant in a process of its own, which then ends; returns its (seconds, loss) of each."""
+    """Takes the steps of a variant in a new process, which then ends; returns its (seconds, loss) of each."""
     context = torch.multiprocessing.get_context("spawn")
     connection, other_end = context.Pipe()
     process, answers = context.Process(target=serve, args=(other_end, make)), []

@@ -17,8 +17,8 @@ SIZE_TABLES = "hub", "model", "growth", "pretraining", *PHASES, "study", "finetu
 
 
 def below_root(path: str | Path) -> str:
-    """A path in the project's folder, relative to it; any other word or path unchanged. Records hold this form, so that
-    they stay valid when the project is moved."""
+    """Makes a path in the project's folder relative to it, and returns any other text unchanged. Records hold this
+    form, so that they stay valid when the project is moved."""
     return str(path).removeprefix(f"{ROOT}/")
 
 

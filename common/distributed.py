@@ -18,8 +18,8 @@ from common.files import UserError
 CONNECTION_ERRORS = "[Cc]onnection (closed|reset|refused)|[Tt]imed out|timeout|Broken pipe|remote process exited"
 T = TypeVar("T")
 
-# Micro-batches have many sizes, between which segments that can grow leave no gaps. By default torch rounds pinned host
-# memory, such as offloaded weights, up to a power of two.
+# Micro-batches differ in size, which fragments memory; expandable segments avoid that. By default torch rounds pinned
+# host memory, such as offloaded weights, up to a power of two.
 ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1024"
 
 

@@ -105,7 +105,7 @@ SYNONYMS = {"lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "
 
 
 def hint(name: str, known_names: Iterable[str]) -> str:
-    """The words that suggest what an unknown name may have meant; "" if nothing is similar."""
+    """A suggestion of the known name that may have been meant, as words in parentheses, or ""."""
     word, names = name.lstrip("-"), list(known_names)
     dashes = name.removesuffix(word)
     close = [dashes + SYNONYMS[word]] if word in SYNONYMS else []

@@ -1,4 +1,4 @@
-"""Writing files and folders: whole or not at all, and errors in one line.
+"""Atomic writes of files and folders, locks, and errors in one line.
 
 Whatever is written appears atomically under its name: it is made as a uniquely named, locked sibling and then renamed.
 Two processes that write the same path do not disturb each other. A killed process leaves its sibling behind, unlocked;
@@ -186,7 +186,7 @@ def is_part(name: str | Path, path: str | Path) -> bool:
 
 
 def named(path: str | Path) -> Path:
-    """A path to write to. Raises UserError if it has no name of its own, like "/" and ".."."""
+    """A path to write to. Raises UserError if it does not end in a name, like "/" and ".."."""
     if Path(path).name in ("", "..") or "\0" in str(path):
         raise UserError(f"cannot write {str(path)!r}: expected the name of a new file or folder")
     return Path(path)

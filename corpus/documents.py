@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.files import UserError, first_line, parse_json, walk
 from common.formatting import format_names
 
-VALIDATION_PER_MILLE = 10  # documents per thousand that are held out for validation
+HELD_OUT_PER_MILLE = 10  # of a thousand documents
 CONVERTED = "refs/convert/parquet"  # the branch of a dataset on the Hub to which its files are converted
 TEXT_SUFFIXES = ".txt", ".jsonl"
 DOCUMENT_CHARACTERS = 10_000  # a .txt file is cut into documents of about this length
@@ -89,7 +89,7 @@ def text_field(value: Any, name: str, where: str) -> str:
     """A field of an object. Raises UserError, which begins with `where`, unless the field is a text."""
     if isinstance(value, dict) and isinstance(text := value.get(name), str):
         return text
-    if isinstance(value, dict) and name not in value:
+    if isinstance(value, dict) and value and name not in value:
         found = f"the fields {format_names(list(value))}: data_prep.py text has --text_column for another name"
     else:
         found = f"{value!r:.80}: correct or remove it"
@@ -201,5 +201,5 @@ def only_config(name: str) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document belongs to the validation split; depends only on the text."""
-    return zlib.crc32(text.encode("utf-8", "replace")) % 1000 < VALIDATION_PER_MILLE
+    """Whether a document is held out; depends only on the text."""
+    return zlib.crc32(text.encode("utf-8", "replace")) % 1000 < HELD_OUT_PER_MILLE

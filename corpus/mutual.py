@@ -18,7 +18,7 @@ DETOKENIZED = ((" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't"), ("`` 
 
 
 def detokenize(text: str) -> str:
-    """A published text as it would be written."""
+    """Undoes the tokenization of a published text."""
     for old, new in DETOKENIZED:
         text = text.replace(old, new)
     return text

@@ -182,7 +182,8 @@ def read_raw_task(path: str | Path, spec: dict[str, Any]) -> tuple[list[dict], l
         raise UserError(f"{folder} is not a folder: expected the raw files of the task, or a folder {spec['folder']} "
                         "with them")
     if ignored := [path.name for path in json_files(folder) if split_of_file(path) is None]:
-        print(f"{folder}: neither a training nor a test file, and not read: {format_names(ignored)}", file=sys.stderr)
+        print(f"{folder}: not read, since the names say neither train nor test: {format_names(ignored)}",
+              file=sys.stderr)
     train, test = (read_raw_split(folder, split, spec["source"]) for split in ("train", "test"))
     prompts = spec.get("test_prompt", [])
     chosen = [item for item in test if item["src_info"].get("prompt_name") in prompts]

@@ -16,11 +16,11 @@ from common.files import UserError, digest, first_line, parsing, read_json
 from common.formatting import format_names
 from common.provenance import require_same_settings
 from common.writing import write_json
-from corpus.documents import VALIDATION_PER_MILLE, is_held_out
+from corpus.documents import HELD_OUT_PER_MILLE, is_held_out
 from model.tokenizer import Tokenizer
 
-WINDOW_TOKENS = 256  # of a window of text that is evaluated or replayed, unless the model's context is shorter
-BATCH_DOCUMENTS = 50  # that are tokenized together: lists of ids take 100 bytes a token
+WINDOW_TOKENS = 256  # tokens of a window of evaluated or replayed text, unless the model's context is shorter
+BATCH_DOCUMENTS = 50  # documents tokenized together: lists of ids take 100 bytes a token
 SHARD_TOKENS = 1 << 27  # minimum size of every shard but the last
 SHARD_NAME = re.compile(r"(train|val)-\d{5,}\.npy")
 RESTORE = "Restore it, or remove the directory and make it again with data_prep.py text"
@@ -80,8 +80,8 @@ def write_shards(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, s
     for writer in writers.values():
         writer.flush()
     if not all(writer.shards for writer in writers.values()):
-        raise UserError(f"{settings['source']} holds {count} documents, too few to hold out {VALIDATION_PER_MILLE} per "
-                        "thousand for validation")
+        raise UserError(f"{settings['source']} holds {count} documents, too few to hold out {HELD_OUT_PER_MILLE} per "
+                        "thousand")
     meta = {"settings": settings, "documents": count, "vocab_size": tokenizer.vocab_size,
             "shards": writers["train"].shards | writers["val"].shards}
     write_json(folder / "meta.json", meta)

@@ -96,8 +96,8 @@ def read_task(path: str | Path,
 
 
 def first_items(items: list[dict], limit: int | None) -> list[dict]:
-    """The first `limit` items of a test set, or all without a limit: as many of each prompt, in turn, as there are. The
-    prompts of a raw folder follow one another."""
+    """Returns the first `limit` items of a test set, taken from its prompts in turn; all without a limit. A raw folder
+    has the items of one prompt after those of another, so the first ones in its order would have a single prompt."""
     if limit is None:
         return items
     of_prompts: dict[Any, list[dict]] = {}

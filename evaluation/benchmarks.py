@@ -38,7 +38,7 @@ PosteriorSample = tuple[Path, tuple]  # directory of the posterior, and the key 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A suite: what earlier runs of the same have measured, and the tasks of the other benchmarks, loaded."""
+    """A suite, its results from earlier runs with the same inputs, and the loaded tasks of the other benchmarks."""
     suite: list[Benchmark]
     run: dict[str, Any]  # the record of what the results depend on
     posterior_samples: Sequence[PosteriorSample]
@@ -81,7 +81,7 @@ def prepare_suite(suite: list[Benchmark], out: Path, run: dict[str, Any], max_le
 
 
 def value_settings(entry: dict[str, Any]) -> dict[str, Any]:
-    """What the value of a benchmark depends on, of its entry in the record of a run."""
+    """The part of a suite entry in the record of a run that the benchmark's value depends on."""
     return json.loads(json.dumps({name: entry.get(name) for name in (
         "metric", "num_fewshot", "file", "pairs", "by", "where", "options")}))
 

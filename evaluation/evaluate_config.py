@@ -19,7 +19,7 @@ class EvaluateConfig:
                                      ".jsonl file")
     tasks: tuple[str, ...] = setting((), "tasks whose test sets are evaluated (files in configs/task)", names="task")
     data: str | None = setting(None, "folder of the preprocessed task files, <task>.json")
-    decode: bool = setting(True, "generate the test sets of the tasks; false: only the losses of their references")
+    decode: bool = setting(True, "decode the tasks' test items; false: only the losses of their references")
     reference: str | None = setting(None, "checkpoint for the KL divergence from it on the text and the references, "
                                           "such as m0: a directory or a Hub id")
     suite: str | None = setting(None, "suite of benchmarks: a name in configs/eval, or the path of a .toml file")
@@ -32,8 +32,8 @@ class EvaluateConfig:
     max_source_length: int = setting(1024, "maximum number of tokens of a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum number of tokens of a reference, including <eos>", at_least=2)
     template: TemplateName | None = setting(None, "prompts: alpaca, or chat, the tokenizer's chat template, which "
-                                                  "benchmarks use as well; none: plain benchmarks, and for tasks the "
-                                                  "template of the checkpoint's fine-tuning, or alpaca")
+                                                  "benchmarks use as well; not given: no template for benchmarks, for "
+                                                  "tasks that of the last fine-tuning, or alpaca")
     seed: int = setting(42, "seed for decoding of the tasks by sampling, and for posterior samples", at_least=0)
     posterior_samples: int = setting(0, "number of weight samples from the checkpoint's posterior; adds benchmark "
                                      "results with the options' probabilities averaged over them", at_least=0,

@@ -35,7 +35,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "target_delimiter": (str,), "fewshot_delimiter": (str,), "gen_prefix": (str,)}
 
 METRICS = ("acc", "acc_norm", "acc_mutual_info")  # of local files without `pairs`
-NO_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter")
+NOT_SHARES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bleu", "chrf", "ter")
 MAX_NAME_BYTES = 200  # file systems allow 255 for samples_<name>_<date>.jsonl
 
 
@@ -319,7 +319,7 @@ def metric_problems(task: Any, metric: str) -> list[str]:
     name, _, given = metric.partition(",")
     if name not in task.aggregation():
         return [f"{task.task_name} has no metric {metric!r}, expected one of {', '.join(task.aggregation())}"]
-    if name in NO_SHARES:
+    if name in NOT_SHARES:
         return [f"{task.task_name}: {name} is not a share; reports show shares in percent: choose another metric"]
     filters = [one.name for one in getattr(task, "_filters", [])] or ["none"]
     return [] if (given or "none") in filters else [

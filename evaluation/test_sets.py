@@ -1,4 +1,4 @@
-"""Generation of a task's test set, and the metrics of the generated texts."""
+"""Decoding of a task's test items, and the metrics of the generated texts."""
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def existing_results(test_set: TaskTestSet, out: Path, run: dict[str, Any]) -> d
 
 
 def evaluate_test_set(test_set: TaskTestSet, model: ParallelModel, out: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Generates a test set and writes its predictions and metrics to `out`, unless results of the same run exist.
+    """Decodes a test set and writes its predictions and metrics to `out`, unless results of the same run exist.
 
     Returns the content of the metrics file.
     """

@@ -78,7 +78,7 @@ def within_window(mask: Tensor, window: int | None) -> Tensor:
 
 
 def window_masks(mask: Tensor, config: ModelConfig, dtype: torch.dtype) -> dict[int | None, Tensor]:
-    """Returns the masks for `attention`, by the window of a layer, of the boolean mask [B, T, S]."""
+    """Returns {window: mask for `attention`} of a boolean mask [B, T, S], for all windows of the model's layers."""
     return {window: additive_mask(within_window(mask, window), config.group_size, dtype) for window in config.windows}
 
 
@@ -86,7 +86,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value -> a
 
 
 def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dict[int | None, Attend]:
-    """Returns causal attention of the last T of S tokens by the window of a layer, for device and dtype of a weight."""
+    """Returns {window: causal attention of the last T of S tokens} for all windows of the model's layers. `weight`
+    gives device and dtype."""
     def within(window: int | None) -> Attend:
         if window and window < S:
             mask = within_window(torch.ones(1, T, S, dtype=torch.bool, device=weight.device).tril_(S - T), window)

@@ -26,7 +26,8 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat
 
 
 class Sealed:
-    """Something that a pickle may make and not change: BUILD, which sets attributes, calls __setstate__."""
+    """Base of the objects that a pickle may create. The opcode BUILD sets attributes by __setstate__, which is
+    refused."""
 
     def __setstate__(self, state: Any) -> NoReturn:
         raise ValueError("the description changes an object")
@@ -209,7 +210,8 @@ def read_archive(file: BinaryIO, path: Path) -> tuple[Any, dict[str, Storage]]:
 
 
 def data_offset(file: BinaryIO, header_offset: int) -> int:
-    """Returns where a record's data begins: after its header, a name and an extra field of the lengths in it."""
+    """Returns the offset of a record's data: after its 30-byte header, which has the lengths of the name and the extra
+    field that follow."""
     file.seek(header_offset)
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     if signature != b"PK\x03\x04":

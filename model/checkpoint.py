@@ -62,7 +62,7 @@ class SafetensorsFile:
 
 
 class BinFile:
-    """A file that torch.save wrote, as a SafetensorsFile."""
+    """A .bin file with the interface of SafetensorsFile."""
 
     def __init__(self, path: Path):
         self.path, self.tensors = path, read_bin(path)

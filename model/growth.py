@@ -1,8 +1,8 @@
 """Growth in depth: operators, layer maps, and the weights of the grown model.
 
 A layer map lists, for each layer of the grown model, the layer of the base that it copies. An operator is a pure
-function operator(depth, target) that returns the layer map from `depth` to `target` layers, which are more, and raises
-UserError if it cannot make that many. To add one, write the function and list it in OPERATORS.
+function operator(depth, target) that returns the layer map from `depth` layers to a larger number `target`, and raises
+UserError if it cannot make that number. To add one, write the function and list it in OPERATORS.
 """
 import functools
 import math
@@ -89,11 +89,11 @@ def lidas(depth: int, target: int) -> list[int]:
 
 
 def block_size(depth: int, target: int, operator: str) -> int:
-    """Returns the layers that one stage of growth adds: a block, of which the base is a whole number."""
+    """Returns the size of the block that one stage of growth adds. It has to divide the depth of the base."""
     size = target - depth
     if size < 1 or depth % size:
-        raise UserError(f"{operator} adds a block of which {depth} layers are a whole number, and cannot make "
-                        f"{target}: choose {depth} plus a divisor of {depth}")
+        raise UserError(f"{operator} adds one block, whose size must divide the {depth} layers of the base, and cannot "
+                        f"make {target}: choose {depth} plus a divisor of {depth}")
     return size
 
 

@@ -61,7 +61,7 @@ def fetch_checkpoint(source: str | Path) -> Path:
 
 
 def split_hub_id(source: str | Path) -> tuple[str, str | None]:
-    """The repository of a Hub id, and the revision if it names one. Raises UserError if it is no Hub id."""
+    """The repository of a Hub id, and the revision if it names one. Raises UserError if it is not a Hub id."""
     found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if not found or Path(source).exists():
         raise UserError(f"{source} is neither a checkpoint directory nor a Hub id (owner/name or owner/name@revision)")
@@ -88,7 +88,7 @@ def download(source: str | Path) -> Path:
 
 
 def source_config(source: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint, a directory or a Hub id, whose weights are not downloaded."""
+    """Returns the configuration of a directory or a Hub id, without downloading the weights."""
     if Path(source).exists():
         return ModelConfig.read(fetch_checkpoint(source) / "config.json")
     from huggingface_hub import hf_hub_download
@@ -114,7 +114,7 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
                         "INIT or --init, or log in with `hf auth login`") from None
     except Exception as error:  # of huggingface_hub, its HTTP library or the system
         raise UserError(f"{repo_id} is not a directory here and cannot be downloaded from the Hub: "
-                        f"{first_line(error)}. After a lost connection the same command goes on") from None
+                        f"{first_line(error)}. After a lost connection the same command resumes the download") from None
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.float32,
@@ -137,7 +137,7 @@ class HubConfig:
                           required=True)
     out: str = setting(None, "new checkpoint directory", required=True)
     dtype: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "of its weights; auto: bf16 on hardware that trains in it, otherwise that of the source")
+        "auto", "dtype of the weights; auto: bf16 if the hardware multiplies bf16 matrices, otherwise the source's")
 
 
 def main(cfg: HubConfig) -> None:
@@ -187,7 +187,7 @@ def copy_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
 
 
 def print_cache(source: str, directory: Path) -> None:
-    """Prints where a downloaded checkpoint lies that is not needed any more, and its size."""
+    """Prints the path and the size of the download of a checkpoint, which is not needed any more."""
     if not Path(source).is_dir():
         cache = next(parent for parent in directory.parents if parent.name.startswith("models--"))
         size = sum(path.stat().st_size for path in (cache / "blobs").glob("*"))

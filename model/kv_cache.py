@@ -13,7 +13,7 @@ from model.attention import Attend, attention, window_masks
 from model.prefix_packing import Segment, packed_passes, sort_sequences
 from model.transformer import Transformer
 
-PREFILL_TOKENS = 4096  # of a pass over the prompts
+PREFILL_TOKENS = 4096  # tokens of a pass over the prompts
 
 
 class KVCache:

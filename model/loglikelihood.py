@@ -23,7 +23,8 @@ Progress = Callable[[int], object]  # called with the number of requests that we
 
 
 def truncate_left(context: list[int], continuation: list[int], max_length: int) -> list[int]:
-    """Returns the input ids of a pair: all but the last of the last max_length + 1 tokens, as lm-eval's own backend."""
+    """Returns the input ids of a pair: its last max_length + 1 tokens without the last one, which is only a target (as
+    in lm-eval)."""
     return (context + continuation)[-(max_length + 1):][:-1]
 
 

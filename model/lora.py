@@ -30,7 +30,8 @@ A, B = "lora_A", "lora_B"
 
 @dataclass(frozen=True)
 class LoRA:
-    """The adapters of a model: their rank, their scale times the rank, and the linear layers that have one."""
+    """The adapters of a model: rank; alpha, as the update is scaled by alpha / rank; targets, the linear layers that
+    have an adapter."""
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS

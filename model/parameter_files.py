@@ -93,7 +93,7 @@ def parameter_file_name(name: str, rank: int, world_size: int) -> str:
 
 def open_side_files(source: str | Path, name: str, config: ModelConfig) -> ParameterFiles | None:
     """Opens the side files of a checkpoint that have one of the names in SIDE_FILES, and checks their sizes. Returns
-    None without files; without a name, too.
+    None if there are none, or if `name` is empty.
 
     Raises UserError if some are missing, or if they are those of another model.
     """

@@ -22,8 +22,8 @@ from model.transformer import Transformer
 
 
 def group_tokens(device: str) -> int:
-    """Returns the tokens of segments under one path that attend in one call on a device of this type: the more, the
-    fewer calls, which cost more on GPUs, and the more masked scores."""
+    """Returns how many tokens of segments under one path attend in one call on a device of this type. More tokens mean
+    fewer calls, which are expensive on GPUs, but more masked scores."""
     return 128 if device == "cpu" else 1024
 
 

@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 # transformers writes `bos_token_id` 1 into the config.json of models whose tokenizer has none.
 GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 
-# How an entry of added_tokens_decoder says that a token is matched.
+# Fields of an entry of added_tokens_decoder: how the token is matched.
 TOKEN_OPTIONS = "single_word", "lstrip", "rstrip", "normalized", "special"
 
 # The trainer cuts longer words: its time is quadratic in the length of a word.

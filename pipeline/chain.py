@@ -11,14 +11,14 @@ from common.files import UserError
 from pipeline.jobs import optional_flags
 
 ORDER = "simp", "empd", "inqqg", "exp", "hgen"
-SAMPLE_ORDER = ORDER[:3]  # the tasks of an experiment, unless others are given
+EXPERIMENT_ORDER = ORDER[:3]  # the tasks of an experiment, unless others are given
 PAIR = "llm", "stack"  # the models that are compared, and that are published
 # What m0 may be: from scratch, the shallow base trained further, or grown by an operator (model/growth.py).
 MODELS = "llm", "base", "stack", "interleave", "middle", "solar"
 
 
-# STAGE_SETTINGS of train.py identify a stage. A method may set none of them, nor the text that is replayed, which is an
-# input of the stage, nor flags that are not settings.
+# STAGE_SETTINGS of train.py identify a stage. A method may not set them, nor the replayed text (an input of the stage),
+# nor flags that are not settings.
 STAGE_SETTINGS = {"task", "size", "phase", "init", "data", "out", "seed", "method", "local_rank"}
 NOT_OF_METHODS = STAGE_SETTINGS | {"replay_text", "config", "help", "show_settings"}
 
@@ -64,7 +64,7 @@ def method_flags(method: str) -> list[str]:
 
 
 def method_settings(method: str) -> set[str]:
-    """The names of the settings that a method with settings has."""
+    """The names of the settings that a method such as ewc:ewc_strength=10 sets."""
     name, *settings = method.split(":")
     return {*read_config("method", name), *(setting.partition("=")[0] for setting in settings)}
 

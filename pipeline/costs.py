@@ -36,7 +36,7 @@ class EvaluationWork:
 
     data: the folder of the preprocessed task files. files: the local files of the suite; what lm-eval downloads is not
     counted. limit: the number of items of each task and file; None: all. text_tokens: of the held-out text. models: how
-    many compute the losses, two for a divergence. decodes: whether test sets are generated.
+    many compute the losses, two for a divergence. decodes: whether test sets are decoded.
     """
     data: Path
     tasks: Iterable[str]

@@ -35,7 +35,7 @@ class ExperimentConfig:
     controls: tuple[str, ...] = setting(("flops",), "what is equal between the m0 of llm and stack: flops; loss (the "
                                                     "worse one is also trained further until it is level)",
                                         required=True, names=("flops", "loss"))
-    order: tuple[str, ...] = setting(chain.SAMPLE_ORDER, "tasks in the order of the stages; one may come again",
+    order: tuple[str, ...] = setting(chain.EXPERIMENT_ORDER, "tasks in the order of the stages; a task may be repeated",
                                      required=True, names="task")
     seeds: tuple[int, ...] = setting((42,), "seeds of fine-tuning; all but the first have a folder seed-<n>",
                                      required=True, at_least=0)
@@ -66,18 +66,19 @@ class ExperimentConfig:
     stage_args: tuple[str, ...] = setting((), "flags for the fine-tuning of each stage, after train_args; in a file a "
                                               "list of texts")
     evaluate_args: str = setting("", "flags for every evaluation, such as '--limit 150'")
-    posterior_samples: int = setting(4, "weight samples for also evaluating stages trained with IVON", at_least=0)
+    posterior_samples: int = setting(4, "weight samples with which stages trained with IVON are evaluated in addition",
+                                     at_least=0)
     dry_run: bool = setting(False, "print the plan and run nothing")
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
-        found = [f"{name} names one twice" for name in ("models", "pairs", "controls", "rates", "seeds", "methods")
+        found = [f"{name} has a value twice" for name in ("models", "pairs", "controls", "rates", "seeds", "methods")
                  if len(set(getattr(self, name))) < len(getattr(self, name))]
         found += [f"--size is missing, by which {model} is pretrained" + (
             f": give it, or --init_{model}" if model in chain.PAIR else "") for model in self.models
             if not self.size and not self.init(model)]
         if "flops" not in self.controls:
-            found.append("controls lacks flops: a loss control trains one of the m0 with equal FLOPs on")
+            found.append("controls lacks flops: the loss control trains one of these m0 further; give flops,loss")
         if "loss" in self.controls and not set(chain.PAIR) <= set(self.models):
             found.append(f"controls has loss, which needs the models {' and '.join(chain.PAIR)}")
         if (self.pairs or "loss" in self.controls) and (self.init_llm or self.init_stack):

@@ -115,8 +115,8 @@ def m0_job(cfg: ExperimentConfig, arm: Arm) -> Job:
 def evaluation_job(cfg: ExperimentConfig, arm: Arm, checkpoint: str | Path, m0: str | Path | None = None,
                    sampled: Sequence[object] = (), whole: bool = True) -> Job:
     """The evaluation of a checkpoint: held-out text, references of all tasks of the order, and if `whole` also the
-    generated test sets and the suite, if there is one. m0: what a stage's KL divergence is measured from; None: the
-    checkpoint is m0."""
+    decoding of the test sets and the suite, if there is one. m0: what a stage's KL divergence is measured from; None:
+    the checkpoint is m0."""
     tasks, data = list(dict.fromkeys(cfg.order)), Path(cfg.data)
     out = (Path(checkpoint) if m0 else arm.folder / "m0") / "eval"
     flags: list[object] = [] if whole else ["--decode", "false"]

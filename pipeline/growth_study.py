@@ -63,10 +63,10 @@ class GrowthStudyConfig:
                                at_most=10 ** 18)
     staged: tuple[str, ...] = setting((), "also growth in stages, of " + ", ".join(STAGED_OPERATORS),
                                       names=STAGED_OPERATORS)
-    stages: int = setting(4, "stages of such a growth", at_least=2)
-    alpha: float = setting(1.0, "the steps of stage i of such a growth are in proportion to i^alpha", at_least=0,
+    stages: int = setting(4, "growth in stages: number of stages", at_least=2)
+    alpha: float = setting(1.0, "growth in stages: the steps of stage i are in proportion to i^alpha", at_least=0,
                            at_most=10)
-    moments: tuple[str, ...] = setting(("reset",), "optimizer moments at such a growth: reset, copied from the copied "
+    moments: tuple[str, ...] = setting(("reset",), "growth in stages: optimizer moments: reset, copied from the copied "
                                                    "layers, or zero in the new layers",
                                        names=("reset", "copied", "zero"))
     repeated: tuple[str, ...] = setting(("stack",), "of the grown models, those that all seeds train")

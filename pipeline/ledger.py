@@ -41,7 +41,8 @@ class Ledger:
 
 
 def read_own_json(path: Path, otherwise: str) -> dict:
-    """The object in a JSON file of this program. Raises UserError if it is damaged, with what follows its removal."""
+    """The object in a JSON file of this program. Raises UserError if it is damaged; `otherwise` says what happens after
+    it is removed."""
     try:
         return read_json(path, dict)
     except UserError as error:

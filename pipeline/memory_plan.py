@@ -21,7 +21,7 @@ RUNTIME = {"cpu": 0.34 * GIB, "cuda": 0.6 * GIB}
 # Elements: DeepSpeed's reduce_bucket_size, and its stage3_max_live_parameters and sub_group_size, which are equal.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 FILLED = 0.95  # share of a GPU's memory that a plan may fill: NCCL's buffers and fragmentation take some
-PREFIX_TOKENS = 40  # with which the prompts of a task begin alike, roughly
+PREFIX_TOKENS = 40  # typical length of the common prefix of a task's prompts
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ class MemoryPlan:
         return 4 * trained / shards + (4 * min(trained / shards, LIVE) if self.zero == 3 else 0)
 
     def buffers(self) -> float:
-        """Where gradients are collected to be reduced: under ZeRO 1 and 2 in the dtype of the weights and as fp32, and
-        what several processes own is copied once more; under ZeRO 3 in fp32, which is copied once."""
+        """Bytes of the buckets in which gradients are reduced. Without ZeRO: one in fp32, if there are several
+        processes. ZeRO 1 and 2: one in the dtype of the weights, two if the reduction overlaps on a GPU, one more if
+        there are several processes, and for bf16 weights one in fp32. ZeRO 3: two in fp32."""
         bucket = BUCKET if self.device == "cuda" else min(BUCKET, self.num_trained)
         if self.zero == 0:
             return 4 * min(bucket, self.num_trained) if self.processes > 1 else 0

@@ -24,7 +24,7 @@ OPTIMIZER_BYTES = 3 * 8 + 4 + 2
 class Gpu:
     """What a GPU and its node of eight offer. Rates per second from NVIDIA's data sheets of the GPUs and DGX nodes."""
     flops: float         # dense matrix products in bf16
-    memory_rate: float   # bytes of its own memory, read and written
+    memory_rate: float   # bytes of GPU memory, read and written
     nvlink: float        # bytes that it receives from the other GPUs of its node
     network: float       # bytes that the node receives
     memory: float        # GiB that PyTorch reports, of the 80 or 141 GB in the name

@@ -56,7 +56,7 @@ NPROC   number of processes; with experiment also LAUNCHER: words before the scr
 PAIRS   pairs of models, with experiment: their number (seeds 1, 2, …), or pretraining seeds such as 4,6 or 4,
 RATES   learning rates of fine-tuning, with experiment: 3e-4,1e-3,3e-3
 CONTROLS  flops, or flops,loss: with experiment, also train the worse m0 further until it is level
-SEEDS   seeds, with experiment and growth-study: 42,43,44
+SEEDS   seeds of fine-tuning (experiment) or of pretraining (growth-study): 42,43,44
 METHOD  against forgetting, with settings as in ewc:ewc_strength=10; with experiment one or more, as in finetune,ewc:
         {methods}
 SUITE   benchmarks: {suites}, a .toml file, or none; FILES: folder of their local files
@@ -192,7 +192,7 @@ def experiment_commands(v: Variables) -> list[Command]:
     """Runs the experiment, after making its data."""
     order = split_names(v.get("ORDER"))
     pretrains = not (v.hub or v.get("INIT_LLM") and v.get("INIT_STACK"))
-    return [*data_commands(v, order or chain.SAMPLE_ORDER), *(text_commands(v) if pretrains else []),
+    return [*data_commands(v, order or chain.EXPERIMENT_ORDER), *(text_commands(v) if pretrains else []),
             *suite_commands(v.suite), script_command(
                 v, "experiment.py", size=v.preset, data=v.data, out=v.runs, suite=v.suite,
                 text=v.text if pretrains else v.get("TEXT"), order=",".join(order), init_llm=v.get("INIT_LLM"),

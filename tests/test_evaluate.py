@@ -255,7 +255,7 @@ def test_damaged_results_of_the_same_run(done, refused, suite_file, tmp_path):
 def test_a_checkpoint_from_the_hub_needs_a_folder_for_its_results(refused):
     assert "runs/tiny/llm/m9 is neither a checkpoint directory nor a Hub id" in refused(checkpoint="runs/tiny/llm/m9")
     line = refused(checkpoint="owner/name")
-    assert "--out is missing: owner/name is no directory here, and the results of a checkpoint from the Hub" in line
+    assert "--out is missing: owner/name is not a directory here, and results next to a downloaded checkpoint" in line
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "file", "file/x", "x" * 300])

@@ -63,7 +63,7 @@ def test_growth_that_does_not_divide_evenly():
 
 @pytest.mark.parametrize("operator", ["midas", "lidas"])
 def test_a_block_of_no_layers(operator):
-    with pytest.raises(UserError, match=f"{operator} adds a block of which 4 layers are a whole number, and cannot "):
+    with pytest.raises(UserError, match=f"{operator} adds one block, whose size must divide the 4 layers of the base"):
         OPERATORS[operator](4, 4)
 
 

@@ -66,14 +66,15 @@ def replayed_range(step: int, share: float, batch_size: int) -> range:
     return range(int(step * share * batch_size), int((step + 1) * share * batch_size))
 
 
-def replay_indices(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
+def replay_in_epochs(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
     """Indices of the samples that a step replays, in shuffled epochs."""
     places = replayed_range(step, share, batch_size)
     return sample_indices(seed, size, places.start, places.stop)
 
 
-def draw_indices(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
-    """As `replay_indices`, but with replacement: an order of all windows of a pretraining text would take gigabytes."""
+def replay_with_replacement(seed: int, size: int, step: int, share: float, batch_size: int) -> list[int]:
+    """Indices of the samples that a step replays, drawn with replacement: an order of all windows of a pretraining text
+    would take gigabytes."""
     count = len(replayed_range(step, share, batch_size))
     return np.random.default_rng([seed, step]).integers(size, size=count).tolist()
 

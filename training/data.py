@@ -6,7 +6,7 @@ from common.files import UserError
 from corpus.shards import WINDOW_TOKENS, ShardDataset, check_shards
 from corpus.tasks import SFTDataset, read_task
 from model.tokenizer import Tokenizer
-from training.batches import GlobalBatch, Sample, SampleDataset, draw_indices, replayed_range, sample_indices
+from training.batches import GlobalBatch, Sample, SampleDataset, replay_with_replacement, replayed_range, sample_indices
 from training.rehearsal import rehearsed_items
 from training.run import Run, num_samples
 from training.run_directory import saved_states
@@ -40,7 +40,7 @@ class TrainData:
         """The global batch of a step; the last one may be smaller."""
         cfg, start, stop, size = self.run.cfg, self.position(step), self.position(step + 1), len(self.train)
         indices = sample_indices(cfg.seed, size, start, stop)
-        replayed = [self.replay[index] for index in draw_indices(
+        replayed = [self.replay[index] for index in replay_with_replacement(
             self.run.task_seed, len(self.replay), step, cfg.replay_share, cfg.global_batch_size)] \
             if self.replay else []
         return GlobalBatch(indices, [self.train[index] for index in indices], replayed, stop // size > start // size)

@@ -22,7 +22,7 @@ from model.checkpoint import checkpoint_digest
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import fetch_checkpoint, load_model
 from model.tokenizer import Tokenizer
-from training.batches import Sample, count_tokens, rank_microbatches, replay_indices, to_inputs
+from training.batches import Sample, count_tokens, rank_microbatches, replay_in_epochs, to_inputs
 from training.run import Run
 from training.train_config import TrainConfig
 
@@ -53,8 +53,8 @@ class Distillation:
         cfg, found = self.run.cfg, dict[str, float]()
         if cfg.input_kl:
             found["input_kl"] = self.add_term(engine, samples, cfg.input_kl)
-        if self.texts and (chosen := replay_indices(self.run.task_seed, len(self.texts), step, cfg.self_replay_share,
-                                                    cfg.global_batch_size)):
+        if self.texts and (chosen := replay_in_epochs(self.run.task_seed, len(self.texts), step, cfg.self_replay_share,
+                                                      cfg.global_batch_size)):
             found["self_replay_kl"] = self.add_term(engine, [self.texts[index] for index in chosen],
                                                     cfg.self_replay_kl)
         return found

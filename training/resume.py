@@ -50,8 +50,8 @@ class StateSaver:
         self.run, self.engine, self.saved = run, engine, time.monotonic()
 
     def check(self, state: TrainState, steps: int, save: bool = True) -> None:
-        """Saves the state if it is time, and ends the process if any rank was asked to stop. save: whether there is
-        something to save, which a run that has just started has not."""
+        """Saves the state if it is time, and ends the process if any rank was asked to stop. save: False before the
+        first step, when there is nothing to save."""
         dist = self.run.dist
         elapsed = time.monotonic() - self.saved
         stopping, due = dist.all_reduce_sum(self.run.request.signal is not None,

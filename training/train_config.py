@@ -87,8 +87,9 @@ class TrainConfig:
     replay_share: float = setting(0.0, "windows of replay_text, as a share of the batch", at_least=0, at_most=100)
     self_replay_kl: float = setting(0.0, "weight of KL(m0 || model) on texts that m0, the start of the chain of tasks, "
                                          "generated from <bos>, or the end-of-text token", at_least=0)
-    self_replay_share: float = setting(0.25, "such texts in a step, as a share of the batch", above=0, at_most=100)
-    self_replay_texts: int = setting(256, "such texts that are generated before the first task", at_least=1)
+    self_replay_share: float = setting(0.25, "self-replay: generated texts in a step, as a share of the batch",
+                                       above=0, at_most=100)
+    self_replay_texts: int = setting(256, "self-replay: number of texts generated before the first task", at_least=1)
     input_kl: float = setting(0.0, "weight of KL(m0 || model) on the samples of each step, rehearsed ones included",
                               at_least=0)
     l2_sp_strength: float = setting(0.0, "L2-SP: strength of the penalty, ½ |w − w₀|²", at_least=0)

@@ -125,8 +125,8 @@ def changing_weights(engine: "DeepSpeedEngine") -> Iterator[list[Fragment]]:
 
 
 def wait_for_changes() -> None:
-    """Waits until the GPU of this rank has changed its weights: ZeRO-3 gathers weights on a stream of its own, which
-    does not wait for the stream that has changed them."""
+    """Waits until the GPU of this rank has changed its weights: ZeRO-3 gathers weights on a separate stream, which does
+    not wait for the stream that has changed them."""
     from deepspeed.accelerator import get_accelerator
     get_accelerator().synchronize()
 

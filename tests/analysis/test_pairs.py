@@ -235,8 +235,8 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
     change_items(path, lambda nll, tokens: nll + 0.06 * tokens)  # training on has not reached the loss of stack
     study = study_of(folder)
     assert list(study.difference(control, "rise of held-out loss", 2).of_pairs) == [1, 3]
-    assert ("pair 2: llm-level is no control at equal held-out loss, since its m0 differs from that of stack by +0.060 "
-            "nats per token") in study.all_left_out()
+    assert ("pair 2: llm-level is not used as the control at equal held-out loss, since its m0 differs from that of "
+            "stack by +0.060 nats per token") in study.all_left_out()
     assert study_of(folder).models_of(Contrast("interleave", "llm", equal_loss=True), 1) is None  # level with stack
 
 

@@ -187,7 +187,7 @@ def test_three_of_the_eight_published_test_prompts_of_hgen_are_used(tmp_path, ca
     assert capsys.readouterr().err == ""
     write_prompts(tmp_path, ["constrain_start+make_a_title"], "validation")
     assert [len(items) for items in read_raw_task(tmp_path, read_config("task", "hgen"))] == [6, 6]
-    assert "neither a training nor a test file, and not read: constrain_start+make_a_title.validation.json" in \
+    assert "not read, since the names say neither train nor test: constrain_start+make_a_title.validation.json" in \
         capsys.readouterr().err
     (tmp_path / "constrain_start+make_a_title.validation.json").unlink()
     for name in names[1:]:

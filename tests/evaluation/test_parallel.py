@@ -30,7 +30,7 @@ evaluate.scripts.run((evaluate.EvaluateConfig, evaluate.main), "")
     ("generate", "if os.environ['RANK'] == '1': raise KeyError('a reason')", "KeyError on rank 1: 'a reason'"),
     ("generate", "model.lm_head.weight.data[9, 0] = float('inf')", "the model's logits are not finite (from ")])
 def test_two_processes(function, failure, reason, checkpoint, simp_file, tmp_path):
-    """The losses are measured and written before the test set is generated."""
+    """The losses are measured and written before the test set is decoded."""
     result = run_script("-c", FAILING.format(failure=failure, function=function), "--checkpoint", checkpoint,
                         "--tasks", "simp", "--data", simp_file.parent, "--limit", "4", "--out", tmp_path / "out",
                         launcher=2, check=False)

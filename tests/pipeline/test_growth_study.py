@@ -391,7 +391,7 @@ def test_staged_operators():
         [0, 1, 0, 1], [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 2, 3, 4, 5]]
     assert [OPERATORS["lidas"](depth, depth + 2) for depth in (2, 4, 6)] == [
         [0, 0, 1, 1], [0, 1, 1, 2, 2, 3], [0, 1, 2, 2, 3, 3, 4, 5]]
-    with pytest.raises(UserError, match="midas adds a block of which 6 layers are a whole number, and cannot make 10"):
+    with pytest.raises(UserError, match="midas adds one block, whose size must divide the 6 layers of .* make 10"):
         OPERATORS["midas"](6, 10)
 
 

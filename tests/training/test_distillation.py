@@ -18,7 +18,7 @@ from model.hub import load_model
 from model.loss import FusedLinearLoss
 from model.tokenizer import Tokenizer
 from tests.conftest import error_line, losses, read_metrics, run_script
-from training.batches import count_tokens, draw_indices, replay_indices, sample_indices
+from training.batches import count_tokens, replay_in_epochs, replay_with_replacement, sample_indices
 from training.distillation import Distillation, generate_texts, start_digest
 from training.run import TASK_SEEDS
 from training.train_config import TrainConfig
@@ -73,8 +73,8 @@ def test_steps_equal_a_plain_loop_over_transformers(finished, checkpoint, simp_f
     logged = read_metrics(finished)[0]
     for step in range(4):
         samples = [task[index] for index in sample_indices(42, len(task), 8 * step, 8 * step + 8)]
-        replayed = [windows[index] for index in draw_indices(42, len(windows), step, 0.2, 8)]
-        generated = [texts[index] for index in replay_indices(42, 6, step, 0.3, 8)]
+        replayed = [windows[index] for index in replay_with_replacement(42, len(windows), step, 0.2, 8)]
+        generated = [texts[index] for index in replay_in_epochs(42, 6, step, 0.3, 8)]
         nll = mean_over_targets(models, samples + replayed,
                                 lambda log_p, log_q, ids: -log_p.gather(1, ids[:, None])[:, 0])
         kls = [mean_over_targets(models, group, lambda log_p, log_q, ids: (log_q.exp() * (log_q - log_p)).sum(-1))
@@ -112,14 +112,15 @@ def test_losses_do_not_depend_on_processes_and_zero_stage(train, finished, shard
 
 
 def test_text_is_replayed_at_a_share_below_one_sample():
-    counts = [len(replay_indices(42, 50, step, 0.01, 32)) for step in range(100)]
+    counts = [len(replay_in_epochs(42, 50, step, 0.01, 32)) for step in range(100)]
     assert sum(counts) == 32
     assert set(counts) == {0, 1}
-    seen = [index for step in range(100) for index in replay_indices(42, 50, step, 0.5, 1)]
+    seen = [index for step in range(100) for index in replay_in_epochs(42, 50, step, 0.5, 1)]
     assert len(set(seen)) == 50  # no text is repeated before all were used
-    assert [len(draw_indices(42, 10**15, step, 0.01, 32)) for step in range(100)] == counts  # of a text of any length
-    assert draw_indices(42, 10**15, 3, 0.5, 8) != draw_indices(43, 10**15, 3, 0.5, 8)
-    assert {index for step in range(1000) for index in draw_indices(42, 50, step, 0.5, 1)} == set(range(50))
+    of_long = [len(replay_with_replacement(42, 10**15, step, 0.01, 32)) for step in range(100)]
+    assert of_long == counts
+    assert replay_with_replacement(42, 10**15, 3, 0.5, 8) != replay_with_replacement(43, 10**15, 3, 0.5, 8)
+    assert {index for step in range(1000) for index in replay_with_replacement(42, 50, step, 0.5, 1)} == set(range(50))
 
 
 def test_generated_texts_are_samples_of_the_model(checkpoint):
@@ -224,7 +225,7 @@ def test_each_task_replays_other_windows(train, finished, checkpoint, simp_file,
     train(tmp_path / "plain", "--max_steps", "1", init=finished)
     windows = ShardDataset(shards, "train", WINDOW_TOKENS)
     model = load_model(finished)
-    ids = torch.tensor(windows[draw_indices(42 + TASK_SEEDS, len(windows), 0, 0.2, 8)[0]][0])[None]
+    ids = torch.tensor(windows[replay_with_replacement(42 + TASK_SEEDS, len(windows), 0, 0.2, 8)[0]][0])[None]
     with torch.no_grad():
         nll = -model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).sum().item()
     both, alone = (read_metrics(tmp_path / name)[0][0] for name in ("m2", "plain"))
