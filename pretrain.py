@@ -47,7 +47,7 @@ LEVEL_EVAL_STEPS = 10  # a run that continues to train m0 ends at an evaluation
 @dataclass(frozen=True)
 class PretrainConfig:
     """Settings of pretraining: the recipe, and the schedule of growth in it."""
-    size: str = setting(None, "size preset (a file in configs/size)", required=True, names="size")
+    size: str = setting(None, "size preset (a file in configs/size)", required=True, names="size", overlay=True)
     model: str = setting("stack", "llm: full size from the start; base: the shallow base trained further; or the "
                                   "growth operator of a model grown from a base", names=MODELS)
     data: str = setting(None, "directory of token shards", required=True)

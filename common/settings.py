@@ -30,7 +30,7 @@ def setting(default: Any, help: str, *, required: bool = False, names: str | Col
         help: what `--help` says about the setting.
         required: the setting must be given.
         names: the accepted names, or the folder in configs/ whose TOML files are the accepted names.
-        overlay: the settings in the named TOML file override those of earlier files.
+        overlay: the settings in the named TOML file override those of earlier files; of `size` a table, see `load`.
         replaced_by: settings that take the place of this one if they are set; its flag is refused if a file sets one.
         used_if: another setting and its values with which this one is used; its flag is refused with other values.
         bounds: `at_least`, `above`, `at_most` and `below`, for a number or each number in a list.
@@ -256,9 +256,9 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     types and ranges, or, if names and types are right, of ranges, missing values and contradictions.
 
     `--config FILE` may be given several times; later files override earlier ones, and flags override files. If the
-    class has a field `size`, the table [phase] of configs/size/<size>.toml comes between files and flags, where
-    `phase` is a field or an attribute of the class. After it come the files of fields with `overlay`. The class may
-    have a method `problems()` that returns contradictions between settings, as sentences.
+    class has a field `size` with `overlay`, the table [phase] of configs/size/<size>.toml comes between files and
+    flags, where `phase` is a field or an attribute of the class. After it come the files of other fields with
+    `overlay`. The class may have a method `problems()` that returns contradictions between settings, as sentences.
     """
     found = Resolved(cls)
     given, rest = make_parser(cls, description, prog).parse_known_args(argv)
@@ -274,7 +274,7 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     size, phase = (found.values.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
     if "size" in found.fields and size is not None and (unknown_size := unknown_name("size", size)):
         found.problems += unknown_size
-    elif "size" in found.fields and size is not None and phase is not None:
+    elif "size" in found.fields and found.fields["size"].metadata["overlay"] and size is not None and phase is not None:
         tables = read_config("size", size)
         if phase in tables:
             found.update(tables[phase], f"configs/size/{size}.toml [{phase}]")
@@ -282,7 +282,7 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
             found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
     for name, field in found.fields.items():
         preset = found.values.get(name)
-        if field.metadata["overlay"] and preset in known(field.metadata["names"]):
+        if field.metadata["overlay"] and name != "size" and preset in known(field.metadata["names"]):
             kind = field.metadata["names"]
             found.update(read_config(kind, preset), f"configs/{kind}/{preset}.toml")
     cfg = cls(**found.values)

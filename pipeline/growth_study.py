@@ -53,7 +53,7 @@ OF_STAGES = "stages", "alpha"  # of growth in stages alone
 @dataclass(frozen=True)
 class GrowthStudyConfig:
     """Settings of a growth study."""
-    size: str = setting(None, "size preset (a file in configs/size)", required=True, names="size")
+    size: str = setting(None, "size preset (a file in configs/size)", required=True, names="size", overlay=True)
     data: str = setting(None, "directory of token shards", required=True)
     out: str = setting(None, "folder of the study", required=True)
     operators: tuple[str, ...] = setting(("stack", "interleave", "middle"), "growth operators, of "

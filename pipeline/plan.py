@@ -35,7 +35,7 @@ class PlanConfig:
     size: str | None = setting(None, "size preset (a file in configs/size): the shape of the model, and the recipe",
                                names="size")
     init: str | None = setting(None, "checkpoint with the shape of the model: a directory or a Hub id")
-    recipe: Literal["base", "stack", "llm", "finetune"] = setting("finetune", "table of the size's file to read")
+    phase: Literal["base", "stack", "llm", "finetune"] = setting("finetune", "table of the size's file to read")
     processes: int = setting(1, "processes, one per GPU", at_least=1, at_most=1 << 20)
     zero: Literal[0, 1, 2, 3] | None = setting(None, "ZeRO stage")
     offload: bool | None = setting(None, "keep the optimizer, with ZeRO-3 also the weights, in host memory")
@@ -59,10 +59,10 @@ class PlanConfig:
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
         found = [] if self.size or self.init else ["neither --size nor --init says which model to train"]
-        if self.recipe != "finetune" and not self.size:
-            found.append(f"the recipe {self.recipe} is a table of a size's file: give --size")
-        if self.recipe != "finetune" and self.method:
-            found.append(f"a method is for fine-tuning, and the recipe is {self.recipe}: leave one of them out")
+        if self.phase != "finetune" and not self.size:
+            found.append(f"the phase {self.phase} is a table of a size's file: give --size")
+        if self.phase != "finetune" and self.method:
+            found.append(f"a method is for fine-tuning, and the phase is {self.phase}: leave one of them out")
         return found
 
 
@@ -74,10 +74,10 @@ SLOWER = "rehearsal", "replay_share", "self_replay_kl", "input_kl", "ewc_strengt
 def run_settings(cfg: PlanConfig) -> TrainConfig:
     """The settings with which train.py would make the run, in bf16 if none of them says otherwise. Raises UserError if
     they are not valid."""
-    recipe = "finetune" if cfg.recipe == "finetune" else "pretrain"
+    recipe = "finetune" if cfg.phase == "finetune" else "pretrain"
     flags = ["--config", CONFIGS / f"train/{recipe}.toml", "--data", "x", "--out", "x", "--replay_text", "x"]
-    flags += ["--task", "simp", "--init", "m0"] if cfg.recipe == "finetune" else []
-    flags += ["--size", cfg.size, "--phase", cfg.recipe] if cfg.size else []
+    flags += ["--task", "simp", "--init", "m0"] if cfg.phase == "finetune" else []
+    flags += ["--size", cfg.size, "--phase", cfg.phase] if cfg.size else []
     flags += chain.method_flags(cfg.method) if cfg.method else []
     flags += [word for name in PLANNED if (value := getattr(cfg, name)) is not None for word in (f"--{name}", value)]
     settings = load(TrainConfig, [str(word).lower() if isinstance(word, bool) else str(word) for word in flags])
@@ -90,7 +90,7 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
     assert settings.zero is not None
     config = source_config(cfg.init) if cfg.init else planned_config(cfg)
     config, trained = trained_parameters(config, settings)
-    tunes = cfg.recipe == "finetune"
+    tunes = cfg.phase == "finetune"
     longest = settings.max_source_length + settings.max_target_length if tunes else settings.seq_length
     of_process = math.ceil(settings.global_batch_size / cfg.processes) * longest
     return MemoryPlan(config, cfg.processes, settings.zero, settings.offload, settings.dtype,
@@ -100,7 +100,7 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
 
 
 def planned_config(cfg: PlanConfig) -> ModelConfig:
-    """The configuration of the size's model, for the recipe of the base that of the base; of a size without a table
+    """The configuration of the size's model, in the phase base that of the base; of a size without a table
     [model] that of its published models."""
     table = read_config("size", str(cfg.size))
     if "model" not in table:
@@ -108,7 +108,7 @@ def planned_config(cfg: PlanConfig) -> ModelConfig:
             return source_config(next(iter(table["hub"].values())))
         except UserError as error:
             raise UserError(f"{error}. Or give a directory with the shape of the model as --init, or INIT") from None
-    return size_config(str(cfg.size), base_depth(str(cfg.size)) if cfg.recipe == "base" else None)
+    return size_config(str(cfg.size), base_depth(str(cfg.size)) if cfg.phase == "base" else None)
 
 
 def trained_parameters(config: ModelConfig, cfg: TrainConfig) -> tuple[ModelConfig, Shapes | None]:
@@ -151,7 +151,7 @@ def print_time(plan: MemoryPlan, settings: TrainConfig, cfg: PlanConfig) -> None
     print_values("speed", "tokens/s", 0, *speeds)
     print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
     samples = (settings.max_train_samples or 0) * settings.num_train_epochs
-    spent = flops_before_last_growth(str(cfg.size)) if cfg.recipe == "stack" else 0.0
+    spent = flops_before_last_growth(str(cfg.size)) if cfg.phase == "stack" else 0.0
     of_flops = (settings.max_flops - spent) / plan.config.flops(1) if settings.max_flops else 0
     if total := cfg.tokens or settings.max_tokens or of_flops or samples * cfg.sample_tokens:
         times = dict.fromkeys(format_duration(total / speed) for speed in reversed(speeds))
@@ -170,8 +170,8 @@ def main(cfg: PlanConfig) -> None:
           f"{'' if plan.overlaps else 'not '}overlapped, blocks not compiled")
     if plan.trained is not None:
         print(f"{plan.num_trained:,} parameters are trained: {describe_selection(plan.trained, plan.config)}")
-    phase = "fine-tuning" if cfg.recipe == "finetune" else f"pretraining of {cfg.recipe}"
-    print(f"\n{phase}, samples of {plan.sample_tokens:,} tokens\nmemory of each process")
+    title = "fine-tuning" if cfg.phase == "finetune" else f"pretraining of {cfg.phase}"
+    print(f"\n{title}, samples of {plan.sample_tokens:,} tokens\nmemory of each process")
     other = replace(plan, gradient_checkpointing=not plan.gradient_checkpointing)
     note = f"   {other.activations() / GIB:.2f} with gradient checkpointing {on_or_off[other.gradient_checkpointing]}"
     for name, size in plan.memory().items():

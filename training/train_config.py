@@ -15,7 +15,7 @@ class TrainConfig:
     from the batch size."""
     task: str | None = setting(None, "task to fine-tune on (a file in configs/task); none: pretraining", names="task")
     size: str | None = setting(None, "size preset (a file in configs/size): the shape of new weights, and with --phase "
-                                     "the recipe", names="size")
+                                     "the recipe", names="size", overlay=True)
     phase: Literal["base", "stack", "llm", "finetune"] | None = setting(None, "table of the size's file to read")
     init: str | None = setting(None, "initial checkpoint: a directory or a Hub id; none: new weights")
     num_hidden_layers: int | None = setting(None, "layers of new weights, instead of the size's: a base to grow later",

@@ -125,7 +125,7 @@ def test_values_out_of_range_and_unknown_names(flags, message):
 def test_a_size_table_may_name_a_file_whose_settings_override_it(tmp_path, monkeypatch):
     @dataclass(frozen=True)
     class Sized:
-        size: str | None = setting(None, "size", names="size")
+        size: str | None = setting(None, "size", names="size", overlay=True)
         method: str | None = setting(None, "method", names="method", overlay=True)
         rate: float = setting(0.5, "rate")
         phase: ClassVar = "finetune"
@@ -138,6 +138,13 @@ def test_a_size_table_may_name_a_file_whose_settings_override_it(tmp_path, monke
     assert load(Sized, ["--size", "m", "--rate", "2"]) == Sized("m", "m", 2.0)
     with pytest.raises(UserError, match="unknown flag '--bogus'; unknown size 'x', expected one of m"):
         load(Sized, ["--size", "x", "--bogus"])
+
+    @dataclass(frozen=True)
+    class Named:
+        size: str | None = setting(None, "size", names="size")
+        phase: str = setting("finetune", "phase")
+
+    assert load(Named, ["--size", "m"]) == Named("m")  # without overlay the table is not read
 
 
 def test_a_flag_that_a_file_replaces_is_refused(tmp_path):

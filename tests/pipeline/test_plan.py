@@ -21,7 +21,7 @@ def test_defaults_come_from_the_recipe():
     assert (plan.zero, plan.max_tokens_per_microbatch, plan.gradient_checkpointing) == (0, 99, False)
     assert plan.sample_tokens == 128
     assert plan.prefix_tokens == 40
-    pretraining, _ = read_plan(PlanConfig(size="small", recipe="llm"))
+    pretraining, _ = read_plan(PlanConfig(size="small", phase="llm"))
     assert (pretraining.sample_tokens, pretraining.prefix_tokens) == (256, 0)
 
 
@@ -29,14 +29,14 @@ def test_a_micro_batch_is_at_most_the_samples_of_a_process():
     """256 samples of up to 1,024 + 256 tokens."""
     for processes, tokens in ((8, 8192), (64, 4 * 1280), (100, 3 * 1280), (256, 1280)):
         assert read_plan(PlanConfig(size="7b", processes=processes))[0].max_tokens_per_microbatch == tokens
-    plan, _ = read_plan(PlanConfig(size="7b", recipe="stack", processes=8))
+    plan, _ = read_plan(PlanConfig(size="7b", phase="stack", processes=8))
     assert plan.max_tokens_per_microbatch == read_config("size", "7b")["stack"]["max_tokens_per_microbatch"]
 
 
 def test_the_tokens_of_a_recipe_in_flops(capsys):
     """The FLOPs of a grown model include those of its base."""
-    for recipe, tokens in (("llm", 300e9), ("stack", 300e9 - 18_717_081_600 * flops_of_7b(8) / flops_of_7b(32))):
-        main(PlanConfig(size="7b", recipe=recipe, processes=64))
+    for phase, tokens in (("llm", 300e9), ("stack", 300e9 - 18_717_081_600 * flops_of_7b(8) / flops_of_7b(32))):
+        main(PlanConfig(size="7b", phase=phase, processes=64))
         total, = re.findall(r"^  ([\d,]+) tokens ", capsys.readouterr().out, re.MULTILINE)
         assert float(total.replace(",", "")) == pytest.approx(tokens, rel=1e-5)
 
@@ -73,7 +73,7 @@ def test_a_size_that_does_not_say_when_it_grows(monkeypatch):
     recipe = {name: table for name, table in read_config("size", "tiny").items() if name != "growth"}
     monkeypatch.setattr(pretraining, "read_config", lambda *_: recipe)
     with pytest.raises(UserError, match="the size tiny has no at_tokens in the table \\[growth\\]"):
-        main(PlanConfig(size="tiny", recipe="stack"))
+        main(PlanConfig(size="tiny", phase="stack"))
 
 
 def test_it_suggests_what_to_change(capsys):
@@ -113,7 +113,7 @@ def test_time_is_a_range_of_what_published_runs_reach(capsys):
 
 
 def test_the_recipe_gives_depth_and_dtype():
-    base, recipe = read_plan(PlanConfig(size="7b", recipe="base"))
+    base, recipe = read_plan(PlanConfig(size="7b", phase="base"))
     assert (base.config.num_hidden_layers, recipe.dtype) == (8, "bf16")
     assert read_plan(PlanConfig(size="study"))[0].dtype == "fp32"
     assert read_plan(PlanConfig(size="study", dtype="bf16"))[0].dtype == "bf16"
@@ -139,12 +139,12 @@ def test_a_method_may_have_settings(capsys):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--size", "7b", "--method", "lora:lora_rank=99999"], "lora_rank is 99999, more than the"),
-    (["--size", "7b", "--recipe", "llm", "--method", "ewc"], "a method is for fine-tuning, and the recipe is llm"),
+    (["--size", "7b", "--phase", "llm", "--method", "ewc"], "a method is for fine-tuning, and the phase is llm"),
     (["--init", "runs/tiny/llm/m9"], "runs/tiny/llm/m9 is neither a checkpoint directory nor a Hub id"),
     (["--size", "410m"], "Or give a directory with the shape of the model as --init, or INIT"),
     (["--size", "7b", "--method", "lra"], "unknown method 'lra'"),
     ([], "neither --size nor --init says which model to train"),
-    (["--init", "x", "--recipe", "llm"], "the recipe llm is a table of a size's file: give --size"),
+    (["--init", "x", "--phase", "llm"], "the phase llm is a table of a size's file: give --size"),
     (["--size", "7b", "--processes", "0"], "processes is 0"),
     (["--size", "7b", "--utilisation", "40"], "utilisation is 40.0, expected a number from 0.001 to 1"),
     (["--size", "7b", "--tokens", "1e308"], "tokens is 1e+308, expected a number from 1 to 1e+18"),
