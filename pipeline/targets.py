@@ -166,7 +166,10 @@ def next_commands(v: Variables) -> list[str]:
 
 def finetuning_commands(v: Variables) -> list[Command]:
     """The commands of `make train`, whose ARGS are for train.py."""
-    further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
+    try:
+        further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
+    except UserError as error:
+        raise UserError(f"ARGS: {error}: make sets it, from variables such as INIT, METHOD and OUT") from None
     return train_commands(v, split_words(v.args))
 
 
