@@ -252,7 +252,7 @@ def test_zero_initialization_preserves_the_function_to_the_bit(shape, operator, 
 
 @pytest.mark.parametrize(("raw", "named"), [
     ({"model_type": "gemma2"}, "'gemma2', which needs GELU, a scaled embedding, norms with a gain of 1 + weight on "
-                               "both sides, and logit soft-capping, is not implemented; expected one of llama, mistral, "),
+                               "both sides, and logit soft-capping, is not implemented; expected one of llama, "),
     ({"model_type": "qwen3_moe"}, "needs a mixture of experts"),
     ({"model_type": ["llama"]}, "model_type ['llama'] is not implemented"),
     ({"model_type": "qwen2", "architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
