@@ -6,7 +6,7 @@
     python data_prep.py suite --output_path data/eval/sample
     python data_prep.py mutual --folder_path MuTual/data/mutual/dev
 """
-import common.startup
+import common.preamble
 
 import os
 import sys

@@ -8,7 +8,7 @@ Writes losses-text.json for the text, losses-task-<task>.json, predictions-<task
 task, and results_<date>.json for the suite, into the folder `eval` of the checkpoint. Existing results of the same
 weights, data and settings are kept.
 """
-import common.startup
+import common.preamble
 
 import contextlib
 import datetime

@@ -11,7 +11,7 @@ data, configuration files) has changed, according to the digests in experiment/*
 missing. An interrupted experiment continues where it stopped.
 Pairs do not depend on each other: two commands with different --pairs and the same --out may run at the same time.
 """
-import common.startup
+import common.preamble
 
 import dataclasses
 import hashlib

@@ -12,7 +12,7 @@ the text where the base stopped, with a new optimizer and schedule. Gradual grow
 `factors = [2, 2]` and `at_tokens = [400_000, 900_000]` the base is grown after 400,000 tokens and again after 900,000.
 Each job is a separate command, which is printed. Finished jobs are not repeated.
 """
-import common.startup
+import common.preamble
 
 from collections.abc import Sequence
 from dataclasses import dataclass

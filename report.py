@@ -9,7 +9,7 @@ Writes report.md, report.html (one file, with the figures in it), the figures as
 the results of all stages. A report made from this table gives the same answer, without what needs single items or logs.
 The rows of several tables can be put into one file.
 """
-import common.startup
+import common.preamble
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace

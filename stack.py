@@ -12,7 +12,7 @@ grown model, the layer of the base that it copies. G_stack, the default, repeats
 copied. After growth the optimizer starts again, unless --moments carries its state over. Growth in width is out of
 scope: every layer keeps its shape.
 """
-import common.startup
+import common.preamble
 
 from dataclasses import dataclass
 from typing import Literal

@@ -9,7 +9,7 @@ against forgetting are hooks around the step (training/methods.py). A step is a 
 and the loss, the mean negative log-likelihood over all target tokens of the global batch, depend neither on the number
 of processes nor on the size of the micro-batches.
 """
-import common.startup
+import common.preamble
 
 import contextlib
 import datetime

@@ -1,5 +1,5 @@
 """Running a script: its settings are parsed, errors become one line and an exit status, and the process ends."""
-from common.startup import end_if_interrupted
+from common.preamble import end_if_interrupted
 
 import io
 import os

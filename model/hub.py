@@ -3,7 +3,7 @@
     python -m model.hub --source llm-stacking/StackLLM_7B_300BToken --out runs/7b/stack/m0
 """
 if __name__ == "__main__":
-    import common.startup  # which changes how the whole process ends
+    import common.preamble  # which changes how the whole process ends
 
 import contextlib
 import math

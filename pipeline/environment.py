@@ -5,7 +5,7 @@
 The first argument is the stamp: an empty file in the environment, made when all packages are installed. If several
 processes need them, one installs them and the others wait. Imports no installed package.
 """
-import common.startup
+import common.preamble
 
 import fcntl
 import subprocess

@@ -2,7 +2,7 @@
 
     python -m pipeline.experiment_plan --runs runs/study --effect 0.05
 """
-import common.startup
+import common.preamble
 
 import math
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ All runs of a seed see the same stream of samples and are evaluated on the same 
 grown model's include its base's. Finished runs are not repeated; the table and the figure are made again from the
 runs' metrics.jsonl each time.
 """
-import common.startup
+import common.preamble
 
 import dataclasses
 from collections.abc import Sequence

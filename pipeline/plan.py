@@ -5,7 +5,7 @@
 
 The memory is that of pipeline/memory_plan.py, the time that of pipeline/step_time.py.
 """
-import common.startup
+import common.preamble
 
 import math
 from dataclasses import dataclass, replace

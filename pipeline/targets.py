@@ -5,7 +5,7 @@
 
 Imports no installed package, since `make help` runs it before they are installed.
 """
-import common.startup
+import common.preamble
 
 import os
 import shlex

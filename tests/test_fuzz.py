@@ -265,8 +265,9 @@ class Folder:
         texts = sample_texts()[:40]
         texts.append(next(text for number in range(1000) if is_held_out(text := f"{texts[0]} {number}")))
         self.write("docs.jsonl", [{"text": text} for text in texts])
-        lines = [f"{text} {number} " * 100 for number, text in enumerate(texts * 9)]  # a document each
-        self.write("docs.txt", "\n".join([*lines[:9], *(line for line in lines if is_held_out(line + "\n")), ""]))
+        lines = [f"{number:04} {texts[0]:.40}\n" for number in range(1000)]
+        documents = ["".join([line.strip() + " "] * 300) + "\n" for line in lines]  # a document each
+        self.write("docs.txt", "".join([*documents[:9], next(filter(is_held_out, documents))]))
         self.run("text", TEXT.replace("out/", ""))
         self.write("suite/suite.toml", SUITE)
         self.write("suite/items.jsonl", [

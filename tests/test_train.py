@@ -431,7 +431,7 @@ def test_other_settings_are_refused_with_the_differences(train, finished, simp_f
     splits = json.loads(simp_file.read_text())
     splits["train"].pop()
     (tmp_path / "other.json").write_text(json.dumps(splits))
-    assert "the data differ" in error_line(train(out, data=tmp_path / "other.json", check=False))
+    assert "different: the data (" in error_line(train(out, data=tmp_path / "other.json", check=False))
 
 
 def test_trains_on_a_file_of_the_original_tool(train, tmp_path):

@@ -3,6 +3,7 @@ import contextlib
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_a_lost_terminal_is_a_request_to_stop():
     controller, terminal = pty.openpty()
     reader, writer = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", code, str(writer)], cwd=ROOT, stdout=terminal, stderr=terminal,
-                               pass_fds=[writer])
+                               pass_fds=[writer], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     for end in (terminal, writer):
         os.close(end)
     assert os.read(reader, 99) == b"SIGHUP"

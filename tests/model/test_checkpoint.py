@@ -270,7 +270,7 @@ def test_open_checkpoint_checks_the_parts_together(checkpoint, copy, tmp_path):
 def test_opening_a_checkpoint_imports_neither_the_compiler_nor_the_hooks_of_scripts(checkpoint):
     code = ("import sys; from model.hub import load_model; from model.checkpoint import open_checkpoint;"
             "open_checkpoint(sys.argv[1]); load_model(sys.argv[1]);"
-            "print('torch._dynamo' in sys.modules, 'common.startup' in sys.modules)")
+            "print('torch._dynamo' in sys.modules, 'common.preamble' in sys.modules)")
     assert run_script("-c", code, checkpoint, launcher=[sys.executable]).stdout == "False False\n"
 
 

@@ -29,11 +29,14 @@ INSTALL = "-m pip install -q --disable-pip-version-check -r requirements.txt"
 
 
 def start_make(tmp_path, *words, **variables):
-    """Starts make with the stand-ins."""
+    """Starts make with the stand-ins, in a folder where the project has no environment yet."""
     (tmp_path / "modules").mkdir(exist_ok=True)
     (tmp_path / "modules/venv.py").write_text(VENV)
+    for name in ("Makefile", "requirements.txt", "common", "configs", "pipeline"):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
     return subprocess.Popen(
-        ["make", "--no-print-directory", f"PYTHON={sys.executable}", f"VENV={tmp_path}/.venv", *words], cwd=ROOT,
+        ["make", "--no-print-directory", f"PYTHON={sys.executable}", *words], cwd=tmp_path,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRON | {
             "PYTHONPATH": f"{tmp_path}/modules", "CALLS": f"{tmp_path}/calls", "GO": f"{tmp_path}/go",
             "STAND_IN": PYTHON} | variables)

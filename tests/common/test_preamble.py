@@ -49,7 +49,7 @@ def test_an_interrupted_import_ends_without_a_traceback(tmp_path, arrives, words
 
 def test_closed_streams_are_opened_for_a_script_and_its_children():
     """Without it, the file that is opened next is number 1, and gets what is printed."""
-    code = ("import common.startup, os, subprocess, sys; print('seen by nobody'); print('x', file=sys.stderr)\n"
+    code = ("import common.preamble, os, subprocess, sys; print('seen by nobody'); print('x', file=sys.stderr)\n"
             "assert os.open('README.md', os.O_RDONLY) > 2\n"
             "assert subprocess.run([sys.executable, '-c', 'import os; os.fstat(1)']).returncode == 0")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=lambda: (os.close(1), os.close(2)))
@@ -58,7 +58,7 @@ def test_closed_streams_are_opened_for_a_script_and_its_children():
 
 def test_a_notebook_and_a_user_change_no_figure(tmp_path):
     """Their backend may be missing here, and their style is not that of the figures."""
-    code = ("import common.startup, sys; from analysis.figures import make_panels, save_figure, styled\n"
+    code = ("import common.preamble, sys; from analysis.figures import make_panels, save_figure, styled\n"
             "@styled\ndef plot(path):\n"
             "    figure, (panel,) = make_panels(1, 2, 2)\n    panel.plot([1, 2])\n    save_figure(figure, path)\n"
             "plot(sys.argv[1])")
@@ -72,14 +72,14 @@ def test_a_notebook_and_a_user_change_no_figure(tmp_path):
 
 
 def test_other_errors_are_shown_as_usual():
-    code = "import common.startup, sys\nsys.stdout.write('x')\nraise ValueError('seen') from ValueError('cause')"
+    code = "import common.preamble, sys\nsys.stdout.write('x')\nraise ValueError('seen') from ValueError('cause')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "x")
     assert result.stderr.endswith("ValueError: seen\n")
 
 
 def test_an_interactive_session_goes_on():
-    code = ("import code, common.startup, sys\nsys.ps1 = '> '\n"
+    code = ("import code, common.preamble, sys\nsys.ps1 = '> '\n"
             "sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)\nprint('still here')")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "still here\n")
