@@ -67,6 +67,16 @@ def done(words, tmp_path_factory):
     return out, run_script(*words, "--out", out).stdout
 
 
+def test_items_without_the_source_that_sari_needs_are_refused(checkpoint, simp_file, tmp_path, refusal):
+    splits = json.loads(simp_file.read_text())
+    splits["test"][1]["src_info"]["nomal_sentence"] = splits["test"][1]["src_info"].pop("normal_sentence")
+    (tmp_path / "simp.json").write_text(json.dumps(splits))
+    line = refusal((EvaluateConfig, main), "--checkpoint", checkpoint, "--data", tmp_path, "--tasks", "simp", "--out",
+                   tmp_path / "eval")
+    assert "simp.json: item 1 of the test set has no text as 'normal_sentence' in src_info, which SARI needs" in line
+    assert "nomal_sentence" in line
+
+
 def test_one_evaluation_at_a_time_writes_into_a_folder(words, tmp_path):
     with sole_use(tmp_path / "eval"):
         line = error_line(run_script(*words, "--out", tmp_path / "eval", launcher=[sys.executable], check=False))

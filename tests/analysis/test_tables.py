@@ -5,7 +5,7 @@ from analysis.method_tables import describe_gaps, format_gap
 from analysis.pages import markdown_list, to_html
 from analysis.record import Comparison
 from analysis.statistics import Estimate
-from analysis.tables import format_estimate, verdict
+from analysis.tables import format_estimate, table_of_values, verdict
 from common.formatting import markdown_table
 
 ZERO = Estimate(0.0, 0.0)
@@ -53,6 +53,12 @@ def test_measures_that_say_nothing_are_named():
         "nothing can be told apart from noise; without standard errors to judge by: y; "
         "not compared, since they have no results in common: z")
     assert describe_gaps({"y": unknown}, "y") == "without standard errors to judge by: y"
+
+
+def test_columns_without_values_are_left_out():
+    assert table_of_values(["a", "b", "c"], [["x", "–", 1], ["y", "–", "–"]]) == markdown_table(
+        ["a", "c"], [["x", 1], ["y", "–"]])
+    assert table_of_values(["a", "b"], [["x", "–"]]) == ""
 
 
 def test_html():
