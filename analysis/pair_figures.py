@@ -174,8 +174,11 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
     figure.supxlabel(f"{LEARNING} (nats/token), to the right more was learned")
     figure.supylabel(fold(f"{primary} ({study.measures[primary].unit})", 2.4))
     shown = {model for of_models in curves.values() for model in of_models}
-    add_legend(figure, [*(Line2D([], [], label=model, **style) for model, style in styles.items() if model in shown),
-                        Line2D([], [], ls="", color=GREY, **HOLLOW, label="learns no more than a smaller rate")])
+    handles = [Line2D([], [], label=model, **style) for model, style in styles.items() if model in shown]
+    if any(len(efficient_branch(curve[0])) < curve.shape[1]
+           for of_models in curves.values() for found in of_models.values() for curve in found.values()):
+        handles.append(Line2D([], [], ls="", color=GREY, **HOLLOW, label="learns no more than a smaller rate"))
+    add_legend(figure, handles)
     return figure
 
 

@@ -50,5 +50,7 @@ def open_closed_streams() -> None:
 
 open_closed_streams()
 sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
-# Figures are only written to files. Notebooks set a backend for their kernels that this environment may lack.
-os.environ["MPLBACKEND"] = "agg"
+if not hasattr(sys, "ps1"):
+    # A notebook sets a backend for the commands that it starts, too, which this environment may lack. Scripts write
+    # figures to files only.
+    os.environ["MPLBACKEND"] = "agg"
