@@ -512,5 +512,5 @@ def test_cleaning_removes_what_is_made_again_in_seconds():
     assert targets.Variables({"DRY_RUN": "0"}).dry_run is False
     printed = make("clean", DRY_RUN="1").stdout.splitlines()
     assert printed[0] == "rm -rf .venv .venv.lock data/prepared .pytest_cache .ruff_cache .mypy_cache"
-    assert make("clean", DRY_RUN="1", VENV="/", CLEANED="/").stdout.splitlines() == printed
+    assert make("clean", "VENV=/", "CLEANED=/", DRY_RUN="1").stdout.splitlines() == printed
     assert printed[1].startswith("find . -name __pycache__")
