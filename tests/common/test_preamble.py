@@ -64,7 +64,7 @@ def test_a_notebook_and_a_user_change_no_figure(tmp_path):
             "plot(sys.argv[1])")
     (tmp_path / "own").mkdir()
     (tmp_path / "own/matplotlibrc").write_text("lines.linewidth: 9\naxes.facecolor: black\ntext.usetex: True\n")
-    own = {"MPLBACKEND": "module://matplotlib_inline.backend_gone", "MATPLOTLIBRC": str(tmp_path / "own")}
+    own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path / "own")}
     for name, variables in (("plain", {}), ("other", own)):
         subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=ROOT, check=True,
                        env=os.environ | variables)

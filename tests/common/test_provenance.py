@@ -16,7 +16,8 @@ def test_the_commit_is_that_of_the_program_itself(tmp_path, monkeypatch):
 
     def commit(folder):
         run("git", "init", "-q", folder=folder)
-        run("git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x", folder=folder)
+        run("git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", str(folder),
+            folder=folder)
         return run("git", "rev-parse", "HEAD", folder=folder)
 
     code = "from common.provenance import git_commit; print(git_commit())"
