@@ -24,17 +24,18 @@ from pathlib import Path
 
 from analysis.measures import read_primary, write_primary
 from analysis.stages import STAGE
-from common.configs import ROOT
+from common.configs import ROOT, read_config
 from common.files import UserError
 from common.formatting import format_duration
 from common.metrics_log import check_services
 from common.scripts import run
 from common.writing import check_writable, write_text
 from corpus.shards import WINDOW_TOKENS, ShardDataset
+from corpus.tasks import first_items, lacking_source
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
 from pipeline.chain import PAIR
-from pipeline.costs import Pace, machine_speed
+from pipeline.costs import Pace, machine_speed, read_splits
 from pipeline.experiment_config import (
     ExperimentConfig,
     all_train_settings,
@@ -86,6 +87,11 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
     if evaluated.decode:
         lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
+        for task in dict.fromkeys(cfg.order):
+            path, spec = Path(cfg.data) / f"{task}.json", read_config("task", task)
+            items = first_items(read_splits(path)["test"], evaluated.limit) if spec.get("sari") else []
+            if problem := lacking_source(items, spec["source"]):
+                raise UserError(f"{path}: {problem[0]}")
     for model, method in itertools.product(cfg.models, cfg.each_method):
         check_trained(cfg, model, method)
     limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
@@ -196,7 +202,7 @@ def main(cfg: ExperimentConfig) -> None:
     if cfg.only and cfg.only not in (made := [str(job.out) for job in jobs]):
         raise UserError(f"no job of this experiment makes {cfg.only}, expected a directory such as {made[0]}: "
                         "--dry_run without --only lists them")
-    jobs = [job for job in jobs if cfg.only in (None, str(job.out))]
+    jobs = [job for job in jobs if not cfg.only or str(job.out) == cfg.only]
     pace, to_do = Pace(UTILISATION * machine_speed()), [job for job in jobs if not ledger.unchanged(job)]
     listed = jobs if cfg.only or not cfg.pairs else pair_jobs(cfg, cfg.pairs[0])
     for number, job in enumerate(listed, 1):

@@ -31,7 +31,7 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
               if method != study.reference]
     if not places:
         return {}
-    titles = [fold(method if len(studies) == 1 else f"{model}: {method}", 2.2) for model, method in places]
+    titles = [fold(f"{model}: " * (len(studies) > 1) + method_title(method), 2.2) for model, method in places]
     figure, panels = make_panels(len(places), 2.4, 2.0 + text_height(*titles))
     fronts = {model: [point for point in pareto_front([*points[model], *start_point(study, measure)])
                       if point.method != START] for model, study in studies.items()}

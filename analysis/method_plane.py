@@ -186,7 +186,8 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
                      ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
                      "–" if math.isnan(minutes) else f"{minutes:.1f}"])
     where = study.learning_text(study.main_setting, methods)
-    found = "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in verdicts.items() if names)
+    found = "; ".join(f"{verdict} {', '.join(map(method_title, names))}"
+                      for verdict, names in verdicts.items() if names)
     if len(study.pairs) == 1:
         found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
     other = method_title(baseline)

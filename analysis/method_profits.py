@@ -14,6 +14,7 @@ from analysis.method_plane import difference_of, has_results
 from analysis.pair_tables import p_text, range_text, with_interval
 from analysis.pairs import Study
 from analysis.record import ModelPair
+from analysis.stages import method_title
 from analysis.tables import Section
 from common.formatting import markdown_table
 
@@ -90,8 +91,8 @@ def profit_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) 
                      f"{difference.smallest_detectable:.3g}" if difference.n > 1 else "–", difference.n,
                      range_text([min(widths), max(widths)]) if matched else "–"])
     where = " at losses on the new task that both models reach with and without the method" if matched else ""
-    note = (f"The {measure} with a method less that with {both[0].reference}, for each model{where}, and the "
-            "difference of both, with 95% intervals over the pairs that have both. Holm's p is corrected for the "
+    note = (f"The {measure} with a method less that with {method_title(both[0].reference)}, for each model{where}, and "
+            "the difference of both, with 95% intervals over the pairs that have both. Holm's p is corrected for the "
             "number of methods. Detectable: the smallest true difference found with 80% power. Width: of the range of "
             "losses that a pair is compared over, from the narrowest to the widest pair.\n\n")
     head = ["method", *pair, " − ".join(pair), "p", "p (Holm)", "detectable", "pairs", "width"]

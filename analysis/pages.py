@@ -8,10 +8,10 @@ from pathlib import Path
 from common.writing import write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;
-text-align:left}table{display:block;overflow-x:auto;font-variant-numeric:tabular-nums}.n{white-space:nowrap}
-figure{overflow-x:auto}img{max-width:100%;min-width:40rem}pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.75rem}
-figure{margin:1.5rem 0}figcaption{color:#555}"""
+table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto;
+font-variant-numeric:tabular-nums}td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem;text-align:left}
+.n{white-space:nowrap}figure{margin:1.5rem 0;overflow-x:auto}img{max-width:100%;min-width:40rem}
+figcaption{color:#555}pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:.75rem}"""
 
 
 def write_pages(folder: Path, page: str) -> None:

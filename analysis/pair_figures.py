@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -41,18 +42,19 @@ HOLLOW: dict[str, Any] = {"marker": "o", "ms": 2.5, "mfc": "white", "mew": 0.6}
 def plot_pairs(study: Study, folder: Path, primary: str) -> dict[str, str]:
     """Plots the figures for which a study has results. Returns {file name without suffix: caption}."""
     learning = study.learning_text(study.main_setting, study.compared)
-    over_pairs = "mean over the pairs and 95% interval"
+    over_pairs = ": mean over the pairs and 95% interval" * (len(study.pairs) > 1)
+    matched = " Within pairs at equal loss, as they are compared, the difference can have another sign." \
+        * study.matches_learning
     figures: dict[str, tuple[Callable[[Study, str], Figure | None], str]] = {
-        "differences": (plot_differences, f"Differences after {study.stages[-1]} at {learning}: {over_pairs}. Positive "
+        "differences": (plot_differences, f"Differences after {study.stages[-1]} at {learning}{over_pairs}. Positive "
                         "is more forgetting by the first model. The measure of the answer is on top. "
                         f"Intervals of fewer than {MIN_PAIRS} pairs may leave the panel."),
         "learning": (plot_learning, f"{primary} over {LEARNING}: a thin line for each pair, a point for each learning "
                      "rate, hollow if it learns no more than a smaller one and is left out. A thick line is the mean "
-                     "of the compared pairs at each rate. Within pairs at equal loss, as they are compared, the "
-                     "difference can have another sign."),
+                     f"of the compared pairs at each rate.{matched}"),
         "by-rate": (plot_by_rate, f"Difference in {primary} at each learning rate, at which learning is not matched, "
-                    f"and at equal learning: {over_pairs}."),
-        "by-stage": (plot_by_stage, f"Difference in {primary} by stage at {learning}: {over_pairs}."),
+                    f"and at equal learning{over_pairs}."),
+        "by-stage": (plot_by_stage, f"Difference in {primary} by stage at {learning}{over_pairs}."),
         "by-start": (plot_by_start, f"Difference in {primary} of each pair at {learning}, over the difference of the "
                      "losses of both m0: on held-out text, and on the last task."),
         "pretraining": (plot_pretraining, "Held-out loss during pretraining: a thin line for each pair, a thick one "
@@ -139,7 +141,8 @@ def draw_interval(panel: Axes, x: Sequence[float], y: Sequence[float], estimates
 
 def plot_learning(study: Study, primary: str) -> Figure | None:
     """Forgetting over the loss on the new task, a panel for each stage and a curve for each model."""
-    styles = model_styles([model for model in study.models if not model.endswith(LEVEL_ENDING)], LINES)
+    shown = [model for model in study.models if model in study.compared or not model.endswith(LEVEL_ENDING)]
+    styles = model_styles(shown, LINES)
     curves: dict[int, dict[str, dict[int, np.ndarray]]] = {}  # stage -> model -> pair -> (x, y) [2, R]
     for number in range(1, study.last + 1):
         for model in styles:
@@ -173,8 +176,8 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
         use_few_ticks(panel.xaxis, panel.yaxis)
     figure.supxlabel(f"{LEARNING} (nats/token), to the right more was learned")
     figure.supylabel(fold(f"{primary} ({study.measures[primary].unit})", 2.4))
-    shown = {model for of_models in curves.values() for model in of_models}
-    handles = [Line2D([], [], label=model, **style) for model, style in styles.items() if model in shown]
+    drawn = {model for of_models in curves.values() for model in of_models}
+    handles: list[Artist] = [Line2D([], [], label=model, **style) for model, style in styles.items() if model in drawn]
     if any(len(efficient_branch(curve[0])) < curve.shape[1]
            for of_models in curves.values() for found in of_models.values() for curve in found.values()):
         handles.append(Line2D([], [], ls="", color=GREY, **HOLLOW, label="learns no more than a smaller rate"))

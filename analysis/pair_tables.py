@@ -153,14 +153,13 @@ def range_text(ends: Iterable[float]) -> str:
 
 
 def with_interval(estimate: PairedDifference) -> str:
-    """A difference, with its 95% interval if there is one, in as many decimals as that tells."""
+    """A difference, with its 95% interval if there is one, with the decimals that two digits of its half width take."""
     if math.isnan(estimate.half_width) or not estimate.half_width:
         return signed(estimate.mean)
     decimals = 1 - math.floor(math.log10(estimate.half_width))  # two significant digits of the half width
     decimals = min(max(0, decimals), MOST_DECIMALS)
-    bounds = [bound for bound in estimate.interval if bound]
-    while estimate.is_significant and not all(round(bound, decimals) for bound in bounds):
-        decimals += 1  # an interval that excludes 0 looks like that
+    while decimals < MOST_DECIMALS and not all(round(bound, decimals) for bound in estimate.interval):
+        decimals += 1  # whether the interval contains 0 is seen
     mean, low, high = (f"{number:+z.{decimals}f}" for number in (estimate.mean, *estimate.interval))
     return f"{mean} [{low}, {high}]"
 

@@ -228,8 +228,8 @@ class Study:
             return f"learning rate {setting} (learning not matched)"
         rates = {stage.run.get("settings", {}).get("learning_rate") for model in models for pair in self.pairs
                  for chain in self.chains(pair, model, setting) for number, stage in chain.items() if number}
-        found = "unknown learning rates" if None in rates else "one learning rate" if len(rates) == 1 else \
-            f"learning rates from {min(rates):g} to {max(rates):g}"
+        found = "unknown learning rates" if not rates or None in rates else \
+            "one learning rate" if len(rates) == 1 else f"learning rates from {min(rates):g} to {max(rates):g}"
         return f"{found} (learning not matched)"
 
     def main_difference(self, name: str, number: int | None = None) -> Difference | None:

@@ -62,7 +62,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
                  "balanced."),
         "tasks": (plot_tasks, f"Each task's metric at every stage{rate}; each column has its own colour scale, of at "
                   f"least {SPAN:.0f} points."),
-        "losses": (plot_losses, f"Loss over tokens{rate}, a panel for each stage{chain}."),
+        "losses": (plot_losses, f"Loss over tokens, a panel for each stage{chain}{', fine-tuned' * bool(rate)}{rate}."),
         "calibration": (plot_calibration, f"Accuracy against expected calibration error{rate}, stages joined in order, "
                         f"with growing marks{chain}.")}
     plotted = {name: figure for name, (plot, _) in figures.items() if (figure := plot(record))}
@@ -235,7 +235,9 @@ def plot_losses(record: Record) -> Figure | None:
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supxlabel("tokens of the stage, without those of a grown model's base")
     figure.supylabel("loss (nats per target token)")
-    handles = [Line2D([], [], label=f"{model}: eval loss", **style) for model, style in styles.items()]
+    drawn = {model for by_model in curves.values() for model in by_model}
+    handles = [Line2D([], [], label=f"{model}: eval loss", **style)
+               for model, style in styles.items() if model in drawn]
     add_legend(figure, [*handles, Line2D([], [], color="#777777", lw=0.7, label="training loss"),
                         Line2D([], [], color="#999999", lw=0.6, ls=":", label="end of an epoch")])
     return figure
@@ -284,7 +286,8 @@ def plot_calibration(record: Record) -> Figure | None:
         panel.grid()
     figure.supxlabel("expected calibration error")
     figure.supylabel("acc (%)")
-    handles = [Line2D([], [], mfc="white", label=model, **style) for model, style in styles.items()]
+    drawn = {model for by_model in curves.values() for model in by_model}
+    handles = [Line2D([], [], mfc="white", label=model, **style) for model, style in styles.items() if model in drawn]
     add_legend(figure, [*handles, Line2D([], [], color="#444444", ls="", marker="o", ms=4, label="last stage")])
     return figure
 

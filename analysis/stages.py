@@ -111,7 +111,7 @@ class Stage:
 
 def method_title(name: str) -> str:
     """How sentences and figures call a method, or the runs without one ("none")."""
-    return "no method" if name == "none" else name
+    return "fine-tuning without a method" if name == "none" else name
 
 
 def middle_rate(rates: Sequence[T]) -> T:

@@ -72,7 +72,7 @@ def check_task(path: Path, tables: Mapping[str, object]) -> None:
     problems += [f"unknown key {key!r}" for key in tables if key not in TASK_KEYS]
     problems += [f"{key} is {value!r:.80}, expected {'a table' if TASK_KEYS[key] is dict else TASK_KEYS[key].__name__}"
                  for key, value in tables.items() if key in TASK_KEYS and not isinstance(value, TASK_KEYS[key])]
-    if (metric := tables.get("measure", "rougeL")) not in TASK_METRICS:
+    if isinstance(metric := tables.get("measure", "rougeL"), str) and metric not in TASK_METRICS:
         problems.append(f"measure is {metric!r:.80}, expected one of {', '.join(TASK_METRICS)}")
     elif str(metric).startswith("sari") and not tables.get("sari"):
         problems.append(f"measure is {metric}, which takes sari = true")

@@ -98,10 +98,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 SYNONYMS = {"lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs",
             "batch_size": "global_batch_size", "train_batch_size": "global_batch_size",
             "per_device_train_batch_size": "global_batch_size", "gradient_accumulation_steps": "global_batch_size",
-            "output_dir": "out", "model": "init", "model_name_or_path": "init", "resume_from_checkpoint": "init",
-            "scheduler": "lr_scheduler_type", "warmup": "warmup_steps", "warmup_ratio": "warmup_steps",
-            "grad_clip": "max_grad_norm", "bf16": "dtype", "fp16": "dtype", "lora_r": "lora_rank",
-            "block_size": "seq_length", "max_length": "max_source_length"}
+            "output_dir": "out", "model": "init", "model_name_or_path": "init", "scheduler": "lr_scheduler_type",
+            "warmup": "warmup_steps", "warmup_ratio": "warmup_steps", "grad_clip": "max_grad_norm", "bf16": "dtype",
+            "fp16": "dtype", "lora_r": "lora_rank", "block_size": "seq_length", "max_length": "max_source_length"}
 
 
 def hint(name: str, known_names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 
@@ -10,7 +11,7 @@ STOPPED = 75  # exit status of a stopped run that resumes when started again (EX
 
 class StopRequest:
     """A context manager that turns SIGTERM, SIGINT and SIGHUP into a request to stop; `signal` is the signal's name or
-    None. SIGHUP says that the terminal is gone, and stays ignored under nohup.
+    None. SIGHUP says that the terminal is gone. It stays ignored under nohup, unless torchrun forwards it.
 
     Once `defers` is set, the loop honours the first signal after its step. Before that a signal ends the process at
     once, and afterwards a second one, unless it comes within two seconds: launchers forward a signal that the terminal
@@ -27,7 +28,8 @@ class StopRequest:
         hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
         self.handlers = {number: signal.signal(number, lambda *_: None)
                          for number in (signal.SIGTERM, signal.SIGINT, *hangup)}
-        self.terminals = [number for number in (1, 2) if os.isatty(number)]
+        self.lost_with_terminal = [number for number in (1, 2) if os.isatty(number)
+                                   or stat.S_ISFIFO(os.fstat(number).st_mode)]  # such as one to tee
         self.wakeup_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         self.ended = False
         os.register_at_fork(after_in_child=self.forget)
@@ -55,9 +57,10 @@ class StopRequest:
             if received[0] not in self.handlers:
                 continue
             name = signal.Signals(received[0]).name
-            if received[0] == signal.SIGHUP:  # a write to a terminal that is gone would end the run
-                for number in self.terminals:
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            if received[0] == signal.SIGHUP:  # a write to what is gone would end the run
+                with open(os.devnull, "w") as nowhere:
+                    for number in self.lost_with_terminal:
+                        os.dup2(nowhere.fileno(), number)
             if not self.defers or self.signal and time.monotonic() - self.since > 2:
                 say(f"ended by {name}")
                 os._exit(128 + received[0] if self.defers else STOPPED)

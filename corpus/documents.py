@@ -64,16 +64,15 @@ def find_text_files(folder: Path) -> list[Path]:
 
 
 def read_text_file(path: Path, column: str) -> Iterator[str]:
-    """Yields the documents of a file: pieces of a .txt file, cut at line ends and in long lines, or one field of each
+    """Yields the documents of a file: pieces of a .txt file, cut at line ends but in long lines, or one field of each
     .jsonl line."""
     if not path.is_file():
         raise UserError(f"{path} is {'a link to something that is ' if path.is_symlink() else ''}not a file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             if path.suffix == ".txt":
-                while text := "".join(file.readlines(DOCUMENT_CHARACTERS)):
-                    size = DOCUMENT_CHARACTERS if len(text) > 2 * DOCUMENT_CHARACTERS else len(text)  # of a long line
-                    yield from (text[start:start + size] for start in range(0, len(text), size))
+                while text := file.read(DOCUMENT_CHARACTERS) + file.readline(DOCUMENT_CHARACTERS):
+                    yield text
             else:
                 for number, line in enumerate(file, 1):
                     where = f"{path}, line {number}"

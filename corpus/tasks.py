@@ -110,9 +110,9 @@ def first_items(items: list[dict], limit: int | None) -> list[dict]:
 def lacking_source(items: Sequence[Mapping[str, Any]], field: str) -> list[str]:
     """A list with the sentence on the first item whose src_info has no text in a field; empty if all have one. SARI
     compares the output with this text."""
-    return [f"item {index} of the test set has no text as {field!r} in src_info, which SARI needs; it has "
+    return [f"the test item {item['input']!r:.60} has no text as {field!r} in src_info, which SARI needs; it has "
             f"{', '.join(item['src_info']) or 'no fields'}: `source` in the task's file names the field"
-            for index, item in enumerate(items) if not item["src_info"].get(field)][:1]
+            for item in items if not item["src_info"].get(field)][:1]
 
 
 def item_problem(item: Any, source_field: str | None) -> str:

@@ -244,7 +244,8 @@ def date_of_results(directory: Path) -> str:
         date, _, time = path.stem.removeprefix("results_").partition("T")
         with suppress(ValueError, OverflowError):  # the name of another program's file
             named = datetime.datetime.fromisoformat(f"{date}T{time.replace('-', ':')}").replace(tzinfo=None)
-            dates.append(named + datetime.timedelta(microseconds=1))
+            # a name without a fraction of a second, such as 12-00-00.json, comes after those with one
+            dates.append(named + datetime.timedelta(seconds=not named.microsecond, microseconds=1))
     return max(dates).isoformat(timespec="microseconds").replace(":", "-")
 
 

@@ -1,5 +1,4 @@
 """One tokenizer class for both file formats of checkpoints: `tokenizer.json` and `tokenizer.model`."""
-import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -228,8 +227,9 @@ def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
     """Copies the tokenizer files of one checkpoint directory into another."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
+            content = (Path(source) / name).read_bytes()
             with explain_os_errors(Path(directory) / name):
-                shutil.copyfile(Path(source) / name, Path(directory) / name)
+                (Path(directory) / name).write_bytes(content)
 
 
 def copy_special_ids(source: str | Path, directory: str | Path) -> None:

@@ -169,7 +169,7 @@ def finetuning_commands(v: Variables) -> list[Command]:
     try:
         further_flags(v.args, chain.STAGE_SETTINGS - {"seed"})
     except UserError as error:
-        raise UserError(f"ARGS: {error}: make sets it, from variables such as INIT, METHOD and OUT") from None
+        raise UserError(f"ARGS: {error}: `make help` lists the variables of what make sets") from None
     return train_commands(v, split_words(v.args))
 
 

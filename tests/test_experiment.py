@@ -122,6 +122,18 @@ def test_the_model_that_is_behind_is_trained_on(tasks, tmp_path, llm, stack, lev
     assert level == f"{last.model}-level"
 
 
+def test_test_items_without_the_source_that_sari_needs_are_found_before_the_first_job(checkpoint, tasks, tmp_path,
+                                                                                      monkeypatch, refusal):
+    monkeypatch.setattr(experiment, "run_command", lambda words: pytest.fail(f"{words} was run"))
+    monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
+    splits = json.loads((tasks / "simp.json").read_text())
+    splits["test"][0]["src_info"].pop("normal_sentence")
+    (tmp_path / "simp.json").write_text(json.dumps(splits))
+    flags = ["--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data", tmp_path, "--suite", "none",
+             "--primary", "KL on the new task", "--out", tmp_path / "runs"]
+    assert "simp.json: the test item " in refusal((ExperimentConfig, experiment.main), *flags)
+
+
 def test_a_directory_that_no_job_makes(tasks, tmp_path):
     cfg = ExperimentConfig(size="tiny", text="x", data=str(tasks), out=str(tmp_path), order=("simp",), only="m1")
     with pytest.raises(UserError, match=f"makes m1, expected a directory such as {tmp_path}/llm/m0: --dry_run without"):

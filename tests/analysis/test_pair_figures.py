@@ -75,6 +75,23 @@ def test_the_thick_line_is_the_mean_of_the_pairs(tmp_path):
     assert thick[1].get_xdata() == pytest.approx([2.65, 2.45, 2.25])
 
 
+@pytest.mark.parametrize(("options", "matched", "several"), [
+    ({}, True, True), ({"rates": RATES[:1]}, False, True), ({"pairs": (1,)}, True, False)])
+def test_captions_say_what_was_compared(tmp_path, options, matched, several):
+    with mock.patch.object(pair_figures, "save_figure"):
+        captions = plot_pairs(study_of(tmp_path / "study", **options), tmp_path, PRIMARY)
+    assert ("Within pairs at equal loss" in captions["learning"]) == matched
+    assert ("at equal new-task loss" in captions["by-stage"]) == matched
+    assert ("mean over the pairs and 95% interval" in captions["by-stage"]) == several
+
+
+def test_a_compared_control_is_drawn(tmp_path):
+    runs = read_runs(write_study(tmp_path / "study", models=("llm", "stack", "llm-level")))
+    for reference, drawn in (("llm", {"llm", "stack"}), ("llm-level", {"llm", "stack", "llm-level"})):
+        figure = plot_learning(Study(runs, "stack", reference), PRIMARY)
+        assert {text.get_text() for text in figure.legends[0].get_texts()} == drawn
+
+
 def test_a_rate_that_learns_no_more_is_hollow_and_not_joined(tmp_path):
     study = study_of(tmp_path / "study")
     straight = study.curve

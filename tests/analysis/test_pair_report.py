@@ -75,7 +75,8 @@ def test_one_measure_is_primary_and_the_others_are_corrected(tmp_path):
     # half widths by hand, t(1) = 12.706, t(2) = 4.3027: 1.2706, 0.13, 0.00098, 127.06 and 0.1245
     ((0.1, 0.3), "+0.2 [-1.1, +1.5]"), ((0.03, 0.08, 0.135), "+0.08 [-0.05, +0.21]"),
     ((0.0004, 0.001, 0.00115), "+0.00085 [-0.00014, +0.00184]"), ((100.0, 120.0), "+110 [-17, +237]"),
-    ((0.0751, 0.125, 0.1755), "+0.1252 [+0.0005, +0.2499]")])
+    ((0.0751, 0.125, 0.1755), "+0.1252 [+0.0005, +0.2499]"),
+    ((0.0694, 0.1194, 0.1694), "+0.119 [-0.005, +0.244]")])
 def test_an_interval_has_as_many_decimals_as_it_tells(values, text):
     assert with_interval(PairedDifference(values)) == text
 
@@ -118,6 +119,14 @@ def test_a_pair_without_one_of_the_models_is_named(tmp_path):
     text = make_report(tmp_path / "out", runs=runs)
     assert "- pair 2 is left out of stack − llm: stack has no fine-tuned stages in it" in text
     assert "; left out: pair 2, see What is missing." in text
+
+
+def test_models_that_were_not_fine_tuned_have_a_report(tmp_path):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2))
+    for stage in runs.glob("pair-*/*/rate-*"):
+        shutil.rmtree(stage)
+    report.main(ReportConfig(runs=str(runs), out=str(tmp_path / "out")))
+    assert "There is no answer by the " in (tmp_path / "out/report.md").read_text()
 
 
 def test_one_pair_cannot_answer(tmp_path):

@@ -37,11 +37,12 @@ def test_later_results_have_later_names(tmp_path):
     ahead = datetime.datetime.now(datetime.UTC).replace(tzinfo=None) + datetime.timedelta(hours=9)
     (tmp_path / f"results_{ahead.isoformat().replace(':', '-')}.json").write_text('{"results": {}}')
     (tmp_path / "results_of-another-program.json").write_text('{"results": {}}')
+    (tmp_path / f"results_{(ahead.year + 1)}-01-01T00-00-00.json").write_text('{"results": {"whole second": {}}}')
     for value in (0.25, 0.5):
         write_results(tmp_path, {"results": {"a": {"acc,none": value}}}, {})
     found = [path for path in results_files(tmp_path) if "another" not in path.name]
     assert [read_results_file(path).content["results"] for path in found] == [
-        {}, {"a": {"acc,none": 0.25}}, {"a": {"acc,none": 0.5}}]
+        {}, {"whole second": {}}, {"a": {"acc,none": 0.25}}, {"a": {"acc,none": 0.5}}]
 
 
 def test_items_of_a_group(tmp_path):
