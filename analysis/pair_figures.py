@@ -177,7 +177,8 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
     figure.supxlabel(f"{LEARNING} (nats/token), to the right more was learned")
     figure.supylabel(fold(f"{primary} ({study.measures[primary].unit})", 2.4))
     drawn = {model for of_models in curves.values() for model in of_models}
-    handles: list[Artist] = [Line2D([], [], label=model, **style) for model, style in styles.items() if model in drawn]
+    handles: list[Artist] = [Line2D([], [], label=model, **style)
+                             for model, style in styles.items() if model in drawn]
     if any(len(efficient_branch(curve[0])) < curve.shape[1]
            for of_models in curves.values() for found in of_models.values() for curve in found.values()):
         handles.append(Line2D([], [], ls="", color=GREY, **HOLLOW, label="learns no more than a smaller rate"))
