@@ -46,8 +46,8 @@ BLOCK = re.compile(r"(?:^<!-- (not run|checked): ([^\n]+) -->\n)?^```(\w*)\n(.*?
 PACKAGES = "common", "model", "corpus", "training", "evaluation", "analysis", "pipeline"
 
 # Flags of torchrun, deepspeed and sbatch.
-LAUNCHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown-timeout", "signals-to-handle", "gpu-bind",
-             "num_gpus", "nodes"}
+LAUNCHERS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown-timeout", "signals-to-handle",
+             "gpu-bind", "num_gpus", "nodes"}
 
 
 @dataclass(frozen=True)
