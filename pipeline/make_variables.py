@@ -20,6 +20,7 @@ VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE",
              "TASKS", "TEXT", "TOKENS", "ZERO")
 
 
+STAGES = "train", "data", "evaluate"  # targets of a stage of the chain
 ALWAYS = "DRY_RUN", "PYTHON", "LAUNCHER"  # problems() says where LAUNCHER belongs
 CHAIN = "TASK MODEL SIZE SOURCE RAW EVAL_SIZE TEXT HUB RUNS OUT ORDER METHOD NPROC"
 # The variables that each target uses. A target that builds stages accepts all variables that name one. HUB and INIT are
@@ -78,16 +79,26 @@ class Variables:
 
     def problems(self, target: str) -> list[str]:
         """What is wrong with the variables that a target uses, as sentences."""
-        stages = "train", "data", "evaluate"
-        building = *stages, "experiment", "pretrain", "growth-study"
-        goals = [goal for goal in self.get("GOALS", target).split() if goal in USED]
+        return [*self.not_used(target), *self.unknown_values(target), *self.contradictions(target),
+                *self.malformed_values(target)]
+
+    def not_used(self, target: str) -> list[str]:
+        """Sentences on the given variables that make does not know, or that its targets do not use."""
+        given, goals = self.get("GIVEN").split(), [goal for goal in self.get("GOALS", target).split() if goal in USED]
         used = {*ALWAYS, *(name for goal in goals for name in USED[goal].split())}
-        unused = [name for name in self.get("GIVEN").split() if name in VARIABLES and name not in used]
+        unknown = sorted(set(given) - set(VARIABLES))
+        unused = [name for name in given if name in VARIABLES and name not in used]
+        found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
+        return found + ([f"make {' '.join(goals)} does not use {', '.join(unused)}"] if unused else [])
+
+    def unknown_values(self, target: str) -> list[str]:
+        """Sentences on the values that are not among those that a variable may have."""
+        building = *STAGES, "experiment", "pretrain", "growth-study"
         has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
         checks = [(building, "MODEL", [self.model], chain.MODELS),
                   (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
                   (building, "SIZE", [] if has_init else [self.size], known("size")),
-                  ((*stages, "experiment"), "ORDER", self.order, known("task")),
+                  ((*STAGES, "experiment"), "ORDER", self.order, known("task")),
                   (("data",), "TASK", [self.task], known("task")),
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),
                   (("evaluate",), "TASKS", self.tasks, known("task")),
@@ -95,16 +106,13 @@ class Variables:
                    [*known("eval"), "none"]),
                   (("train", "evaluate"), "METHOD", [self.method.partition(":")[0]] if self.method else [],
                    known("method"))]
-        unknown = sorted(set(self.get("GIVEN").split()) - set(VARIABLES))
-        found = [f"unknown variable {', '.join(unknown)}: `make help` lists the variables"] if unknown else []
-        found += [f"make {' '.join(goals)} does not use {', '.join(unused)}"] if unused else []
-        found += [problem for targets, variable, values, accepted in checks if target in targets
-                  for value in values for problem in unknown_name(variable, value, accepted)]
-        if target in ("evaluate", "experiment") and self.suite.endswith(".toml") and not (
-                Path(self.suite).is_file() or self.dry_run):
-            found.append(f"SUITE is {self.suite}, which does not exist: expected a .toml file, or one of "
-                         f"{', '.join(known('eval'))}")
-        if target in (*stages, "plan") and self.init and "SIZE" not in self.given and self.preset:
+        return [problem for targets, variable, values, accepted in checks if target in targets
+                for value in values for problem in unknown_name(variable, value, accepted)]
+
+    def contradictions(self, target: str) -> list[str]:
+        """Sentences on variables that do not go together, or not with the target."""
+        found = []
+        if target in (*STAGES, "plan") and self.init and "SIZE" not in self.given and self.preset:
             found.append(f"INIT is a folder with the name of the size {self.preset}: give SIZE={self.preset} to use "
                          "its recipe, or SIZE= and RUNS=folder for none")
         if target == "experiment" and "HUB" in self.given:
@@ -121,6 +129,15 @@ class Variables:
             found.append(f"CHECKPOINT is evaluated instead of a stage: leave out {', '.join(sorted(of_stage))}")
         if target == "experiment" and self.init:
             found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
+        return found
+
+    def malformed_values(self, target: str) -> list[str]:
+        """Sentences on values that cannot be read, and on a suite that does not exist."""
+        found = []
+        if target in ("evaluate", "experiment") and self.suite.endswith(".toml") and not (
+                Path(self.suite).is_file() or self.dry_run):
+            found.append(f"SUITE is {self.suite}, which does not exist: expected a .toml file, or one of "
+                         f"{', '.join(known('eval'))}")
         if self.method and target in ("train", "evaluate", "plan"):
             try:
                 chain.method_flags(self.method)
