@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from analysis.comparison import CommonPart, same, training_minutes
 from analysis.record import Record
-from analysis.stages import Calibration
+from analysis.stages import Calibration, method_title
 from analysis.statistics import Estimate
 from analysis.tables import BIAS, PART, Section, format_estimate, table_of_values
 from common.formatting import markdown_table
@@ -53,7 +53,7 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
             left_out += common.left_out
             runs.append(len(common.one))
             of_one_run = " in one run of each" if runs[-1] == 1 else ""
-            of_model.append(f"{model}, {method} compared with {baseline}{of_one_run}: "
+            of_model.append(f"{model}, {method_title(method)} compared with {method_title(baseline)}{of_one_run}: "
                             f"{describe_gaps(gaps[method], names)}.")
         if of_model and names and model not in matched:
             one_run = ONE_RUN if 1 in runs else ""
@@ -62,7 +62,7 @@ def compare_methods(records: dict[str, Record], baseline: str, rates: Mapping[st
             sections.append((f"Methods: {model}", f"{NOTE}{at_rates}\n\n{values}"))
         rows = [[method, *(format_gap(gaps[method].get(name)) for name in names)] for method in found if method in gaps]
         if rows and names:
-            sections.append((f"Methods minus {baseline}: {model}",
+            sections.append((f"Methods minus {method_title(baseline)}: {model}",
                              with_note(markdown_table(["method", *names], rows))))
     return sentences, sections, left_out
 

@@ -64,8 +64,8 @@ def find_text_files(folder: Path) -> list[Path]:
 
 
 def read_text_file(path: Path, column: str) -> Iterator[str]:
-    """Yields the documents of a file: pieces of a .txt file, cut at line ends but in long lines, or one field of each
-    .jsonl line."""
+    """Yields the documents of a file: pieces of a .txt file, cut at line ends or within long lines, or one field of
+    each .jsonl line."""
     if not path.is_file():
         raise UserError(f"{path} is {'a link to something that is ' if path.is_symlink() else ''}not a file")
     try:
