@@ -6,8 +6,9 @@
     python report.py --results report/stages.csv --out again         the table that another report wrote
 
 Writes report.md, report.html (one file, with the figures in it), the figures as PNG and SVG, and stages.csv, a table of
-the results of all stages. A report made from this table gives the same answer, without what needs single items or logs.
-The rows of several tables can be put into one file.
+the results of all stages. A report made from this table gives the same answer, without what needs logs or the answers
+to single items. Next to it is items.jsonl, the losses of single items, which is read with the table. The rows of
+several tables can be put into one file, and so can the lines of several items.jsonl.
 """
 import common.preamble
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from analysis.comparison import usable_stages
 from analysis.flips import constant_benchmarks, noise_flags
+from analysis.item_table import ITEMS, item_table, with_items
 from analysis.measures import PRIMARY, check_measure, make_measures, read_primary
 from analysis.method_figures import plot_planes
 from analysis.method_plane import finished_methods, left_out_of_plane, method_study, plane_section
@@ -80,7 +82,7 @@ def read_stages(cfg: ReportConfig) -> list[Stage]:
     if cfg.runs:
         return read_runs(cfg.runs)
     path = Path(str(cfg.results))
-    return read_stage_table(path) if path.suffix == ".csv" else read_results(path)
+    return with_items(read_stage_table(path), path.with_name(ITEMS)) if path.suffix == ".csv" else read_results(path)
 
 
 def compared_models(stages: Sequence[Stage], cfg: ReportConfig) -> ModelPair | None:
@@ -262,6 +264,8 @@ def main(cfg: ReportConfig) -> None:
     images = "".join(markdown_image(name, caption) for name, caption in figures.items())
     body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
     write_text(out / "stages.csv", stage_table(stages))
+    if items := item_table(stages):
+        write_text(out / ITEMS, items)
     write_pages(out, f"# {title}\n\n{summary}\n{images}{body}")
     print(summary + f"report: {out / 'report.html'}")
 

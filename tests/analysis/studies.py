@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from evaluation.conditions import short_digest
 from evaluation.result_files import write_losses
 
 RATES = "0.0003", "0.001", "0.003"
@@ -23,6 +24,11 @@ def losses_of(loss, key, kl=None):
     noise -= (noise * TOKENS).sum() / TOKENS.sum()
     return {"nll": (TOKENS * (loss + noise)).tolist(), "tokens": TOKENS.tolist(), "bytes": (4 * TOKENS).tolist(),
             "kl": None if kl is None else (TOKENS * kl).tolist()}
+
+
+def digest_of(stage):
+    """What stands for the digest of a checkpoint."""
+    return short_digest([str(stage)])
 
 
 def learned_loss(model, number, place):
@@ -52,7 +58,7 @@ def write_stage_of(folder, number, settings, losses, right, seconds=60.0):
         "result": {"seconds": seconds}}))
     run = {"dtype": "fp32", "limit": None, "data_digest": "d", "tokenizer_digest": "t"}
     for name, (items, kind) in losses.items():
-        write_losses(stage / "eval", name, kind, items, run | {"checkpoint_digest": str(folder)})
+        write_losses(stage / "eval", name, kind, items, run | {"checkpoint_digest": digest_of(stage)})
     suite = [{"name": "quiz", "category": "DK", "metric": "acc", "label": None, "part_of": None}]
     value = float(np.mean(right))
     (stage / "eval/results_1.json").write_text(json.dumps({"run": {"suite": suite}, "results": {

@@ -18,7 +18,7 @@ from analysis.results import read_runs
 from common.files import UserError, read_json
 from evaluation.result_files import write_losses
 from report import ReportConfig
-from tests.analysis.studies import RATES, losses_of, write_study
+from tests.analysis.studies import RATES, digest_of, losses_of, write_study
 from tests.analysis.test_report import cells, make_report
 
 
@@ -252,8 +252,9 @@ def test_stages_of_another_m0_or_another_stage_before_them_are_not_used(tmp_path
     """As when m0 or a stage is trained again and the later stages stay."""
     runs = write_study(tmp_path / "runs", pairs=(1, 2), rates=RATES[:1])
     for path in runs.glob("pair-*/*/m?-*/run.json"):
-        m0 = path.parents[1]
-        write = {"lineage": {"start": {"init": "m0", "digest": str(m0)}}, "parent_digest": str(m0)}
+        m0, m1 = (path.parents[1] / name for name in ("m0", "m1-simp"))
+        before = m0 if path.parent == m1 else m1
+        write = {"lineage": {"start": {"init": "m0", "digest": digest_of(m0)}}, "parent_digest": digest_of(before)}
         path.write_text(json.dumps(read_json(path) | write))
     text = make_report(tmp_path / "out", runs=runs)
     assert "is not used: it was not trained" not in text

@@ -68,6 +68,77 @@ def test_a_report_from_the_table_has_the_same_answer(runs, table, tmp_path):
     tables = [page.split("## Differences between the models")[1].split("## ")[0] for page in (text, again)]
     assert tables[0] == tables[1]
     assert (tmp_path / "one/stages.csv").read_text() == (tmp_path / "two/stages.csv").read_text() == table.read_text()
+    assert not (tmp_path / "two/items.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def of_methods(tmp_path_factory):
+    """The report on a model with two methods, a single run of each at every rate."""
+    folder = tmp_path_factory.mktemp("methods")
+    runs = write_study(folder / "runs", pairs=(0,), models=("llm",))
+    for method, source in (("ewc", "stack"), ("finetune", "llm")):
+        for chain in (write_study(folder / method, pairs=(0,), models=(source,)) / source).glob("rate-*"):
+            for path in chain.glob("m*/run.json"):
+                record = read_json(path)
+                path.write_text(json.dumps(record | {"settings": record["settings"] | {"method": method}}))
+            shutil.copytree(chain, runs / "llm" / method / chain.name)
+    for chain in (runs / "llm").glob("rate-*"):
+        shutil.rmtree(chain)
+    make_report(folder / "report", runs=runs)
+    return folder / "report"
+
+
+@pytest.fixture
+def tables(of_methods, tmp_path):
+    """Its stages.csv and items.jsonl, in a folder of their own."""
+    (tmp_path / "tables").mkdir()
+    for name in ("stages.csv", "items.jsonl"):
+        shutil.copy(of_methods / name, tmp_path / "tables")
+    return tmp_path / "tables"
+
+
+def differences(page):
+    """The differences to finetune with their intervals, of a report."""
+    section = page.split("## Learned and forgotten: llm")[1].split("## ")[0]
+    return [line.split("|")[4].strip() for line in section.splitlines() if line.startswith("| ewc |")]
+
+
+def test_with_the_items_beside_it_the_table_gives_the_same_intervals(of_methods, tables, tmp_path):
+    """Also after both files were put together from two reports."""
+    items = tables / "items.jsonl"
+    lines = items.read_text().splitlines(keepends=True)
+    assert len(lines) == 3 * (1 + 2 * 3 * 2)  # three sets of items: m0, and two stages of two chains at three rates
+    items.write_text("".join([*lines[5:], *lines[:9]]))
+    expected = differences((of_methods / "report.md").read_text())
+    assert re.fullmatch(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", *expected)
+    assert differences(make_report(tmp_path / "again", results=tables / "stages.csv")) == expected
+    assert sorted((tmp_path / "again/items.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_without_the_items_of_one_stage_the_means_are_compared(of_methods, tables, tmp_path):
+    items = tables / "items.jsonl"
+    lines = items.read_text().splitlines(keepends=True)
+    lines.remove(next(line for line in lines[::-1] if json.loads(line)["name"] == "text"))
+    items.write_text("".join(lines))
+    expected = differences((of_methods / "report.md").read_text())[0].split(" [")[0]
+    assert float(*differences(make_report(tmp_path / "again", results=tables / "stages.csv"))) == pytest.approx(
+        float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda row: row | {"nll": [2 * value for value in row["nll"]]},
+     "has other losses of empd after m1-simp of llm than the table beside it (6.2000 and 3.1000 nats per token)"),
+    (lambda row: row | {"tokens": [1 + value for value in row["tokens"]]}, "has other losses of empd after m1"),
+    (lambda row: row | {"nll": row["nll"][1:]}, "an item has no tokens or no loss"),
+    (lambda row: row | {"nll": ["1", *row["nll"][1:]]}, "a value is no number"),
+    (lambda row: {}, "line 1, is damaged or not the losses of items, as a report writes them (KeyError: 'tokens')")])
+def test_damaged_items(tables, refusal, tmp_path, change, message):
+    items = tables / "items.jsonl"
+    first, *others = items.read_text().splitlines(keepends=True)
+    items.write_text("".join([json.dumps(change(json.loads(first))) + "\n", *others]))
+    line = refusal((ReportConfig, report.main), "--results", tables / "stages.csv", "--out", tmp_path / "out")
+    assert "items.jsonl" in line
+    assert message in line
 
 
 def test_a_report_is_not_replaced_by_that_of_its_table(refusal, runs, tmp_path):
