@@ -11,7 +11,7 @@ from common.configs import ROOT
 from common.files import UserError, digest, read_json
 from common.writing import write_json
 
-TemplateName = Literal["alpaca", "chat"]  # of the prompts of tasks, see corpus/prompts.py
+TemplateName = Literal["alpaca", "chat", "plain"]  # of the prompts of tasks, see corpus/prompts.py
 DEFAULT_TEMPLATE: TemplateName = "alpaca"  # also where a record names none
 RUN, GROWTH = "run.json", "growth.json"  # the records of a run and of a growth, in their directories
 

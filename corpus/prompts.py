@@ -60,22 +60,27 @@ class PromptTemplate:
         return self.truncate(prompts, max_length), replies
 
     def truncate(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
-        """Returns prompts with bos, cut to `max_length` tokens."""
+        """Returns prompts with bos, cut to `max_length` tokens. Raises UserError if one has no tokens."""
         self.check_length(max_length)
         start, whole = self.tokenizer.encode_batch(["x", "x" + self.ending])  # the ending as it follows a source
         ending = whole[len(start):] if whole[:len(start)] == start else self.tokenizer.encode(self.ending)
         prompts = [[*self.bos, *ids] for ids in prompts]
+        if not all(prompts):
+            raise UserError("the input of an item is empty, and this tokenizer has no token that begins a text: remove "
+                            "the item, or use --template alpaca")
         return [ids if len(ids) <= max_length else ids[:max_length - len(ending)] + ending for ids in prompts]
 
 
 def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
-    """Returns the Alpaca prompt, or that of the tokenizer's chat template, with the source as the user's message.
+    """Returns the Alpaca prompt, the source alone ("plain"), or the prompt of the tokenizer's chat template, with the
+    source as the user's message.
 
     Raises UserError if there is no chat template, or if it does not end its replies with an end-of-text token.
     """
-    if name == "alpaca":
-        return PromptTemplate(tokenizer, alpaca_prompt, [] if tokenizer.bos_id is None else [tokenizer.bos_id],
-                              "\n\n" + RESPONSE, "", "", tokenizer.eos_id, follows_prompt=False)
+    if name in WITHOUT_CHAT:
+        render_prompt, ending = WITHOUT_CHAT[name]
+        return PromptTemplate(tokenizer, render_prompt, [] if tokenizer.bos_id is None else [tokenizer.bos_id], ending,
+                              "", "", tokenizer.eos_id, follows_prompt=False)
     if not tokenizer.fast:
         raise UserError(f"{tokenizer.directory}: a chat template needs tokenizer.json; with tokenizer.model alone, "
                         "special tokens in a text are plain text")
@@ -104,3 +109,8 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
 def alpaca_prompt(source: str) -> str:
     """Returns the Alpaca prompt of a source."""
     return source if source.rstrip().endswith(RESPONSE) else PROMPT.format(source=source)
+
+
+# How a source becomes a prompt, and the text of the prompt after the source.
+WITHOUT_CHAT: dict[TemplateName, tuple[Callable[[str], str], str]] = {
+    "alpaca": (alpaca_prompt, "\n\n" + RESPONSE), "plain": (lambda source: source, "")}

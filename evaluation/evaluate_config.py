@@ -31,9 +31,9 @@ class EvaluateConfig:
                                             "for token shards, the model's context for a text file", at_least=1)
     max_source_length: int = setting(1024, "maximum number of tokens of a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum number of tokens of a reference, including <eos>", at_least=2)
-    template: TemplateName | None = setting(None, "prompts: alpaca, or chat, the tokenizer's chat template, which "
-                                                  "benchmarks use as well; not given: no template for benchmarks, for "
-                                                  "tasks that of the last fine-tuning, or alpaca")
+    template: TemplateName | None = setting(None, "prompts of the tasks, see train.py; with chat, benchmarks use the "
+                                                  "chat template as well; not given: that of the last fine-tuning, or "
+                                                  "alpaca")
     seed: int = setting(42, "seed for decoding of the tasks by sampling, and for posterior samples", at_least=0)
     posterior_samples: int = setting(0, "number of weight samples from the checkpoint's posterior; adds benchmark "
                                      "results with the options' probabilities averaged over them", at_least=0,

@@ -34,8 +34,8 @@ class TrainConfig:
     max_source_length: int = setting(1024, "maximum tokens in a prompt, including <bos>", at_least=16)
     max_target_length: int = setting(256, "maximum tokens in a target, including <eos>", at_least=2)
     train_on_source: bool = setting(False, "also compute the loss on the prompt")
-    template: TemplateName = setting(DEFAULT_TEMPLATE, "prompt around a source: alpaca; or chat, the tokenizer's chat "
-                                                       "template")
+    template: TemplateName = setting(DEFAULT_TEMPLATE, "prompt around a source: alpaca; chat, the tokenizer's chat "
+                                                       "template; or plain, the source alone")
     # how long
     num_train_epochs: float = setting(3.0, "passes over the data", above=0, at_most=10_000,
                                       replaced_by=("max_steps", "max_tokens", "max_flops"))

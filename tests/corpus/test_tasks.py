@@ -1,5 +1,6 @@
 """Raw and preprocessed task files, the evaluation split, and samples for fine-tuning."""
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -325,6 +326,21 @@ def test_long_prompts_keep_the_response_marker(tokenizer_dir):
     short, long = open_template("alpaca", tokenizer).encode_prompts(["a", "b " * 500], 120)
     assert len(short) < 120 == len(long)
     assert tokenizer.decode(long).endswith(RESPONSE)
+
+
+def test_a_plain_prompt_is_the_source(tokenizer_dir):
+    tokenizer = Tokenizer(tokenizer_dir)
+    source, target = "Say it again.", "It was said."
+    (ids, first), = SFTDataset([{"input": source, "output": target}], tokenizer, 200, 50, template="plain")
+    assert ids[:first].tolist() == [tokenizer.bos_id, *tokenizer.encode(source)]
+    assert ids[first:].tolist() == [*tokenizer.encode(target), tokenizer.eos_id]
+    words = "b " * 500
+    long, = open_template("plain", tokenizer).encode_prompts([words], 120)
+    assert long == [tokenizer.bos_id, *tokenizer.encode(words)][:120]
+    without_bos = replace(open_template("plain", tokenizer), bos=[])
+    assert without_bos.encode_prompts(["Say"], 120) == [tokenizer.encode("Say")]
+    with pytest.raises(UserError, match="the input of an item is empty, and this tokenizer has no token that begins"):
+        without_bos.encode_prompts(["Say", ""], 120)
 
 
 def test_a_cut_prompt_ends_as_a_whole_one(tmp_path):
