@@ -167,6 +167,15 @@ def test_the_method_and_the_baseline_can_be_chosen(method_runs, tmp_path):
         make_report(tmp_path / "out", runs=method_runs, baseline="finetnue")
 
 
+def test_runs_without_a_method_have_a_name_in_words(method_runs, tmp_path):
+    stages = [replace(stage, method=None if stage.method == "finetune" else stage.method)
+              for stage in read_runs(method_runs)]
+    (tmp_path / "stages.csv").write_text(stage_table(stages))
+    text = make_report(tmp_path / "out", results=tmp_path / "stages.csv")
+    assert "- llm, ewc compared with fine-tuning without a method in one run of each: " in text
+    assert "## Methods minus fine-tuning without a method: llm\n" in text
+
+
 @pytest.mark.parametrize(("methods", "first"), [
     (("ewc", "finetune", None), "finetune"), (("ewc", None), "none"), (("lora", "ewc"), "ewc")])
 def test_the_method_of_the_answer_is_named(tmp_path, methods, first):
