@@ -73,7 +73,8 @@ def dispatch(commands: Commands, description: str) -> None:
     except (UserError, OSError, MemoryError) as error:
         if os.environ.get("DEBUG") == "1":
             raise
-        rank = os.environ.get("RANK", "0")
+        launched = "MASTER_ADDR" in os.environ  # otherwise RANK, if there is one, is left over from something else
+        rank = os.environ.get("RANK", "0") if launched else "0"
         if rank == "0" or not rank.isdecimal():
             print(f"error: {describe_error(error)}", file=sys.stderr)
         elif cfg is not None:  # invalid flags fail on every rank; later errors may occur on one rank only

@@ -32,6 +32,24 @@ def test_errors_keep_their_traceback_for_debugging(monkeypatch, capsys):
         dispatch((NoSettings, fail), "")
 
 
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, "error: unknown flag '--colour'"), ({"RANK": "3"}, "error: unknown flag '--colour'"),
+    ({"RANK": "3", "MASTER_ADDR": "127.0.0.1"}, "")])
+def test_invalid_flags_are_told_by_one_process(monkeypatch, capsys, environment, expected):
+    """A RANK without a launcher, left over in a shell, silences nothing."""
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--colour", "red"])
+    with pytest.raises(SystemExit) as ended:
+        dispatch((NoSettings, fail), "")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(expected)
+    assert bool(message) == bool(expected)
+
+
 def test_a_closed_output_ends_a_script_without_a_message():
     """As `head` closes it."""
     with subprocess.Popen([sys.executable, "data_prep.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
