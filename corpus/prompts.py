@@ -21,7 +21,7 @@ class PromptTemplate:
     tokenizer: Tokenizer
     render: Callable[[str], str]  # returns the prompt of a source
     bos: Sequence[int]  # token ids that precede the prompt
-    ending: str  # the text of the prompt after the source
+    ending: str | None  # the text of the prompt after the source; None: the source is the whole prompt
     beginning: str  # the text of the reply before the target
     trailing: str  # the text of the reply after the target, before the token that ends it
     end_id: int | None  # the token that ends the reply
@@ -37,7 +37,8 @@ class PromptTemplate:
         """Returns the token ids of the prompt of each source, at most `max_length` of them.
 
         A long prompt loses the end of its source but keeps what follows it; without the marker of the response, the
-        model would continue the source. Raises UserError if there is no room for a source.
+        model would continue the source. A source that is the whole prompt loses its beginning. Raises UserError if
+        there is no room for a source.
         """
         return self.truncate(self.tokenizer.encode_batch(list(map(self.render, sources))), max_length)
 
@@ -62,12 +63,15 @@ class PromptTemplate:
     def truncate(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
         """Returns prompts with bos, cut to `max_length` tokens. Raises UserError if one has no tokens."""
         self.check_length(max_length)
-        start, whole = self.tokenizer.encode_batch(["x", "x" + self.ending])  # the ending as it follows a source
-        ending = whole[len(start):] if whole[:len(start)] == start else self.tokenizer.encode(self.ending)
-        prompts = [[*self.bos, *ids] for ids in prompts]
+        bos = list(self.bos)
+        prompts = [ids if ids[:len(bos)] == bos else bos + ids for ids in prompts]
         if not all(prompts):
             raise UserError("the input of an item is empty, and this tokenizer has no token that begins a text: remove "
                             "the item, or use --template alpaca")
+        if self.ending is None:
+            return [ids if len(ids) <= max_length else bos + ids[len(bos) - max_length:] for ids in prompts]
+        start, whole = self.tokenizer.encode_batch(["x", "x" + self.ending])  # the ending as it follows a source
+        ending = whole[len(start):] if whole[:len(start)] == start else self.tokenizer.encode(self.ending)
         return [ids if len(ids) <= max_length else ids[:max_length - len(ending)] + ending for ids in prompts]
 
 
@@ -111,6 +115,6 @@ def alpaca_prompt(source: str) -> str:
     return source if source.rstrip().endswith(RESPONSE) else PROMPT.format(source=source)
 
 
-# How a source becomes a prompt, and the text of the prompt after the source.
-WITHOUT_CHAT: dict[TemplateName, tuple[Callable[[str], str], str]] = {
-    "alpaca": (alpaca_prompt, "\n\n" + RESPONSE), "plain": (lambda source: source, "")}
+# How a source becomes a prompt, and the text of the prompt after the source, see PromptTemplate.
+WITHOUT_CHAT: dict[TemplateName, tuple[Callable[[str], str], str | None]] = {
+    "alpaca": (alpaca_prompt, "\n\n" + RESPONSE), "plain": (lambda source: source, None)}

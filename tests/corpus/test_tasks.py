@@ -334,9 +334,10 @@ def test_a_plain_prompt_is_the_source(tokenizer_dir):
     (ids, first), = SFTDataset([{"input": source, "output": target}], tokenizer, 200, 50, template="plain")
     assert ids[:first].tolist() == [tokenizer.bos_id, *tokenizer.encode(source)]
     assert ids[first:].tolist() == [*tokenizer.encode(target), tokenizer.eos_id]
-    words = "b " * 500
-    long, = open_template("plain", tokenizer).encode_prompts([words], 120)
-    assert long == [tokenizer.bos_id, *tokenizer.encode(words)][:120]
+    words = "b " * 500 + "Who was it?"
+    begun, long = open_template("plain", tokenizer).encode_prompts(["<s>Say", words], 120)
+    assert begun == [tokenizer.bos_id, *tokenizer.encode("Say")]  # with one <bos>
+    assert long == [tokenizer.bos_id, *tokenizer.encode(words)[-119:]]  # the question is at the end
     without_bos = replace(open_template("plain", tokenizer), bos=[])
     assert without_bos.encode_prompts(["Say"], 120) == [tokenizer.encode("Say")]
     with pytest.raises(UserError, match="the input of an item is empty, and this tokenizer has no token that begins"):
