@@ -248,6 +248,8 @@ def drop_unlike_items(stages: Sequence[Stage], unit: str = "pair") -> tuple[list
         for name, losses in stage.losses.items():
             reference = first.setdefault(name, losses)
             names = unlike(reference.conditions, losses.conditions)
+            if 1 in (len(reference.tokens), len(losses.tokens)):  # the items of one of them may not be known
+                reference, losses = reference.total, losses.total
             if names or not np.array_equal(reference.tokens, losses.tokens):
                 texts[f"losses of {name}"] = ", ".join(
                     f"{key} {shown(losses.conditions[key])} (elsewhere {shown(reference.conditions[key])})"

@@ -56,8 +56,10 @@ class Difference:
 
     @functools.cached_property
     def components(self) -> VarianceComponents | None:
-        """The variance between the pairs and that of the items in them."""
+        """The variance between the pairs and that of the items in them. None if the items of a pair are not known."""
         found = self.of_pairs.values()
+        if len({len(one.residuals) for one in found}) > 1:
+            return None
         return variance_components(np.array([one.value for one in found]), np.array([one.residuals for one in found]))
 
 

@@ -21,8 +21,8 @@ TOLERANCE = 1e-4  # nats per token by which the items may differ from the mean i
 Key = tuple[str, str, str, str]  # digests of the checkpoint and of its m0, name, digest of the conditions
 
 
-def key_of(name: str, losses: ItemLosses) -> Key:
-    """What tells the losses of one checkpoint from others."""
+def losses_key(name: str, losses: ItemLosses) -> Key:
+    """The key that identifies the losses of one checkpoint."""
     checkpoint, start = ((digest or "")[:DIGITS] for digest in losses.digests)
     return checkpoint, start, name, digest_of(losses.conditions)
 
@@ -34,7 +34,7 @@ def item_table(stages: Sequence[Stage]) -> str:
     for stage in stages:
         for name, losses in stage.losses.items():
             if len(losses.nll) > 1 and losses.digests[0]:
-                key = key_of(name, losses)
+                key = losses_key(name, losses)
                 kl = None if losses.kl is None else losses.kl.round(DECIMALS).tolist()
                 lines[key] = json.dumps(dict(zip(("checkpoint", "start", "name", "conditions"), key)) | {
                     "tokens": losses.tokens.astype(int).tolist(), "nll": losses.nll.round(DECIMALS).tolist(), "kl": kl})
@@ -42,48 +42,52 @@ def item_table(stages: Sequence[Stage]) -> str:
 
 
 def with_items(stages: Sequence[Stage], path: Path) -> list[Stage]:
-    """The stages of a table with the losses of their single items, of the texts and tasks whose items the file has for
-    all these stages; of all others the means stay. Raises UserError if the file is damaged or the items do not have the
-    mean in the table."""
-    if not path.exists():
-        return list(stages)
-    items = read_items(path)
-    keys = {(number, name): key_of(name, losses) for number, stage in enumerate(stages)
-            for name, losses in stage.losses.items()}
-    incomplete = {key[2:] for key in keys.values() if key not in items}
-    found: list[Stage] = []
-    for number, stage in enumerate(stages):
+    """The stages of a table, with the losses of single items where the file has them; elsewhere the means stay. Raises
+    UserError if the file is damaged or its items do not have the means in the table."""
+    items = read_items(path) if path.exists() else {}
+    with_losses = []
+    for stage in stages:
         losses = {}
         for name, mean in stage.losses.items():
-            losses[name] = mean
-            if (key := keys[number, name])[2:] not in incomplete:
-                losses[name] = replace(items[key], conditions=mean.conditions, digests=mean.digests)
-                if losses[name].tokens.sum() != mean.tokens.sum() or abs(losses[name].loss - mean.loss) > TOLERANCE:
-                    raise UserError(f"{path} has other losses of {name} after {stage.name} of {stage.model} than the "
-                                    f"table beside it ({losses[name].loss:.4f} and {mean.loss:.4f} nats per token): "
-                                    "take both files from one report, or remove it")
-        found.append(replace(stage, losses=losses))
-    return found
+            losses[name] = replace(items.get(losses_key(name, mean), mean), conditions=mean.conditions,
+                                   digests=mean.digests)
+            if differing := [what for what, one, other in totals(losses[name], mean) if abs(one - other) > TOLERANCE]:
+                raise UserError(f"{path} has another {differing[0]} of {name} after {stage.name} of {stage.model} than "
+                                "the table next to it: take both files from one report, or remove it")
+        with_losses.append(replace(stage, losses=losses))
+    return with_losses
+
+
+def totals(one: ItemLosses, other: ItemLosses) -> list[tuple[str, float, float]]:
+    """(name, value, value) of the totals that two descriptions of the same losses share."""
+    return [("number of tokens", one.tokens.sum(), other.tokens.sum()), ("loss", one.loss, other.loss),
+            ("KL", mean_kl(one), mean_kl(other))]
+
+
+def mean_kl(losses: ItemLosses) -> float:
+    """The KL divergence from m0 in nats per token; -1 if it was not measured."""
+    return -1.0 if losses.kl is None else float(losses.kl.sum() / losses.tokens.sum())
 
 
 def read_items(path: Path) -> dict[Key, ItemLosses]:
-    """{key: losses by item} of a file."""
-    found = {}
+    """{key: losses by item} of a file. Blank lines are skipped."""
+    items = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         where = f"{path}, line {number},"
         with parsing(where, "the losses of items, as a report writes them"):
-            row = parse_json(line, where)
-            tokens, nll = numbers(row["tokens"]), numbers(row["nll"])
-            kl = None if row["kl"] is None else numbers(row["kl"])
-            if not len(tokens) == len(nll) == len(nll if kl is None else kl) or not len(tokens) or tokens.min() < 1:
-                raise ValueError("an item has no tokens or no loss")
-            found[row["checkpoint"], row["start"], row["name"], row["conditions"]] = ItemLosses(tokens=tokens, nll=nll,
-                                                                                              kl=kl, conditions={})
-    return found
+            if line.strip():
+                row = parse_json(line, where)
+                tokens, nll = numbers(row["tokens"], at_least=1), numbers(row["nll"])
+                kl = None if row["kl"] is None else numbers(row["kl"])
+                if not 0 < len(tokens) == len(nll) == len(nll if kl is None else kl):
+                    raise ValueError("an item has no tokens or no loss")
+                key = row["checkpoint"], row["start"], row["name"], row["conditions"]
+                items[key] = ItemLosses(tokens=tokens, nll=nll, kl=kl, conditions={})
+    return items
 
 
-def numbers(values: list[float]) -> np.ndarray:
-    """Values as an array. Raises ValueError if one is no number."""
-    if not all(map(is_number, values)):
-        raise ValueError("a value is no number")
+def numbers(values: list[float], at_least: float = 0.0) -> np.ndarray:
+    """Values as an array. Raises ValueError if one is not a number or is too small."""
+    if not all(is_number(value) and value >= at_least for value in values):
+        raise ValueError(f"a value is not a number of at least {at_least:g}")
     return np.array(values, float)

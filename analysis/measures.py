@@ -35,6 +35,11 @@ class ItemValues:
         """The measure's value."""
         return float(self.values.mean())
 
+    @property
+    def total(self) -> "ItemValues":
+        """The value without its items [1]."""
+        return ItemValues(np.array([self.value]), np.zeros(1))
+
 
 def item_values(values: np.ndarray, weights: np.ndarray | float = 1.0) -> ItemValues:
     """Values of the items of one set. weights [N]: how much each item counts, such as its tokens, with the mean 1."""
@@ -42,13 +47,18 @@ def item_values(values: np.ndarray, weights: np.ndarray | float = 1.0) -> ItemVa
 
 
 def weighted_sum(terms: Sequence[tuple[float, ItemValues]]) -> ItemValues:
-    """A weighted sum of values of the same items."""
+    """A weighted sum of values of the same items. Without items, if those of a term are not known."""
+    if len({len(values.values) for _, values in terms}) > 1:
+        terms = [(weight, values.total) for weight, values in terms]
     return ItemValues(np.sum([weight * one.values for weight, one in terms], axis=0),
                       np.sum([weight * one.residuals for weight, one in terms], axis=0))
 
 
 def pool(sets: Sequence[ItemValues]) -> ItemValues | None:
-    """The mean over sets of items, each of which counts the same. None without a set."""
+    """The mean over sets of items, each of which counts the same. Without items, if those of a set are not known. None
+    without a set."""
+    if any(len(one.values) == 1 for one in sets):
+        return weighted_sum([(1 / len(sets), one.total) for one in sets])
     total = sum(len(one.values) for one in sets)
     scales = [total / len(sets) / len(one.values) for one in sets]
     return ItemValues(np.concatenate([scale * one.values for scale, one in zip(scales, sets)]),
@@ -79,6 +89,8 @@ def losses_at(chain: Chain, number: int, name: str) -> ItemLosses | None:
 def loss_rise(chain: Chain, name: str, before: int, after: int) -> ItemValues | None:
     """The rise of a loss from one stage to another."""
     start, end = losses_at(chain, before, name), losses_at(chain, after, name)
+    if start and end and len(start.nll) != len(end.nll):
+        start, end = start.total, end.total
     return per_token(end.nll - start.nll, end) if start and end else None
 
 

@@ -2,7 +2,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ItemLosses:
-    """Losses of held-out text, or of a test set's references, by item [N]; from a table of stages, of all items [1].
+    """Losses of held-out text, or of a test set's references, by item [N]. Where only the mean is known, as from a
+    table of stages, there is one value for all items [1].
 
     nll, kl: sums over an item's tokens, in nats; kl, the divergence from m0, is None if it was not measured.
     conditions: what the values depend on besides the model. digests: of the checkpoint and of its m0; None if unknown.
@@ -46,6 +47,12 @@ class ItemLosses:
     def loss(self) -> float:
         """Nats per token."""
         return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def total(self) -> "ItemLosses":
+        """The losses of all items together [1]."""
+        kl = None if self.kl is None else self.kl.sum(keepdims=True)
+        return replace(self, nll=self.nll.sum(keepdims=True), tokens=self.tokens.sum(keepdims=True), kl=kl)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import report
 from analysis import method_figures, method_plane, pair_tables
 from analysis.inference import PairedDifference, t_quantile
-from analysis.measures import item_values, pool
+from analysis.measures import item_values, pool, weighted_sum
 from analysis.method_figures import plot_planes
 from analysis.method_plane import (
     Point,
@@ -284,6 +284,15 @@ def coverage_of_two_sets():
         gap = over_items(pool([item_values(rng.normal(mean, 1, size)) for mean, size in ((0.0, 20), (6.0, 80))]))
         covered += abs(gap.mean - 3.0) <= gap.half_width
     return covered / 400
+
+
+def test_a_mean_of_which_one_set_has_no_items_has_none():
+    """Its value is known, and how well it is measured is not."""
+    known, unknown = item_values(np.array([1.0, 2.0, 6.0])), item_values(np.array([5.0]))
+    for found in (pool([known, unknown]), weighted_sum([(0.5, known), (0.5, unknown)])):
+        assert found.values.tolist() == [4.0]
+        assert found.residuals.tolist() == [0.0]
+    assert len(pool([known, known]).values) == 6
 
 
 def test_methods_without_a_common_loss(folder):
