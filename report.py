@@ -21,8 +21,8 @@ from analysis.flips import constant_benchmarks, noise_flags
 from analysis.item_table import ITEMS, item_table, with_items
 from analysis.measures import PRIMARY, check_measure, make_measures, read_primary
 from analysis.method_figures import plot_planes
+from analysis.method_interaction import interaction_section, left_out_of_interaction
 from analysis.method_plane import finished_methods, left_out_of_plane, method_study, plane_section
-from analysis.method_profits import left_out_of_profits, profit_section
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_image, markdown_list, write_pages
 from analysis.pair_figures import plot_pairs
@@ -182,8 +182,8 @@ def describe(compared: Comparisons, effect: float,
         sentences.append("Not all of these runs were fine-tuned alike, so that differences may come from that: see "
                          "What is missing.")
     if study:
-        sections += profit_section(planes, study.compared, primary)
-        missing += left_out_of_profits(planes, study.compared, primary)
+        sections += interaction_section(planes, study.compared, primary)
+        missing += left_out_of_interaction(planes, study.compared, primary)
     more_sentences, tables = result_tables(record, noise)
     missing += [line for one in records.values() for line in one.missing]
     if len(records) > 1:

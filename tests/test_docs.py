@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from analysis.measures import DECREASE, LEARNING, PRIMARY
+from analysis.method_interaction import interaction_section
 from analysis.method_plane import (
     compared_at,
     gap_of,
@@ -28,7 +29,6 @@ from analysis.method_plane import (
     points_of,
     start_point,
 )
-from analysis.method_profits import profit_section
 from analysis.pair_tables import answer, signed
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
@@ -317,10 +317,10 @@ def test_the_growth_in_stages_is_that_of_its_table():
     assert compared_text("", "", compare(rows, "midas-copied", "lidas-copied")).split(" nats")[0][len(" − : "):] in text
 
 
-def test_the_profit_of_both_models_is_that_of_its_table():
+def test_the_effects_of_methods_on_both_models_are_those_of_their_table():
     stages = read_stage_table(ROOT / "docs/methods/pairs.csv")
     studies = {model: method_study(stages, model, "none") for model in ("stack", "llm")}
-    (_, text), = profit_section(studies, ("stack", "llm"), PRIMARY)
+    (_, text), = interaction_section(studies, ("stack", "llm"), PRIMARY)
     rows = table_rows((ROOT / "docs/methods.md").read_text().split("## A grown model and one from scratch")[1])
     expected = [[f"`{method.partition('-')[0]}`", *cells] for method, *cells in table_rows(text)]
     assert [row[0] for row in rows] == ["`expansion`", "`lora`"]

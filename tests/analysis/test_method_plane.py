@@ -13,6 +13,7 @@ from analysis import method_figures, method_plane, pair_tables
 from analysis.inference import PairedDifference, t_quantile
 from analysis.measures import item_values, pool, weighted_sum
 from analysis.method_figures import plot_planes
+from analysis.method_interaction import interaction_section, left_out_of_interaction, method_effects
 from analysis.method_plane import (
     Point,
     gap_of,
@@ -24,7 +25,6 @@ from analysis.method_plane import (
     points_of,
     start_point,
 )
-from analysis.method_profits import left_out_of_profits, profit_section, profits
 from analysis.results import read_runs
 from common.files import UserError
 from evaluation.result_files import total_losses
@@ -136,29 +136,29 @@ def test_methods_with_rates_of_their_own_are_checked_too(folder):
         "9.0 and 1.0"]
 
 
-def test_do_both_models_profit_equally(folder):
+def test_does_the_effect_of_a_method_differ_between_the_models(folder):
     _, studies = studies_of(folder)
-    (title, text), = profit_section(studies, ("stack", "llm"), RISE)
-    assert title == "Do both models profit equally"
+    (title, text), = interaction_section(studies, ("stack", "llm"), RISE)
+    assert title == "Does the effect of a method differ between the models"
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
     values = [float(cell.split()[0]) for cell in row.strip("| ").split(" | ")[1:4]]
     assert values == pytest.approx([-0.1, -0.3, 0.2], abs=0.02)
     assert row.endswith("| 4 | 0.1500 |")
-    assert profit_section({"stack": studies["stack"]}, ("stack", "llm"), RISE) == []
+    assert interaction_section({"stack": studies["stack"]}, ("stack", "llm"), RISE) == []
 
 
-def test_the_differences_of_profits_are_corrected_for_their_number(folder):
+def test_the_differences_of_effects_are_corrected_for_their_number(folder):
     for pair, more in ((1, 0.05), (2, 0.02)):
         for stage in folder.glob(f"pair-{pair}/llm/*/rate-*/m2-empd"):
             change(stage, stage.parents[1].name, more * (stage.parents[1].name == "lora"), 0.0)
             change(stage, stage.parents[1].name, 0.1 * more * pair * (stage.parents[1].name == "replay"), 0.0)
     _, studies = studies_of(folder)
-    (_, text), = profit_section(studies, ("stack", "llm"), RISE)
+    (_, text), = interaction_section(studies, ("stack", "llm"), RISE)
     rows = {cells(line)[0]: cells(line) for line in text.splitlines() if line.startswith(("| lora", "| replay"))}
     p_values = {}
     for method in EFFECTS:
-        values = [profit.one - profit.two
-                  for profit in profits((studies["stack"], studies["llm"]), method, RISE).values()]
+        values = [effects.grown - effects.reference
+                  for effects in method_effects((studies["stack"], studies["llm"]), method, RISE).values()]
         p_values[method] = PairedDifference(tuple(values)).p
     assert {method: row[4] for method, row in rows.items()} == {
         method: pair_tables.p_text(p) for method, p in p_values.items()}
@@ -173,17 +173,17 @@ def test_both_models_are_compared_at_the_same_losses(folder):
         place = RATES.index(stage.parent.name.removeprefix("rate-"))
         change(stage, "lora", 3 - (learned_loss(stage.parents[2].name, 2, place) + 0.1), 0.0)
     _, studies = studies_of(folder)
-    found = profits((studies["stack"], studies["llm"]), "lora", RISE)
+    effects = method_effects((studies["stack"], studies["llm"]), "lora", RISE)
     common = (2.5, 2.65)  # of stack 2.25 to 2.65 and 2.35 to 2.75, of llm 2.4 to 2.8 and 2.5 to 2.9
-    for pair, of_models in found.items():
+    for pair, of_models in effects.items():
         own = deviation(f"pair-{pair}", "lora") + 3 - sum(common) / 2
         assert of_models == pytest.approx([*(EFFECTS["lora"][model] + own for model in ("stack", "llm")), 0.15])
     for stage in folder.glob("pair-2/llm/*/rate-*/m2-empd"):  # both learn too little for a loss that stack reaches
         change(stage, stage.parents[1].name, 0.0, 0.5)
     _, studies = studies_of(folder)
-    assert list(profits((studies["stack"], studies["llm"]), "lora", RISE)) == [1, 3, 4]
-    assert left_out_of_profits(studies, ("stack", "llm"), RISE) == [
-        f"pair 2 is left out of the profits of {method}: the curves of both models, with the method and without, reach "
+    assert list(method_effects((studies["stack"], studies["llm"]), "lora", RISE)) == [1, 3, 4]
+    assert left_out_of_interaction(studies, ("stack", "llm"), RISE) == [
+        f"pair 2 is left out of the effects of {method}: the curves of both models, with the method and without, reach "
         "no common new-task loss" for method in ("lora", "replay")]
 
 
@@ -206,7 +206,7 @@ def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     assert "with the 95% interval over the seeds (for these items and this m0)" in text
     assert left_out_of_plane(study, RISE) == ["the Pareto front of llm is without seed 43, in which not all methods "
                                               "have results after m2-empd"]
-    assert profit_section({"llm": study, "stack": study}, ("stack", "llm"), RISE) == []
+    assert interaction_section({"llm": study, "stack": study}, ("stack", "llm"), RISE) == []
     path, = one.glob("llm/lora/rate-0.001/seed-43/m2-empd/eval/losses-text.json")
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"run": content["run"] | {"dtype": "bf16"}}))
@@ -427,7 +427,7 @@ def test_pairs_without_a_common_loss_in_both_models(folder):
             for stage in folder.glob(f"pair-{pair}/{model}/lora/rate-*/m*"):
                 change(stage, "lora", 0.0, 1.0)
     _, studies = studies_of(folder)
-    (_, text), = profit_section(studies, ("stack", "llm"), RISE)
+    (_, text), = interaction_section(studies, ("stack", "llm"), RISE)
     assert "| lora |" not in text
     assert "| replay |" in text
 
@@ -445,7 +445,7 @@ def test_the_report_of_methods(folder, tmp_path):
         report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
     assert "llm, rise of held-out loss at equal new-task loss, compared with finetune: smaller with lora." in text
-    assert "## Do both models profit equally" in text
+    assert "## Does the effect of a method differ between the models" in text
     assert "![methods](methods.png)\n*rise of held-out loss over new-task loss: a panel for each method" in text
     assert (tmp_path / "report/methods.png").stat().st_size > 10_000
     assert (tmp_path / "report/methods.svg").exists()

@@ -1,7 +1,7 @@
-"""Do both models of a pair profit equally from a method against forgetting?
+"""Interaction of method and model: for each pair, the forgetting with a method minus that with the baseline, for both
+models, and the difference of these two effects (negative: the method helps the grown model more).
 
-A profit is how much more a model forgets with the method than with the baseline, so that less is better. It depends on
-how much was learned: both models are compared at the same losses on the new task.
+An effect depends on how much was learned: both models are compared at the same losses on the new task.
 """
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from analysis.tables import Section
 from common.formatting import markdown_table
 
 
-class Profit(NamedTuple):
-    """How much more each of two models forgets with a method than with the baseline, in one pair."""
-    one: float
-    two: float
-    width: float = 0.0  # of the range of losses over which both are means
+class MethodEffects(NamedTuple):
+    """The effects of a method on both models of a pair: forgetting with the method minus that with the baseline."""
+    grown: float
+    reference: float
+    width: float = 0.0  # of the range of losses on the new task over which both are means
 
 
 def comparable_studies(studies: Mapping[str, Study], pair: ModelPair) -> tuple[Study, ...]:
@@ -33,14 +33,18 @@ def comparable_studies(studies: Mapping[str, Study], pair: ModelPair) -> tuple[S
 
 
 @functools.cache
-def profits(studies: tuple[Study, ...], method: str, measure: str) -> dict[int, Profit]:
-    """{pair: Profit} of a method, for the pairs in which both models have one. With several learning rates at the same
-    losses on the new task: those that all four curves of a pair reach."""
+def method_effects(studies: tuple[Study, ...], method: str, measure: str) -> dict[int, MethodEffects]:
+    """{pair: MethodEffects} of a method, for the pairs in which both models have results with it and without. With
+    several learning rates, the effects are at the same losses on the new task: those that all four curves of a pair
+    reach.
+
+    studies: of the grown model and of the reference.
+    """
     if not all(study.matches_learning for study in studies):
-        first, second = (difference_of(study, method, measure) for study in studies)
-        return {pair: Profit(first.of_pairs[pair].value, second.of_pairs[pair].value)
-                for pair in sorted(first.of_pairs.keys() & second.of_pairs.keys())} if first and second else {}
-    found = {}
+        grown, reference = (difference_of(study, method, measure) for study in studies)
+        return {pair: MethodEffects(grown.of_pairs[pair].value, reference.of_pairs[pair].value)
+                for pair in sorted(grown.of_pairs.keys() & reference.of_pairs.keys())} if grown and reference else {}
+    effects = {}
     for pair in sorted(set(studies[0].pairs) & set(studies[1].pairs)):
         curves = [[study.curve(measure, pair, name, study.last) for name in (method, study.reference)]
                   for study in studies]
@@ -50,8 +54,8 @@ def profits(studies: tuple[Study, ...], method: str, measure: str) -> dict[int, 
         low, high = max(lows), min(highs)
         one, two = (matched_difference(with_method, without, (low, high)) for with_method, without in curves)
         if one and two:
-            found[pair] = Profit(one.value, two.value, high - low)
-    return found
+            effects[pair] = MethodEffects(one.value, two.value, high - low)
+    return effects
 
 
 def common_methods(both: Sequence[Study]) -> list[str]:
@@ -59,34 +63,36 @@ def common_methods(both: Sequence[Study]) -> list[str]:
     return [method for method in both[0].models if method in both[1].models and method != both[0].reference]
 
 
-def left_out_of_profits(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[str]:
-    """Sentences on the pairs that have results of both models with a method and without, and no profits."""
+def left_out_of_interaction(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[str]:
+    """Sentences on the pairs that have results of both models with a method and without, but no common losses."""
     if not (both := comparable_studies(studies, pair)):
         return []
     lines = []
     for method in common_methods(both):
-        found = profits(both, method, measure)
-        lines += [f"{both[0].name_of(number)} is left out of the profits of {method}: the curves of both models, with "
+        effects = method_effects(both, method, measure)
+        lines += [f"{both[0].name_of(number)} is left out of the effects of {method}: the curves of both models, with "
                   "the method and without, reach no common new-task loss" for number in both[0].pairs
-                  if number not in found and all(has_results(study, measure, number, name) for study in both
-                                                 for name in (method, study.reference))]
+                  if number not in effects and all(has_results(study, measure, number, name) for study in both
+                                                   for name in (method, study.reference))]
     return lines
 
 
-def profit_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[Section]:
-    """The section on whether both models of a pair profit equally from the methods. Empty without several pairs."""
+def interaction_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[Section]:
+    """The section on whether the effects of the methods differ between both models. Empty without several pairs."""
     if not (both := comparable_studies(studies, pair)):
         return []
-    found = {method: of_pairs for method in common_methods(both) if (of_pairs := profits(both, method, measure))}
-    differences = {method: PairedDifference(tuple(round(profit.one - profit.two, 12) for profit in of_pairs.values()))
-                   for method, of_pairs in found.items()}
-    corrected = dict(zip(found, holm([difference.p for difference in differences.values()])))
+    effects = {method: list(by_pair.values()) for method in common_methods(both)
+               if (by_pair := method_effects(both, method, measure))}
+    if not effects:
+        return []
+    differences = {method: PairedDifference(tuple(round(of_pair.grown - of_pair.reference, 12) for of_pair in of_pairs))
+                   for method, of_pairs in effects.items()}
+    corrected = dict(zip(effects, holm([difference.p for difference in differences.values()])))
     matched = all(study.matches_learning for study in both)
     rows = []
-    for method, of_pairs in found.items():
-        one, two, widths = zip(*of_pairs.values())
-        difference = differences[method]
-        rows.append([method, with_interval(PairedDifference(one)), with_interval(PairedDifference(two)),
+    for method, difference in differences.items():
+        grown, reference, widths = zip(*effects[method])
+        rows.append([method, with_interval(PairedDifference(grown)), with_interval(PairedDifference(reference)),
                      with_interval(difference), p_text(difference.p), p_text(corrected[method]),
                      f"{difference.smallest_detectable:.3g}" if difference.n > 1 else "–", difference.n,
                      range_text([min(widths), max(widths)]) if matched else "–"])
@@ -96,4 +102,4 @@ def profit_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) 
             "number of methods. Detectable: the smallest true difference found with 80% power. Width: of the range of "
             "losses that a pair is compared over, from the narrowest to the widest pair.\n\n")
     head = ["method", *pair, " − ".join(pair), "p", "p (Holm)", "detectable", "pairs", "width"]
-    return [("Do both models profit equally", note + markdown_table(head, rows))] if rows else []
+    return [("Does the effect of a method differ between the models", note + markdown_table(head, rows))]
