@@ -132,7 +132,7 @@ def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: ModelPair | N
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What a report compares.
+    """The comparisons of a report.
 
     Attributes:
         records: {method: its runs at one learning rate}, the baseline first.
@@ -151,7 +151,7 @@ class Comparisons:
 
 
 def with_method(name: str) -> str:
-    """How a sentence names a method."""
+    """The method as it is named in a sentence."""
     return "without a method" if name == "none" else f"with the method {name}"
 
 

@@ -1,4 +1,4 @@
-"""Which benchmarks were measured, what the suites say of them, and by which metric a task is judged."""
+"""The measured benchmarks, their descriptions in the suites, and the metric of each task."""
 import functools
 from collections.abc import Sequence
 from typing import Any

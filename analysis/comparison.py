@@ -1,4 +1,4 @@
-"""Which results are compared: those of the same stages and seeds, measured under the same conditions."""
+"""Selection of comparable results: those of the same stages and seeds, measured under the same conditions."""
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -50,7 +50,7 @@ def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
 
 
 def key_name(key: Key) -> str:
-    """How sentences call a chain of a model."""
+    """The display name of a chain."""
     return f"pair {key[0]}, seed {key[1]}" if key[0] else f"seed {key[1]}"
 
 
@@ -129,11 +129,11 @@ def conditions_of(group: Group) -> dict[tuple[str, str], Conditions]:
 
 
 class CommonPart:
-    """What two groups of chains, of two models or methods, have in common: their seeds, and the results that all their
-    chains have, under the same conditions and after the same tasks.
+    """The seeds and results shared by two groups of chains, of two models or methods. A result is shared if all chains
+    have it, under the same conditions and after the same tasks.
 
     Attributes:
-        one, two: the groups restricted to it.
+        one, two: the groups restricted to the shared seeds and results.
         left_out: sentences on seeds, conditions and tasks that differ.
     """
 
@@ -188,18 +188,18 @@ def same(one: Estimate | None, two: Estimate | None) -> bool:
 
 
 def pair_name(pair: int, unit: str = "pair") -> str:
-    """How sentences call a pair. unit: what it is: a pair of models, or a seed of fine-tuning that stands for one."""
+    """The display name of a pair. unit: "pair" of models, or "seed" of fine-tuning if seeds stand for pairs."""
     return f"{unit} {pair}" if pair or unit == "seed" else "the pair"
 
 
 def title_of(stage: Stage, unit: str = "pair") -> str:
-    """How sentences call a stage. unit: see pair_name."""
+    """The display name of a stage. unit: see pair_name."""
     return ", ".join([*([pair_name(stage.pair, unit)] if stage.pair is not None else []), stage.model,
                       *([f"rate {stage.rate}"] if stage.rate else []), stage.name])
 
 
 def chain_of(stage: Stage) -> tuple:
-    """What identifies the chain of a stage; of m0, which all chains of a model share, its model."""
+    """The identity of the chain of a stage; for m0, which all chains of a model share, that of its model."""
     return (stage.pair, stage.model, *((stage.method, stage.rate, stage.seed) if stage.number else ()))
 
 
@@ -220,8 +220,8 @@ def drop_unevaluated(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
 
 
 def drop_wrong_parents(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]:
-    """The stages without those that were trained from another m0, or from another stage before them, than the one that
-    lies in their chain; and a sentence for each of them. Where a digest is not known, nothing is dropped."""
+    """Drops stages whose recorded digest of m0 or of the parent differs from the checkpoint that precedes them in their
+    chain. Returns the rest and a sentence for each dropped stage. Stages with unknown digests are kept."""
     made = {(*chain_of(stage), stage.number): losses.digests[0] for stage in stages for losses in stage.losses.values()}
     kept, sentences = [], []
     for stage in stages:
@@ -300,6 +300,6 @@ def lacking_losses(stages: Sequence[Stage], unit: str = "pair") -> list[str]:
 
 
 def measured_losses(stage: Stage) -> list[str]:
-    """What sentences call the losses of a stage, and the divergences from m0."""
+    """The display names of the losses of a stage, and of the divergences from m0."""
     return [f"the {what} of {name}" for name, losses in stage.losses.items()
             for what in ("loss", "KL")[:1 if losses.kl is None else 2]]

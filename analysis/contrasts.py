@@ -1,4 +1,4 @@
-"""What is compared: two models, and their difference in each pair."""
+"""Contrasts: two models and their difference in each pair."""
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class Contrast:
 class Difference:
     """The difference of two models by a measure after a stage, in each pair that has it.
 
-    setting: what is equal: one of MATCHED_ON, or the learning rate. learning: the same as text. of_pairs: {pair: values
-    of the items}.
+    setting: the matching condition: one of MATCHED_ON, or the learning rate. learning: the same as text. of_pairs:
+    {pair: values of the items}.
     """
     contrast: Contrast
     measure: PairMeasure

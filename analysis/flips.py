@@ -25,7 +25,7 @@ FEWEST_EQUAL = 4  # fewest equal results that are not taken for coincidence
 
 @dataclass(frozen=True)
 class Flips:
-    """How the answers to the items of a benchmark changed.
+    """The changes of the answers to the items of a benchmark.
 
     forgotten, learned: right at m0 and wrong later, and the reverse (n10, n01). net: the decrease in the share of
     known items, without guessing.

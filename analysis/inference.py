@@ -172,7 +172,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class VarianceComponents:
-    """What the variance between pairs consists of: s² = of_pairs + of_item / items, both at least 0.
+    """The components of the variance between pairs: s² = of_pairs + of_item / items, both at least 0.
 
     of_pairs: variance of the pairs' true differences. of_item: variance of a single item within a pair.
     """

@@ -72,7 +72,7 @@ def plot_planes(studies: dict[str, Study], folder: Path, measure: str) -> dict[s
 
 
 def mean_gap(study: Study, method: str, measure: str) -> float:
-    """How much more a method forgets than the baseline at equal loss on the new task; infinity if it is unknown."""
+    """The mean difference in forgetting between a method and the baseline (see gap_of); infinity if it is unknown."""
     gap = gap_of(study, method, measure)
     return gap.mean if gap else math.inf
 

@@ -124,8 +124,8 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
-    """How much more a method forgets than the baseline at equal loss on the new task: over several pairs or seeds, or
-    over the items of a single run. None if they reach no common loss."""
+    """The forgetting with a method minus that with the baseline, at equal loss on the new task: over several pairs or
+    seeds, or over the items of a single run. None if they reach no common loss."""
     found = difference_of(study, method, measure)
     if found is None:
         return None

@@ -61,7 +61,7 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
 
 
 def named(study: Study, measure: str) -> str:
-    """How sentences call the measure of the answer after the last stage."""
+    """The display name of the measure of the answer, with the last stage and the role of the measure."""
     role = "primary measure" if study.is_primary(measure) else \
         f"not the primary measure, which was named before the first run: {study.named}" if study.named else \
         "chosen for this report, and not known to have been named before the first run"
@@ -69,7 +69,7 @@ def named(study: Study, measure: str) -> str:
 
 
 def conditions(study: Study, found: Difference) -> str:
-    """What is equal for both models in a difference."""
+    """The matching conditions of a difference, as text."""
     return f"at {'equal FLOPs and ' if has_equal_flops(study, found.of_pairs) else ''}{found.learning}"
 
 
@@ -207,7 +207,7 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
 
 
 def learning_text(found: Difference) -> str:
-    """How the learning of two models compares in a difference."""
+    """The matching condition of a difference, as a cell of a table."""
     return found.learning if found.is_matched else f"rate {found.setting}" if found.setting else "not matched"
 
 
@@ -250,8 +250,8 @@ def match_section(study: Study) -> list[Section]:
 
 
 def start_section(study: Study) -> list[Section]:
-    """The losses of the m0 of each contrast: on held-out text, which tells whether growing paid before anything was
-    fine-tuned, and on the last task, on which an equal loss and an equal decrease differ if these losses do."""
+    """Losses of both m0 of each contrast, on held-out text and on the last task. The first shows whether growing paid;
+    where the second differ, equal loss and equal decrease differ."""
     rows = []
     for contrast, (name, title) in itertools.product(study.contrasts, (
             (TEXT, "held-out text"), (study.last_task, study.last_task))):

@@ -45,7 +45,7 @@ class Study:
         rates: the learning rates, ascending; [""] if there is a single one.
         models: all models, those of controls included.
         stages: the name of each stage.
-        contrasts: what is compared, that of the primary measure first.
+        contrasts: the comparisons of two models, that of the primary measure first.
         measures: by name.
         compared: (grown, reference), the models of the first contrast.
         of: the model whose methods stand for the models; "" if models are compared.
@@ -54,7 +54,7 @@ class Study:
         left_out: sentences on what is not used, and why.
         trained_otherwise: sentences on the stages that were not trained as the others.
         named: the primary measure that was named before the first run; None if that is not known.
-        unit: what the pairs are: pairs of models, or seeds of fine-tuning.
+        unit: "pair" of models, or "seed" of fine-tuning if seeds stand for pairs.
     """
 
     def __init__(self, stages: Sequence[Stage], grown: str, reference: str, of: str = "", named: str | None = None,
@@ -122,7 +122,7 @@ class Study:
                 if number == pair and chain.keys() - {0}]
 
     def name_of(self, pair: int) -> str:
-        """How sentences call a pair."""
+        """The display name of a pair."""
         return pair_name(pair, self.unit)
 
     def _drop_other_seeds(self) -> None:
@@ -221,7 +221,7 @@ class Study:
                           found) if found else None
 
     def learning_text(self, setting: str, models: Iterable[str]) -> str:
-        """What is equal in a difference between models, as text: one of MATCHED_ON, or the learning rate."""
+        """The matching condition of a difference, as text: one of MATCHED_ON, or the learning rates."""
         if setting in MATCHED_ON:
             return f"equal {setting}"
         if setting:
@@ -240,7 +240,7 @@ class Study:
 
     @property
     def main_setting(self) -> str:
-        """What is equal in the main differences: the loss on the new task, or the only learning rate."""
+        """The matching condition of the main differences: the loss on the new task, or the only learning rate."""
         return LEARNING if self.matches_learning else self.rates[0]
 
     def start_loss(self, pair: int, model: str, name: str = TEXT) -> ItemValues | None:
@@ -281,8 +281,8 @@ class Study:
                        f"no common {learning} ({one}, {two} nats per token)")
 
     def lacking_results(self, contrast: Contrast, number: int) -> Iterator[str]:
-        """Sentences on the pairs in which a model of a contrast lacks results at all rates, or at learning rates that
-        the other one has, or a method at some of those with which it was begun: methods may have rates of their own."""
+        """Sentences on the pairs in which a model of a contrast lacks results: at all rates, or at rates that the other
+        model has. For methods: at rates at which the method was started."""
         for pair in self.pairs if self.matches_learning else ():
             models = self.models_of(contrast, pair) or ()
             rates = {model: set(self.curve(LEARNING, pair, model, number)[2]) for model in models}

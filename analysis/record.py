@@ -101,7 +101,7 @@ class Record:
         return ((model, key, chain) for model, group in self.chains.items() for key, chain in group.items())
 
     def _title(self, model: str, number: int = 1, key: Key | None = None) -> str:
-        """How sentences call a chain. All methods share the stage 0."""
+        """The display name of a chain; without the method for stage 0, which all methods share."""
         return ", ".join([model, *([self.method] if self.method and number else []),
                           *([] if key is None else [key_name(key)])])
 
@@ -133,7 +133,7 @@ class Record:
 
     @property
     def interval_text(self) -> str:
-        """What the 95% intervals contain."""
+        """The sources of error in the 95% intervals."""
         spread = f" and the spread of the {'pairs' if self.several_pairs else 'seeds'}" if self.several_chains else ""
         return f"95% interval from the standard errors{spread}"
 

@@ -117,7 +117,7 @@ class Stage:
 
 
 def method_title(name: str) -> str:
-    """How sentences and figures call a method, or the runs without one ("none")."""
+    """The display name of a method, or of the runs without one ("none")."""
     return "fine-tuning without a method" if name == "none" else name
 
 

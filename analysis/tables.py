@@ -76,7 +76,7 @@ def forgetting_tables(record: Record, noise: Collection[str]) -> tuple[list[str]
 
 
 def noise_caveat(counted: Sequence[str], noise: Collection[str]) -> str:
-    """What to say of a category some of whose benchmarks cannot show forgetting; "" if all can."""
+    """The caveat of a category some of whose benchmarks cannot show forgetting; "" if all can."""
     unable = [name for name in counted if name in noise]
     return f"{len(unable)} of its {len(counted)} benchmarks cannot show forgetting " \
         "(see Metrics whose forgetting is noise)" if unable else ""

@@ -27,7 +27,7 @@ def losses_of(loss, key, kl=None):
 
 
 def digest_of(stage):
-    """What stands for the digest of a checkpoint."""
+    """A stand-in for the digest of a checkpoint."""
     return short_digest([str(stage)])
 
 

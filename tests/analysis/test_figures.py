@@ -77,7 +77,7 @@ def crossing(outlines, others):
 
 
 def layout_faults(figure):
-    """What is wrong with the layout of a figure, as sentences."""
+    """The faults in the layout of a figure, as sentences."""
     texts = drawn_texts(figure)
     names = [repr(text.get_text()) for text in texts]
     panels = [axes for axes in figure.axes if axes.get_visible() and axes.get_subplotspec()]

@@ -62,7 +62,7 @@ def folder(written, tmp_path):
 
 
 def deviation(pair, method):
-    """How much the effect of a method in a pair deviates."""
+    """The deviation of the effect of a method in a pair."""
     return 0.0 if method == "finetune" else np.random.default_rng(list(f"{pair} {method}".encode())).normal(0, 0.01)
 
 
