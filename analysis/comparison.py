@@ -12,7 +12,7 @@ from common.provenance import OPERATIONAL
 from evaluation.conditions import Conditions, shown, unlike
 
 Chain = dict[int, Stage]  # the stages of one model, method and seed, by number
-Key = tuple[int, int]  # of a chain: (pretraining seed, 0 if there is a single pair of models; fine-tuning seed)
+Key = tuple[int, int]  # of a chain: (pretraining seed, 0 without a folder pair-<n>; fine-tuning seed)
 Group = dict[Key, Chain]  # the chains of one model and method
 Place = tuple[int, str, str]  # where a result belongs: (stage, BENCHMARKS or TASKS, name)
 

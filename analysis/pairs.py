@@ -41,8 +41,8 @@ class Study:
     """Pairs of models, each fine-tuned at one or several learning rates.
 
     Attributes:
-        pairs: the pretraining seeds; [0] if there is a single pair.
-        rates: the learning rates, ascending; [""] if there is a single one.
+        pairs: the pretraining seeds; [0] if no stage lies in a folder pair-<n>.
+        rates: the learning rates, ascending; [""] if no stage lies in a folder rate-<x>.
         models: all models, those of controls included.
         stages: the name of each stage.
         contrasts: the comparisons of two models, that of the primary measure first.

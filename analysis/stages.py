@@ -90,8 +90,8 @@ class Stage:
     sampled: dict[str, Calibration] = field(default_factory=dict)  # averaged over posterior samples
     described: dict[str, Benchmark] = field(default_factory=dict)  # suite entries in the results files, by benchmark
     sources: dict[str, tuple[Path, bool]] = field(default_factory=dict)  # benchmark -> (file, evaluate.py wrote it)
-    pair: int | None = None  # pretraining seed of the pair of models; None if there is a single pair
-    rate: str | None = None  # fine-tuning learning rate, as in the folder's name; None if there is a single rate
+    pair: int | None = None  # pretraining seed of the folder pair-<n>; None if the stage lies in no such folder
+    rate: str | None = None  # learning rate of the folder rate-<x>; None if the stage lies in no such folder
     losses: dict[str, ItemLosses] = field(default_factory=dict)  # by task; TEXT for held-out text
     choices: dict[str, Choices] = field(default_factory=dict)  # by benchmark
     unused: list[str] = field(default_factory=list)  # results that are not used, and why
@@ -128,7 +128,7 @@ def middle_rate(rates: Sequence[T]) -> T:
 
 
 def rates_of(stages: Sequence[Stage]) -> list[str]:
-    """The learning rates in the folders of stages, ascending; [""] if there are none."""
+    """The learning rates in the folders of stages, ascending; [""] if no stage lies in a folder rate-<x>."""
     return sorted({stage.rate for stage in stages if stage.number and stage.rate}, key=float) or [""]
 
 
