@@ -11,10 +11,10 @@ from evaluation.suites import Benchmark, open_suite
 def find_benchmarks(stages: Sequence[Stage]) -> list[Benchmark]:
     """The benchmarks that were measured, in the order of the suites."""
     described = {name: benchmark for stage in stages for name, benchmark in stage.described.items()}
-    known = described | shipped_benchmarks() | described  # the described ones come first and have precedence
+    catalog = described | shipped_benchmarks() | described  # the described ones come first and have precedence
     metrics = {name: stage.conditions[BENCHMARKS, name]["metric"] for stage in stages for name in stage.benchmarks}
-    return [known[name] for name in known if name in metrics] + [
-        Benchmark(name, "other", metric) for name, metric in metrics.items() if name not in known]
+    return [catalog[name] for name in catalog if name in metrics] + [
+        Benchmark(name, "other", metric) for name, metric in metrics.items() if name not in catalog]
 
 
 @functools.cache

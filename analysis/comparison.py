@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from analysis.estimates import Estimate, over_chains
 from analysis.stages import BENCHMARKS, TASKS, Choices, ItemLosses, Stage
-from analysis.statistics import Estimate, over_chains
 from common.files import UserError
 from common.provenance import OPERATIONAL
 from evaluation.conditions import Conditions, shown, unlike
@@ -24,7 +24,7 @@ NOT_COMPARED = OPERATIONAL | {"seed", "eval_steps", "max_eval_samples"}
 Measure = Callable[[Sequence[Chain]], list[Estimate | None]]  # a value of each chain, over what all chains have
 
 
-def key_of(stage: Stage) -> Key:
+def chain_key(stage: Stage) -> Key:
     """The key of the chain that a stage belongs to."""
     return stage.pair or 0, stage.seed
 
@@ -34,7 +34,7 @@ def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
     alone is left out if another one was trained. Raises UserError if a stage occurs twice."""
     found: dict[str, Group] = {}
     for stage in stages:
-        chain = found.setdefault(stage.model, {}).setdefault(key_of(stage), {})
+        chain = found.setdefault(stage.model, {}).setdefault(chain_key(stage), {})
         if stage.number in chain:
             raise UserError(f"there are two stages {stage.number} of {stage.model}: "
                             f"{chain[stage.number].directory or chain[stage.number].name} and "
@@ -143,12 +143,12 @@ class CommonPart:
         self.left_out = [f"{names[0]} and {names[1]} are compared without the {key_name(key)}, which only one of them "
                          "has" for key in sorted(one.keys() ^ two.keys())]
         chains = [group[seed] for group in (one, two) for seed in seeds]
-        unlike, end = self._unlike(one, two, names), self._first_other_stage(one, two, names)
+        excluded, end = self._unlike_results(one, two, names), self._first_other_stage(one, two, names)
         places = {(number, kind, name) for number, kind, name in common_places(chains)
-                  if number < end and (kind, name) not in unlike}
+                  if number < end and (kind, name) not in excluded}
         self.one, self.two = ({seed: restrict(group[seed], places) for seed in seeds} for group in (one, two))
 
-    def _unlike(self, one: Group, two: Group, names: tuple[str, str]) -> set[tuple[str, str]]:
+    def _unlike_results(self, one: Group, two: Group, names: tuple[str, str]) -> set[tuple[str, str]]:
         """The results whose conditions differ."""
         found, texts = (conditions_of(one), conditions_of(two)), {}
         for key in sorted(found[0].keys() & found[1].keys()):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.estimates import Estimate, estimate_of_items
 from analysis.inference import ALPHA, mcnemar
 from analysis.stages import BENCHMARKS, TASKS, Choices, Stage
-from analysis.statistics import Estimate, estimate_of_items
 
 # Options of benchmarks of lm-eval by the beginning of their names, for results without their items.
 OPTIONS = {"mmlu_pro": 10, "mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "mathqa": 5, "mutual": 4,

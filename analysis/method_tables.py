@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from analysis.comparison import CommonPart, same, training_minutes
+from analysis.estimates import Estimate
 from analysis.record import Record
 from analysis.stages import Calibration, method_title
-from analysis.statistics import Estimate
 from analysis.tables import BIAS, PART, Section, format_estimate, table_of_values
 from common.formatting import markdown_table
 

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from analysis.contrasts import Contrast, Difference
+from analysis.estimates import Estimate, mean
 from analysis.flips import Flips, count_flips
 from analysis.inference import POWER, PairedDifference, detectable, holm, units_needed
 from analysis.loss_curves import flops_to_loss
 from analysis.measures import DECREASE, LEARNING, MATCHED_ON
 from analysis.pairs import LEVEL_ENDING, Study, range_of_learning
 from analysis.stages import TEXT
-from analysis.statistics import Estimate, mean
 from analysis.tables import Section, format_estimate
 from common.formatting import markdown_table
 
@@ -160,8 +160,8 @@ def with_interval(estimate: PairedDifference) -> str:
     decimals = min(max(0, decimals), MOST_DECIMALS)
     while decimals < MOST_DECIMALS and not all(round(bound, decimals) for bound in estimate.interval):
         decimals += 1  # whether the interval contains 0 is seen
-    mean, low, high = (f"{number:+z.{decimals}f}" for number in (estimate.mean, *estimate.interval))
-    return f"{mean} [{low}, {high}]"
+    value, low, high = (f"{number:+z.{decimals}f}" for number in (estimate.mean, *estimate.interval))
+    return f"{value} [{low}, {high}]"
 
 
 def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | None, list[Difference]]:

@@ -18,8 +18,8 @@ from analysis.comparison import (
     same,
     stage_names,
 )
+from analysis.estimates import TASK_MEASURES, Estimate, Matrix, fg, mean, over_chains
 from analysis.stages import BENCHMARKS, Stage
-from analysis.statistics import TASK_MEASURES, Estimate, Matrix, fg, mean, over_chains
 from common.files import UserError
 from evaluation.suites import Benchmark
 

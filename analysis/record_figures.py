@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from analysis.benchmark_catalog import task_metric
 from analysis.comparison import Key, key_name
+from analysis.estimates import Estimate
 from analysis.figures import (
     LINES,
     PALETTE,
@@ -31,7 +32,6 @@ from analysis.figures import (
 from analysis.flips import chance_of
 from analysis.record import Record
 from analysis.stages import Stage
-from analysis.statistics import Estimate
 from analysis.tables import BIAS
 from common.files import parsing
 from evaluation.suites import Benchmark

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis.benchmark_catalog import benchmark_of, shipped_benchmarks, task_metric
+from analysis.estimates import NORMAL, Estimate, estimate_of_items
 from analysis.stages import (
     BENCHMARKS,
     CHOICE_METRICS,
@@ -21,7 +22,6 @@ from analysis.stages import (
     Stage,
     rate_text,
 )
-from analysis.statistics import NORMAL, Estimate, estimate_of_items
 from common.configs import known, read_toml
 from common.files import UserError, is_number, parsing, walk
 from common.metrics_log import read_log

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from analysis.benchmark_catalog import find_benchmarks, shipped_benchmarks
+from analysis.estimates import Estimate
 from analysis.stages import BENCHMARKS, STAGE, TASKS, Choices, ItemLosses, Stage, rate_text
-from analysis.statistics import Estimate
 from common.files import UserError, finite_float, parsing, read_text
 from evaluation.conditions import Conditions, short_digest
 from evaluation.suites import Benchmark

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from analysis.statistics import Estimate
+from analysis.estimates import Estimate
 from common.files import finite_float, is_number
 from evaluation.conditions import Conditions
 from evaluation.suites import Benchmark

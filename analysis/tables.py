@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.benchmark_catalog import task_metric
-from analysis.comparison import key_name, key_of
+from analysis.comparison import chain_key, key_name
+from analysis.estimates import TASK_MEASURES, Estimate
 from analysis.record import Comparison, ModelPair, Record
 from analysis.stages import Stage
-from analysis.statistics import TASK_MEASURES, Estimate
 from common.configs import below_root
 from common.files import UserError, read_json
 from common.formatting import markdown_table
@@ -162,7 +162,7 @@ def reproduction_sections(stages: Iterable[Stage], folder: str | Path) -> list[S
     settings: dict[str, dict[str, Any]] = {}
     for stage in sorted(stages, key=place_of):
         if stage.run:
-            chain = ", ".join([key_name(key_of(stage)), *([stage.method] if stage.method and stage.number else []),
+            chain = ", ".join([key_name(chain_key(stage)), *([stage.method] if stage.method and stage.number else []),
                                *([f"rate {stage.rate}"] if stage.rate else [])])
             digests = (f"`{str(stage.run.get(key))[:12]}`" for key in ("commit", "data_digest", "parent_digest"))
             rows.append([stage.model, stage.name, chain, *digests])

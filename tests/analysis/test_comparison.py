@@ -5,11 +5,11 @@ import shutil
 import pytest
 
 from analysis.comparison import CommonPart
+from analysis.estimates import estimate_of_items
 from analysis.method_tables import compare_methods
 from analysis.record import Record, records_by_method
 from analysis.results import read_results, read_runs
 from analysis.stages import Stage
-from analysis.statistics import estimate_of_items
 from analysis.tables import result_tables
 from common.files import read_json
 from tests.analysis.conftest import TASKS, VALUES, write_stage

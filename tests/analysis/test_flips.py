@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
+from analysis.estimates import Estimate
 from analysis.flips import count_flips, noise_flags
 from analysis.stages import BENCHMARKS, Choices, Stage
-from analysis.statistics import Estimate
 
 
 def choices(right, options=4):

@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 
 import report
+from analysis.estimates import Estimate
 from analysis.pages import write_pages
 from analysis.results import read_runs
 from analysis.stage_table import stage_table
 from analysis.stages import Stage
-from analysis.statistics import Estimate
 from common import settings
 from common.files import UserError
 from pipeline.experiment_config import ExperimentConfig

@@ -1,10 +1,10 @@
 """Sentences of the report, and its HTML."""
 import pytest
 
+from analysis.estimates import Estimate
 from analysis.method_tables import describe_gaps, format_gap
 from analysis.pages import markdown_list, to_html
 from analysis.record import Comparison
-from analysis.statistics import Estimate
 from analysis.tables import format_estimate, table_of_values, verdict
 from common.formatting import markdown_table
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from analysis.statistics import (
+from analysis.estimates import (
     Estimate,
     average_performance,
     backward_transfer,
