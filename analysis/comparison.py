@@ -32,16 +32,16 @@ def chain_key(stage: Stage) -> Key:
 def make_chains(stages: Iterable[Stage]) -> dict[str, Group]:
     """{model: {(pair, seed): Chain}} of stages. A seed without m0 takes that of the model of its pair; a seed with m0
     alone is left out if another one was trained. Raises UserError if a stage occurs twice."""
-    found: dict[str, Group] = {}
+    groups: dict[str, Group] = {}
     for stage in stages:
-        chain = found.setdefault(stage.model, {}).setdefault(chain_key(stage), {})
+        chain = groups.setdefault(stage.model, {}).setdefault(chain_key(stage), {})
         if stage.number in chain:
             raise UserError(f"there are two stages {stage.number} of {stage.model}: "
                             f"{chain[stage.number].directory or chain[stage.number].name} and "
                             f"{stage.directory or stage.name}. Name the folder of one experiment")
         chain[stage.number] = stage
     chains: dict[str, Group] = {}
-    for model, group in found.items():
+    for model, group in groups.items():
         starts = {pair: {0: chain[0]} for (pair, _), chain in reversed(group.items()) if 0 in chain}
         trained = {pair for (pair, _), chain in group.items() if chain.keys() - {0}}
         chains[model] = {key: starts.get(key[0], {}) | chain for key, chain in group.items()
@@ -56,13 +56,14 @@ def key_name(key: Key) -> str:
 
 def stage_names(stages: Iterable[Stage]) -> list[str]:
     """The names of the stages 0 to the last. Raises UserError if chains are not of the same tasks in the same order."""
-    found: dict[int, Stage] = {}
+    by_number: dict[int, Stage] = {}
     for stage in stages:
-        first = found.setdefault(stage.number, stage)
+        first = by_number.setdefault(stage.number, stage)
         if first.name != stage.name:
             raise UserError(f"stage {stage.number} is {first.name} of {first.model}, but {stage.name} of "
                             f"{stage.model}: compare chains of the same tasks in the same order")
-    return [found[number].name if number in found else f"m{number}" for number in range(max(found, default=-1) + 1)]
+    return [by_number[number].name if number in by_number else f"m{number}"
+            for number in range(max(by_number, default=-1) + 1)]
 
 
 def training_minutes(chains: Sequence[Chain], last: int) -> float:
@@ -119,13 +120,13 @@ def drop_unlike(group: Group) -> tuple[Group, list[str]]:
 
 def conditions_of(group: Group) -> dict[tuple[str, str], Conditions]:
     """The conditions of each result of chains from which unlike results have been dropped."""
-    found: dict[tuple[str, str], Conditions] = {}
+    conditions: dict[tuple[str, str], Conditions] = {}
     for chain in group.values():
         for stage in chain.values():
-            for (kind, name), conditions in stage.conditions.items():
+            for (kind, name), of_stage in stage.conditions.items():
                 if name in getattr(stage, kind):
-                    found[kind, name] = conditions | found.get((kind, name), {})
-    return found
+                    conditions[kind, name] = of_stage | conditions.get((kind, name), {})
+    return conditions
 
 
 class CommonPart:
@@ -150,10 +151,10 @@ class CommonPart:
 
     def _unlike_results(self, one: Group, two: Group, names: tuple[str, str]) -> set[tuple[str, str]]:
         """The results whose conditions differ."""
-        found, texts = (conditions_of(one), conditions_of(two)), {}
-        for key in sorted(found[0].keys() & found[1].keys()):
-            if differing := unlike(found[0][key], found[1][key]):
-                texts[key] = ", ".join(f"{name} {shown(found[0][key][name])} and {shown(found[1][key][name])}"
+        first, second, texts = conditions_of(one), conditions_of(two), {}
+        for key in sorted(first.keys() & second.keys()):
+            if differing := unlike(first[key], second[key]):
+                texts[key] = ", ".join(f"{name} {shown(first[key][name])} and {shown(second[key][name])}"
                                        for name in differing)
         for text in dict.fromkeys(texts.values()):
             results = ", ".join(name for (_, name), other in texts.items() if other == text)
@@ -176,7 +177,8 @@ class CommonPart:
         values = measure([*self.one.values(), *self.two.values()])
         one, two = values[:len(self.one)], values[len(self.one):]
         differences = (first - second if first and second else None for first, second in zip(one, two))
-        grown, reference, difference = (over_chains(dict(zip(self.one, found))) for found in (one, two, differences))
+        grown, reference, difference = (over_chains(dict(zip(self.one, estimates)))
+                                        for estimates in (one, two, differences))
         return grown, reference, difference
 
 
@@ -229,7 +231,7 @@ def drop_wrong_parents(stages: Sequence[Stage]) -> tuple[list[Stage], list[str]]
         before = made.get((*chain_of(stage), stage.number - 1)) if stage.number > 1 else m0
         start = stage.run.get("lineage", {}).get("start") or {}
         trained_from = [(start.get("digest"), m0), (stage.run.get("parent_digest"), before)]
-        if stage.number and any(recorded and found and recorded != found for recorded, found in trained_from):
+        if stage.number and any(recorded and actual and recorded != actual for recorded, actual in trained_from):
             sentences.append(f"{stage.directory or stage.name} is not used: it was not trained from the checkpoint "
                              "that now lies before it in its chain")
         else:
@@ -262,8 +264,9 @@ def drop_unlike_items(stages: Sequence[Stage], unit: str = "pair") -> tuple[list
         sentences += [f"{title_of(stage, unit)}: {what} under other conditions, not used: {text}"
                       for what, text in texts.items()]
         kept.append(dataclasses.replace(
-            stage, losses={name: one for name, one in stage.losses.items() if f"losses of {name}" not in texts},
-            choices={name: one for name, one in stage.choices.items() if f"answers to {name}" not in texts}))
+            stage,
+            losses={name: losses for name, losses in stage.losses.items() if f"losses of {name}" not in texts},
+            choices={name: choices for name, choices in stage.choices.items() if f"answers to {name}" not in texts}))
     return kept, sentences
 
 
@@ -274,7 +277,7 @@ def trained_otherwise(stages: Sequence[Stage], of_methods: bool, unit: str = "pa
     of_methods: whether the stages are of several methods, which have different settings. unit: see pair_name.
     """
     first: dict[int, tuple[Stage, Conditions]] = {}
-    found: dict[tuple[str, str], list[str]] = {}  # (the first stage, what differs) -> stages
+    titles: dict[tuple[str, str], list[str]] = {}  # (the first stage, what differs) -> the stages that differ
     for stage in stages:
         trained = {name: value for name, value in stage.run.get("settings", {}).items()
                    if (name in OF_ALL_METHODS if of_methods else name not in NOT_COMPARED)
@@ -284,8 +287,8 @@ def trained_otherwise(stages: Sequence[Stage], of_methods: bool, unit: str = "pa
             other, reference = first.setdefault(stage.number, (stage, trained))
             if differing := unlike(reference, trained):
                 text = ", ".join(f"{name} {shown(trained[name])} and {shown(reference[name])}" for name in differing)
-                found.setdefault((title_of(other, unit), text), []).append(title_of(stage, unit))
-    return [f"{'; '.join(titles)}: not trained as {other}: {text}" for (other, text), titles in found.items()]
+                titles.setdefault((title_of(other, unit), text), []).append(title_of(stage, unit))
+    return [f"{'; '.join(of_stages)}: not trained as {other}: {text}" for (other, text), of_stages in titles.items()]
 
 
 def lacking_losses(stages: Sequence[Stage], unit: str = "pair") -> list[str]:

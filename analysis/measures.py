@@ -48,21 +48,23 @@ def item_values(values: np.ndarray, weights: np.ndarray | float = 1.0) -> ItemVa
 
 def weighted_sum(terms: Sequence[tuple[float, ItemValues]]) -> ItemValues:
     """A weighted sum of values of the same items. Without items, if those of a term are not known."""
-    if len({len(values.values) for _, values in terms}) > 1:
-        terms = [(weight, values.total) for weight, values in terms]
-    return ItemValues(np.sum([weight * one.values for weight, one in terms], axis=0),
-                      np.sum([weight * one.residuals for weight, one in terms], axis=0))
+    if len({len(items.values) for _, items in terms}) > 1:
+        terms = [(weight, items.total) for weight, items in terms]
+    return ItemValues(np.sum([weight * items.values for weight, items in terms], axis=0),
+                      np.sum([weight * items.residuals for weight, items in terms], axis=0))
 
 
 def pool(sets: Sequence[ItemValues]) -> ItemValues | None:
     """The mean over sets of items, each of which counts the same. Without items, if those of a set are not known. None
     without a set."""
-    if any(len(one.values) == 1 for one in sets):
-        return weighted_sum([(1 / len(sets), one.total) for one in sets])
-    total = sum(len(one.values) for one in sets)
-    scales = [total / len(sets) / len(one.values) for one in sets]
-    return ItemValues(np.concatenate([scale * one.values for scale, one in zip(scales, sets)]),
-                      np.concatenate([scale * one.residuals for scale, one in zip(scales, sets)])) if sets else None
+    if not sets:
+        return None
+    if any(len(items.values) == 1 for items in sets):
+        return weighted_sum([(1 / len(sets), items.total) for items in sets])
+    total = sum(len(items.values) for items in sets)
+    scales = [total / len(sets) / len(items.values) for items in sets]
+    return ItemValues(np.concatenate([scale * items.values for scale, items in zip(scales, sets)]),
+                      np.concatenate([scale * items.residuals for scale, items in zip(scales, sets)]))
 
 
 Extract = Callable[[Chain, int], ItemValues | None]  # a measure of a chain after a stage; None if it was not measured
@@ -131,14 +133,14 @@ def rise_of_earlier_tasks(chain: Chain, number: int) -> ItemValues | None:
 def options_measure(names: Sequence[str], values_of: Callable[[Choices], np.ndarray | None], sign: int) -> Extract:
     """The mean change over benchmarks since m0 of a value of the right options, times `sign`."""
     def extract(chain: Chain, number: int) -> ItemValues | None:
-        found = []
+        changes = []
         for name in names:
             ends = [chain[stage].choices.get(name) if stage in chain else None for stage in (0, number)]
-            start, end = (values_of(one) if one else None for one in ends)
+            start, end = (values_of(choices) if choices else None for choices in ends)
             if start is None or end is None:
                 return None
-            found.append(item_values(sign * (end - start)))
-        return pool(found)
+            changes.append(item_values(sign * (end - start)))
+        return pool(changes)
     return extract
 
 
@@ -156,18 +158,19 @@ def measure_names(categories: Sequence[str]) -> list[str]:
 
 def make_measures(stages: Sequence[Stage]) -> dict[str, PairMeasure]:
     """All measures by name: of losses, then of the multiple-choice benchmarks of each category."""
-    found = [PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
-             PairMeasure(OF_TEXT[1], TOKEN, lambda chain, number: kl(chain, number, TEXT)),
-             PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
-             PairMeasure(EARLIER, TOKEN, rise_of_earlier_tasks),
-             PairMeasure(LEARNING, TOKEN, learning)]
+    measures = [
+        PairMeasure(PRIMARY, TOKEN, lambda chain, number: loss_rise(chain, TEXT, 0, number)),
+        PairMeasure(OF_TEXT[1], TOKEN, lambda chain, number: kl(chain, number, TEXT)),
+        PairMeasure("KL on the new task", TOKEN, lambda chain, number: kl(chain, number, task_at(chain, number))),
+        PairMeasure(EARLIER, TOKEN, rise_of_earlier_tasks),
+        PairMeasure(LEARNING, TOKEN, learning)]
     categories: dict[str, list[str]] = {}
     for benchmark in find_benchmarks(stages):
         if not benchmark.part_of and any(benchmark.name in stage.choices for stage in stages):
             categories.setdefault(benchmark.category, []).append(benchmark.name)
-    found += [PairMeasure(f"{title}, {category}", unit, options_measure(names, values_of, sign))
-              for title, unit, values_of, sign in OPTION_VALUES for category, names in categories.items()]
-    return {measure.name: measure for measure in found}
+    measures += [PairMeasure(f"{title}, {category}", unit, options_measure(names, values_of, sign))
+                 for title, unit, values_of, sign in OPTION_VALUES for category, names in categories.items()]
+    return {measure.name: measure for measure in measures}
 
 
 def check_measure(name: str, measures: Collection[str]) -> None:

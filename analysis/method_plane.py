@@ -92,24 +92,24 @@ def left_out_of_plane(study: Study, measure: str) -> list[str]:
 
 def start_point(study: Study, measure: str) -> list[Point]:
     """m0 on the plane: its loss on the last task, mean over the common pairs. Empty if it is unknown."""
-    found = [losses_at(chains[0], 0, task_at(chains[0], study.last)) for pair in common_pairs(study, measure)
-             if (chains := [chain for rate in study.rates for chain in study.chains(pair, study.reference, rate)
-                            if study.last in chain])]
-    known = [losses.loss for losses in found if losses]
-    return [Point(START, "", float(np.mean(known)), 0.0)] if known and len(known) == len(found) else []
+    starts = [losses_at(chains[0], 0, task_at(chains[0], study.last)) for pair in common_pairs(study, measure)
+              if (chains := [chain for rate in study.rates for chain in study.chains(pair, study.reference, rate)
+                             if study.last in chain])]
+    known = [losses.loss for losses in starts if losses]
+    return [Point(START, "", float(np.mean(known)), 0.0)] if known and len(known) == len(starts) else []
 
 
 def points_of(study: Study, measure: str) -> list[Point]:
     """The methods at all learning rates, after the last stage: means over the pairs in which all finished methods have
     results, of the rates that a method has in all of them."""
-    found, pairs = [], common_pairs(study, measure)
+    points, pairs = [], common_pairs(study, measure)
     for method in finished_methods(study, measure):
         curves = [study.curve(measure, pair, method, study.last) for pair in pairs]
         for rate in study.rates:
             of_pairs = [(x[rates.index(rate)], y[rates.index(rate)].value) for x, y, rates in curves if rate in rates]
             if pairs and len(of_pairs) == len(pairs):
-                found.append(Point(method, rate, *np.mean(of_pairs, axis=0).tolist()))
-    return found
+                points.append(Point(method, rate, *np.mean(of_pairs, axis=0).tolist()))
+    return points
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -126,10 +126,10 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
     """The forgetting with a method minus that with the baseline, at equal loss on the new task: over several pairs or
     seeds, or over the items of a single run. None if they reach no common loss."""
-    found = difference_of(study, method, measure)
-    if found is None:
+    difference = difference_of(study, method, measure)
+    if difference is None:
         return None
-    return found.estimate if len(study.pairs) > 1 else over_items(next(iter(found.of_pairs.values())))
+    return difference.estimate if len(study.pairs) > 1 else over_items(next(iter(difference.of_pairs.values())))
 
 
 def difference_of(study: Study, method: str, measure: str) -> Difference | None:
@@ -142,18 +142,18 @@ def contrast_of(study: Study, method: str) -> Contrast:
     return Contrast(method, study.reference, of=study.of)
 
 
-def over_items(found: ItemValues) -> PairedDifference:
+def over_items(difference: ItemValues) -> PairedDifference:
     """The items of a single run as the units of a difference. The mean is that of the measure, and the deviations are
     those of a ratio of sums: an item counts by its weight, such as its tokens."""
-    values = found.value + found.residuals
+    values = difference.value + difference.residuals
     return PairedDifference(tuple(values.round(12).tolist()))  # smaller differences are rounding errors
 
 
 def compared_at(study: Study, method: str, measure: str) -> str:
     """The losses on the new task at which a method is compared with the baseline, as text; "–" if it is not. Over
     several pairs the means of both ends."""
-    found = [study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs]
-    ends = [one.common for one in found if one and one.weights is not None]
+    matches = [study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs]
+    ends = [match.common for match in matches if match and match.weights is not None]
     if not ends or not study.matches_learning:
         return "–"
     return range_text(np.mean(ends, axis=0))

@@ -26,38 +26,38 @@ FLOPS_TOLERANCE = 0.02  # relative difference of the FLOPs of two m0 that count 
 def answer(study: Study, primary: str, effect: float) -> list[str]:
     """The first sentences of a report: the answer by the primary measure, its uncertainty, and where both models
     started. effect: the difference whose number of pairs is told."""
-    found = study.main_difference(primary)
-    one, two = study.compared
-    lines = [ONE_PAIR.format(one, two)] if len(study.pairs) == 1 else []
-    if found is None:
+    difference = study.main_difference(primary)
+    grown, reference = study.compared
+    lines = [ONE_PAIR.format(grown, reference)] if len(study.pairs) == 1 else []
+    if difference is None:
         if study.has_losses or len(study.pairs) > 1:
             where = " at an equal new-task loss" if study.matches_learning else ""
             lines.append(f"There is no answer by the {named(study, primary)}: no pair has it for both models{where}.")
         return lines
-    estimate, unit = found.estimate, found.measure.unit
+    estimate, unit = difference.estimate, difference.measure.unit
     if estimate.n > 1:
         direction = "less" if estimate.mean < 0 else "more"
-        claim = f"{one} forgets {direction} than {two}" if estimate.is_significant else \
-            f"{one} and {two} cannot be told apart"
-        lines.append(f"{claim}: {conditions(study, found)}, the {named(study, primary)} differs by "
+        claim = f"{grown} forgets {direction} than {reference}" if estimate.is_significant else \
+            f"{grown} and {reference} cannot be told apart"
+        lines.append(f"{claim}: {conditions(study, difference)}, the {named(study, primary)} differs by "
                      f"{with_interval(estimate)} {unit} (95% interval; p {p_text(estimate.p, '= ')}, n = "
                      f"{count(estimate.n, 'pair')}).")
-        lines.append(uncertainty(found, effect))
+        lines.append(uncertainty(difference, effect))
     else:
-        lines.append(f"In {study.name_of(next(iter(found.of_pairs)))}, {conditions(study, found)}, the "
+        lines.append(f"In {study.name_of(next(iter(difference.of_pairs)))}, {conditions(study, difference)}, the "
                      f"{named(study, primary)} differs by {signed(estimate.mean)} {unit}.")
-    lines.append(data_of(study, found))
+    lines.append(data_of(study, difference))
     for contrast in study.contrasts[1:]:
-        control = study.difference(contrast, primary, study.last, found.setting)
+        control = study.difference(contrast, primary, study.last, difference.setting)
         if contrast.equal_loss and control:
             gap = start_difference(study, contrast, control.of_pairs)
             left = f" (remaining difference {with_interval(gap)})" if gap.n else ""
             lines.append(f"With m0 of nearly equal held-out loss{left}, it differs by "
                          f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
-    if found.is_matched and (other := study.difference(study.contrasts[0], primary, study.last, DECREASE)):
+    if difference.is_matched and (other := study.difference(study.contrasts[0], primary, study.last, DECREASE)):
         lines.append(f"At an equal {DECREASE} since m0 instead, it differs by {with_interval(other.estimate)} {unit}, "
                      f"n = {count(other.estimate.n, 'pair')} (not the primary comparison).")
-    return lines + start_losses(study, found.of_pairs)
+    return lines + start_losses(study, difference.of_pairs)
 
 
 def named(study: Study, measure: str) -> str:
@@ -68,20 +68,20 @@ def named(study: Study, measure: str) -> str:
     return f"{measure} after {study.stages[-1]} ({role})"
 
 
-def conditions(study: Study, found: Difference) -> str:
+def conditions(study: Study, difference: Difference) -> str:
     """The matching conditions of a difference, as text."""
-    return f"at {'equal FLOPs and ' if has_equal_flops(study, found.of_pairs) else ''}{found.learning}"
+    return f"at {'equal FLOPs and ' if has_equal_flops(study, difference.of_pairs) else ''}{difference.learning}"
 
 
 def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
     """Whether both m0 of some pairs were trained with the same FLOPs; False if they are unknown."""
-    one, two = (study.start_flops(model, pairs) or 0 for model in study.compared)
-    return 0 < max(one, two) <= (1 + FLOPS_TOLERANCE) * min(one, two)
+    low, high = sorted(study.start_flops(model, pairs) or 0 for model in study.compared)
+    return 0 < high <= (1 + FLOPS_TOLERANCE) * low
 
 
-def uncertainty(found: Difference, effect: float) -> str:
+def uncertainty(difference: Difference, effect: float) -> str:
     """The sentence on what the design could have found."""
-    estimate, unit, parts = found.estimate, found.measure.unit, found.components
+    estimate, unit, parts = difference.estimate, difference.measure.unit, difference.components
     share = "" if parts is None or math.isnan(parts.item_share) else \
         f" The sample of items explains {parts.item_share:.0%} of the variance between pairs."
     pairs = count(estimate.n, "pair")
@@ -99,14 +99,15 @@ def pairs_needed(estimate: PairedDifference, effect: float) -> str:
     return f"{needed:,} pairs ({low:,} to {high:,})"
 
 
-def data_of(study: Study, found: Difference) -> str:
+def data_of(study: Study, difference: Difference) -> str:
     """The sentence on the data behind the answer."""
-    items = len(next(iter(found.of_pairs.values())).values)
-    left = [study.name_of(pair) for pair in study.pairs if pair not in found.of_pairs]
-    seeds = f" (pretraining seeds {', '.join(map(str, found.of_pairs))})" if any(found.of_pairs) else ""
+    pairs = difference.of_pairs
+    items = len(next(iter(pairs.values())).values)
+    left = [study.name_of(pair) for pair in study.pairs if pair not in pairs]
+    seeds = f" (pretraining seeds {', '.join(map(str, pairs))})" if any(pairs) else ""
     sampled = f", {items} items" if items > 1 else ""
     rates = f", learning rates {', '.join(study.rates)}" if study.matches_learning else ""
-    return (f"Data: {count(len(found.of_pairs), 'pair')}{seeds}{sampled}{rates}"
+    return (f"Data: {count(len(pairs), 'pair')}{seeds}{sampled}{rates}"
             + (f"; left out: {', '.join(left)}, see What is missing." if left else "."))
 
 
@@ -117,16 +118,16 @@ def count(number: int, noun: str) -> str:
 
 def start_losses(study: Study, pairs: Collection[int]) -> list[str]:
     """The sentences on the held-out losses of both m0 in some pairs, and on their FLOPs if they are not equal."""
-    found = {pair: losses for pair, losses in study.start_losses(study.contrasts[0]).items() if pair in pairs}
-    if not found:
+    by_pair = {pair: losses for pair, losses in study.start_losses(study.contrasts[0]).items() if pair in pairs}
+    if not by_pair:
         return []
-    texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.compared, zip(*found.values()))]
+    texts = [f"{model} {statistics.fmean(losses):.4f}" for model, losses in zip(study.compared, zip(*by_pair.values()))]
     lines = [f"Held-out loss before fine-tuning: {', '.join(texts)} nats/token; difference "
              f"{with_interval(start_difference(study, study.contrasts[0], pairs))}."]
-    one, two = (study.start_flops(model, pairs) for model in study.compared)
-    if one and two and not has_equal_flops(study, pairs):
-        lines.append(f"The FLOPs before fine-tuning are not equal: {study.compared[0]} {one:.3g}, {study.compared[1]} "
-                     f"{two:.3g}.")
+    grown, reference = (study.start_flops(model, pairs) for model in study.compared)
+    if grown and reference and not has_equal_flops(study, pairs):
+        lines.append(f"The FLOPs before fine-tuning are not equal: {study.compared[0]} {grown:.3g}, "
+                     f"{study.compared[1]} {reference:.3g}.")
     return lines
 
 
@@ -175,22 +176,24 @@ def differences_of(study: Study, primary: str, rate: str) -> tuple[Difference | 
                 continue
             others += [study.difference(contrast, name, study.last, setting) for name in study.measures
                        if name != setting]
-    return first, [one for one in others if one is not None and one is not first]
+    return first, [difference for difference in others if difference is not None and difference is not first]
 
 
 def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[Section]:
     """The sections of a study. rate: the one at which models are compared without matching."""
     first, others = differences_of(study, primary, rate)
-    found = [*([first] if first else []), *others]
-    if not found:
+    differences = [*([first] if first else []), *others]
+    if not differences:
         return flip_section(study, rate)
-    corrected = [math.nan, *holm([one.estimate.p for one in others])] if first else \
-        holm([one.estimate.p for one in others])
-    rows = [[f"{one.measure.name} (primary)" if one is first else one.measure.name, one.measure.unit,
-             str(one.contrast), learning_text(one), one.estimate.n, with_interval(one.estimate),
-             p_text(one.estimate.p), p_text(p),
-             "–" if one.estimate.n < 2 else f"{one.estimate.smallest_detectable:.3g}",
-             one.estimate.units_needed(effect) or "–"] for one, p in zip(found, corrected)]
+    corrected = [*([math.nan] if first else []), *holm([difference.estimate.p for difference in others])]
+    rows = []
+    for difference, p in zip(differences, corrected):
+        measure, estimate = difference.measure, difference.estimate
+        rows.append([f"{measure.name} (primary)" if difference is first else measure.name, measure.unit,
+                     str(difference.contrast), learning_text(difference), estimate.n, with_interval(estimate),
+                     p_text(estimate.p), p_text(p),
+                     "–" if estimate.n < 2 else f"{estimate.smallest_detectable:.3g}",
+                     estimate.units_needed(effect) or "–"])
     note = (f"After {study.stages[-1]}; mean over the pairs, in brackets the 95% interval by Student's t. Positive is "
             f"more forgetting (or, for the {LEARNING}, less learning) by the first model. One measure is primary; all "
             "others are secondary, and Holm's p-value is corrected for their number. Detectable: the smallest true "
@@ -206,19 +209,21 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
             *flip_section(study, rate)]
 
 
-def learning_text(found: Difference) -> str:
+def learning_text(difference: Difference) -> str:
     """The matching condition of a difference, as a cell of a table."""
-    return found.learning if found.is_matched else f"rate {found.setting}" if found.setting else "not matched"
+    if difference.is_matched:
+        return difference.learning
+    return f"rate {difference.setting}" if difference.setting else "not matched"
 
 
 def stage_section(study: Study, primary: str) -> list[Section]:
     """The primary difference of each contrast by stage and by rate."""
     settings, rows = [*([LEARNING, DECREASE] if study.matches_learning else []), *study.rates], []
     for contrast, number, setting in itertools.product(study.contrasts, range(1, study.last + 1), settings):
-        if found := study.difference(contrast, primary, number, setting):
+        if difference := study.difference(contrast, primary, number, setting):
             learned = study.difference(contrast, LEARNING, number, setting) if setting != LEARNING else None
-            rows.append([str(contrast), study.stages[number], learning_text(found), found.estimate.n,
-                         with_interval(found.estimate), p_text(found.estimate.p),
+            rows.append([str(contrast), study.stages[number], learning_text(difference), difference.estimate.n,
+                         with_interval(difference.estimate), p_text(difference.estimate.p),
                          with_interval(learned.estimate) if learned else "0 by design" if setting == LEARNING else "–"])
     table = markdown_table(["models", "stage", "learning", "pairs", primary, "p", LEARNING], rows)
     note = (f"In {study.measures[primary].unit}. The {DECREASE} is that since m0: the m0 of two models may differ on "
@@ -230,14 +235,15 @@ def match_section(study: Study) -> list[Section]:
     """The ranges of the new-task loss, and of its decrease, over which the models were compared."""
     rows = []
     for contrast, learning in itertools.product(study.contrasts, MATCHED_ON) if study.matches_learning else ():
-        found = [one for pair in study.pairs if (one := study.match(contrast, pair, study.last, learning=learning))]
-        matched, cells = [one for one in found if one.weights], ["–"] * 3
+        matches = [match for pair in study.pairs
+                   if (match := study.match(contrast, pair, study.last, learning=learning))]
+        matched, cells = [match for match in matches if match.weights], ["–"] * 3
         if matched:
-            means = np.mean([one.ranges for one in matched], axis=0)  # [2, 2]
-            widths = [high - low for low, high in (one.common for one in matched)]
+            means = np.mean([match.ranges for match in matched], axis=0)  # [2, 2]
+            widths = [high - low for low, high in (match.common for match in matched)]
             cells = [*(range_of_learning(ends, learning) for ends in means), range_text([min(widths), max(widths)])]
-        if found:
-            rows.append([str(contrast), learning, f"{len(matched)} of {len(found)}", *cells])
+        if matches:
+            rows.append([str(contrast), learning, f"{len(matched)} of {len(matches)}", *cells])
     note = (f"The {LEARNING} after {study.stages[-1]}, and its decrease since m0, in nats per token: the lowest and "
             "the highest value that a model reaches, means over the pairs whose ranges overlap. A difference at equal "
             "learning is the mean over what both ranges of a pair have in common. Width: of this common range, from "
@@ -255,10 +261,10 @@ def start_section(study: Study) -> list[Section]:
     rows = []
     for contrast, (name, title) in itertools.product(study.contrasts, (
             (TEXT, "held-out text"), (study.last_task, study.last_task))):
-        if found := study.start_losses(contrast, name):
-            estimate = start_difference(study, contrast, found, name)
+        if by_pair := study.start_losses(contrast, name):
+            estimate = start_difference(study, contrast, by_pair, name)
             rows.append([str(contrast), title, estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
-                *found.values())), with_interval(estimate), p_text(estimate.p)])
+                *by_pair.values())), with_interval(estimate), p_text(estimate.p)])
     return [("Losses before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "
              "first model is better.\n\n" + markdown_table(
                  ["models", "loss on", "pairs", "first", "second", "difference", "p"], rows))] if rows else []
@@ -296,12 +302,12 @@ def level_section(study: Study, primary: str) -> Section:
     rows = []
     for model in study.models:
         for rate in study.rates:
-            levels = [[one.value for pair in study.pairs if (one := study.values(name, pair, model, rate, study.last))]
-                      for name in names]
-            if pairs := max(map(len, levels)):
+            by_measure = [[items.value for pair in study.pairs
+                           if (items := study.values(name, pair, model, rate, study.last))] for name in names]
+            if pairs := max(map(len, by_measure)):
                 rows.append([model, rate or "–", pairs, *(
-                    f"{statistics.fmean(one):.4f}{'' if len(one) == pairs else f' (of {len(one)})'}" if one else "–"
-                    for one in levels)])
+                    f"{statistics.fmean(values):.4f}{'' if len(values) == pairs else f' (of {len(values)})'}"
+                    if values else "–" for values in by_measure)])
     note = (f"After {study.stages[-1]}, means over the pairs that a model has, or (of) as many as have the measure; "
             "positive is forgetting. Rows with other numbers of pairs are not to be compared: the differences above "
             "are within pairs.\n\n")
@@ -313,13 +319,13 @@ def flip_section(study: Study, rate: str) -> list[Section]:
     rows = []
     for name in study.choice_benchmarks:
         for model in study.models:
-            of_pairs = [flips for pair in study.pairs if (flips := flips_of(study, pair, model, rate, name))]
-            found = [one for flips in of_pairs for one in flips]
-            if found:
+            of_pairs = [seeds for pair in study.pairs if (seeds := flips_of(study, pair, model, rate, name))]
+            of_chains = [flips for seeds in of_pairs for flips in seeds]
+            if of_chains:
                 rows.append([name, model, *(sum(numbers) for numbers in zip(*(
-                    (one.items, one.forgotten, one.learned) for one in found))),
-                    p_text(found[0].p) if len(found) == 1 else "–",
-                    share_text([mean(one.net for one in flips) for flips in of_pairs])])
+                    (flips.items, flips.forgotten, flips.learned) for flips in of_chains))),
+                    p_text(of_chains[0].p) if len(of_chains) == 1 else "–",
+                    share_text([mean(flips.net for flips in seeds) for seeds in of_pairs])])
     where = f" at the rate {rate}" if rate else ""
     note = (f"From m0 to {study.stages[-1]}{where}: items that were right and are wrong, and the reverse, summed over "
             "pairs and seeds. p: McNemar's exact test, of a single chain. Forgotten, net: the decrease in the share of "
@@ -342,5 +348,6 @@ def share_text(shares: Sequence[Estimate | None]) -> str:
     known = [share for share in shares if share is not None]
     if len(known) == 1:
         return format_estimate(known[0], scale=100)
-    found = PairedDifference(tuple(100 * share.value for share in known))
-    return f"{found.mean:.1f} [{found.interval[0]:.1f}, {found.interval[1]:.1f}]"
+    estimate = PairedDifference(tuple(100 * share.value for share in known))
+    low, high = estimate.interval
+    return f"{estimate.mean:.1f} [{low:.1f}, {high:.1f}]"

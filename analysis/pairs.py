@@ -66,8 +66,8 @@ class Study:
         # with several rates, lacking_results names the stages without a loss on their own task
         self.left_out = lacking_losses([stage for stage in stages if not self.matches_learning or not stage.number
                                         or stage.task in stage.losses], unit)
-        stages, unlike = drop_unlike_items(stages, unit)
-        self.left_out += unlike
+        stages, dropped = drop_unlike_items(stages, unit)
+        self.left_out += dropped
         self.left_out += [f"{title_of(stage, unit)}: not used, since it is not in the folder of a learning rate"
                           for stage in stages if stage.number and (stage.rate or "") not in self.rates]
         self._chains = {rate: make_chains([stage for stage in stages if not stage.number or (stage.rate or "") == rate])
@@ -162,9 +162,11 @@ class Study:
     def values(self, name: str, pair: int, model: str, rate: str, number: int) -> ItemValues | None:
         """A measure, or one of MATCHED_ON, after a stage: the mean over the seeds. None if a seed lacks it."""
         extract = MATCHED_ON[name] if name in MATCHED_ON else self.measures[name].extract
-        found = [extract(chain, number) for chain in self.chains(pair, model, rate)]
-        known = [one for one in found if one is not None]
-        return weighted_sum([(1 / len(known), one) for one in known]) if known and len(known) == len(found) else None
+        of_seeds = [extract(chain, number) for chain in self.chains(pair, model, rate)]
+        known = [values for values in of_seeds if values is not None]
+        if not known or len(known) < len(of_seeds):
+            return None
+        return weighted_sum([(1 / len(known), values) for values in known])
 
     def curve(self, name: str, pair: int, model: str, number: int, learning: str = LEARNING) -> RateCurve:
         """(one of MATCHED_ON [R], the measure at each rate, the rates), of the rates that have both."""
@@ -214,11 +216,11 @@ class Study:
     @functools.cache  # noqa: B019
     def difference(self, contrast: Contrast, name: str, number: int, setting: str = LEARNING) -> Difference | None:
         """A difference after a stage, at equal learning (one of MATCHED_ON) or at a rate. None if no pair has it."""
-        found = {pair: one for pair in self.pairs
-                 if (one := self._difference_of(contrast, pair, name, number, setting)) is not None}
-        models = {model for pair in found for model in self.models_of(contrast, pair) or ()}
+        by_pair = {pair: values for pair in self.pairs
+                   if (values := self._difference_of(contrast, pair, name, number, setting)) is not None}
+        models = {model for pair in by_pair for model in self.models_of(contrast, pair) or ()}
         return Difference(contrast, self.measures[name], number, setting, self.learning_text(setting, models),
-                          found) if found else None
+                          by_pair) if by_pair else None
 
     def learning_text(self, setting: str, models: Iterable[str]) -> str:
         """The matching condition of a difference, as text: one of MATCHED_ON, or the learning rates."""
@@ -228,9 +230,9 @@ class Study:
             return f"learning rate {setting} (learning not matched)"
         rates = {stage.run.get("settings", {}).get("learning_rate") for model in models for pair in self.pairs
                  for chain in self.chains(pair, model, setting) for number, stage in chain.items() if number}
-        found = "unknown learning rates" if not rates or None in rates else \
+        text = "unknown learning rates" if not rates or None in rates else \
             "one learning rate" if len(rates) == 1 else f"learning rates from {min(rates):g} to {max(rates):g}"
-        return f"{found} (learning not matched)"
+        return f"{text} (learning not matched)"
 
     def main_difference(self, name: str, number: int | None = None) -> Difference | None:
         """The difference of the first contrast by a measure, after the last stage unless another is given: at equal
@@ -256,26 +258,26 @@ class Study:
 
     def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
         """The mean training FLOPs of m0 over the pairs that have it; None if they are unknown for one of them."""
-        found = [self._starts[pair, model].flops for pair in pairs if (pair, model) in self._starts]
-        known = [flops for flops in found if flops is not None]
-        return float(np.mean(known)) if known and len(known) == len(found) else None
+        of_pairs = [self._starts[pair, model].flops for pair in pairs if (pair, model) in self._starts]
+        known = [flops for flops in of_pairs if flops is not None]
+        return float(np.mean(known)) if known and len(known) == len(of_pairs) else None
 
     def start_losses(self, contrast: Contrast, name: str = TEXT) -> dict[int, tuple[float, float]]:
         """{pair: the losses of both m0 on held-out text or on a task}, for the pairs that have both."""
-        found = {}
+        losses = {}
         for pair in self.pairs:
             one, two = (self.start_loss(pair, model, name) for model in self.models_of(contrast, pair) or ("", ""))
             if one and two:
-                found[pair] = one.value, two.value
-        return found
+                losses[pair] = one.value, two.value
+        return losses
 
     def unmatched(self, contrast: Contrast, number: int, learning: str = LEARNING) -> Iterator[str]:
         """Sentences on the pairs in which the models of a contrast reach no common value of one of MATCHED_ON."""
         for pair in self.pairs if self.matches_learning else ():
-            found = self.match(contrast, pair, number, learning=learning)
-            if found and found.weights is None:
+            overlap = self.match(contrast, pair, number, learning=learning)
+            if overlap and overlap.weights is None:
                 one, two = (f"{model} {range_of_learning(ends, learning)}" for model, ends in zip(
-                    self.models_of(contrast, pair) or (), found.ranges))
+                    self.models_of(contrast, pair) or (), overlap.ranges))
                 names = "methods" if contrast.of else "models"
                 yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach "
                        f"no common {learning} ({one}, {two} nats per token)")

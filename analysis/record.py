@@ -68,8 +68,8 @@ class Record:
             method: its name, for the sentences in `missing`; empty if there is only one.
             uncounted: benchmarks that do not count in their categories.
         """
-        found = make_chains(stages)
-        comparable = {model: drop_unlike(group) for model, group in found.items()}
+        groups = make_chains(stages)
+        comparable = {model: drop_unlike(group) for model, group in groups.items()}
         self.chains = {model: group for model, (group, _) in comparable.items()}
         self.method, self.several_chains = method, max(map(len, self.chains.values())) > 1
         self.several_pairs = len({key[0] for _, key, _ in self.all_chains()}) > 1
@@ -92,7 +92,7 @@ class Record:
         self.own = {model: common_group(group) for model, group in self.chains.items()}
         self.common = None if self.compared is None else CommonPart(
             self.chains[self.compared[0]], self.chains[self.compared[1]], self.compared)
-        self.missing = [line for model, group in found.items() for line in self._missing(model, group)]
+        self.missing = [line for model, group in groups.items() for line in self._missing(model, group)]
         self.missing += [f"{self._title(model)}: {line}" for model, (_, lines) in comparable.items() for line in lines]
         self.missing += self.common.left_out if self.common else []
 
@@ -183,9 +183,9 @@ class Record:
 
     def measures(self) -> dict[str, Measure]:
         """All measures for which the record has results, by name: FG of each category, and those over the tasks."""
-        found = {f"FG {category}": self.category_measure(category) for category in self.categories}
+        measures = {f"FG {category}": self.category_measure(category) for category in self.categories}
         has_tasks = self.tasks and any(self.learned)
-        return found | ({name: self.task_measure(name) for name in TASK_MEASURES} if has_tasks else {})
+        return measures | ({name: self.task_measure(name) for name in TASK_MEASURES} if has_tasks else {})
 
     def own_value(self, model: str, measure: Measure) -> Estimate | None:
         """A measure over all that a model has, over its pairs or seeds."""
@@ -205,17 +205,17 @@ class Record:
 
     def category_fg(self, model: str, category: str) -> Estimate | None:
         """FG of a category, of what both models that are compared have. None if they have nothing in common."""
-        found = self.compare(self.category_measure(category))
+        comparison = self.compare(self.category_measure(category))
         both = self.compared or ()
-        has_nothing_in_common = found.difference is None and all(found.values[name] for name in both)
-        return None if model in both and has_nothing_in_common else found.values[model]
+        has_nothing_in_common = comparison.difference is None and all(comparison.values[name] for name in both)
+        return None if model in both and has_nothing_in_common else comparison.values[model]
 
 
 def over_benchmarks(names: Sequence[str], value_of: Callable[[Chain, str], Estimate | None]) -> Measure:
     """The measure that is the mean over the benchmarks that have a value in all chains."""
     def measure(chains: Sequence[Chain]) -> list[Estimate | None]:
-        found = [[value_of(chain, name) for chain in chains] for name in names]
-        defined = [estimates for estimates in found if None not in estimates]  # of the same benchmarks everywhere
+        values = [[value_of(chain, name) for chain in chains] for name in names]
+        defined = [estimates for estimates in values if None not in estimates]  # of the same benchmarks everywhere
         return [mean(estimates[index] for estimates in defined) for index in range(len(chains))]
     return measure
 
