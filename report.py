@@ -178,14 +178,15 @@ def describe(compared: Comparisons, effect: float,
         plane_sentences, section = plane_section(plane, primary)
         sentences, sections = sentences + plane_sentences, [*sections, section]
         missing += [*left_out_of_plane(plane, primary), *plane.all_left_out()]
-    if any(one.trained_otherwise for one in (study, *planes.values()) if one):
+    studies = [*([study] if study else []), *planes.values()]
+    if any(study.trained_otherwise for study in studies):
         sentences.append("Not all of these runs were fine-tuned alike, so that differences may come from that: see "
                          "What is missing.")
     if study:
         sections += interaction_section(planes, study.compared, primary)
         missing += left_out_of_interaction(planes, study.compared, primary)
     more_sentences, tables = result_tables(record, noise)
-    missing += [line for one in records.values() for line in one.missing]
+    missing += [line for of_method in records.values() for line in of_method.missing]
     if len(records) > 1:
         matched = [model for model, plane in planes.items() if plane.matches_learning]
         method_sentences, method_sections, left_out = compare_methods(records, baseline, compared.rates, matched)
@@ -200,19 +201,90 @@ def describe(compared: Comparisons, effect: float,
 def method_studies(stages: Sequence[Stage], baseline: str, primary: str, recorded: str | None) -> dict[str, Study]:
     """{model: the study of its methods}, for the models of which the baseline and another method have the primary
     measure after the last stage. recorded: the one named before the first run."""
-    found = {}
+    studies = {}
     for model in dict.fromkeys(stage.model for stage in stages):
         study = method_study(stages, model, baseline, recorded)
         finished = finished_methods(study, primary) if study and primary in study.measures else []
         if study and baseline in finished and len(finished) > 1:
-            found[model] = study
-    return found
+            studies[model] = study
+    return studies
 
 
 def with_choices_of(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
     """The stages with the answers to some benchmarks only."""
-    return [replace(stage, choices={name: one for name, one in stage.choices.items() if name in names})
+    return [replace(stage, choices={name: choices for name, choices in stage.choices.items() if name in names})
             for stage in stages]
+
+
+def primary_measure(requested: str | None, recorded: str | None, measures: Collection[str]) -> str:
+    """The measure that answers the question: the requested one, or else the recorded one, or else PRIMARY. Raises
+    UserError if the results do not have it."""
+    primary = requested or recorded or PRIMARY
+    if primary == recorded and primary not in measures:
+        raise UserError(f"these results do not have {primary}, the primary measure that the experiment recorded: leave "
+                        "out --categories, or give --primary")
+    check_measure(primary, measures)
+    return primary
+
+
+def compare(stages: Sequence[Stage], cfg: ReportConfig) -> Comparisons:
+    """Compares the models and the methods. Raises UserError if there are no results of a requested model, rate,
+    baseline, method or measure."""
+    pair, rates = compared_models(stages, cfg), shared_rates(stages, cfg)
+    records = make_records(stages, cfg, pair, rates)
+    baseline = next(iter(records))
+    method = cfg.method or baseline
+    if method not in records:
+        raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
+    selected = with_choices_of(stages, {benchmark.name for benchmark in records[method].benchmarks})
+    shown = [stage for stage in selected if not stage.number or stage.method_name == method]
+    recorded = read_primary(cfg.runs) if cfg.runs else None
+    study = Study(shown, *pair, named=recorded) if pair else None
+    primary = primary_measure(cfg.primary, recorded, study.measures if study else make_measures(selected))
+    planes = method_studies(selected, baseline, primary, recorded)
+    return Comparisons(records, rates, method, study, planes, primary)
+
+
+def source_notes(stages: Sequence[Stage], cfg: ReportConfig) -> list[str]:
+    """Sentences on what the source of the results does not tell."""
+    notes = []
+    if str(cfg.results).endswith(".csv"):
+        notes.append(f"a table of stages does not tell which measure was named before the first run: the {PRIMARY} is "
+                     "called primary")
+    estimates = [estimate for stage in stages for estimate in (*stage.benchmarks.values(), *stage.tasks.values())]
+    if any(not estimate.parts for estimate in estimates):
+        notes.append("some results have no single items of which they are the mean: their intervals of FG and over the "
+                     "tasks take the values before and after, and those of both models, as independent, and are wider "
+                     "than with them")
+    return notes
+
+
+def report_title(compared: Comparisons) -> str:
+    """The title of a report."""
+    record = compared.records[compared.method]
+    title = f"Forgetting: {', '.join(record.chains)}; {record.stages[0]} to {record.stages[-1]}"
+    return f"{title}; {with_method(compared.method)}" if len(compared.records) > 1 else title
+
+
+def plot_figures(compared: Comparisons, out: Path) -> dict[str, str]:
+    """Plots all figures. Returns {file name without suffix: caption}."""
+    of_record = plot_record(compared.records[compared.method], out)  # first: it refuses damaged logs before it writes
+    of_pairs = plot_pairs(compared.study, out, compared.primary) if compared.study else {}
+    return of_pairs | of_record | plot_planes(compared.planes, out, compared.primary)
+
+
+def write_report(out: Path, stages: Sequence[Stage], compared: Comparisons, sentences: Sequence[str],
+                 sections: Sequence[Section]) -> None:
+    """Writes the figures, the tables of stages and items, and the pages into a folder."""
+    with explain_os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    figures = plot_figures(compared, out)
+    images = "".join(markdown_image(name, caption) for name, caption in figures.items())
+    body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
+    write_text(out / "stages.csv", stage_table(stages))
+    if items := item_table(stages):
+        write_text(out / ITEMS, items)
+    write_pages(out, f"# {report_title(compared)}\n\n{markdown_list(sentences)}\n{images}{body}")
 
 
 def main(cfg: ReportConfig) -> None:
@@ -221,53 +293,14 @@ def main(cfg: ReportConfig) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another --out")
     stages, unusable = usable_stages(read_stages(cfg))
-    pair, rates = compared_models(stages, cfg), shared_rates(stages, cfg)
-    records = make_records(stages, cfg, pair, rates)
-    method = cfg.method or next(iter(records))
-    if method not in records:
-        raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
-    record = records[method]
-    selected = with_choices_of(stages, {benchmark.name for benchmark in record.benchmarks})
-    shown = [stage for stage in selected if not stage.number or stage.method_name == method]
-    recorded = read_primary(cfg.runs) if cfg.runs else None
-    primary = cfg.primary or recorded or PRIMARY
-    study = Study(shown, *pair, named=recorded) if pair else None
-    measures = study.measures if study else make_measures(selected)
-    if primary == recorded and primary not in measures:
-        raise UserError(f"these results do not have {primary}, the primary measure that the experiment recorded: leave "
-                        "out --categories, or give --primary")
-    check_measure(primary, measures)
-    planes, noise = method_studies(selected, next(iter(records)), primary, recorded), noise_flags(stages)
-    sentences, sections, missing = describe(Comparisons(records, rates, method, study, planes, primary), cfg.effect,
-                                            noise)
-    missing += unusable
-    if str(cfg.results).endswith(".csv"):
-        missing += [f"a table of stages does not tell which measure was named before the first run: the {PRIMARY} is "
-                    "called primary"]
-    estimates = [one for stage in selected for one in (*stage.benchmarks.values(), *stage.tasks.values())]
-    if any(not estimate.parts for estimate in estimates):
-        missing += ["some results have no single items of which they are the mean: their intervals of FG and over the "
-                    "tasks take the values before and after, and those of both models, as independent, and are wider "
-                    "than with them"]
+    compared, noise = compare(stages, cfg), noise_flags(stages)
+    sentences, sections, missing = describe(compared, cfg.effect, noise)
+    missing += [*unusable, *source_notes(stages, cfg)]
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []
-    title = f"Forgetting: {', '.join(record.chains)}; {record.stages[0]} to {record.stages[-1]}"
-    if len(records) > 1:
-        title += f"; {with_method(method)}"
-    with explain_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    of_record = plot_record(record, out)  # first, since it refuses damaged logs before it writes anything
-    figures = (plot_pairs(study, out, primary) if study else {}) | of_record
-    figures |= plot_planes(planes, out, primary)
-    summary = markdown_list(sentences)
-    images = "".join(markdown_image(name, caption) for name, caption in figures.items())
-    body = "".join(f"## {name}\n\n{text}\n" for name, text in sections)
-    write_text(out / "stages.csv", stage_table(stages))
-    if items := item_table(stages):
-        write_text(out / ITEMS, items)
-    write_pages(out, f"# {title}\n\n{summary}\n{images}{body}")
-    print(summary + f"report: {out / 'report.html'}")
+    write_report(out, stages, compared, sentences, sections)
+    print(markdown_list(sentences) + f"report: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -159,55 +159,106 @@ def compared_at(study: Study, method: str, measure: str) -> str:
     return range_text(np.mean(ends, axis=0))
 
 
-def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
-    """The sentences and the section on the methods of a model. Verdicts are corrected for their number."""
-    baseline, model, unit = study.reference, study.of, study.measures[measure].unit
+@dataclass(frozen=True)
+class MethodComparison:
+    """The methods of a model, compared with the baseline.
+
+    Attributes:
+        study: of the methods.
+        measure: of forgetting.
+        points: the methods at all learning rates.
+        front: the Pareto front of these points and m0.
+        gaps: {method: difference to the baseline}, without the methods that reach no common loss.
+        corrected: {method: p-value corrected for the number of methods}; empty for a single pair or seed.
+    """
+    study: Study
+    measure: str
+    points: list[Point]
+    front: list[Point]
+    gaps: dict[str, PairedDifference]
+    corrected: dict[str, float]
+
+
+def compare_with_baseline(study: Study, measure: str) -> MethodComparison:
+    """The comparison of all methods of a study with its baseline."""
     points = points_of(study, measure)
-    front, methods = pareto_front([*points, *start_point(study, measure)]), study.models
-    gaps = {method: gap_of(study, method, measure) for method in methods if method != baseline}
-    known = {method: gap for method, gap in gaps.items() if gap}
-    corrected = dict(zip(known, holm([gap.p for gap in known.values()]))) if len(study.pairs) > 1 else {}
-    verdicts: dict[str, list[str]] = {"smaller with": [], "larger with": []}
-    for method, p in corrected.items():
-        if p < ALPHA:
-            verdicts["smaller with" if known[method].mean < 0 else "larger with"].append(method)
-    apart = {method for method in methods if study.matches_learning and method not in (*known, baseline) and any(
-        study.match(contrast_of(study, method), pair, study.last, measure) for pair in study.pairs)}
-    rows = []
-    for method in methods:
-        losses = [point.loss for point in points if point.method == method]
-        minutes = training_minutes([chain for pair in study.pairs for rate in study.rates
-                                    for chain in study.chains(pair, method, rate)], study.last)
-        rows.append([method, range_text([min(losses), max(losses)]) if losses else "–",
-                     compared_at(study, method, measure) if method in known else "–",
-                     with_interval(known[method]) if method in known else
-                     "no common new-task loss" if method in apart else "–",
-                     p_text(corrected[method]) if method in corrected else "–",
-                     ", ".join(point.rate or "yes" for point in front if point.method == method) or "–",
-                     "–" if math.isnan(minutes) else f"{minutes:.1f}"])
-    where = study.learning_text(study.main_setting, methods)
-    found = "; ".join(f"{verdict} {', '.join(map(method_title, names))}"
-                      for verdict, names in verdicts.items() if names)
+    gaps = {method: gap for method in study.models if method != study.reference
+            and (gap := gap_of(study, method, measure))}
+    corrected = dict(zip(gaps, holm([gap.p for gap in gaps.values()]))) if len(study.pairs) > 1 else {}
+    front = pareto_front([*points, *start_point(study, measure)])
+    return MethodComparison(study, measure, points, front, gaps, corrected)
+
+
+def methods_verdict(comparison: MethodComparison) -> str:
+    """The methods with significantly less or more forgetting than the baseline, as text."""
+    if len(comparison.study.pairs) == 1:
+        return "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
+    significant = {method: comparison.gaps[method].mean for method, p in comparison.corrected.items() if p < ALPHA}
+    groups = (("smaller with", [method for method, gap in significant.items() if gap < 0]),
+              ("larger with", [method for method, gap in significant.items() if gap >= 0]))
+    return "; ".join(f"{relation} {', '.join(map(method_title, methods))}" for relation, methods in groups if methods) \
+        or "no method can be told apart from it"
+
+
+def gap_text(comparison: MethodComparison, method: str) -> str:
+    """The difference of a method to the baseline as a cell of the table."""
+    study = comparison.study
+    if method in comparison.gaps:
+        return with_interval(comparison.gaps[method])
+    is_apart = study.matches_learning and method != study.reference and any(
+        study.match(contrast_of(study, method), pair, study.last, comparison.measure) for pair in study.pairs)
+    return "no common new-task loss" if is_apart else "–"
+
+
+def method_row(comparison: MethodComparison, method: str) -> list[str]:
+    """The row of a method in the table; "–" stands for what is unknown."""
+    study, corrected = comparison.study, comparison.corrected
+    losses = [point.loss for point in comparison.points if point.method == method]
+    minutes = training_minutes([chain for pair in study.pairs for rate in study.rates
+                                for chain in study.chains(pair, method, rate)], study.last)
+    return [method, range_text([min(losses), max(losses)]) if losses else "–",
+            compared_at(study, method, comparison.measure) if method in comparison.gaps else "–",
+            gap_text(comparison, method),
+            p_text(corrected[method]) if method in corrected else "–",
+            ", ".join(point.rate or "yes" for point in comparison.front if point.method == method) or "–",
+            "–" if math.isnan(minutes) else f"{minutes:.1f}"]
+
+
+def interval_note(comparison: MethodComparison) -> str:
+    """The words on the intervals of the differences; "" if there are none."""
+    study = comparison.study
+    if not any(gap.n > 1 for gap in comparison.gaps.values()):
+        return ""
     if len(study.pairs) == 1:
-        found = "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
-    other = method_title(baseline)
-    sentences = [f"{model}, {measure} at {where}, compared with {other}: "
-                 f"{found or 'no method can be told apart from it'}."]
-    if on_front := dict.fromkeys(point.method for point in front if point.method != START):
-        sentences.append(f"On the Pareto front of what {model} learned and forgot, by the measured values: "
-                         f"{', '.join(map(method_title, on_front))}.")
-    of_what = " over the items, which tells how well these runs are measured (too narrow for text in general, since " \
-        "windows of one document are alike)" if len(study.pairs) == 1 else \
-        f" over the {study.unit}s" + (" (for these items and this m0)" if study.unit == "seed" else "")
-    interval = f", with the 95% interval{of_what}" if any(gap.n > 1 for gap in known.values()) else ""
-    note = (f"After {study.stages[-1]}: {measure} in {unit}, minus that of {other} at {where}{interval}. "
+        return ", with the 95% interval over the items, which tells how well these runs are measured (too narrow for " \
+            "text in general, since windows of one document are alike)"
+    return f", with the 95% interval over the {study.unit}s" + (
+        " (for these items and this m0)" if study.unit == "seed" else "")
+
+
+def table_note(comparison: MethodComparison, learning: str) -> str:
+    """The note above the table. learning: the matching condition of the differences, as text."""
+    study, measure = comparison.study, comparison.measure
+    return (f"After {study.stages[-1]}: {measure} in {study.measures[measure].unit}, minus that of "
+            f"{method_title(study.reference)} at {learning}{interval_note(comparison)}. "
             + ("Compared at: the losses on the last task that both reach, interpolated linearly between learning "
                "rates and taken as measured; differences at other losses are not comparable. Between rates that are "
                "far apart, linear interpolation overstates the forgetting if its curve is convex; the intervals do not "
                "include this. Forgetting is that of all stages. " if study.matches_learning else "")
-            + ("p is corrected for the number of methods (Holm). " if corrected else "")
+            + ("p is corrected for the number of methods (Holm). " if comparison.corrected else "")
             + "On the Pareto front: the learning rates at which no other method and rate, nor m0, learned more and "
             "forgot less, by the measured values. Minutes of training are those of a chain.\n\n")
-    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {other}", "p", "on the front",
+
+
+def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
+    """The sentences and the section on the methods of a model. Verdicts are corrected for their number."""
+    comparison, baseline = compare_with_baseline(study, measure), method_title(study.reference)
+    learning = study.learning_text(study.main_setting, study.models)
+    sentences = [f"{study.of}, {measure} at {learning}, compared with {baseline}: {methods_verdict(comparison)}."]
+    if on_front := dict.fromkeys(point.method for point in comparison.front if point.method != START):
+        sentences.append(f"On the Pareto front of what {study.of} learned and forgot, by the measured values: "
+                         f"{', '.join(map(method_title, on_front))}.")
+    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {baseline}", "p", "on the front",
             "minutes"]
-    return sentences, (f"Learned and forgotten: {model}", note + table_of_values(head, rows))
+    table = table_of_values(head, [method_row(comparison, method) for method in study.models])
+    return sentences, (f"Learned and forgotten: {study.of}", table_note(comparison, learning) + table)
