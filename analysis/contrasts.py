@@ -34,7 +34,7 @@ class Contrast:
 class Difference:
     """The difference of two models by a measure after a stage, in each pair that has it.
 
-    setting: the matching condition: one of MATCHED_ON, or the learning rate. learning: the same as text. of_pairs:
+    setting: the matching condition: one of MATCHED_ON, or the learning rate. learning: the same as text. by_pair:
     {pair: values of the items}.
     """
     contrast: Contrast
@@ -42,7 +42,7 @@ class Difference:
     number: int
     setting: str
     learning: str
-    of_pairs: Mapping[int, ItemValues]
+    by_pair: Mapping[int, ItemValues]
 
     @property
     def is_matched(self) -> bool:
@@ -52,15 +52,16 @@ class Difference:
     @functools.cached_property
     def estimate(self) -> PairedDifference:
         """The mean over the pairs. Smaller differences than 1e-12 are rounding errors."""
-        return PairedDifference(tuple(round(one.value, 12) for one in self.of_pairs.values()))
+        return PairedDifference(tuple(round(one.value, 12) for one in self.by_pair.values()))
 
     @functools.cached_property
     def components(self) -> VarianceComponents | None:
         """The variance between the pairs and that of the items in them. None if the items of a pair are not known."""
-        found = self.of_pairs.values()
-        if len({len(one.residuals) for one in found}) > 1:
+        pairs = self.by_pair.values()
+        if len({len(items.residuals) for items in pairs}) > 1:
             return None
-        return variance_components(np.array([one.value for one in found]), np.array([one.residuals for one in found]))
+        return variance_components(np.array([items.value for items in pairs]),
+                                   np.array([items.residuals for items in pairs]))
 
 
 RateCurve = tuple[np.ndarray, list[ItemValues], list[str]]  # one of MATCHED_ON [R], a measure, the learning rates

@@ -42,8 +42,8 @@ def method_effects(studies: tuple[Study, ...], method: str, measure: str) -> dic
     """
     if not all(study.matches_learning for study in studies):
         grown, reference = (difference_of(study, method, measure) for study in studies)
-        return {pair: MethodEffects(grown.of_pairs[pair].value, reference.of_pairs[pair].value)
-                for pair in sorted(grown.of_pairs.keys() & reference.of_pairs.keys())} if grown and reference else {}
+        return {pair: MethodEffects(grown.by_pair[pair].value, reference.by_pair[pair].value)
+                for pair in sorted(grown.by_pair.keys() & reference.by_pair.keys())} if grown and reference else {}
     effects = {}
     for pair in sorted(set(studies[0].pairs) & set(studies[1].pairs)):
         curves = [[study.curve(measure, pair, name, study.last) for name in (method, study.reference)]

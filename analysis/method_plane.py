@@ -129,7 +129,7 @@ def gap_of(study: Study, method: str, measure: str) -> PairedDifference | None:
     difference = difference_of(study, method, measure)
     if difference is None:
         return None
-    return difference.estimate if len(study.pairs) > 1 else over_items(next(iter(difference.of_pairs.values())))
+    return difference.estimate if len(study.pairs) > 1 else over_items(next(iter(difference.by_pair.values())))
 
 
 def difference_of(study: Study, method: str, measure: str) -> Difference | None:

@@ -158,7 +158,7 @@ def plot_learning(study: Study, primary: str) -> Figure | None:
         complete = {model: {pair for pair, curve in found.items() if curve.shape[1] == most}
                     for model, found in of_models.items()}
         compared = study.difference(study.contrasts[0], primary, number, study.main_setting)
-        common = set.intersection(set(compared.of_pairs if compared else ()),
+        common = set.intersection(set(compared.by_pair if compared else ()),
                                   *(complete.get(model, set()) for model in study.compared))
         for model, found in of_models.items():
             style = styles[model]
@@ -241,7 +241,7 @@ def plot_by_start(study: Study, primary: str) -> Figure | None:
     for name, (contrast, _) in itertools.product((TEXT, study.last_task), contrast_styles(study)):
         starts = study.start_losses(contrast, name)
         found = study.difference(contrast, primary, study.last, study.main_setting)
-        both = [(starts[pair][0] - starts[pair][1], one.value) for pair, one in found.of_pairs.items()
+        both = [(starts[pair][0] - starts[pair][1], one.value) for pair, one in found.by_pair.items()
                 if pair in starts] if found else []
         if both:
             points.setdefault(name, {})[contrast] = both

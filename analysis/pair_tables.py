@@ -44,20 +44,20 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
                      f"{count(estimate.n, 'pair')}).")
         lines.append(uncertainty(difference, effect))
     else:
-        lines.append(f"In {study.name_of(next(iter(difference.of_pairs)))}, {conditions(study, difference)}, the "
+        lines.append(f"In {study.name_of(next(iter(difference.by_pair)))}, {conditions(study, difference)}, the "
                      f"{named(study, primary)} differs by {signed(estimate.mean)} {unit}.")
     lines.append(data_of(study, difference))
     for contrast in study.contrasts[1:]:
         control = study.difference(contrast, primary, study.last, difference.setting)
         if contrast.equal_loss and control:
-            gap = start_difference(study, contrast, control.of_pairs)
+            gap = start_difference(study, contrast, control.by_pair)
             left = f" (remaining difference {with_interval(gap)})" if gap.n else ""
             lines.append(f"With m0 of nearly equal held-out loss{left}, it differs by "
                          f"{with_interval(control.estimate)} {unit}, n = {count(control.estimate.n, 'pair')}.")
     if difference.is_matched and (other := study.difference(study.contrasts[0], primary, study.last, DECREASE)):
         lines.append(f"At an equal {DECREASE} since m0 instead, it differs by {with_interval(other.estimate)} {unit}, "
                      f"n = {count(other.estimate.n, 'pair')} (not the primary comparison).")
-    return lines + start_losses(study, difference.of_pairs)
+    return lines + start_losses(study, difference.by_pair)
 
 
 def named(study: Study, measure: str) -> str:
@@ -70,7 +70,7 @@ def named(study: Study, measure: str) -> str:
 
 def conditions(study: Study, difference: Difference) -> str:
     """The matching conditions of a difference, as text."""
-    return f"at {'equal FLOPs and ' if has_equal_flops(study, difference.of_pairs) else ''}{difference.learning}"
+    return f"at {'equal FLOPs and ' if has_equal_flops(study, difference.by_pair) else ''}{difference.learning}"
 
 
 def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
@@ -101,7 +101,7 @@ def pairs_needed(estimate: PairedDifference, effect: float) -> str:
 
 def data_of(study: Study, difference: Difference) -> str:
     """The sentence on the data behind the answer."""
-    pairs = difference.of_pairs
+    pairs = difference.by_pair
     items = len(next(iter(pairs.values())).values)
     left = [study.name_of(pair) for pair in study.pairs if pair not in pairs]
     seeds = f" (pretraining seeds {', '.join(map(str, pairs))})" if any(pairs) else ""

@@ -78,7 +78,7 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     """Prints what the pilot found, and how many pairs, items and hours find the effect."""
     found, unmatched = pilot_difference(cfg)
     estimate, unit = found.estimate, found.measure.unit
-    used = {f"pair-{pair}" for pair in found.of_pairs}
+    used = {f"pair-{pair}" for pair in found.by_pair}
     hours = sum(training_seconds(root / name) for root, folders, _ in walk(cfg.runs) for name in folders
                 if name in used) / 3600 / estimate.n
     low, high = estimate.interval

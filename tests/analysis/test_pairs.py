@@ -128,7 +128,7 @@ def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
         path = folder / f"pair-3/stack/rate-{rate}/m1-simp/eval/losses-task-simp.json"
         change_items(path, lambda nll, tokens: nll - tokens)
     study = study_of(folder)
-    assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 4]
+    assert list(study.main_difference("rise of held-out loss", 1).by_pair) == [1, 2, 4]
     assert list(study.unmatched(study.contrasts[0], 1)) == [
         "pair 3 is left out of stack − llm after m1-simp: the models reach no common new-task loss "
         "(stack 1.3500 to 1.7500, llm 2.5000 to 2.9000 nats per token)"]
@@ -155,7 +155,7 @@ def test_losses_that_a_stage_lacks_are_named(tmp_path):
                                         "text, the KL of text, which other stages have"]
         (folder / "pair-2/best").symlink_to("llm")  # no other model
         assert study_of(folder).models == study.models
-        used = study.main_difference("rise of held-out loss").of_pairs
+        used = study.main_difference("rise of held-out loss").by_pair
         assert [pair for pair in study.pairs if pair not in used] == dropped
 
 
@@ -227,14 +227,14 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
     control = study.contrasts[1]
     assert study.models_of(control, 1) == ("stack", "llm-level")
     assert study.models_of(control, 4) is None
-    assert list(study.difference(control, "rise of held-out loss", 2).of_pairs) == [1, 2, 3]
+    assert list(study.difference(control, "rise of held-out loss", 2).by_pair) == [1, 2, 3]
     assert study.start_losses(study.contrasts[0])[1] == pytest.approx((4.8, 5.0))
     assert study.start_losses(control)[1] == pytest.approx((4.8, 4.8))
     assert 4 not in study.start_losses(control)
     path = folder / "pair-2/llm-level/m0/eval/losses-text.json"
     change_items(path, lambda nll, tokens: nll + 0.06 * tokens)  # training on has not reached the loss of stack
     study = study_of(folder)
-    assert list(study.difference(control, "rise of held-out loss", 2).of_pairs) == [1, 3]
+    assert list(study.difference(control, "rise of held-out loss", 2).by_pair) == [1, 3]
     assert ("pair 2: llm-level is not used as the control at equal held-out loss, since its m0 differs from that of "
             "stack by +0.060 nats per token") in study.all_left_out()
     assert study_of(folder).models_of(Contrast("interleave", "llm", equal_loss=True), 1) is None  # level with stack
@@ -247,7 +247,7 @@ def test_only_like_losses_are_compared(tmp_path):
     found["run"]["dtype"] = "bf16"
     path.write_text(json.dumps(found))
     study = study_of(folder)
-    assert list(study.main_difference("rise of held-out loss").of_pairs) == [1, 3, 4]
+    assert list(study.main_difference("rise of held-out loss").by_pair) == [1, 3, 4]
     assert study.left_out == ["pair 2, stack, m2-empd: losses of text under other conditions, not used: dtype bf16 "
                               "(elsewhere fp32)"]
 
@@ -261,8 +261,8 @@ def test_the_kl_counts_from_the_own_m0(tmp_path):
         found["run"]["reference_digest"] = digest_of(reference)
         path.write_text(json.dumps(found))
     study = study_of(folder)
-    assert list(study.main_difference("KL on held-out text", 1).of_pairs) == [1, 3, 4]
-    assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2, 3, 4]
+    assert list(study.main_difference("KL on held-out text", 1).by_pair) == [1, 3, 4]
+    assert list(study.main_difference("rise of held-out loss", 1).by_pair) == [1, 2, 3, 4]
     assert study.left_out == ["pair 2, stack, m1-simp: the KL of text is not used, since it was measured from another "
                               "checkpoint than m0"]
 
@@ -278,7 +278,7 @@ def test_seeds_of_a_pair_are_averaged(tmp_path):
     text.unlink()
     study = study_of(tmp_path / "study")
     assert study.values(name, 1, "llm", "", 2) is None
-    assert list(study.main_difference(name).of_pairs) == [2]
+    assert list(study.main_difference(name).by_pair) == [2]
 
 
 @pytest.mark.parametrize(("lacking", "said"), [("stack/*", "stack lacks it at the rate 0.0003"),
@@ -305,8 +305,8 @@ def test_a_seed_that_is_not_finished_leaves_its_pair_out(tmp_path):
         if chain.parent.name == "stack":
             shutil.rmtree(chain / "seed-43/m2-empd")
     study = study_of(folder)
-    assert list(study.main_difference("rise of held-out loss", 1).of_pairs) == [1, 2]
-    assert list(study.main_difference("rise of held-out loss").of_pairs) == [2]
+    assert list(study.main_difference("rise of held-out loss", 1).by_pair) == [1, 2]
+    assert list(study.main_difference("rise of held-out loss").by_pair) == [2]
     assert study.all_left_out() == ["pair 1 is left out of stack − llm after m2-empd: stack lacks results of one seed "
                                     "or of all"]
 
@@ -318,7 +318,7 @@ def test_rates_ascend_as_numbers():
 
 def test_items_count_by_their_tokens(study):
     found = study.main_difference("rise of held-out loss")
-    values = np.array([one.values for one in found.of_pairs.values()])
+    values = np.array([one.values for one in found.by_pair.values()])
     means = values.mean(axis=1)
     by_tokens, alike = (variance_components(means, values - means[:, None] * weights).of_item
                         for weights in (TOKENS / TOKENS.mean(), 1.0))

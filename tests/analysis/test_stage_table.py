@@ -200,7 +200,7 @@ def test_a_limit_matters_only_where_the_number_of_items_is_unknown(runs, tmp_pat
     path.write_text(stage_table(read_runs(runs)))
     for stages in (read_runs(runs), read_stage_table(path)):
         study = Study(stages, "stack", "llm")
-        assert list(study.main_difference("rise of held-out loss").of_pairs) == [1, 2, 3, 4]
+        assert list(study.main_difference("rise of held-out loss").by_pair) == [1, 2, 3, 4]
         assert study.start_flops("stack", study.pairs) == 2e13
         assert not has_equal_flops(study, study.pairs)
 
