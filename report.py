@@ -251,6 +251,10 @@ def source_notes(stages: Sequence[Stage], cfg: ReportConfig) -> list[str]:
     if str(cfg.results).endswith(".csv"):
         notes.append(f"a table of stages does not tell which measure was named before the first run: the {PRIMARY} is "
                      "called primary")
+    known = [len(losses.nll) > 1 for stage in stages for losses in stage.losses.values()]
+    if any(known) and not all(known):
+        notes.append(f"{ITEMS} has the items of {sum(known)} of the {len(known)} losses in the table: differences of "
+                     "single runs that need those of others have no interval")
     estimates = [estimate for stage in stages for estimate in (*stage.benchmarks.values(), *stage.tasks.values())]
     if any(not estimate.parts for estimate in estimates):
         notes.append("some results have no single items of which they are the mean: their intervals of FG and over the "
@@ -284,6 +288,8 @@ def write_report(out: Path, stages: Sequence[Stage], compared: Comparisons, sent
     write_text(out / "stages.csv", stage_table(stages))
     if items := item_table(stages):
         write_text(out / ITEMS, items)
+    else:
+        (out / ITEMS).unlink(missing_ok=True)  # that of an earlier report
     write_pages(out, f"# {report_title(compared)}\n\n{markdown_list(sentences)}\n{images}{body}")
 
 

@@ -129,6 +129,16 @@ def conditions_of(group: Group) -> dict[tuple[str, str], Conditions]:
     return conditions
 
 
+def without_pairs_behind(*groups: Group) -> tuple[Group, ...]:
+    """Groups of the same chains without the pairs that are behind: those of which all groups have results of fewer
+    stages than of another pair."""
+    stages = {key: len(set.intersection(*({number for number, _, _ in places_of(group[key])} for group in groups)))
+              for key in groups[0]}
+    fewest = {pair: min(count for key, count in stages.items() if key[0] == pair) for pair, _ in stages}
+    return tuple({key: chain for key, chain in group.items() if fewest[key[0]] == max(fewest.values())}
+                 for group in groups)
+
+
 class CommonPart:
     """The seeds and results shared by two groups of chains, of two models or methods. A result is shared if all chains
     have it, under the same conditions and after the same tasks.
@@ -140,10 +150,14 @@ class CommonPart:
 
     def __init__(self, one: Group, two: Group, names: tuple[str, str]):
         """names: of the two groups, for the sentences."""
-        seeds = sorted(one.keys() & two.keys())
+        shared = sorted(one.keys() & two.keys())
+        one_shared, two_shared = without_pairs_behind(*({key: group[key] for key in shared} for group in (one, two)))
+        seeds = list(one_shared)
         self.left_out = [f"{names[0]} and {names[1]} are compared without the {key_name(key)}, which only one of them "
                          "has" for key in sorted(one.keys() ^ two.keys())]
-        chains = [group[seed] for group in (one, two) for seed in seeds]
+        self.left_out += [f"{names[0]} and {names[1]} are compared without the {key_name(key)}, which lacks results of "
+                          "a later stage" for key in shared if key not in seeds]
+        chains = [*one_shared.values(), *two_shared.values()]
         excluded, end = self._unlike_results(one, two, names), self._first_other_stage(one, two, names)
         places = {(number, kind, name) for number, kind, name in common_places(chains)
                   if number < end and (kind, name) not in excluded}

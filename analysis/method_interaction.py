@@ -7,6 +7,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from analysis.contrasts import matched_difference
 from analysis.inference import PairedDifference, holm
 from analysis.matching import match
@@ -40,7 +42,9 @@ def method_effects(studies: tuple[Study, ...], method: str, measure: str) -> dic
 
     studies: of the grown model and of the reference.
     """
-    if not all(study.matches_learning for study in studies):
+    if not_alike(studies):
+        return {}
+    if not studies[0].matches_learning:
         grown, reference = (difference_of(study, method, measure) for study in studies)
         return {pair: MethodEffects(grown.by_pair[pair].value, reference.by_pair[pair].value)
                 for pair in sorted(grown.by_pair.keys() & reference.by_pair.keys())} if grown and reference else {}
@@ -58,6 +62,11 @@ def method_effects(studies: tuple[Study, ...], method: str, measure: str) -> dic
     return effects
 
 
+def not_alike(studies: Sequence[Study]) -> bool:
+    """Whether learning can be matched for one of the models only."""
+    return len({study.matches_learning for study in studies}) > 1
+
+
 def common_methods(both: Sequence[Study]) -> list[str]:
     """The methods that both models were trained with, without the baseline."""
     return [method for method in both[0].models if method in both[1].models and method != both[0].reference]
@@ -67,6 +76,9 @@ def left_out_of_interaction(studies: Mapping[str, Study], pair: ModelPair, measu
     """Sentences on the pairs that have results of both models with a method and without, but no common losses."""
     if not (both := comparable_studies(studies, pair)):
         return []
+    if not_alike(both):
+        return [f"the effects of the methods on {both[0].of} and {both[1].of} are not compared: one was fine-tuned at "
+                "several learning rates, and the other at one"]
     lines = []
     for method in common_methods(both):
         effects = method_effects(both, method, measure)
@@ -92,14 +104,16 @@ def interaction_section(studies: Mapping[str, Study], pair: ModelPair, measure: 
     rows = []
     for method, difference in differences.items():
         grown, reference, widths = zip(*effects[method])
-        rows.append([method, with_interval(PairedDifference(grown)), with_interval(PairedDifference(reference)),
+        rows.append([method, *(with_interval(PairedDifference(tuple(np.round(values, 12).tolist())))
+                               for values in (grown, reference)),
                      with_interval(difference), p_text(difference.p), p_text(corrected[method]),
-                     f"{difference.smallest_detectable:.3g}" if difference.n > 1 else "–", difference.n,
+                     f"{difference.smallest_detectable:.3g}" if difference.sd > 0 else "–", difference.n,
                      range_text([min(widths), max(widths)]) if matched else "–"])
     where = " at losses on the new task that both models reach with and without the method" if matched else ""
     note = (f"The {measure} with a method less that with {method_title(both[0].reference)}, for each model{where}, and "
             "the difference of both, with 95% intervals over the pairs that have both. Holm's p is corrected for the "
-            "number of methods. Detectable: the smallest true difference found with 80% power. Width: of the range of "
-            "losses that a pair is compared over, from the narrowest to the widest pair.\n\n")
+            "number of methods. Detectable: the smallest true difference found with 80% power, without this "
+            "correction. Width: of the range of losses that a pair is compared over, from the narrowest to the widest "
+            "pair.\n\n")
     head = ["method", *pair, " − ".join(pair), "p", "p (Holm)", "detectable", "pairs", "width"]
     return [("Does the effect of a method differ between the models", note + markdown_table(head, rows))]

@@ -42,7 +42,7 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
         lines.append(f"{claim}: {conditions(study, difference)}, the {named(study, primary)} differs by "
                      f"{with_interval(estimate)} {unit} (95% interval; p {p_text(estimate.p, '= ')}, n = "
                      f"{count(estimate.n, 'pair')}).")
-        lines.append(uncertainty(difference, effect))
+        lines += uncertainty(difference, effect)
     else:
         lines.append(f"In {study.name_of(next(iter(difference.by_pair)))}, {conditions(study, difference)}, the "
                      f"{named(study, primary)} differs by {signed(estimate.mean)} {unit}.")
@@ -74,21 +74,23 @@ def conditions(study: Study, difference: Difference) -> str:
 
 
 def has_equal_flops(study: Study, pairs: Collection[int]) -> bool:
-    """Whether both m0 of some pairs were trained with the same FLOPs; False if they are unknown."""
-    low, high = sorted(study.start_flops(model, pairs) or 0 for model in study.compared)
-    return 0 < high <= (1 + FLOPS_TOLERANCE) * low
+    """Whether both m0 of each of some pairs were trained with the same FLOPs; False if they are unknown."""
+    flops = [sorted(study.start_flops(model, [pair]) or 0 for model in study.compared) for pair in pairs]
+    return all(0 < high <= (1 + FLOPS_TOLERANCE) * low for low, high in flops)
 
 
-def uncertainty(difference: Difference, effect: float) -> str:
+def uncertainty(difference: Difference, effect: float) -> list[str]:
     """The sentence on what the design could have found."""
     estimate, unit, parts = difference.estimate, difference.measure.unit, difference.components
+    if not estimate.sd:
+        return ["There is no test: the difference is the same in all pairs."]
     share = "" if parts is None or math.isnan(parts.item_share) else \
         f" The sample of items explains {parts.item_share:.0%} of the variance between pairs."
     pairs = count(estimate.n, "pair")
     low, high = (detectable(estimate.n) * sd for sd in estimate.sd_interval)
-    return (f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, as "
+    return [f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, as "
             f"far as {pairs} tell their spread) with {POWER:.0%} power; one of {effect:g} takes "
-            f"{pairs_needed(estimate, effect)}.{share}")
+            f"{pairs_needed(estimate, effect)}.{share}"]
 
 
 def pairs_needed(estimate: PairedDifference, effect: float) -> str:
@@ -192,16 +194,16 @@ def pair_sections(study: Study, primary: str, rate: str, effect: float) -> list[
         rows.append([f"{measure.name} (primary)" if difference is first else measure.name, measure.unit,
                      str(difference.contrast), learning_text(difference), estimate.n, with_interval(estimate),
                      p_text(estimate.p), p_text(p),
-                     "–" if estimate.n < 2 else f"{estimate.smallest_detectable:.3g}",
+                     f"{estimate.smallest_detectable:.3g}" if estimate.sd > 0 else "–",
                      estimate.units_needed(effect) or "–"])
     note = (f"After {study.stages[-1]}; mean over the pairs, in brackets the 95% interval by Student's t. Positive is "
             f"more forgetting (or, for the {LEARNING}, less learning) by the first model. One measure is primary; all "
             "others are secondary, and Holm's p-value is corrected for their number. Detectable: the smallest true "
-            f"difference found with {POWER:.0%} power, if the standard deviation is as found. Held-out loss is that of "
-            "text like that of pretraining. KL is KL(m0 ‖ stage), averaged over the same tokens as the loss. The loss "
-            "on a task is that of the references of its test set; its rise for an earlier task is counted from the "
-            "stage that learned it. The NLL (negative log-likelihood) of right options is normalised over the "
-            "options.\n\n")
+            f"difference found with {POWER:.0%} power, without this correction, if the standard deviation is as found. "
+            "Held-out loss is that of text like that of pretraining. KL is KL(m0 ‖ stage), averaged over the same "
+            "tokens as the loss. The loss on a task is that of the references of its test set; its rise for an earlier "
+            "task is counted from the stage that learned it. The NLL (negative log-likelihood) of right options is "
+            "normalised over the options.\n\n")
     table = markdown_table(["measure", "unit", "models", "learning", "pairs", "difference", "p", "p (Holm)",
                             "detectable", f"pairs for {effect:g}"], rows)
     return [("Differences between the models", note + table), *stage_section(study, primary),

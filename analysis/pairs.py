@@ -126,19 +126,30 @@ class Study:
         return pair_name(pair, self.unit)
 
     def _drop_other_seeds(self) -> None:
-        """Drops the fine-tuning seeds that not all fine-tuned models of a pair have at all their rates: means over
-        different seeds would not be alike."""
+        """Drops the fine-tuning seeds that the compared models of a pair do not have at all their rates, and the other
+        models that lack one of the remaining seeds: means over different seeds would not be alike."""
+        compared = self.compared[1:] if self.of else self.compared  # methods are compared with the baseline one by one
         for pair in self.pairs:
-            seeds = {(model, rate): {seed for (number, seed), chain in groups.items()
-                                     if number == pair and chain.keys() - {0}}
-                     for rate, models in self._chains.items() for model, groups in models.items()}
-            for seed in sorted({seed for own in seeds.values() for seed in own}):
-                if lacking := [place for place, own in seeds.items() if own and seed not in own]:
-                    model, rate = lacking[0]
-                    self.left_out.append(f"{self.name_of(pair)}: fine-tuning seed {seed} is not used, since {model} "
-                                         f"lacks it{f' at the rate {rate}' if rate else ''}")
-                    for groups in (groups for models in self._chains.values() for groups in models.values()):
-                        groups.pop((pair, seed), None)
+            seeds = {(model, rate): own for rate, groups in self._chains.items() for model, group in groups.items()
+                     if (own := {seed for (number, seed), chain in group.items()
+                                 if number == pair and chain.keys() - {0}})}
+            of_compared = {place: own for place, own in seeds.items() if place[0] in compared} or seeds
+            shared = set.intersection(*of_compared.values()) if seeds else set()
+            for seed in sorted(set().union(*seeds.values()) - shared):
+                lacking = next(place for place, own in of_compared.items() if seed not in own)
+                self._drop_seeds(pair, [seed], seeds,
+                                 f"fine-tuning seed {seed} is not used, since {place_text(*lacking)} lacks it")
+            for place, own in seeds.items():
+                if lost := sorted(shared - own):
+                    self._drop_seeds(pair, own, [place], f"{place_text(*place)} is not used, since it lacks the "
+                                                         f"fine-tuning seeds {', '.join(map(str, lost))}")
+
+    def _drop_seeds(self, pair: int, seeds: Iterable[int], places: Iterable[tuple[str, str]], reason: str) -> None:
+        """Drops the chains of fine-tuning seeds, of a model at a learning rate each, and notes the reason."""
+        self.left_out.append(f"{self.name_of(pair)}: {reason}")
+        for model, rate in places:
+            for seed in seeds:
+                self._chains[rate][model].pop((pair, seed), None)
 
     def _drop_other_starts(self) -> None:
         """Drops the divergences that were not measured from the m0 of their chain."""
@@ -314,6 +325,11 @@ class Study:
         of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
                          for line in self.unmatched(contrast, number, DECREASE)]
         return [*self.trained_otherwise, *self.left_out, *without, *self._not_level(), *of_contrasts]
+
+
+def place_text(model: str, rate: str) -> str:
+    """A model at a learning rate, as text."""
+    return f"{model} at the rate {rate}" if rate else model
 
 
 def range_of_learning(ends: Sequence[float], learning: str) -> str:

@@ -13,10 +13,10 @@ from analysis.comparison import (
     drop_unlike,
     key_name,
     make_chains,
-    places_of,
     restrict,
     same,
     stage_names,
+    without_pairs_behind,
 )
 from analysis.estimates import TASK_MEASURES, Estimate, Matrix, fg, mean, over_chains
 from analysis.stages import BENCHMARKS, Stage
@@ -223,9 +223,7 @@ def over_benchmarks(names: Sequence[str], value_of: Callable[[Chain, str], Estim
 def common_group(group: Group) -> Group:
     """The chains restricted to the results that all of them have, without the pairs that are behind: those with results
     of fewer stages than another pair."""
-    stages = {key: len({number for number, _, _ in places_of(chain)}) for key, chain in group.items()}
-    fewest = {pair: min(count for key, count in stages.items() if key[0] == pair) for pair, _ in group}
-    kept = {key: chain for key, chain in group.items() if fewest[key[0]] == max(fewest.values())}
+    kept, = without_pairs_behind(group)
     places = common_places(kept.values())
     return {key: restrict(chain, places) for key, chain in kept.items()}
 

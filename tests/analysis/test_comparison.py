@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from analysis.comparison import CommonPart
-from analysis.estimates import estimate_of_items
+from analysis.estimates import Estimate, estimate_of_items
 from analysis.method_tables import compare_methods
 from analysis.record import Record, records_by_method
 from analysis.results import read_results, read_runs
@@ -49,6 +49,20 @@ def longer_runs(runs):
         change_json(stage / "eval/metrics-simp.json", metrics={"sari": {"mean": 20, "low": 19.9, "high": 20.1}})
     (runs / "llm/m3-inqqg/eval/metrics-simp.json").unlink()
     return runs
+
+
+def test_pairs_behind_are_left_out_of_a_comparison():
+    """A pair of which one group lacks the last stage does not take this stage from the other pairs."""
+    def group(value, without=None):
+        return {(pair, 42): {number: Stage("llm", 42, number, f"m{number}", benchmarks={"terms": Estimate(value, 0.1)})
+                             for number in range(3) if (pair, number) != without} for pair in (1, 2, 3)}
+
+    common = CommonPart(group(0.4, without=(3, 2)), group(0.5), ("ewc", "finetune"))
+    assert common.left_out == ["ewc and finetune are compared without the pair 3, seed 42, which lacks results of a "
+                               "later stage"]
+    assert [list(chain) for chain in common.one.values()] == [list(chain) for chain in common.two.values()] \
+        == [[0, 1, 2], [0, 1, 2]]
+    assert all(chain[2].benchmarks for groups in (common.one, common.two) for chain in groups.values())
 
 
 def test_differences_are_those_within_each_seed():

@@ -187,6 +187,17 @@ def test_both_models_are_compared_at_the_same_losses(folder):
         "no common new-task loss" for method in ("lora", "replay")]
 
 
+def test_effects_are_compared_only_if_learning_is_matched_for_both_models(folder):
+    for chain in (*folder.glob("pair-*/stack/*/rate-0.0003"), *folder.glob("pair-*/stack/*/rate-0.003")):
+        shutil.rmtree(chain)
+    _, studies = studies_of(folder)
+    assert [studies[model].matches_learning for model in ("stack", "llm")] == [False, True]
+    assert interaction_section(studies, ("stack", "llm"), RISE) == []
+    assert left_out_of_interaction(studies, ("stack", "llm"), RISE) == [
+        "the effects of the methods on stack and llm are not compared: one was fine-tuned at several learning rates, "
+        "and the other at one"]
+
+
 def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     """The chains of pair 2 become seed 43 of pair 1; replay was trained with one seed only."""
     one = tmp_path / "one"

@@ -89,6 +89,15 @@ def test_a_null_result_says_what_would_have_been_found(tmp_path):
                      r"spread\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to ([\d,]+)\)", uncertainty)
 
 
+def test_equal_differences_of_all_pairs_give_no_test(tmp_path):
+    with mock.patch("tests.analysis.studies.SPREAD", 0.0):
+        runs = write_study(tmp_path / "runs")
+    text = make_report(tmp_path / "out", runs=runs)
+    assert "There is no test: the difference is the same in all pairs." in text
+    assert "find a true difference" not in text
+    assert re.search(r"\| rise of held-out loss \(primary\) .*\| – \| – \|\n", text)
+
+
 def test_only_the_measure_named_before_the_first_run_is_primary(tmp_path):
     runs = write_study(tmp_path / "runs")
     write_primary(runs, "KL on the new task")

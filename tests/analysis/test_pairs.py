@@ -281,8 +281,8 @@ def test_seeds_of_a_pair_are_averaged(tmp_path):
     assert list(study.main_difference(name).by_pair) == [2]
 
 
-@pytest.mark.parametrize(("lacking", "said"), [("stack/*", "stack lacks it at the rate 0.0003"),
-                                               ("llm/rate-0.003", "llm lacks it at the rate 0.003")])
+@pytest.mark.parametrize(("lacking", "said"), [("stack/*", "stack at the rate 0.0003 lacks it"),
+                                               ("llm/rate-0.003", "llm at the rate 0.003 lacks it")])
 def test_a_seed_counts_where_all_models_of_a_pair_have_it_at_all_rates(tmp_path, lacking, said):
     """As in an experiment that was stopped: with the other seed the difference would be that of a single model."""
     folder, name = write_study(tmp_path / "study", pairs=(1, 2)), "rise of held-out loss"
@@ -295,6 +295,24 @@ def test_a_seed_counts_where_all_models_of_a_pair_have_it_at_all_rates(tmp_path,
     study = study_of(folder)
     assert study.main_difference(name).estimate.values == expected
     assert study.left_out == [f"pair 1: fine-tuning seed 43 is not used, since {said}"]
+
+
+def test_a_control_without_a_seed_of_the_compared_models_is_left_out(tmp_path):
+    """The seed stays in the comparison of the others."""
+    name = "rise of held-out loss"
+    folder = write_study(tmp_path / "study", pairs=(1, 2), models=("llm", "stack", "base"))
+    for chain in (*folder.glob("pair-1/llm/rate-*"), *folder.glob("pair-1/stack/rate-*")):
+        for stage in list(chain.iterdir()):
+            shutil.copytree(stage, chain / "seed-43" / stage.name)
+        if chain.parent.name == "stack":
+            change_items(chain / "seed-43/m2-empd/eval/losses-text.json", lambda nll, tokens: nll + tokens)
+    study = study_of(folder)
+    first, second = (study_of(folder).difference(Contrast(model, "llm"), name, 2) for model in ("stack", "base"))
+    expected = study_of(write_study(tmp_path / "one", pairs=(1, 2))).main_difference(name)
+    assert first.by_pair[1].value == pytest.approx(expected.by_pair[1].value + 0.5)
+    assert list(second.by_pair) == [2]
+    assert study.left_out == [f"pair 1: base at the rate {rate} is not used, since it lacks the fine-tuning seeds 43"
+                              for rate in RATES]
 
 
 def test_a_seed_that_is_not_finished_leaves_its_pair_out(tmp_path):

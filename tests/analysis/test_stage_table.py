@@ -115,6 +115,9 @@ def test_with_the_items_beside_it_the_table_gives_the_same_intervals(of_methods,
     assert len(expected) == 2
     assert differences(make_report(tmp_path / "again", results=tables / "stages.csv")) == expected
     assert sorted((tmp_path / "again/items.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    items.unlink()
+    make_report(tmp_path / "again", results=tables / "stages.csv")
+    assert not (tmp_path / "again/items.jsonl").exists()
 
 
 def test_where_the_items_of_a_stage_are_missing_means_are_compared(of_methods, tables, tmp_path):
@@ -127,7 +130,9 @@ def test_where_the_items_of_a_stage_are_missing_means_are_compared(of_methods, t
     items.write_text("".join(line for line in items.read_text().splitlines(keepends=True)
                              if (json.loads(line)["checkpoint"], json.loads(line)["name"]) != (lost, "text")))
     expected = differences((of_methods / "report.md").read_text())
-    again = differences(make_report(tmp_path / "again", results=tables / "stages.csv"))
+    page = make_report(tmp_path / "again", results=tables / "stages.csv")
+    assert "- items.jsonl has the items of 56 of the 57 losses in the table: differences of single runs" in page
+    again = differences(page)
     assert again["lora"] == expected["lora"]
     assert float(again["ewc"]) == pytest.approx(float(expected["ewc"].split(" [")[0]), abs=1e-3)
 
@@ -203,6 +208,20 @@ def test_a_limit_matters_only_where_the_number_of_items_is_unknown(runs, tmp_pat
         assert list(study.main_difference("rise of held-out loss").by_pair) == [1, 2, 3, 4]
         assert study.start_flops("stack", study.pairs) == 2e13
         assert not has_equal_flops(study, study.pairs)
+
+
+def test_flops_are_equal_if_they_are_in_each_pair(runs, tmp_path):
+    """Not if those of one model are larger in one pair and smaller in another."""
+    runs = shutil.copytree(runs, tmp_path / "runs")
+    for swapped, expected in (((), True), ((2, 4), False)):
+        for path in runs.glob("pair-*/*/m0/run.json"):
+            pair, model = path.parts[-4], path.parts[-3]
+            larger = (model == "stack") != (int(pair.removeprefix("pair-")) in swapped)
+            flops = 2e13 if swapped and larger else 1e13
+            path.write_text(json.dumps(read_json(path) | {"lineage": {"flops": flops}}))
+        study = Study(read_runs(runs), "stack", "llm")
+        assert study.start_flops("stack", study.pairs) == study.start_flops("llm", study.pairs)
+        assert has_equal_flops(study, study.pairs) == expected
 
 
 def test_a_table_that_a_spreadsheet_has_saved(table):
