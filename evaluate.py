@@ -45,7 +45,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """What is evaluated. All of it has been checked, and the datasets are loaded."""
+    """The checked inputs of an evaluation, with its datasets loaded."""
     out: Path
     run: dict[str, Any]  # what all results depend on
     loss_sets: list[LossSet]

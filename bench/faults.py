@@ -190,7 +190,7 @@ class Training:
         return log.read_text().count('"loss"') if log.exists() else 0
 
     def writing(self, name):
-        """What shows that each part of a run has begun and not ended."""
+        """The signs that a part of a run has begun and not ended: part -> set, which grows when the part begins."""
         partial = self.folder / f"{name}.partial"
         final = partial / "config.json"  # the first file of the final weights
         return {"a save": set(partial.glob("resume/*.writing")),

@@ -7,10 +7,10 @@
 Each method fine-tunes for some steps on a first task and on a later one, the two halves of the data, under each ZeRO
 stage with each number of processes. Runs follow one another; `replay` uses the installed packages' documentation.
 `step` is the median time of all steps but the first two, and `ratio` is that of plain fine-tuning on the same task.
-`once` is the time that the run takes outside of its steps beyond that of plain fine-tuning: texts that are generated,
-Fisher information, the posterior that is written. `bytes` is the peak memory of rank 0 above that of plain fine-tuning,
-per weight of which the rank keeps the states (a share of the model under ZeRO). It is measured in a separate run that
-returns freed memory at once, which takes time.
+`once` is the seconds outside the steps, minus those of plain fine-tuning: for generated texts, the Fisher information
+and the posterior. `bytes` is the peak memory of rank 0 minus that of plain fine-tuning, per weight whose state the rank
+stores (under ZeRO a share of the model). Memory is measured in a separate run that returns freed memory at once, which
+takes time.
 """
 import os
 import statistics

@@ -75,7 +75,7 @@ class Published:
 
     @property
     def group(self) -> str:
-        """What the errors are printed for."""
+        """The group of runs for which errors are printed."""
         size = "more than 64 GPUs" if self.gpus > 64 else "texts above 4,096 tokens" if self.length > 4096 else ""
         return " ".join(filter(None, (f"{self.framework} on {self.card}", size and f"({size})")))
 
@@ -105,7 +105,7 @@ def read_runs() -> list[Published]:
 
 @dataclass(frozen=True)
 class PublishedStepsConfig:
-    """What to print."""
+    """Settings of the output."""
     runs: bool = setting(False, "print each run")
     fit: bool = setting(False, "print the error for other values of the fitted numbers")
 

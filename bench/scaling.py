@@ -1,4 +1,4 @@
-"""How the time and memory of a training step grow with its parts, and the exponents of that growth.
+"""Growth of the time and memory of a training step with its parts, and the exponents of that growth.
 
     python bench/scaling.py                             the size small on random tokens, one and two processes
     python bench/scaling.py --size tiny --processes 1

@@ -105,7 +105,7 @@ def compare(variants, batches, warm_up, dtype, config, rounds=2):
 
 
 def operator_group(event, vocab_size):
-    """What an operator's own time is spent on."""
+    """The part of a training step to which an operator's own time belongs."""
     name, shapes, parent = event.name, [shape for shape in event.input_shapes or [] if shape], event.cpu_parent
     is_product = name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_mkldnn_linear")
     while parent:

@@ -1,4 +1,4 @@
-"""What the benchmarks run: random weights and samples, our steps and transformers' steps, and train.py."""
+"""Workloads of the benchmarks: random weights and samples, our steps and transformers' steps, and train.py."""
 import dataclasses
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What every other package uses: settings, files, the process group, provenance, the log of a run.
+"""Modules that every other package uses: settings, files, the process group, provenance, the log of a run.
 
 Imports no other package.
 """

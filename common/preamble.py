@@ -1,4 +1,4 @@
-"""What a script does before it imports anything else. Scripts import this module first.
+"""Setup of a script's process: signals and standard streams. Scripts import this module before anything else.
 
 Ctrl-C ends a script without a traceback, with status 130, also while the script imports its libraries. A
 KeyboardInterrupt within the import of an extension module may arrive as the cause of another exception, and in a

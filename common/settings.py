@@ -175,7 +175,7 @@ def json_values(cfg: Any) -> dict[str, Any]:
 
 
 def non_defaults(cfg: Any, *names: str) -> list[str]:
-    """Which of some settings differ from their defaults."""
+    """The names, among those given, of the settings that differ from their defaults."""
     return [name for name in names if getattr(cfg, name) != getattr(type(cfg), name)]
 
 

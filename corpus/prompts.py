@@ -17,7 +17,7 @@ SOURCE, REPLY = "SOURCE_TEXT", "REPLY_TEXT"  # stand for a source and its reply 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How a source becomes a prompt, and a target a reply."""
+    """A template that turns a source into a prompt, and a target into a reply."""
     tokenizer: Tokenizer
     render: Callable[[str], str]  # returns the prompt of a source
     bos: Sequence[int]  # token ids that precede the prompt

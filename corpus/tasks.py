@@ -116,7 +116,8 @@ def lacking_source(items: Sequence[Mapping[str, Any]], field: str) -> list[str]:
 
 
 def item_problem(item: Any, source_field: str | None) -> str:
-    """What an item of a preprocessed task file should be, as words after "is not"; empty if it is valid."""
+    """The requirement that an item of a preprocessed task file violates, as words after "is not"; empty if it is valid.
+    """
     if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("input", "output")):
         return "an object with the texts 'input' and 'output'"
     references, info = item.get("references", ["one"]), item.get("src_info")

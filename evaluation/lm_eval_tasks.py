@@ -270,7 +270,7 @@ def not_null(value: Any) -> Any:
 
 
 def benchmark_item_problem(task: ConfigurableTask, item: dict[str, Any]) -> str:
-    """What is wrong with an item of a multiple-choice task; empty if it is valid."""
+    """The problem of an item of a multiple-choice task, as a clause; empty if it is valid."""
     context, choices, target = task.doc_to_text(item), task.doc_to_choice(item), task.doc_to_target(item)
     target = choices.index(target) if target in choices else target
     if not isinstance(context, str):
@@ -283,7 +283,7 @@ def benchmark_item_problem(task: ConfigurableTask, item: dict[str, Any]) -> str:
 
 
 def build_first_request(task: Any, max_length: int | None = None) -> None:
-    """Builds the request of a task's first item as simple_evaluate does, to find what is wrong with the task."""
+    """Builds the request of a task's first item as simple_evaluate does, to find problems of the task."""
     task.set_fewshot_seed(0)  # simple_evaluate sets its own
     task.build_all_requests(limit=1)
     for request in task.instances:

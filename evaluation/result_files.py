@@ -196,7 +196,7 @@ class ResultsFile:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What evaluate.py adds; empty in other results."""
+        """The entry `run`, which evaluate.py adds; empty in other results."""
         return self.content.get("run", {})
 
     @property

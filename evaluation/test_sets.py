@@ -50,7 +50,7 @@ def task_decoding(task: str, seed: int) -> GenerationConfig:
 
 
 def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
-    """What the results of a test set depend on: `run`, extended by its settings."""
+    """The settings that determine a test set's results: `run`, extended by those of the test set."""
     facts = dataclasses.asdict(dataclasses.replace(test_set, items=[]))
     if not test_set.decoding.do_sample:
         facts["decoding"]["seed"] = None
@@ -59,7 +59,7 @@ def record(test_set: TaskTestSet, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_template(template: TemplateName) -> TemplateName | None:
-    """How results record their template: None for the default, as in results from before there were others."""
+    """The template as results record it: None for the default, as in results from before there were others."""
     return None if template == DEFAULT_TEMPLATE else template
 
 

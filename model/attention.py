@@ -1,4 +1,4 @@
-"""What tokens attend to: masks, sliding windows, and the attention of each way to run the decoder.
+"""Attention masks, sliding windows, and the attention of each way to run the decoder.
 
 Dimensions are those of transformer.py. Training pads on the right and needs no attention mask: under causal attention
 no token attends to the padding after it. scaled_dot_product_attention can therefore use its causal flash kernel (on
@@ -102,8 +102,8 @@ def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dic
 
 
 class AttentionContext(Protocol):
-    """What the tokens of a call of `Decoder` attend to: plain causal attention, a key-value cache, a packed pass or a
-    shared prefix."""
+    """The attention of a call of `Decoder`: plain causal attention, a key-value cache, a packed pass or a shared
+    prefix."""
     positions: Tensor  # 1|B T
 
     def of_layer(self, index: int) -> Attend: ...

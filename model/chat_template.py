@@ -89,7 +89,7 @@ def read_chat_template(tokenizer: Tokenizer) -> str:
 
 
 def raise_exception(message: str) -> None:
-    """What templates call to reject messages."""
+    """Raises TemplateError. Templates call this to reject messages."""
     raise TemplateError(message)
 
 

@@ -139,7 +139,7 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """How the model's family differs from Llama."""
+        """The differences between the model's family and Llama."""
         return FAMILIES[self.model_type]
 
     def window(self, layer: int) -> int | None:

@@ -15,7 +15,7 @@ WINDOW_OPTIONS = frozenset({"use_sliding_window", "sliding_window", "max_window_
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from Llama.
+    """The differences between a family and Llama.
 
     architecture: class in transformers. options: what its `config.json` contains besides the options of all families.
     defaults: values of options that `config.json` lacks, as in transformers, where they differ from ModelConfig's.

@@ -63,7 +63,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How `generate` forms batches."""
+    """Batching options of `generate`."""
     sample_ids: Sequence[int] | None = None  # of each prompt, default: its index. Sampling depends on it and the seed
     max_tokens: int = 32768  # columns of the cache, summed over the rows of a batch
     progress: Callable[[int], object] | None = None  # called with the number of prompts finished since the last call

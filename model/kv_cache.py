@@ -1,6 +1,7 @@
 """A key-value cache that is allocated once.
 
-Dimensions:  S columns of the cache, otherwise as in transformer.py.
+Dimensions:  B rows of a batch, T new tokens of a row, S columns of the cache, C hidden size, H query heads, K key-value
+             heads, D head size.
 """
 from collections.abc import Sequence
 from functools import partial

@@ -6,7 +6,7 @@ tokens. A token attends to the tokens before it in its sequence, its *path*: tok
 values kept from earlier passes. Between two passes only the path of the next sequence is kept, so the memory is that of
 one pass and of the key-value cache of one sequence, however many sequences there are.
 
-Dimensions:  N tokens of a pass, otherwise as in transformer.py.
+Dimensions:  N tokens of a pass, C hidden size, H query heads, K key-value heads, D head size.
 """
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +69,12 @@ def group_masks(segments: list[Segment], model: Transformer) -> Mapping[int | No
 
 
 class PackedPass:
-    """Attention of one packed pass, an AttentionContext."""
+    """Attention of one packed pass, an AttentionContext.
+
+    The segments attend in groups, one call of attention for each. A group is consecutive segments under the path of the
+    first. It ends before a segment that starts at an earlier position, and so leaves that path, and before one with
+    which it would have more than `group_tokens` tokens.
+    """
 
     def __init__(self, segments: list[Segment], kept: set[Segment], model: Transformer):
         positions = torch.cat([torch.arange(segment.start, segment.stop) for segment in segments])
@@ -84,8 +89,9 @@ class PackedPass:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
-        self.groups = [(group[0].path, slice(group[0].offset, group[-1].rows(group[-1].stop).stop),
-                        group_masks(group, model)) for group in groups]  # path, rows of the pass, masks
+        self.groups: list[tuple[list[tuple[Segment, int]], slice, Mapping[int | None, torch.Tensor | None]]] = [
+            (group[0].path, slice(group[0].offset, group[-1].rows(group[-1].stop).stop), group_masks(group, model))
+            for group in groups]  # path, rows of the pass, masks by window
 
     def of_layer(self, index: int) -> Attend:
         """Returns the attention of a layer."""

@@ -161,6 +161,11 @@ class Tokenizer:
         return value
 
     def _special_ids(self, name: str) -> list[int]:
+        """Returns the ids of a special token, such as "eos", from the first file that names it: generation_config.json
+        or config.json, which may list several ids, or the tokenizer's own files. Empty if none does.
+
+        Raises UserError for an invalid id, and for a token other than pad that is not in the vocabulary.
+        """
         for file in ("generation_config.json", "config.json"):
             if (index := self._read(file).get(f"{name}_token_id")) not in (None, -1):  # -1: none, see ModelConfig
                 if problems := special_id_problems(f"{name}_token_id", index):

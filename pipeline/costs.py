@@ -32,7 +32,7 @@ def finetune_flops(config: ModelConfig, data: Path, settings: TrainConfig) -> fl
 
 @dataclass(frozen=True)
 class EvaluationWork:
-    """What an evaluation reads and generates.
+    """The tokens that an evaluation reads and generates.
 
     data: the folder of the preprocessed task files. files: the local files of the suite; what lm-eval downloads is not
     counted. limit: the number of items of each task and file; None: all. text_tokens: of the held-out text. models: how

@@ -165,7 +165,8 @@ def check_growth(cfg: ExperimentConfig) -> None:
 
 
 def template_problems(cfg: ExperimentConfig) -> list[str]:
-    """What is wrong with the prompts: m0 and the stages have the same ones, and for a chat template m0 must have it."""
+    """Problems of the prompts, as sentences: all stages and evaluations need the same template, and for a chat template
+    each m0 must be given."""
     trained = {settings.template for settings in all_train_settings(cfg)}
     evaluated = evaluate_settings(cfg).template or DEFAULT_TEMPLATE
     if trained != {evaluated}:

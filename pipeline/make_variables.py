@@ -78,7 +78,7 @@ class Variables:
         return self.given.get(name, default)
 
     def problems(self, target: str) -> list[str]:
-        """What is wrong with the variables that a target uses, as sentences."""
+        """Problems of the variables that a target uses, as sentences."""
         return [*self.not_used(target), *self.unknown_values(target), *self.contradictions(target),
                 *self.malformed_values(target)]
 

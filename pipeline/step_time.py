@@ -22,7 +22,7 @@ OPTIMIZER_BYTES = 3 * 8 + 4 + 2
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU and its node of eight offer. Rates per second from NVIDIA's data sheets of the GPUs and DGX nodes."""
+    """A GPU and its node of eight. Rates are per second, from NVIDIA's data sheets of the GPUs and DGX nodes."""
     flops: float         # dense matrix products in bf16
     memory_rate: float   # bytes of GPU memory, read and written
     nvlink: float        # bytes that it receives from the other GPUs of its node

@@ -143,7 +143,7 @@ def call(run, commands, words, folder, files):
 
 @dataclass
 class Outcome:
-    """How a command ended."""
+    """The end of a command."""
     status: int
     seconds: float
     memory: int

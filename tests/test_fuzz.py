@@ -364,7 +364,7 @@ def is_sound(path):
 
 
 def find_faults(outcome, folder, before):
-    """What is wrong with how a command ended, as sentences."""
+    """Problems of the end of a command, as sentences."""
     after = snapshot(folder)
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     found = [f"exit status {outcome.status}"] * (outcome.status not in (0, 2))

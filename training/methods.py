@@ -58,7 +58,7 @@ TrainStep = Callable[[Run, "DeepSpeedEngine", Sequence[Sequence[Sample]]], StepR
 
 
 class Method:
-    """Training without anchors or priors, and the terms of distillation. Subclasses override the hooks they need."""
+    """Plain training, with the optional KL terms of distillation. Subclasses override the hooks they need."""
 
     def __init__(self, run: Run, engine: "DeepSpeedEngine"):
         self.run, self.engine = run, engine

@@ -39,7 +39,7 @@ def ordered(values: torch.Tensor) -> torch.Tensor:
 
 
 def count_below(run: Run, score: torch.Tensor, part: float, bound: int) -> float:
-    """How many scores of all ranks are at most `bound`."""
+    """The number of scores, over all ranks, that are at most `bound`."""
     return run.dist.all_reduce_sum(part * (score <= bound).sum())[0]
 
 

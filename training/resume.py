@@ -113,7 +113,7 @@ def write_fragments(engine: "DeepSpeedEngine", folder: Path, rank: int) -> tuple
 
 
 def optimizer_updates(engine: "DeepSpeedEngine") -> int:
-    """How often the optimizer has updated the weights; skipped steps do not count."""
+    """The number of optimizer updates; skipped steps do not count."""
     return max((int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state), default=0)
 
 

@@ -91,7 +91,7 @@ class Run:
 
 
 def text_key(cfg: TrainConfig, digest: str) -> dict[str, Any]:
-    """What identifies a stream of pretraining samples: positions are comparable only if all of this is equal."""
+    """The key of a stream of pretraining samples: positions are comparable only between streams with equal keys."""
     return {"data_digest": digest, "seed": cfg.seed, "seq_length": cfg.seq_length,
             "max_train_samples": cfg.max_train_samples}
 
@@ -106,7 +106,7 @@ def first_sample(cfg: TrainConfig, digest: str, lineage: dict[str, Any]) -> int:
 
 
 def num_samples(cfg: TrainConfig, config: ModelConfig, size: int, lineage: dict[str, Any], trained: Shapes) -> int:
-    """How many samples a run takes from the stream, given the size of the training split."""
+    """The number of samples that a run takes from the stream, given the size of the training split."""
     if cfg.max_steps:
         return cfg.max_steps * cfg.global_batch_size
     if cfg.max_tokens:

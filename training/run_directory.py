@@ -122,8 +122,8 @@ def unused_name(path: Path) -> Path:
 
 
 def continue_run(directory: Path, record: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """Records in run.json that the run was resumed after a step, with the settings and the held-out text from then on,
-    which may differ as far as they do not change the weights; returns the new content."""
+    """Records a resume in run.json: the step, and the current settings and held-out text, which may differ only where
+    they do not change the weights. Returns the new content."""
     recorded = {key: value for key, value in read_record(directory).items() if key != "held_out_digest"}
     recorded |= {key: record[key] for key in ("settings", "held_out_digest") if key in record}
     resumed = {"after_step": step} | {key: record[key] for key in ("commit", "processes", "device")}

@@ -1,4 +1,7 @@
-"""Which parameters a run trains. The others are frozen: they have no gradient, master copy or optimizer state."""
+"""Selection of the parameters that a run trains.
+
+The others are frozen: they have no gradient, master copy or optimizer state.
+"""
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +83,7 @@ def num_reached(config: ModelConfig, chosen: Shapes) -> int:
 
 
 def describe_selection(chosen: Shapes, config: ModelConfig) -> str:
-    """Which layers and other parameters are trained: "layers 2, 5 and model.norm.weight"."""
+    """The layers and other parameters that are trained, in words: "layers 2, 5 and model.norm.weight"."""
     layers = layer_names(chosen, config)
     others = [name for name in chosen if not re.match(r"model\.layers\.", name)]
     return " and ".join(filter(None, (layers, format_names(others))))

@@ -1,4 +1,4 @@
-"""Where each rank stores the fp32 master weights and the optimizer state of a parameter, under every ZeRO stage.
+"""Locations of the fp32 master weights and optimizer state of each parameter, under every ZeRO stage.
 
 Without ZeRO every rank stores all parameters. ZeRO-1 and 2 concatenate the parameters of a group and give each rank a
 slice of the result; ZeRO-3 gives each rank a slice of every parameter. The optimizer updates the flat tensor of a

@@ -134,7 +134,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 
 def test_a_lost_terminal_is_a_request_to_stop():
-    """What is printed afterwards is lost, and no error. Under nohup nothing happens."""
+    """Output printed afterwards is lost, without an error. Under nohup nothing happens."""
     code = ("import os, signal, sys, time; from common.stop_request import StopRequest\n"
             "with StopRequest() as request:\n"
             "    request.defers = True; os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.5)\n"

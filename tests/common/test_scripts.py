@@ -1,4 +1,4 @@
-"""How scripts end."""
+"""The end of scripts: exit status and messages."""
 import signal
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Which errors mean that memory is exhausted."""
+"""Recognition of errors that mean that memory is exhausted."""
 import pytest
 
 from model.oom import halve_batch

@@ -232,7 +232,7 @@ def test_the_conclusion_by_hand(stack, trained_on, said):
 
 
 def test_a_verdict_on_growing_takes_seeds_of_stack():
-    """Which only the first seed trains if --repeated names another operator."""
+    """Only the first seed trains stack if --repeated names another operator."""
     runs = {seed: {"scratch": [(1.0, 4.0)], "base-trained-on": [(1.0, 5.0)]} for seed in (1, 2, 3)}
     runs[1] = {"stack": [(1.0, 3.0)]} | runs[1]
     assert conclusion(summarize_runs(runs)).splitlines()[1:] == [
@@ -335,7 +335,7 @@ def test_stages_of_a_size_without_a_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("model", "unused", "used"), [
     ("llm", ["base", "stack"], ["llm"]), ("stack", ["llm"], ["base", "stack"]), ("base", ["stack"], ["base", "llm"])])
 def test_a_recipe_has_what_its_jobs_use(text, tmp_path, monkeypatch, model, unused, used):
-    """What the jobs do not use may change, what they use may not. Older files have all tables."""
+    """Tables that the jobs do not use may change, the others may not. Older files have all tables."""
     words = ["--size", "tiny", "--model", model, "--data", str(text), "--out", str(tmp_path)]
     tables, record = read_config("size", "tiny"), tmp_path / "recipe.json"
     read = mock.Mock(return_value=tables)

@@ -1,4 +1,4 @@
-"""What `make plan` reads and prints."""
+"""Input and output of `make plan`."""
 import re
 from dataclasses import replace
 
