@@ -188,14 +188,14 @@ def results_folder(cfg: EvaluateConfig) -> Path:
     return Path(cfg.out or Path(cfg.checkpoint) / "eval")
 
 
-def check_same_weights(out: Path, checkpoint_digest: str) -> None:
+def check_same_weights(out: Path, weights_digest: str) -> None:
     """Raises UserError if a folder holds results of other weights: all results of a stage are of the same ones."""
     patterns = "metrics-*.json", "results_*.json", "losses-*.json"
     for path in (path for pattern in patterns for path in sorted(out.glob(pattern))):
         with earlier_results():
             run = read_json(path, dict).get("run") if path.is_file() else None
             recorded = run.get("checkpoint_digest") if isinstance(run, dict) else None
-            if recorded is not None and recorded != checkpoint_digest:
+            if recorded is not None and recorded != weights_digest:
                 raise UserError(f"{path} has results of other weights")
 
 

@@ -81,12 +81,12 @@ def main(cfg: TrainConfig) -> None:
         dist.on_rank0(lambda: claimed.enter_context(claim(cfg.out)))
         # On H100 PyTorch prefers cuDNN's attention, which compiles a plan for every shape: pretraining has only one.
         torch.backends.cuda.enable_cudnn_sdp(cfg.task is None)
-        with dist.patient():  # rank 0 may download weights, and reads all data
+        with dist.long_timeout():  # rank 0 may download weights, and reads all data
             run = open_run(cfg, dist, request)
         if run is None:  # finished earlier
             return dist.on_rank0(lambda: print_result(cfg.out))
         tokenizer = Tokenizer(run.source)
-        with dist.patient():  # all shards of a replayed text are read
+        with dist.long_timeout():  # all shards of a replayed text are read
             data = load_data(run, tokenizer)
         engine = build_engine(run, build_model(run))
         method = make_method(run, engine)
@@ -116,7 +116,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         state.eval_loss_before = state.eval_loss_after = evaluate_and_log(run, engine, data.eval, state, log)
         state.text_loss_before = evaluate_and_log(run, engine, data.held_out, state, log, "text_loss")
     run.request.defers = True  # from now on there is something to save
-    saver.check(state, data.steps, save=False)
+    saver.save_or_stop(state, data.steps, save=False)
     flops_per_token = training_flops(1, run.model_config, run.trained)
     for step in range(state.step, data.steps):
         if state.has_reached(cfg.stop_at_eval_loss):
@@ -148,7 +148,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         if batch.ends_epoch and not last:
             save_epoch_checkpoint(run, engine, state, data)
         if not last:
-            saver.check(state, data.steps)
+            saver.save_or_stop(state, data.steps)
     state.text_loss_after = evaluate_and_log(run, engine, data.held_out, state, log, "text_loss")
     return state.result(data) | {"updates": optimizer_updates(engine), "peak_memory_bytes": peak_memory(dist.device)}
 

@@ -43,8 +43,9 @@ def time_lines(folder):
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = ["make", "train", "TASK=simp", "SIZE=tiny", f"OUT={folder / 'run'}",
                f"INIT={random_checkpoint(folder / 'tiny', size_config('tiny'))}", "ARGS=--max_steps 1"]
-    of_make = {"ARGS", "GIVEN", "GOALS", "MAKEFLAGS", "MFLAGS", *os.environ.get("GIVEN", "").split()}  # of `make bench`
-    environment = {name: value for name, value in os.environ.items() if name not in of_make}
+    # of `make bench`, which must not reach this make
+    outer_variables = {"ARGS", "GIVEN", "GOALS", "MAKEFLAGS", "MFLAGS", *os.environ.get("GIVEN", "").split()}
+    environment = {name: value for name, value in os.environ.items() if name not in outer_variables}
     began, seen, lines = time.perf_counter(), {}, []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True) as process:

@@ -126,7 +126,7 @@ class Distributed:
         return result
 
     @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
+    def long_timeout(self) -> Iterator[None]:
         """Within this context the ranks wait for one another up to a day: one of them may download a model."""
         set_timeout(datetime.timedelta(days=1))
         yield

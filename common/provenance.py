@@ -41,10 +41,13 @@ def git_commit() -> str | None:
         return None
 
 
-def describe(settings: Mapping[str, Any], parent_digest: str | None, data_digest: str, **facts: Any) -> dict[str, Any]:
-    """The content of run.json before a run starts: settings, digests of what the run depends on, facts."""
-    return {"settings": settings, "parent_digest": parent_digest, "data_digest": data_digest, "commit": git_commit(),
-            "python": sys.version.split()[0], "versions": {name: version(name) for name in PACKAGES}, **facts}
+def describe(settings: Mapping[str, Any], parent_digest: str | None, training_digest: str,
+             **facts: Any) -> dict[str, Any]:
+    """The content of run.json before a run starts: settings, the digests of the initial weights and of the training
+    data, and further digests and facts."""
+    return {"settings": settings, "parent_digest": parent_digest, "data_digest": training_digest,
+            "commit": git_commit(), "python": sys.version.split()[0],
+            "versions": {name: version(name) for name in PACKAGES}, **facts}
 
 
 def write_record(directory: str | Path, record: Mapping[str, Any], name: str = RUN) -> None:

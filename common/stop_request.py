@@ -62,14 +62,15 @@ class StopRequest:
                     for number in self.lost_with_terminal:
                         os.dup2(nowhere.fileno(), number)
             if not self.defers or self.signal and time.monotonic() - self.since > 2:
-                say(f"ended by {name}")
+                write_stderr_rank0(f"ended by {name}")
                 os._exit(128 + received[0] if self.defers else STOPPED)
             if not self.signal:
                 self.signal, self.since = name, time.monotonic()
-                say(f"{name}: stopping after this step, or at the end; a second signal ends the run at once")
+                write_stderr_rank0(f"{name}: stopping after this step, or at the end; a second signal ends the run at "
+                                   "once")
 
 
-def say(line: str) -> None:
+def write_stderr_rank0(line: str) -> None:
     """Writes a line to stderr, from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{line}\n".encode())

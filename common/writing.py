@@ -90,7 +90,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file atomically: readers see either the old or the new content."""
-    path = named(path)
+    path = require_file_name(path)
     with explain_os_errors(path, UNCHANGED), \
             temporary_sibling(path, lambda partial: partial.touch(exist_ok=False)) as partial:
         partial.write_bytes(content)
@@ -185,7 +185,7 @@ def is_part(name: str | Path, path: str | Path) -> bool:
         Path(name).parent == Path(path).parent and Path(name).name.startswith(siblings)
 
 
-def named(path: str | Path) -> Path:
+def require_file_name(path: str | Path) -> Path:
     """A path to write to. Raises UserError if it does not end in a name, like "/" and ".."."""
     if Path(path).name in ("", "..") or "\0" in str(path):
         raise UserError(f"cannot write {str(path)!r}: expected the name of a new file or folder")
@@ -199,7 +199,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     Yields an empty sibling to write to. It is renamed to `path` when the block ends without an error, and removed
     otherwise. Raises ExistsError if `path` exists, at the start or, made by another process, at the end.
     """
-    path = named(path)
+    path = require_file_name(path)
     if os.path.lexists(path):
         raise ExistsError(f"{path} exists already: remove it or choose another name")
     with explain_os_errors(path, UNCHANGED), temporary_sibling(path, Path.mkdir) as partial:

@@ -100,10 +100,10 @@ def first_items(items: list[dict], limit: int | None) -> list[dict]:
     has the items of one prompt after those of another, so the first ones in its order would have a single prompt."""
     if limit is None:
         return items
-    of_prompts: dict[Any, list[dict]] = {}
+    items_by_prompt: dict[Any, list[dict]] = {}
     for item in items:
-        of_prompts.setdefault(str((item["src_info"] or {}).get("prompt_name")), []).append(item)
-    in_turn = (item for turn in itertools.zip_longest(*of_prompts.values()) for item in turn if item is not None)
+        items_by_prompt.setdefault(str((item["src_info"] or {}).get("prompt_name")), []).append(item)
+    in_turn = (item for turn in itertools.zip_longest(*items_by_prompt.values()) for item in turn if item is not None)
     return list(itertools.islice(in_turn, limit))
 
 

@@ -182,10 +182,10 @@ def length_notes(cfg: ExperimentConfig) -> list[str]:
     found = []
     for name in ("max_source_length", "max_target_length"):
         lengths = {getattr(settings, name) for settings in all_train_settings(cfg)}
-        of_evaluation = getattr(evaluate_settings(cfg), name)
-        if lengths != {of_evaluation}:
+        length = getattr(evaluate_settings(cfg), name)
+        if lengths != {length}:
             found.append(f"the stages are trained with {name} {' and '.join(map(str, sorted(lengths)))}, and evaluated "
-                         f"with {of_evaluation}: the losses are those of texts that are cut otherwise")
+                         f"with {length}: the losses are those of texts that are cut otherwise")
     return found
 
 

@@ -77,7 +77,7 @@ def study_table(rows: Sequence[dict]) -> str:
                            "PFLOP to scratch's final loss", "speed-up"], lines)
 
 
-def compare(rows: Sequence[dict], name: str, other: str) -> PairedDifference:
+def final_loss_difference(rows: Sequence[dict], name: str, other: str) -> PairedDifference:
     """The differences of the final losses of two models, of the seeds that both have."""
     one, two = (dict(zip(row["seeds"], row["final"])) for wanted in (name, other) for row in rows
                 if row["name"] == wanted)
@@ -107,8 +107,9 @@ def conclusion(rows: Sequence[dict]) -> str:
     """Whether depth pays at this budget, and whether growing does: the final losses compared within seeds. Fewer than
     MIN_SEEDS seeds of all models that are compared give no verdict."""
     trained = {row["name"]: len(row["seeds"]) for row in rows}
-    depth = compare(rows, "scratch", TRAINED_ON)
-    controls = {other: compare(rows, "stack", other) for other in ("scratch", TRAINED_ON) if "stack" in trained}
+    depth = final_loss_difference(rows, "scratch", TRAINED_ON)
+    controls = {other: final_loss_difference(rows, "stack", other)
+                for other in ("scratch", TRAINED_ON) if "stack" in trained}
     lines = [compared_text("scratch", TRAINED_ON, depth),
              *(compared_text("stack", other, found) for other, found in controls.items())]
     if depth.n < MIN_SEEDS:
@@ -135,13 +136,13 @@ def plot_study(path: Path, runs: Mapping[int, Mapping[str, Curve]], title: str) 
     """Plots loss over FLOPs of all runs to path.png and path.svg."""
     figure, (panel,) = make_panels(1, 7.2, 4.6)
     names = list(next(iter(runs.values())))
-    curves = {LABELS.get(name, name): [of_seed[name] for of_seed in runs.values() if name in of_seed] for name in names}
+    curves = {LABELS.get(name, name): [by_name[name] for by_name in runs.values() if name in by_name] for name in names}
     styles = {LABELS.get(name, name): style_of(name) | {"marker": "o", "ms": 2} for name in names}
     handles = draw_loss_curves(panel, curves, styles)
     goal = mean_curve(curves["scratch"])[-1][1]
     panel.axhline(goal, color=COLOURS["scratch"], lw=0.8, ls=":")
-    for name, of_seeds in curves.items():
-        if name not in ("base", "scratch") and (reached := flops_to_loss(mean_curve(of_seeds), goal)) is not None:
+    for name, seed_curves in curves.items():
+        if name not in ("base", "scratch") and (reached := flops_to_loss(mean_curve(seed_curves), goal)) is not None:
             panel.plot(reached, goal, "D", ms=7, color=styles[name]["color"], mec="white")
     panel.set_title(title)
     add_legend(figure, [*handles, Line2D([], [], ls="", marker="D", ms=7, color="#777777", mec="white",

@@ -125,8 +125,8 @@ class Variables:
         if target == "pretrain" and self.hub and self.args:
             found.append(f"ARGS are for pretraining, and the m0 of {self.size} is downloaded: give HUB= to pretrain it")
         if target == "evaluate" and self.get("CHECKPOINT") and (
-                of_stage := {"MODEL", "METHOD", "INIT", "HUB", "RUNS", "OUT"} & set(self.get("GIVEN").split())):
-            found.append(f"CHECKPOINT is evaluated instead of a stage: leave out {', '.join(sorted(of_stage))}")
+                stage_variables := {"MODEL", "METHOD", "INIT", "HUB", "RUNS", "OUT"} & set(self.get("GIVEN").split())):
+            found.append(f"CHECKPOINT is evaluated instead of a stage: leave out {', '.join(sorted(stage_variables))}")
         if target == "experiment" and self.init:
             found.append("INIT is one checkpoint, and an experiment compares two: give INIT_LLM and INIT_STACK")
         return found

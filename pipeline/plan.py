@@ -92,9 +92,9 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
     config, trained = trained_parameters(config, settings)
     tunes = cfg.phase == "finetune"
     longest = settings.max_source_length + settings.max_target_length if tunes else settings.seq_length
-    of_process = math.ceil(settings.global_batch_size / cfg.processes) * longest
+    tokens_per_process = math.ceil(settings.global_batch_size / cfg.processes) * longest
     return MemoryPlan(config, cfg.processes, settings.zero, settings.offload, settings.dtype,
-                      min(settings.max_tokens_per_microbatch, of_process), settings.gradient_checkpointing,
+                      min(settings.max_tokens_per_microbatch, tokens_per_process), settings.gradient_checkpointing,
                       cfg.device, settings, cfg.sample_tokens if tunes else settings.seq_length,
                       min(PREFIX_TOKENS, cfg.sample_tokens // 2) if tunes else 0, trained), settings
 
@@ -152,8 +152,8 @@ def print_time(plan: MemoryPlan, settings: TrainConfig, cfg: PlanConfig) -> None
     print_values("each GPU", "tokens/s", 0, *(speed / cfg.processes for speed in speeds))
     samples = (settings.max_train_samples or 0) * settings.num_train_epochs
     spent = flops_before_last_growth(str(cfg.size)) if cfg.phase == "stack" else 0.0
-    of_flops = (settings.max_flops - spent) / plan.config.flops(1) if settings.max_flops else 0
-    if total := cfg.tokens or settings.max_tokens or of_flops or samples * cfg.sample_tokens:
+    tokens_of_budget = (settings.max_flops - spent) / plan.config.flops(1) if settings.max_flops else 0
+    if total := cfg.tokens or settings.max_tokens or tokens_of_budget or samples * cfg.sample_tokens:
         times = dict.fromkeys(format_duration(total / speed) for speed in reversed(speeds))
         print_row(f"{int(total):,} tokens", " to ".join(times), "")
 

@@ -117,7 +117,7 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     made = max((index for index, stage in enumerate(stages) if stage.out.exists()), default=-1)
     missing = stages[made + 1:]
     tasks = [stage.task for stage in (stages if missing else stages[-1:])]
-    check_start(v)
+    check_init_of_chain(v)
     is_compared = bool(v.hub) and "HUB" in v.given and v.m0.exists()  # a given HUB with the source of m0
     commands = m0_commands(v) if not v.init and (is_compared or made < 0 and not v.m0.exists()) else []
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
@@ -132,7 +132,7 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     return data_commands(v, tasks) + commands
 
 
-def check_start(v: Variables) -> None:
+def check_init_of_chain(v: Variables) -> None:
     """Raises UserError if the first stage of the chain was trained from another checkpoint than INIT."""
     stage = v.stages[0].out
     started = read_record(stage).get("settings", {}).get("init") if v.init else None
@@ -178,7 +178,7 @@ def evaluate_commands(v: Variables) -> list[Command]:
     comparison with m0, as in an experiment."""
     is_stage, commands = not v.get("CHECKPOINT"), data_commands(v, v.tasks)
     if is_stage:
-        check_start(v)
+        check_init_of_chain(v)
     checkpoint = v.stages[-1].out if is_stage else v.get("CHECKPOINT")
     if is_stage and not v.stages[-1].out.exists():
         commands += [command for command in train_commands(v) if command not in commands]

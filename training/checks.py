@@ -45,8 +45,8 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
     if cfg.compile:
         dist.on_all_ranks(check_compiler)
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    of_earlier = [task["data"] for task in fields["earlier_tasks"]]
-    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *of_earlier)):
+    earlier_data = [task["data"] for task in fields["earlier_tasks"]]
+    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *earlier_data)):
         check_same_on_all_ranks(path, dist)
     dist.on_all_ranks(lambda: None if dist.local_rank or not dist.rank else check_source_digests(cfg, source, fields))
     is_resumed = dist.on_rank0(lambda: bool(saved_states(partial_directory(cfg.out))))
@@ -69,14 +69,14 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
         raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
     if cfg.replay_text and not cfg.replay_share:  # which train_args may give to all methods of an experiment
         print(f"nothing of replay_text {cfg.replay_text} is replayed: replay_share is 0")
-    of_data = data_digest(cfg.data)
+    training_digest = data_digest(cfg.data)
     resolved = resolve_choices(cfg, dist.world_size)
     settings, defaults = json_values(resolved), json_values(TrainConfig())
     recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
     if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
         # its parent is a Hub id, or was removed: it is not fetched again if the run is finished
         others = DIGESTS.keys() - {"parent_digest", "data_digest"}
-        record = describe(settings, recorded.get("parent_digest"), of_data, **{
+        record = describe(settings, recorded.get("parent_digest"), training_digest, **{
             name: recorded[name] for name in others if name in recorded})
         is_finished(cfg.out, record, defaults)
         return None
@@ -91,14 +91,14 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
         config = config.with_layers(layer_map)
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
-    check_start(cfg, config, of_data, lineage, trained)
+    check_flops_and_text(cfg, config, training_digest, lineage, trained)
     facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
-    earlier = earlier_tasks(cfg, of_data, lineage)
+    earlier = earlier_tasks(cfg, training_digest, lineage)
     if cfg.rehearsal:
         facts["rehearsed"] = [task["data_digest"] for task in earlier]
     if cfg.replay_share:
         facts["replay_digest"] = text_digest(cfg, "replay_text", source)
-    record = describe(settings, data_digest=of_data, **facts, **source_digests(cfg, source, lineage))
+    record = describe(settings, training_digest=training_digest, **facts, **source_digests(cfg, source, lineage))
     if is_finished(cfg.out, record, defaults):
         return None
     if cfg.held_out_text is not None:
@@ -107,7 +107,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
     open_side_files(source, side_file(cfg), config)
     record["id"] = json_digest(record)
     return resolved, {"lineage": lineage, "record": record, "trained": trained,
-                     "first_sample": first_sample(cfg, of_data, lineage), "layer_map": layer_map,
+                     "first_sample": first_sample(cfg, training_digest, lineage), "layer_map": layer_map,
                      "earlier_tasks": tuple(earlier)}
 
 
@@ -186,14 +186,14 @@ def text_digest(cfg: TrainConfig, name: str, source: Path) -> str:
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file, expected a directory of token shards: make it with data_prep.py "
                         "text")
-    of_text = data_digest(path)
+    shards_digest = data_digest(path)
     if not same_tokenizer(source, Path(path)):
         raise UserError(f"{name} {path} was made with a tokenizer other than that of {cfg.init}: leave it out, or make "
                         f"it with data_prep.py text --tokenizer {cfg.init}")
-    return of_text
+    return shards_digest
 
 
-def check_start(cfg: TrainConfig, config: ModelConfig, of_data: str, lineage: dict[str, Any],
+def check_flops_and_text(cfg: TrainConfig, config: ModelConfig, training_digest: str, lineage: dict[str, Any],
                 trained: Shapes) -> None:
     """Raises UserError if max_flops leaves no step, and prints a note if a pretraining run does not continue in the
     text of its initial checkpoint."""
@@ -201,7 +201,8 @@ def check_start(cfg: TrainConfig, config: ModelConfig, of_data: str, lineage: di
         step = training_flops(cfg.global_batch_size * cfg.seq_length, config, trained)
         raise UserError(f"max_flops is {cfg.max_flops:.4g}, but one step costs {step:.4g} and --init has already used "
                         f"{lineage.get('flops', 0):.4g}: raise it")
-    if not cfg.task and cfg.skip_samples is None and "text" in lineage and not first_sample(cfg, of_data, lineage):
+    if not cfg.task and cfg.skip_samples is None and "text" in lineage and \
+            not first_sample(cfg, training_digest, lineage):
         print(f"{cfg.init} was trained on another text, or on this text with another seed, seq_length or "
               "max_train_samples: starting at the first sample")
 

@@ -1,5 +1,5 @@
 """Methods against forgetting, as hooks around the step: anchors, distillation, adapters, variational learning. The
-class `Continued` uses the same hooks to carry AdamW's moments over to further pretraining.
+class `CarriedMoments` uses the same hooks to carry AdamW's moments over to further pretraining.
 
 A method stores its values in dictionaries keyed by the flat tensors that the optimizer updates
 (training/zero_shards.py), so it works unchanged under every ZeRO stage. What the next task needs is written next to
@@ -34,7 +34,7 @@ from training.batches import Sample, count_tokens
 from training.data import TrainData
 from training.distillation import Distillation
 from training.engine import gathered, save_adapter
-from training.pruning import undo_changes
+from training.pruning import fapm_prune
 from training.run import Run
 from training.train_config import TrainConfig
 from training.train_state import StepResult
@@ -106,7 +106,7 @@ class Anchored(Method):
         """FAPM: undoes part of the change. WiSE-FT: interpolates trained and initial weights (Wortsman et al., arXiv
         2109.01903, eq. 1)."""
         if self.run.cfg.fapm_sparsity:
-            undo_changes(self.run, self.engine, self.anchors)
+            fapm_prune(self.run, self.engine, self.anchors)
         if self.run.cfg.wise_ft_alpha < 1:
             for flat, anchor in self.anchors.items():
                 flat.lerp_(anchor, 1 - self.run.cfg.wise_ft_alpha)
@@ -138,7 +138,7 @@ class Anchored(Method):
                         {"fisher": lambda fragment: fragment.of(squares[fragment.flat])})
 
 
-class Continued(Method):
+class CarriedMoments(Method):
     """Pretraining that continues with the moments of AdamW that the run before it, or growth, has left."""
 
     def __init__(self, run: Run, engine: "DeepSpeedEngine", moments: ParameterFiles | None):
@@ -244,7 +244,7 @@ def make_method(run: Run, engine: "DeepSpeedEngine") -> Method:
     if cfg.lora:
         return Adapted(run, engine)
     if cfg.carry_moments:
-        return Continued(run, engine, files)
+        return CarriedMoments(run, engine, files)
     return Anchored(run, engine, files) if cfg.anchored else Method(run, engine)
 
 

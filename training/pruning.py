@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def undo_changes(run: Run, engine: "DeepSpeedEngine", anchors: Mapping[torch.Tensor, torch.Tensor]) -> None:
+def fapm_prune(run: Run, engine: "DeepSpeedEngine", anchors: Mapping[torch.Tensor, torch.Tensor]) -> None:
     """FAPM (arXiv 2509.08255): gives a share of each matrix's weights their initial values again, those with the
     smallest |Δw| − mean|w₀| · |Δw| / |w₀|: small changes, and changes that are large compared to the weight. Norms and
     biases keep their change, while the authors' code prunes all parameters."""
@@ -28,7 +28,7 @@ def undo_changes(run: Run, engine: "DeepSpeedEngine", anchors: Mapping[torch.Ten
         mean = run.dist.all_reduce_sum(part * start.abs().double().sum())[0] / size
         change = (trained - start).abs()
         score = ordered(change - mean * (change / start.abs()).nan_to_num())
-        limit = smallest_bound(partial(count_below, run, score, part), run.cfg.fapm_sparsity * size)
+        limit = smallest_bound(partial(count_at_most, run, score, part), run.cfg.fapm_sparsity * size)
         trained.copy_(torch.where(score <= limit, start, trained))
 
 
@@ -38,7 +38,7 @@ def ordered(values: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def count_below(run: Run, score: torch.Tensor, part: float, bound: int) -> float:
+def count_at_most(run: Run, score: torch.Tensor, part: float, bound: int) -> float:
     """The number of scores, over all ranks, that are at most `bound`."""
     return run.dist.all_reduce_sum(part * (score <= bound).sum())[0]
 

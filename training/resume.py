@@ -49,7 +49,7 @@ class StateSaver:
     def __init__(self, run: Run, engine: "DeepSpeedEngine"):
         self.run, self.engine, self.saved = run, engine, time.monotonic()
 
-    def check(self, state: TrainState, steps: int, save: bool = True) -> None:
+    def save_or_stop(self, state: TrainState, steps: int, save: bool = True) -> None:
         """Saves the state if it is time, and ends the process if any rank was asked to stop. save: False before the
         first step, when there is nothing to save."""
         dist = self.run.dist

@@ -8,7 +8,7 @@ import torch
 from common.distributed import Distributed
 from common.dtypes import TORCH_DTYPES
 from common.stop_request import StopRequest
-from common.writing import named
+from common.writing import require_file_name
 from model.config import ModelConfig
 from training.selection import Shapes, count_elements, training_flops
 from training.train_config import TrainConfig
@@ -18,7 +18,7 @@ TASK_SEEDS = 1_000_000  # between the seeds of two tasks of a chain
 
 def partial_directory(out: str | Path) -> Path:
     """The directory that a run writes to until it is finished."""
-    return named(out).with_name(Path(out).name + ".partial")
+    return require_file_name(out).with_name(Path(out).name + ".partial")
 
 
 @dataclass(frozen=True)

@@ -194,11 +194,11 @@ class TrainConfig:
             found.append("train lora adapts the layers of --init: set new_layers to 0")
         if len(self.train) > 1 and {"all", "lora"} & set(self.train):
             found.append(f"train is {', '.join(self.train)}: give all or lora alone, or what else is to be trained")
-        of_all = non_defaults(self, "ewc_strength") + optimizer
-        if of_all and self.new_layers:
-            found.append(f"{' and '.join(of_all)} is about the weights of --init: set new_layers to 0")
-        if of_all and self.train != ("all",):
-            found.append(f"{' and '.join(of_all)} knows the importance of all weights, but train is "
+        needs_all_weights = non_defaults(self, "ewc_strength") + optimizer
+        if needs_all_weights and self.new_layers:
+            found.append(f"{' and '.join(needs_all_weights)} is about the weights of --init: set new_layers to 0")
+        if needs_all_weights and self.train != ("all",):
+            found.append(f"{' and '.join(needs_all_weights)} knows the importance of all weights, but train is "
                          f"{', '.join(self.train)}: set it to all")
         if self.lora and anchored:
             found.append(f"{' and '.join(anchored)} would pull the adapters to their random start: train all instead")

@@ -50,7 +50,7 @@ def test_collectives_and_an_error_of_one_rank(tmp_path, last, rank):
 def test_a_download_takes_longer_than_the_timeout():
     code = ("import datetime, time; from common.distributed import Distributed\n"
             "with Distributed(datetime.timedelta(seconds=1)) as dist:\n"
-            "    with dist.patient(): dist.on_rank0(lambda: time.sleep(1.5))\n"
+            "    with dist.long_timeout(): dist.on_rank0(lambda: time.sleep(1.5))\n"
             "    dist.print0('downloaded')\n"
             "    dist.on_rank0(lambda: time.sleep(1.5))")
     result = run_script("-c", code, launcher=2, check=False)

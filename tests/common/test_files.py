@@ -9,7 +9,15 @@ import stat
 import pytest
 
 from common.files import UserError, digest, parse_json, parsing, read_json, read_json_lines
-from common.writing import ExistsError, explain_os_errors, lock, named, new_directory, write_json, write_text
+from common.writing import (
+    ExistsError,
+    explain_os_errors,
+    lock,
+    new_directory,
+    require_file_name,
+    write_json,
+    write_text,
+)
 
 fork = multiprocessing.get_context("fork")
 
@@ -148,7 +156,7 @@ def test_new_files_and_directories_have_the_usual_permissions(tmp_path):
 @pytest.mark.parametrize("name", ["/", ".", "..", "a/..", "a\0b", ""])
 def test_paths_without_a_name_are_not_written(name):
     with pytest.raises(UserError, match="expected the name of a new file or folder"):
-        named(name)
+        require_file_name(name)
     with pytest.raises(UserError, match="expected the name"):
         write_text(name, "x")
 

@@ -469,7 +469,7 @@ def test_the_state_is_saved_so_many_minutes_after_the_last_save(monkeypatch):
     run = SimpleNamespace(cfg=TrainConfig(save_minutes=15.0), dist=dist, request=SimpleNamespace(signal=None))
     saver = resume.StateSaver(run, None)
     for clock.now in (890.0, 901.0, 902.0, 1790.0, 1802.0):
-        saver.check(SimpleNamespace(step=1), 9)
+        saver.save_or_stop(SimpleNamespace(step=1), 9)
     assert saved == [901, 1802]
 
 
