@@ -63,9 +63,9 @@ TEXT = "--source docs.jsonl --tokenizer checkpoint --output_path out/text"
 EVALUATE = ("--checkpoint checkpoint --data tasks --tasks simp --suite suite/suite.toml --limit 2 --dtype fp32 "
             "--out out/eval")
 MEASURE = "--checkpoint checkpoint --text text --text_length 16 --reference checkpoint --dtype fp32 --out out/eval"
-STEP = ("--max_steps 1 --global_batch_size 4 --dtype fp32 --max_source_length 128 --max_target_length 16 "
-        "--out out/m1-simp")
-TRAIN = f"--task simp --init checkpoint --data tasks/simp.json {STEP}"
+STEP = "--max_steps 1 --global_batch_size 4 --dtype fp32 --out out/m1-simp"
+TRAIN = ("--task simp --init checkpoint --data tasks/simp.json --max_source_length 128 --max_target_length 16 "
+         f"{STEP}")
 CONFIGURED = f"{TRAIN} --config config.toml --deepspeed deepspeed.json"
 PRETRAIN = f"--init checkpoint --data text --seq_length 16 {STEP}"
 RESUME = f"{TRAIN} --max_steps 3 --save_minutes 0"

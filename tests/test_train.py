@@ -632,8 +632,6 @@ def test_bad_input_is_refused_before_anything_is_written(refusal, monkeypatch, c
         (["--timeout_minutes", "1e308"], "timeout_minutes is 1e+308, expected"),
         (["--stop_at_eval_loss", "3"], "stop_at_eval_loss is for pretraining"),
         (["--stop_at_eval_loss", "0"], "stop_at_eval_loss is 0.0, expected a number above 0"),
-        (["--task", "none", "--held_out_text", "x", "--examples", "1"], "held_out_text is for fine-tuning: pretraining "
-         "evaluates on the held-out part of its data; examples are those of a task's test set: give --task"),
         (["--held_out_text", tmp_path / "none"], "none does not exist: make token shards with data_prep.py text"),
         (["--held_out_text", bad_task], "bad.json"),
         (["--weight_decay", "inf"], "weight_decay is inf, expected a finite number"),

@@ -8,6 +8,13 @@ from common.settings import non_defaults, setting
 from model.config import MAX_LAYERS
 from model.lora import TARGETS, LoRA
 
+ANCHORED = "l2_sp_rate", "l2_sp_strength", "wise_ft_alpha", "fapm_sparsity", "ewc_strength"  # refer to --init's weights
+
+# Settings that have an effect in one phase only; the settings of a method have none without the method.
+PRETRAINING_ONLY = "seq_length", "max_tokens", "max_flops", "stop_at_eval_loss", "carry_moments"
+FINETUNING_ONLY = ("max_source_length", "max_target_length", "train_on_source", "template", "new_layers", *ANCHORED,
+                   "rehearsal", "replay_share", "self_replay_kl", "input_kl", "held_out_text", "examples")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -143,7 +150,7 @@ class TrainConfig:
     @property
     def anchored(self) -> list[str]:
         """The settings in use that refer to the weights of --init."""
-        return non_defaults(self, "l2_sp_rate", "l2_sp_strength", "wise_ft_alpha", "fapm_sparsity", "ewc_strength")
+        return non_defaults(self, *ANCHORED)
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""
@@ -157,18 +164,10 @@ class TrainConfig:
             found.append(f"{' and '.join(lengths)} each set the length of training: give one, and none for the other")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             found.append(f"max_tokens is {self.max_tokens}, less than one sample of seq_length {self.seq_length}")
-        if self.task is not None and set(lengths) - {"max_steps"}:
-            found.append(f"{lengths[-1]} is for pretraining; for fine-tuning give num_train_epochs or max_steps")
-        if self.carry_moments and (self.task is not None or self.optimizer != "adamw" or self.train != ("all",)):
+        if self.carry_moments and (self.optimizer != "adamw" or self.train != ("all",)):
             found.append("carry_moments is for pretraining all weights with adamw")
         if self.schedule_start and self.schedule_steps is None:
             found.append("schedule_start needs the length of the whole schedule: give schedule_steps")
-        if self.task is not None and self.stop_at_eval_loss is not None:
-            found.append("stop_at_eval_loss is for pretraining")
-        if self.task is None and self.held_out_text is not None:
-            found.append("held_out_text is for fine-tuning: pretraining evaluates on the held-out part of its data")
-        if self.task is None and self.examples:
-            found.append("examples are those of a task's test set: give --task")
         if self.init is not None and self.num_hidden_layers is not None:
             found.append("num_hidden_layers is for new weights, but --init gives weights: stack.py makes them deeper")
         if self.offload and self.deepspeed:
@@ -179,22 +178,28 @@ class TrainConfig:
             found.append("ZeRO 0 keeps no fp32 master weights of a bf16 model: use --zero 1 or higher")
         if self.compile and self.zero == 3:
             found.append("--compile needs --zero 0, 1 or 2: under ZeRO-3 the weights are gathered within the blocks")
-        return found + self.method_problems()
+        return found + self.phase_problems() + self.method_problems()
+
+    def phase_problems(self) -> list[str]:
+        """A sentence on the given settings that have no effect in this phase: with a task fine-tuning, otherwise
+        pretraining."""
+        if self.task is not None:
+            phase, remedy, given = "pretraining", "", non_defaults(self, *PRETRAINING_ONLY)
+        else:
+            phase, remedy, given = "fine-tuning", "give --task, or ", non_defaults(self, *FINETUNING_ONLY)
+            given += ["optimizer ivon"] if self.optimizer == "ivon" else []
+            given += ["train lora"] if self.lora else []
+        verb, pronoun = ("are", "them") if len(given) > 1 else ("is", "it")
+        return [f"{' and '.join(given)} {verb} for {phase}: {remedy}leave {pronoun} out"] if given else []
 
     def method_problems(self) -> list[str]:
         """Contradictions between the settings of methods against forgetting."""
         found, anchored, ivon = [], self.anchored, self.optimizer == "ivon"
-        optimizer = ["optimizer ivon"] if ivon else []
-        used = anchored + non_defaults(self, "rehearsal", "replay_share", "self_replay_kl", "input_kl") + optimizer
-        if used and self.task is None:
-            found.append(f"{' and '.join(used)} {'are' if len(used) > 1 else 'is'} for fine-tuning: give --task")
-        if self.lora and self.task is None:
-            found.append("train lora is for fine-tuning: give --task")
         if self.lora and self.new_layers:
             found.append("train lora adapts the layers of --init: set new_layers to 0")
         if len(self.train) > 1 and {"all", "lora"} & set(self.train):
             found.append(f"train is {', '.join(self.train)}: give all or lora alone, or what else is to be trained")
-        needs_all_weights = non_defaults(self, "ewc_strength") + optimizer
+        needs_all_weights = non_defaults(self, "ewc_strength") + (["optimizer ivon"] if ivon else [])
         if needs_all_weights and self.new_layers:
             found.append(f"{' and '.join(needs_all_weights)} is about the weights of --init: set new_layers to 0")
         if needs_all_weights and self.train != ("all",):
@@ -202,8 +207,6 @@ class TrainConfig:
                          f"{', '.join(self.train)}: set it to all")
         if self.lora and anchored:
             found.append(f"{' and '.join(anchored)} would pull the adapters to their random start: train all instead")
-        if self.new_layers and self.task is None:
-            found.append("new_layers is for fine-tuning: stack.py grow --operator expand inserts layers otherwise")
         if self.per_task and not self.new_layers:
             found.append("per_task is about the layers that new_layers inserts: give their number")
         if self.replay_share and self.replay_text is None:

@@ -286,6 +286,27 @@ def test_contradictions_are_found_before_anything_runs():
         assert message in str(error.value), message
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--task simp --seq_length 5", "seq_length is for pretraining: leave it out"),
+    ("--task simp --carry_moments", "carry_moments is for pretraining: leave it out"),
+    ("--task simp --max_tokens 9999 --stop_at_eval_loss 3",
+     "max_tokens and stop_at_eval_loss are for pretraining: leave them out"),
+    ("--template chat", "template is for fine-tuning: give --task, or leave it out"),
+    ("--max_source_length 99", "max_source_length is for fine-tuning: give --task"),
+    ("--max_target_length 99", "max_target_length is for fine-tuning: give --task"),
+    ("--train_on_source", "train_on_source is for fine-tuning: give --task"),
+    ("--held_out_text x --examples 1",
+     "held_out_text and examples are for fine-tuning: give --task, or leave them out"),
+    ("--new_layers 1", "new_layers is for fine-tuning: give --task"),
+    ("--wise_ft_alpha 0.5 --rehearsal 0.1", "wise_ft_alpha and rehearsal are for fine-tuning: give --task"),
+    ("--train lora", "train lora is for fine-tuning: give --task"),
+    ("--optimizer ivon", "optimizer ivon is for fine-tuning: give --task")])
+def test_settings_of_the_other_phase_are_refused(flags, message):
+    with pytest.raises(UserError) as error:
+        load(TrainConfig, ["--init", "x", "--data", "x", "--out", "x", *flags.split()])
+    assert str(error.value).startswith(message)
+
+
 @pytest.mark.parametrize("cls", [TrainConfig, GrowConfig, GrowthPlanConfig, PretrainConfig, GrowthStudyConfig,
                                  TaskDataConfig, TextDataConfig, HubDataConfig])
 def test_help_lists_every_setting(cls, capsys):
