@@ -57,26 +57,25 @@ def main(cfg: EvaluateConfig) -> None:
     """Evaluates on all processes: rank 0 sends requests, the other ranks serve them."""
     evaluation: PreparedEvaluation | None = None  # on rank 0
 
-    def prepare() -> tuple[str, dict[str, str]]:
+    def prepare() -> str:
         nonlocal evaluation
         out = results_folder(cfg)
         fetch_checkpoint(cfg.checkpoint)
         claimed.enter_context(sole_use(out))
         evaluation = prepare_evaluation(cfg)
-        return evaluation.run["dtype"], \
-            file_digests(cfg, evaluation.run) if dist.world_size > dist.local_world_size else {}
+        return evaluation.run["dtype"]
 
     with contextlib.ExitStack() as claimed, StopRequest(), \
             Distributed(datetime.timedelta(days=1)) as dist:  # the other ranks wait while rank 0 downloads datasets
-        dtype_name, digests = dist.on_rank0(prepare)
-        dtype = TORCH_DTYPES[dtype_name]
+        dtype = TORCH_DTYPES[dist.on_rank0(prepare)]
         torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles a plan for every new shape
 
         def load(name: str) -> Transformer:
             source = dist.local_rank0_first(lambda: fetch_checkpoint(name))
             return dist.on_all_ranks(lambda: load_model(source, dtype, dist.device))
 
-        dist.on_all_ranks(lambda: check_same_files(cfg, digests) if dist.rank and not dist.local_rank else None)
+        if dist.world_size > dist.local_world_size:  # on a single node there is nothing to compare with
+            dist.check_same_on_all_nodes(lambda: file_digests(cfg, evaluation.run if evaluation else None))
 
         model = ParallelModel(dist, load(cfg.checkpoint), Tokenizer(fetch_checkpoint(cfg.checkpoint)),
                               load(cfg.reference) if cfg.reference else None)
@@ -158,25 +157,19 @@ def prepare_evaluation(cfg: EvaluateConfig) -> PreparedEvaluation:
     return PreparedEvaluation(out, run, loss_sets, test_sets, suite)
 
 
-def file_digests(cfg: EvaluateConfig, run: Mapping[str, Any] | None = None) -> dict[str, str]:
+def file_digests(cfg: EvaluateConfig, run: Mapping[str, Any] | None = None) -> dict[str, str | None]:
     """The digests of what every node reads, by a description. Downloads it if needed. run: holds those of the
     checkpoint if they are known."""
     checkpoint = fetch_checkpoint(cfg.checkpoint)
-    found = {f"the weights of {cfg.checkpoint}": run["checkpoint_digest"] if run else checkpoint_digest(checkpoint),
-             f"the tokenizer files of {cfg.checkpoint}": tokenizer_digest(checkpoint)}
+    found: dict[str, str | None] = {
+        f"the weights of {cfg.checkpoint}": run["checkpoint_digest"] if run else checkpoint_digest(checkpoint),
+        f"the tokenizer files of {cfg.checkpoint}": tokenizer_digest(checkpoint)}
     if cfg.reference:
         found[f"the weights of {cfg.reference}"] = checkpoint_digest(fetch_checkpoint(cfg.reference))
     if cfg.posterior_samples:
         files = find_parameter_files(checkpoint, POSTERIOR)
         found[f"the posterior files of {cfg.checkpoint}"] = digest(files)
     return found
-
-
-def check_same_files(cfg: EvaluateConfig, digests: Mapping[str, str]) -> None:
-    """Raises UserError if this node has other files than rank 0, whose digests are given (none: there is one node)."""
-    for name, found in (file_digests(cfg) if digests else {}).items():
-        if found != digests[name]:
-            raise UserError(f"{name} are not the same on all nodes: copy them there again, or use a shared folder")
 
 
 def results_folder(cfg: EvaluateConfig) -> Path:

@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -125,6 +125,14 @@ class Distributed:
                 self.fail(UserError(reason if self.world_size == 1 else f"{reason} (on rank {rank})"))
         return result
 
+    def check_same_on_all_nodes(self, digests: Callable[[], Mapping[str, str | None]]) -> None:
+        """Raises UserError, on all ranks, if a node has other copies of what is read than the node of rank 0.
+
+        digests: returns {description of what is read: digest}; it is called on local rank 0 of each node.
+        """
+        found = self.gather(self.on_all_ranks(lambda: {} if self.local_rank else digests()))
+        self.on_rank0(lambda: compare_digests(found))
+
     @contextlib.contextmanager
     def long_timeout(self) -> Iterator[None]:
         """Within this context the ranks wait for one another up to a day: one of them may download a model."""
@@ -156,6 +164,15 @@ class Distributed:
         """Prints a line on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+def compare_digests(digests: Sequence[Mapping[str, str | None]]) -> None:
+    """Raises UserError if a digest of a rank, whose digests are {description: digest}, is not that of rank 0."""
+    for rank, found in enumerate(digests):
+        for name, digest in found.items():
+            if digest != (expected := digests[0].get(name)):
+                raise UserError(f"not the same on all nodes: {name} (digest {expected!s:.12} on rank 0, "
+                                f"{digest!s:.12} on rank {rank}): copy the files there again, or use a shared folder")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

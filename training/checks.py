@@ -29,6 +29,9 @@ from training.run_directory import check_shared, drop_state, is_finished, json_d
 from training.selection import Shapes, selected_shapes, training_flops
 from training.train_config import TrainConfig
 
+# The digests of what the ranks read from the initial checkpoint and from m0, by their names in run.json.
+SOURCE_DIGESTS = "parent_digest", "tokenizer_digest", "start_digest", "side_digest"
+
 
 def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
     """Checks settings, checkpoint, data and run directory, and resolves what depends on them.
@@ -45,10 +48,7 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
     if cfg.compile:
         dist.on_all_ranks(check_compiler)
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    earlier_data = [task["data"] for task in fields["earlier_tasks"]]
-    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *earlier_data)):
-        check_same_on_all_ranks(path, dist)
-    dist.on_all_ranks(lambda: None if dist.local_rank or not dist.rank else check_source_digests(cfg, source, fields))
+    dist.check_same_on_all_nodes(lambda: input_digests(cfg, source, fields, dist.rank))
     is_resumed = dist.on_rank0(lambda: bool(saved_states(partial_directory(cfg.out))))
     if not cfg.task and not is_resumed:  # reading terabytes again at each restart would take hours
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
@@ -112,19 +112,24 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
 
 
 def source_digests(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> dict[str, str | None]:
-    """The entries of run.json that identify what the ranks read from the initial checkpoint and from m0."""
+    """The entries SOURCE_DIGESTS of run.json; start_digest and side_digest only if the run reads such files."""
     parent = checkpoint_digest(source) if cfg.init else None
     side_files = find_side_files(cfg, source, lineage)
     return {"parent_digest": parent, "tokenizer_digest": tokenizer_digest(source), **start_digest(cfg, lineage, parent),
             **({"side_digest": digest(side_files)} if side_files else {})}
 
 
-def check_source_digests(cfg: TrainConfig, source: Path, fields: Mapping[str, Any]) -> None:
-    """Raises UserError if this node has other copies of what rank 0 has read, whose record is in `fields`."""
-    for name, found in source_digests(cfg, source, fields["lineage"]).items():
-        if found != fields["record"].get(name):
-            raise UserError(f"not the same on all nodes: {DIGESTS[name]} of {cfg.init or cfg.data}; copy the files "
-                            "there again, or use a shared folder")
+def input_digests(cfg: TrainConfig, source: Path, fields: Mapping[str, Any], rank: int) -> dict[str, str | None]:
+    """The digests of all that a node reads, by description. Raises UserError if data do not exist there."""
+    found: dict[str, str | None] = {}
+    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text,
+                              *(task["data"] for task in fields["earlier_tasks"]))):
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist here: copy it to all nodes, or use a shared folder")
+        found[path] = data_digest(path)
+    # those of rank 0 are in the record: weights are read only once
+    own = fields["record"] if rank == 0 else source_digests(cfg, source, fields["lineage"])
+    return found | {f"{DIGESTS[name]} of {cfg.init or cfg.data}": own.get(name) for name in SOURCE_DIGESTS}
 
 
 def check_compiler() -> None:
@@ -219,22 +224,3 @@ def read_model_config(cfg: TrainConfig, source: Path) -> ModelConfig:
     tokenizer = Tokenizer(source)
     return size_config(str(cfg.size), cfg.num_hidden_layers, bos_token_id=tokenizer.bos_id,
                        eos_token_id=tokenizer.eos_id)
-
-
-def check_same_on_all_ranks(path: str, dist: Distributed) -> None:
-    """Raises UserError if the ranks have different data at a path, such as an old copy on one node's disk."""
-    def digest_here() -> str:
-        if not Path(path).exists():
-            raise UserError(f"{path} does not exist here: copy it to all nodes, or use a shared folder")
-        return data_digest(path)
-
-    digests = dist.gather(dist.on_all_ranks(digest_here))
-    dist.on_rank0(lambda: compare_digests(path, digests))
-
-
-def compare_digests(path: str, digests: list[str]) -> None:
-    """Raises UserError if the ranks found different digests for the same data."""
-    other = [rank for rank, found in enumerate(digests) if found != digests[0]]
-    if other:
-        raise UserError(f"{path} is not the same on all nodes: digest {digests[0]:.12} on rank 0, "
-                        f"{digests[other[0]]:.12} on rank {other[0]}: copy it there again, or use a shared folder")

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from common.distributed import Distributed, free_port
+from common.distributed import Distributed, compare_digests, free_port
 from common.dtypes import resolve_dtype
 from common.files import UserError
 from tests.conftest import ROOT, run_script
@@ -45,6 +45,16 @@ def test_collectives_and_an_error_of_one_rank(tmp_path, last, rank):
     result = run_script("-c", COLLECTIVES.replace("LAST", last), tmp_path / "file", check=False, launcher=2)
     assert (result.stdout, result.returncode) == ("2 processes\n", 1), result.stderr
     assert re.findall("UserError: .*", result.stderr) == [f"UserError: the disk is full (on rank {rank})"]
+
+
+def test_other_files_on_a_node_are_refused():
+    files = {"the data": "aa", "the weights": None}
+    compare_digests([files, {}, files, {}])
+    for other, found in (({"the data": "bb"}, "the data (digest aa on rank 0, bb on rank 2)"),
+                         ({"the weights": "cc"}, "the weights (digest None on rank 0, cc on rank 2)"),
+                         ({"a posterior": "dd"}, "a posterior (digest None on rank 0, dd on rank 2)")):
+        with pytest.raises(UserError, match=re.escape(f"not the same on all nodes: {found}: copy the files there")):
+            compare_digests([files, {}, files | other, {}])
 
 
 def test_a_download_takes_longer_than_the_timeout():

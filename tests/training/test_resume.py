@@ -1,4 +1,5 @@
 """Runs that were interrupted: after they are resumed, they equal uninterrupted runs."""
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -27,7 +28,7 @@ from tests.conftest import ROOT, TORCHRUN, error_line, losses, read_metrics
 from train import main
 from training import resume, run_directory
 from training.batches import GlobalBatch
-from training.checks import check_source_digests, compare_digests, source_digests
+from training.checks import source_digests
 from training.deepspeed_config import deepspeed_config
 from training.resume import read_state, write_state
 from training.run_directory import claim
@@ -180,13 +181,12 @@ def test_ranks_with_different_data_are_refused(train, simp_file, tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1/simp.json").write_text(json.dumps(splits))
     result = train(tmp_path / "m1", data="simp.json", launcher=2, check=False,
-                   patch=f"import os; os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])")
+                   patch=f"import os; os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+                         "os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')")
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1
-    assert "simp.json is not the same on all nodes: digest" in lines[0]
-    assert "on rank 1" in lines[0]
-    with pytest.raises(UserError, match="aa on rank 0, bb on rank 2"):
-        compare_digests("data", ["aa", "aa", "bb"])
+    assert "not the same on all nodes: simp.json (digest " in lines[0]
+    assert "on rank 1): copy the files there again, or use a shared folder" in lines[0]
 
 
 def test_nodes_without_a_shared_folder_are_refused(train, tmp_path):
@@ -214,8 +214,16 @@ def test_nodes_with_different_checkpoints_are_refused(train, checkpoint, tmp_pat
              "os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')")
     result = train(tmp_path / "m1", init="m0", launcher=2, check=False, patch=patch)
     line, = (line for line in result.stderr.splitlines() if line.startswith("error"))
-    assert "not the same on all nodes: the tokenizer files of m0; copy the files there again, or use a shared" in line
-    assert "(on rank 1)" in line
+    assert "not the same on all nodes: the tokenizer files of m0 (digest " in line
+    assert "on rank 1): copy the files there again, or use a shared folder" in line
+
+
+@contextlib.contextmanager
+def changed_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    yield
+    path.write_bytes(content)
 
 
 def test_all_that_a_run_reads_from_a_checkpoint_is_compared(checkpoint, tmp_path):
@@ -224,16 +232,14 @@ def test_all_that_a_run_reads_from_a_checkpoint_is_compared(checkpoint, tmp_path
     fisher.write_bytes(b"Fisher")
     cfg = TrainConfig(init=str(m1), ewc_strength=1.0, input_kl=1.0)
     lineage = {"tasks": [{"task": "simp"}], "start": {"init": str(m0), "digest": checkpoint_digest(m0)}}
-    fields = {"lineage": lineage, "record": source_digests(cfg, m1, lineage)}
-    check_source_digests(cfg, m1, fields)
-    for path, message in ((m1 / "model.safetensors", "the initial weights"), (m1 / "tokenizer.json", "the tokenizer"),
-                          (fisher, "the posterior, Fisher information or moments"),
-                          (m0 / "model.safetensors", "started from, has changed")):
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(UserError, match=message):
-            check_source_digests(cfg, m1, fields)
-        path.write_bytes(content)
+    digests = source_digests(cfg, m1, lineage)
+    for path, name in ((m1 / "model.safetensors", "parent_digest"), (m1 / "tokenizer.json", "tokenizer_digest"),
+                       (fisher, "side_digest")):
+        with changed_last_byte(path):
+            changed = source_digests(cfg, m1, lineage)
+        assert {key for key in digests if changed[key] != digests[key]} == {name}
+    with changed_last_byte(m0 / "model.safetensors"), pytest.raises(UserError, match="started from, has changed"):
+        source_digests(cfg, m1, lineage)
 
 
 SPIKES = "--max_steps", "16", "--skip_loss_above", "0.98", "--learning_rate", "1e-3"
