@@ -28,7 +28,7 @@ from common.metrics_log import MetricsLog
 from common.stop_request import StopRequest
 from model.oom import oom_remedy
 from model.tokenizer import Tokenizer
-from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, rank_microbatches, to_inputs
+from training.batches import GlobalBatch, Sample, SampleDataset, count_tokens, make_microbatches, to_inputs
 from training.checks import open_run
 from training.data import TrainData, load_data
 from training.engine import (
@@ -89,7 +89,7 @@ def main(cfg: TrainConfig) -> None:
         with dist.long_timeout():  # all shards of a replayed text are read
             data = load_data(run, tokenizer)
         engine = build_engine(run, build_model(run))
-        method = make_method(run, engine)
+        method = make_method(run, engine, data, train_step)
         run, state = resume(run, engine) or (run, TrainState(flops=run.lineage.get("flops", 0)))
         if not state.step:
             dist.on_rank0(lambda: start_run(run.directory, run.record))
@@ -101,7 +101,7 @@ def main(cfg: TrainConfig) -> None:
         with eager_blocks(cfg.compile):
             examples = decode_examples(engine.module, tokenizer, data.test[:cfg.examples], cfg)
         began = time.perf_counter()
-        method.write_side_files(data, train_step)
+        method.write_side_files()
         seconds = time.perf_counter() - began
         log.close()
         dist.on_rank0(lambda: finish_run(run, result | {"examples": examples, "seconds_after": seconds}))
@@ -172,7 +172,7 @@ def train_step(run: Run, engine: "DeepSpeedEngine", groups: Sequence[Sequence[Sa
     """
     cfg, dist = run.cfg, run.dist
     num_targets = sum(count_tokens(samples)[1] for samples in groups)
-    microbatches = [microbatch for samples in groups for microbatch in rank_microbatches(cfg, dist, samples)]
+    microbatches = [microbatch for samples in groups for microbatch in make_microbatches(cfg, dist, samples)]
     computed = float(sum(len(prefix) + input_ids.numel() for input_ids, _, prefix in microbatches))
     nll, scale, rejected = torch.zeros((), device=dist.device), dist.world_size / num_targets, False
     for index, microbatch in enumerate(microbatches):
@@ -196,7 +196,7 @@ def evaluate(run: Run, engine: "DeepSpeedEngine", dataset: SampleDataset) -> flo
     for start in tqdm(range(0, len(dataset), share), "evaluating", leave=False, disable=dist.hides_progress):
         samples = [dataset[index] for index in range(start, min(start + share, len(dataset)))]
         num_targets += count_tokens(samples)[1]
-        for microbatch in rank_microbatches(cfg, dist, samples):
+        for microbatch in make_microbatches(cfg, dist, samples):
             nll += engine.module(*to_inputs(microbatch, dist.device))
     if not num_targets:
         return None

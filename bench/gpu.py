@@ -26,14 +26,14 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import matrix_rate, timed
-from bench.workload import make_run, our_model, random_samples, transformers_model, transformers_step
+from bench.workload import make_run, random_samples, transformers_model, transformers_step
 from common.distributed import Distributed
 from common.scripts import run
 from common.settings import setting
 from model.config import size_config
 from pipeline.memory_plan import GIB, RUNTIME, MemoryPlan
 from train import train_step
-from training.engine import build_engine, peak_memory
+from training.engine import build_engine, build_model, peak_memory
 from training.train_config import TrainConfig
 
 VARIANTS = ("transformers", "transformers+compile", "ours", "ours+compile")
@@ -68,7 +68,7 @@ def measure_variant(rank, cfg, variant, queue):
     with Distributed() as dist:
         bench_run = make_run(train_cfg, dist, config)
         product = matrix_rate(dist.device, bench_run.dtype, repeats=min(20, 4 * cfg.steps))  # fewer in a short run
-        model = our_model(bench_run) if ours else transformers_model(bench_run)
+        model = build_model(bench_run) if ours else transformers_model(bench_run)
         if variant.endswith("+compile"):
             for block in model.model.layers:  # of the same name in both
                 block.compile()

@@ -9,12 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-from bench.workload import make_run, our_model
+from bench.workload import make_run
 from common.distributed import Distributed
 from common.files import UserError
 from train import train_step
 from training.batches import count_tokens
-from training.engine import build_engine
+from training.engine import build_engine, build_model
 
 
 def timed(function, *arguments):
@@ -129,7 +129,7 @@ def profile_steps(cfg, config, batches):
         if dist.device.type != "cpu":
             return
         bench_run = make_run(cfg, dist, config)
-        engine = build_engine(bench_run, our_model(bench_run))
+        engine = build_engine(bench_run, build_model(bench_run))
         engine_step, num_steps, spent = engine.step, len(batches) - 1, Counter()
 
         def named_step():

@@ -14,7 +14,7 @@ from common.files import UserError, read_json, read_json_lines
 from common.settings import setting
 from common.stop_request import StopRequest
 from common.writing import new_directory
-from model.checkpoint import materialize_model, write_checkpoint
+from model.checkpoint import write_checkpoint
 from model.config import ModelConfig, size_config
 from model.loss import IGNORE_INDEX
 from model.tokenizer import train_tokenizer
@@ -22,9 +22,10 @@ from model.transformer import initial_weights, parameter_shapes
 from train import train_step
 from training.batches import count_tokens
 from training.deepspeed_config import resolve_zero_stage
-from training.engine import build_engine, build_model, compile_blocks
+from training.engine import build_engine, build_model, run_weights
 from training.run import Run
 from training.run_directory import partial_directory
+from training.train_config import TrainConfig
 
 # Settings of glibc's allocator that return freed memory at once: a process then holds what its tensors hold.
 FRUGAL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -61,8 +62,8 @@ def small_checkpoint(folder):
 
 
 def random_weights(config, device, dtype):
-    """Returns an iterator over (name, tensor) of new weights."""
-    return ((name, tensor.to(device, dtype)) for name, tensor in initial_weights(config, 0))
+    """Returns an iterator over (name, tensor) of new weights, those of a run with the default seed."""
+    return ((name, tensor.to(device, dtype)) for name, tensor in initial_weights(config, TrainConfig.seed))
 
 
 def random_samples(generator, config, count, length):
@@ -87,19 +88,8 @@ def make_run(cfg, dist, model_config):
                trained=parameter_shapes(model_config))
 
 
-def our_model(run):
-    """Our model, with the weights of the initial checkpoint or new ones."""
-    if run.cfg.init:
-        return build_model(run)
-    model = materialize_model(run.model_config, random_weights(run.model_config, run.dist.device, run.dtype)).train()
-    model.model.gradient_checkpointing = run.cfg.gradient_checkpointing
-    if run.cfg.compile:
-        compile_blocks(model)
-    return model
-
-
 def transformers_model(run):
-    """transformers' model with the weights of `our_model`."""
+    """transformers' model with the weights of `build_model`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     if run.cfg.init:
         model = AutoModelForCausalLM.from_pretrained(run.cfg.init, dtype=run.dtype).to(run.dist.device)
@@ -107,7 +97,7 @@ def transformers_model(run):
         with run.dist.device:
             model = AutoModelForCausalLM.from_config(LlamaConfig(**vars(run.model_config)), dtype=run.dtype)
         with torch.no_grad():
-            for name, tensor in random_weights(run.model_config, run.dist.device, run.dtype):
+            for name, tensor in run_weights(run):
                 model.get_parameter(name).copy_(tensor)
     if run.cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -141,7 +131,7 @@ def pad(samples, device):
 def make_our_step(cfg, config, dist):
     """A function from a global batch to the loss of train.py's step on it."""
     run = make_run(cfg, dist, config)
-    engine = build_engine(run, our_model(run))
+    engine = build_engine(run, build_model(run))
     return lambda samples: train_step(run, engine, [samples]).loss
 
 

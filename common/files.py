@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,6 +107,11 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     return items
 
 
+def json_lines(items: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a JSONL file with some objects, which `read_json_lines` reads."""
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
 def walk(folder: str | Path, hidden: bool = False) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yields (path, names of folders, names of files) of a folder and all folders in it, hidden ones only if `hidden`.
 
@@ -137,6 +142,11 @@ def digest(paths: Iterable[str | Path]) -> str:
             while block := file.read(1 << 24):
                 total.update(block)
     return total.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def describe_error(error: BaseException) -> str:

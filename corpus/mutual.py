@@ -2,12 +2,11 @@
 
 lm-eval 0.4.13 cannot load its dataset, which is a loading script, and scores its r@1 without the model's answers.
 """
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from common.files import UserError, parsing, read_json, read_text
+from common.files import UserError, json_lines, parsing, read_json, read_text
 from common.writing import write_text
 
 LETTERS = ["A", "B", "C", "D"]
@@ -53,7 +52,7 @@ def write_mutual(folder: str | Path, path: str | Path) -> int:
     """Writes the items of a split as JSON lines; returns their number. Raises UserError if the path exists with another
     content."""
     items = read_mutual(folder)
-    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    text = json_lines(items)
     if Path(path).exists() and read_text(path) != text:
         raise UserError(f"{path} exists already with another content: remove it, or choose another --output_path")
     write_text(path, text)

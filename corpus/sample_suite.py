@@ -3,7 +3,6 @@
 The three wrong choices of an item are right choices of items from other documents. The frequency of a choice therefore
 does not tell whether it is right, and a model that ignores the context scores 1/4.
 """
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.configs import ROOT, read_config
-from common.files import read_json_lines
+from common.files import json_lines, read_json_lines
 from common.writing import new_directory, write_text
 from corpus.documents import is_held_out, read_documents
 from corpus.raw_tasks import read_raw_split
@@ -42,7 +41,7 @@ def write_suite(directory: str | Path) -> dict[str, list[dict]]:
         suite = build_suite(filter(is_held_out, read_documents("docs")), [item["src_info"] for item in passages])
         suite["pairs"] = read_json_lines(ROOT / "data/sample/bias/pairs.jsonl")
         for name, items in suite.items():
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+            write_text(folder / f"{name}.jsonl", json_lines(items))
     return suite
 
 

@@ -1,8 +1,8 @@
 """The conditions of results: what a value depends on besides the model. Only equal conditions are compared."""
-import hashlib
 import json
 from typing import Any
 
+from common.files import json_digest
 from common.provenance import DEFAULT_TEMPLATE
 from evaluation.result_files import ResultsFile, tasks_of
 
@@ -63,7 +63,7 @@ def task_conditions(results: dict[str, Any], metric: str) -> Conditions:
 
 def short_digest(texts: list[str]) -> str:
     """Twelve hexadecimal digits that stand for some texts."""
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+    return json_digest(texts)[:12]
 
 
 def unlike(one: Conditions, two: Conditions) -> list[str]:

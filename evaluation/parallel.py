@@ -4,7 +4,7 @@ Only rank 0 knows tasks and benchmarks. It sends requests; the other ranks run `
 each request and sends back the result, or what went wrong. Rank 0 raises the error; no rank waits for one that failed.
 """
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from model.prefix_packing import common_prefix, sort_sequences
 from model.token_losses import Sample, sample_losses
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+
+# A method of ParallelModel that computes the answer to a share of a request. The ranks receive it by its name.
+Computation = Callable[["ParallelModel", Any], Any]
 
 
 class ParallelModel:
@@ -42,7 +45,7 @@ class ParallelModel:
         if not pairs:
             return []
         shares = partition_by_prefix([context + continuation for context, continuation in pairs], self.dist.world_size)
-        answers = self._request("score", [[pairs[i] for i in share] for share in shares])
+        answers = self._request(ParallelModel._score, [[pairs[i] for i in share] for share in shares])
         for name in self.counts:
             self.counts[name] += sum(counts[name] for _, counts in answers)
         return restore_order(shares, [values for values, _ in answers])
@@ -53,7 +56,8 @@ class ParallelModel:
         Without a reference the divergence is 0.
         """
         shares = partition_by_prefix([ids[:-1] for ids, _ in samples], self.dist.world_size)
-        return restore_order(shares, self._request("losses", [[samples[i] for i in share] for share in shares]))
+        return restore_order(shares, self._request(
+            ParallelModel._losses, [[samples[i] for i in share] for share in shares]))
 
     def generate(self, prompts: Sequence[list[int]], config: GenerationConfig,
                  stops: Sequence[str] = ()) -> list[list[int]]:
@@ -61,15 +65,15 @@ class ParallelModel:
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         shares = [order[rank::self.dist.world_size] for rank in range(self.dist.world_size)]
         requests = [(config, stops, share, [prompts[i] for i in share]) for share in shares]
-        return restore_order(shares, self._request("decode", requests))
+        return restore_order(shares, self._request(ParallelModel._decode, requests))
 
     def load_posterior_sample(self, directory: str | Path, key: tuple) -> None:
         """Sets the weights to a sample from the posterior in a checkpoint directory. `key` seeds the sample."""
-        self._request("load_sample", [(directory, key)] * self.dist.world_size)
+        self._request(ParallelModel._load_sample, [(directory, key)] * self.dist.world_size)
 
     def serve(self) -> None:
         """Computes this rank's shares of requests until rank 0 calls `dismiss`."""
-        request: tuple[str, Any] | None
+        request: tuple[Computation, Any] | None
         while (request := self.dist.scatter()) is not None:
             self.dist.gather(self._compute(*request))
 
@@ -77,16 +81,16 @@ class ParallelModel:
         """Ends `serve` on the other processes."""
         self.dist.scatter([None] * self.dist.world_size)
 
-    def _request(self, name: str, shares: list) -> list:
-        answers = self.dist.gather(self._compute(*self.dist.scatter([(name, share) for share in shares])))
+    def _request(self, computation: Computation, shares: list) -> list:
+        answers = self.dist.gather(self._compute(*self.dist.scatter([(computation, share) for share in shares])))
         if failures := [failure for _, failure in answers if failure]:
             raise UserError(f"{self.tokenizer.directory}: {failures[0]}")
         return [answer for answer, _ in answers]
 
-    def _compute(self, name: str, share: Any) -> tuple[Any, str]:
+    def _compute(self, computation: Computation, share: Any) -> tuple[Any, str]:
         """(the answer to this rank's share of a request, why there is none)."""
         try:
-            return getattr(self, f"_{name}")(share), ""
+            return computation(self, share), ""
         except UserError as error:
             return None, str(error)
         except Exception as error:  # a bug, or a failure of the hardware

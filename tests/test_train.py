@@ -347,7 +347,8 @@ def test_files_of_a_finished_run(finished, checkpoint, simp_file):
     assert all(0.5 < line["computed"] < 1 and line["tokens_per_s"] > 0 for line in logged)
     data = SFTDataset(read_task(simp_file)[0]["train"][:60], Tokenizer(checkpoint), 128, 64)
     batch = [data[index] for index in sample_indices(42, 60, 0, 8)]
-    computed = sum(len(prefix) + ids.numel() for ids, _, prefix in make_microbatches(batch, 4096, 32))
+    computed = sum(len(prefix) + ids.numel() for ids, _, prefix in make_microbatches(
+        TrainConfig(), SimpleNamespace(rank=0, world_size=1), batch))
     assert logged[0]["computed"] == pytest.approx(computed / count_tokens(batch)[0])
     assert logged[-1]["tokens"] == run["result"]["tokens"] > 9000
     before, after = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]

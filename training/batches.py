@@ -102,9 +102,8 @@ def plan_microbatches(lengths: Sequence[int], max_tokens: int, overhead: int) ->
     return boundaries[::-1]
 
 
-def make_microbatches(samples: Sequence[Sample], max_tokens: int, overhead: int, rank: int = 0,
-                      world_size: int = 1) -> list[Microbatch]:
-    """Cuts a global batch into the micro-batches of one rank.
+def make_microbatches(cfg: TrainConfig, dist: Distributed, samples: Sequence[Sample]) -> list[Microbatch]:
+    """Cuts a global batch into the micro-batches of this rank.
 
     Returns triples (input_ids [B, T], targets [B, T], prefix [P]). The prefix, which is the same for all micro-batches,
     is what the prompts of the global batch have in common at their start; it precedes every row.
@@ -116,9 +115,9 @@ def make_microbatches(samples: Sequence[Sample], max_tokens: int, overhead: int,
     samples = sorted(samples, key=lambda sample: -len(sample[0]))
     prefix = shared_prefix(samples)
     shared = len(prefix)
-    boundaries = plan_microbatches([len(tokens) - 1 - shared for tokens, _ in samples[::world_size]],
-                                   max_tokens - shared, overhead + shared)
-    own = [(tokens[shared:], first - shared) for tokens, first in samples[rank::world_size]]
+    boundaries = plan_microbatches([len(tokens) - 1 - shared for tokens, _ in samples[::dist.world_size]],
+                                   cfg.max_tokens_per_microbatch - shared, cfg.microbatch_overhead_tokens + shared)
+    own = [(tokens[shared:], first - shared) for tokens, first in samples[dist.rank::dist.world_size]]
     return [(*collate(own[start:stop]), torch.from_numpy(prefix)) for start, stop in zip(boundaries, boundaries[1:])]
 
 
@@ -130,12 +129,6 @@ def shared_prefix(samples: Sequence[Sample]) -> np.ndarray:
     tokens, first = min(samples, key=lambda sample: sample[1])
     prompt = tokens[:first - 1]
     return prompt[:min(common_prefix(prompt, other) for other, _ in samples) if len(samples) > 1 else 0]
-
-
-def rank_microbatches(cfg: TrainConfig, dist: Distributed, samples: Sequence[Sample]) -> list[Microbatch]:
-    """This rank's micro-batches of some samples."""
-    return make_microbatches(samples, cfg.max_tokens_per_microbatch, cfg.microbatch_overhead_tokens, dist.rank,
-                             dist.world_size)
 
 
 def to_inputs(microbatch: Microbatch, device: torch.device) -> Microbatch:

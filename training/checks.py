@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.distributed import Distributed
-from common.files import UserError, digest
+from common.files import UserError, digest, json_digest
 from common.formatting import format_names
 from common.metrics_log import check_services
 from common.provenance import DIGESTS, data_digest, describe, last_template, read_lineage, read_record
@@ -25,7 +25,7 @@ from training.distillation import start_digest
 from training.methods import find_side_files, side_file
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run import Run, first_sample, num_samples, partial_directory
-from training.run_directory import check_shared, drop_state, is_finished, json_digest, saved_states
+from training.run_directory import check_shared, drop_state, is_finished, saved_states
 from training.selection import Shapes, selected_shapes, training_flops
 from training.train_config import TrainConfig
 

@@ -22,7 +22,7 @@ from model.checkpoint import checkpoint_digest
 from model.generation import BatchOptions, GenerationConfig, generate
 from model.hub import fetch_checkpoint, load_model
 from model.tokenizer import Tokenizer
-from training.batches import Sample, count_tokens, rank_microbatches, replay_in_epochs, to_inputs
+from training.batches import Sample, count_tokens, make_microbatches, replay_in_epochs, to_inputs
 from training.run import Run
 from training.train_config import TrainConfig
 
@@ -64,7 +64,7 @@ class Distillation:
         Returns the divergence."""
         dist = self.run.dist
         num_targets, total = count_tokens(samples)[1], torch.zeros((), device=dist.device)
-        for microbatch in rank_microbatches(self.run.cfg, dist, samples):
+        for microbatch in make_microbatches(self.run.cfg, dist, samples):
             inputs = to_inputs(microbatch, dist.device)
             with torch.no_grad():
                 states, _ = self.model.target_states(*inputs)

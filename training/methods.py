@@ -80,8 +80,8 @@ class Method:
     def finish(self) -> None:
         """Called after the last step, before the final evaluation."""
 
-    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
-        """Writes what the next task needs next to the final checkpoint. train_step: the function of train.py."""
+    def write_side_files(self) -> None:
+        """Writes what the next task needs next to the final checkpoint."""
 
 
 class Anchored(Method):
@@ -91,8 +91,10 @@ class Anchored(Method):
     et al., arXiv 1805.06370, with γ = 1). AnchoredAdamW computes the L2-SP and EWC terms.
     """
 
-    def __init__(self, run: Run, engine: "DeepSpeedEngine", fisher: ParameterFiles | None):
+    def __init__(self, run: Run, engine: "DeepSpeedEngine", fisher: ParameterFiles | None, data: TrainData,
+                 train_step: TrainStep):
         super().__init__(run, engine)
+        self.data, self.train_step = data, train_step  # to measure the Fisher information
         optimizer, fragments = base_optimizer(engine), local_fragments(engine)
         self.anchors = {flat: flat.detach().clone() for flat in flat_tensors(fragments)}
         optimizer.anchors, optimizer.rate = self.anchors, run.cfg.l2_sp_rate / run.cfg.learning_rate
@@ -113,7 +115,7 @@ class Anchored(Method):
         if self.run.cfg.fapm_sparsity or self.run.cfg.wise_ft_alpha < 1:
             update_weights(self.engine)
 
-    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
+    def write_side_files(self) -> None:
         """EWC: measures the diagonal Fisher information, adds that of the earlier tasks, and writes the sum.
 
         It is the empirical Fisher information: the mean over samples of the squared gradient of the sample's
@@ -121,7 +123,7 @@ class Anchored(Method):
         """
         if not self.run.cfg.ewc_strength:
             return
-        samples = data.sample(self.run.cfg.fisher_samples)
+        samples = self.data.sample(self.run.cfg.fisher_samples)
         optimizer = base_optimizer(self.engine)
         squares = optimizer.fisher or \
             {flat: torch.zeros_like(flat) for flat in flat_tensors(local_fragments(self.engine))}
@@ -130,7 +132,7 @@ class Anchored(Method):
             for sample in tqdm(samples, "Fisher information", leave=False, disable=self.run.dist.hides_progress):
                 num_targets = count_tokens([sample])[1]  # the loss of a step is a mean over them
                 optimizer.square_weight = num_targets ** 2 / len(samples)
-                loss, grad_norm, _ = train_step(unclipped, self.engine, [[sample]])
+                loss, grad_norm, _ = self.train_step(unclipped, self.engine, [[sample]])
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     self.run.dist.fail(UserError(f"the Fisher information cannot be measured: loss {loss}, gradient "
                                                  f"norm {grad_norm} of a training sample"))
@@ -148,7 +150,7 @@ class CarriedMoments(Method):
         elif run.cfg.init:
             run.dist.print0(f"{run.cfg.init} has no optimizer moments: they start at zero")
 
-    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
+    def write_side_files(self) -> None:
         """Writes the moments, unless no step was taken."""
         if not (state := base_optimizer(self.engine).state):
             return
@@ -176,7 +178,7 @@ class Adapted(Method):
                     module.merge()
         wait_for_changes()
 
-    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
+    def write_side_files(self) -> None:
         """Writes the adapters."""
         save_adapter(self.run, self.engine)
 
@@ -226,7 +228,7 @@ class Variational(Method):
             with changing_weights(self.engine) as fragments:
                 self.optimizer.restore(fragments)
 
-    def write_side_files(self, data: TrainData, train_step: TrainStep) -> None:
+    def write_side_files(self) -> None:
         """Writes the posterior: means and precisions of all weights."""
         write_side_file(self.run, self.engine, POSTERIOR, {
             "mean": lambda fragment: fragment.of(fragment.flat),
@@ -234,8 +236,8 @@ class Variational(Method):
                 fragment.flat, slice(fragment.offset, fragment.offset + fragment.count))})
 
 
-def make_method(run: Run, engine: "DeepSpeedEngine") -> Method:
-    """The method of a run, for an engine whose weights are the initial ones."""
+def make_method(run: Run, engine: "DeepSpeedEngine", data: TrainData, train_step: TrainStep) -> Method:
+    """The method of a run, for an engine whose weights are the initial ones. train_step: the function of train.py."""
     cfg, dist, source = run.cfg, run.dist, run.source
     files = dist.on_all_ranks(lambda: open_side_files(source, side_file(cfg), run.model_config))
     if cfg.optimizer == "ivon":
@@ -245,7 +247,7 @@ def make_method(run: Run, engine: "DeepSpeedEngine") -> Method:
         return Adapted(run, engine)
     if cfg.carry_moments:
         return CarriedMoments(run, engine, files)
-    return Anchored(run, engine, files) if cfg.anchored else Method(run, engine)
+    return Anchored(run, engine, files, data, train_step) if cfg.anchored else Method(run, engine)
 
 
 def side_file(cfg: TrainConfig) -> str:

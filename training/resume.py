@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import UserError, digest, parsing, read_json
+from common.files import UserError, digest, json_digest, parsing, read_json
 from common.provenance import read_record
 from common.stop_request import STOPPED
 from common.writing import explain_os_errors, sync, write_json
 from model.parameter_files import ParameterFiles, write_parameter_file
 from training.engine import check_finite_weights
 from training.run import Run
-from training.run_directory import continue_run, json_digest, saved_states
+from training.run_directory import continue_run, saved_states
 from training.train_state import TrainState
 from training.zero_shards import (
     base_optimizer,

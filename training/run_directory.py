@@ -5,8 +5,6 @@ appear atomically. `run.json` in either records what the run depends on. `<out>.
 state, `step-<n>/`, which training/resume.py writes and restores.
 """
 import contextlib
-import hashlib
-import json
 import re
 import shutil
 import time
@@ -181,11 +179,6 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
     found = {path: int(match[1]) for path in folder.glob(f"{prefix}*")
              if (match := re.fullmatch(rf"{prefix}(\d+)", path.name))}
     return sorted(found, key=found.__getitem__)
-
-
-def json_digest(value: Any) -> str:
-    """The SHA-256 of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def print_result(out: str | Path) -> None:

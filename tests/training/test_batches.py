@@ -1,5 +1,6 @@
 """The order of samples, and micro-batches."""
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +10,19 @@ from corpus.tasks import SFTDataset, read_task
 from model.loss import IGNORE_INDEX
 from model.tokenizer import Tokenizer
 from training.batches import collate, count_tokens, make_microbatches, plan_microbatches, sample_indices, shared_prefix
+from training.train_config import TrainConfig
 
 
 def random_samples(count, seed=0):
     generator = np.random.default_rng(seed)
     return [(generator.integers(1, 500, length + 1), int(generator.integers(1, length + 1)))
             for length in generator.integers(2, 60, count).tolist()]
+
+
+def cut(samples, max_tokens, overhead, rank=0, world_size=1):
+    """The micro-batches of a rank."""
+    cfg = TrainConfig(max_tokens_per_microbatch=max_tokens, microbatch_overhead_tokens=overhead)
+    return make_microbatches(cfg, SimpleNamespace(rank=rank, world_size=world_size), samples)
 
 
 def test_plan_has_the_lowest_cost_of_all_plans():
@@ -39,7 +47,7 @@ def test_plan_has_the_lowest_cost_of_all_plans():
 def test_ranks_split_a_global_batch_into_equal_numbers_of_microbatches(world_size, count, shared):
     prompt = np.arange(shared) + 600
     samples = [(np.concatenate((prompt, tokens)), shared + first) for tokens, first in random_samples(count)]
-    ranks = [make_microbatches(samples, 256, 32, rank, world_size) for rank in range(world_size)]
+    ranks = [cut(samples, 256, 32, rank, world_size) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1
     actual = []
     for input_ids, targets, prefix in itertools.chain.from_iterable(ranks):
@@ -69,7 +77,7 @@ def test_shared_prefix(samples, prefix):
 def test_the_prefix_counts_as_overhead_of_a_microbatch():
     """A second micro-batch would save 36 tokens of padding, but compute the prefix of 99 tokens again."""
     samples = [(np.arange(length + 1), 100) for length in (140, 104)]
-    assert [tuple(ids.shape) for ids, *_ in make_microbatches(samples, 4096, 0)] == [(2, 41)]
+    assert [tuple(ids.shape) for ids, *_ in cut(samples, 4096, 0)] == [(2, 41)]
 
 
 def test_order_is_a_function_of_seed_and_position():
@@ -89,7 +97,7 @@ def test_padding_of_simp_is_a_few_percent(tokenizer_dir, simp_file):
         for start in range(0, len(data) - 31, 32):
             samples = [data[index] for index in sample_indices(42, len(data), start, start + 32)]
             microbatches = [microbatch for rank in range(world_size)
-                            for microbatch in make_microbatches(samples, 4096, 32, rank, world_size)]
+                            for microbatch in cut(samples, 4096, 32, rank, world_size)]
             read += count_tokens(samples)[0]
             repeated += (len(samples) - len(microbatches)) * len(microbatches[0][2])  # tokens of the shared prefix
             computed += sum(len(prefix) + input_ids.numel() for input_ids, _, prefix in microbatches)
