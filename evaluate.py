@@ -211,8 +211,10 @@ def open_test_sets(cfg: EvaluateConfig, template: TemplateName, max_length: int)
             if (cfg.decode or name == "max_target_length") and cfg.max_source_length + length > max_length:
                 problems.append(f"max_source_length {cfg.max_source_length} + {name} {length} of {task} is more than "
                                 f"the model's max_position_embeddings {max_length}: lower max_source_length")
-        test_sets.append(TaskTestSet(task, items, digest([path]), decoding, cfg.max_source_length, source, sari,
-                                     cfg.bertscore_model, cfg.bertscore_layer, template))
+        test_sets.append(TaskTestSet(
+            task=task, items=items, data_digest=digest([path]), decoding=decoding,
+            max_source_length=cfg.max_source_length, source=source, sari=sari, bertscore_model=cfg.bertscore_model,
+            bertscore_layer=cfg.bertscore_layer, template=template))
     if problems:
         raise UserError("; ".join(problems))
     return test_sets

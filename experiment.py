@@ -73,53 +73,39 @@ def record_primary(cfg: ExperimentConfig) -> None:
 
 
 def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
-    """Raises UserError for problems that a later job or the report would fail on: packages and files that the settings
-    name, the parameters to train, the length of samples, the suite, stages of another order, folders to write to."""
-    training = all_train_settings(cfg)
-    for settings in training:
+    """Raises UserError for problems that a later job or the report would fail on."""
+    check_train_settings(cfg)
+    check_sources(cfg)
+    for model, method in itertools.product(cfg.models, cfg.each_method):
+        check_trained(cfg, model, method)
+    context = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
+    check_lengths(cfg, context)
+    check_text(cfg, context)
+    if cfg.suite and any(job.script == "evaluate.py" for job in to_do):
+        check_suite_files(cfg.suite, cfg.suite_files)
+    check_order(cfg, to_do)
+    for folder in (cfg.out, cfg.report, *(str(job.out) for job in to_do)):
+        check_writable(folder)
+
+
+def check_train_settings(cfg: ExperimentConfig) -> None:
+    """Raises UserError if a package, a DeepSpeed file or a text to replay that the stages need is missing."""
+    for settings in all_train_settings(cfg):
         check_services(settings.tensorboard, settings.wandb)
         resolve_choices(settings, 1)  # reads the DeepSpeed file
         if settings.replay_share and not Path(str(settings.replay_text)).is_dir():
             raise UserError(f"{settings.replay_text} is not a directory of token shards, from which text is replayed: "
                             "make one with data_prep.py text, and give it as --text")
+
+
+def check_sources(cfg: ExperimentConfig) -> None:
+    """Raises UserError if a test set that is judged by SARI has an item without a source."""
     evaluated = evaluate_settings(cfg)
-    lengths = [settings.max_source_length + settings.max_target_length for settings in training]
-    lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
-    if evaluated.decode:
-        lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
-        for task in dict.fromkeys(cfg.order):
-            path, spec = Path(cfg.data) / f"{task}.json", read_config("task", task)
-            items = first_items(read_splits(path)["test"], evaluated.limit) if spec.get("sari") else []
-            if problem := lacking_source(items, spec["source"]):
-                raise UserError(f"{path}: {problem[0]}")
-    for model, method in itertools.product(cfg.models, cfg.each_method):
-        check_trained(cfg, model, method)
-    limit = min(model_config(cfg, model).max_position_embeddings for model in cfg.models)
-    if max(lengths) > limit:
-        raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
-                        f"{limit}: lower max_source_length, max_target_length or text_length in train_args or "
-                        "evaluate_args")
-    window = evaluated.text_length or min(WINDOW_TOKENS, limit)
-    if cfg.text and Path(cfg.text).is_dir():
-        if evaluated.text_tokens < window:
-            raise UserError(f"text_tokens in evaluate_args is {evaluated.text_tokens}, less than a window of {window} "
-                            "tokens: raise it, or lower text_length")
-        ShardDataset(cfg.text, "val", window)  # raises UserError without a whole window
-    if cfg.suite and any(job.script == "evaluate.py" for job in to_do):
-        from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
-        for benchmark in read_suite(cfg.suite, cfg.suite_files):
-            if benchmark.file and not Path(benchmark.file).is_file():
-                raise UserError(f"{benchmark.file}, the items of {benchmark.name}, does not exist: "
-                                f"{benchmark.make_file}")
-    for job in to_do:
-        stage = STAGE.fullmatch(job.out.name)
-        others = [path for path in job.out.parent.glob(f"m{stage[1]}-*")
-                  if STAGE.fullmatch(path.name) and path != job.out] if stage else []
-        if others:
-            raise UserError(f"{others[0]} is a stage of another order of tasks than {', '.join(cfg.order)}: choose "
-                            "another --out, or remove it")
-    for folder in (cfg.out, cfg.report, *(str(job.out) for job in to_do)):
-        check_writable(folder)
+    for task in dict.fromkeys(cfg.order) if evaluated.decode else ():
+        path, spec = Path(cfg.data) / f"{task}.json", read_config("task", task)
+        items = first_items(read_splits(path)["test"], evaluated.limit) if spec.get("sari") else []
+        if problem := lacking_source(items, spec["source"]):
+            raise UserError(f"{path}: {problem[0]}")
 
 
 def check_trained(cfg: ExperimentConfig, model: str, method: str | None) -> None:
@@ -131,6 +117,49 @@ def check_trained(cfg: ExperimentConfig, model: str, method: str | None) -> None
         trained_parameters(model_config(cfg, model), settings)
     except UserError as error:
         raise UserError(f"{model}{f' with {method}' if method else ''}: {error}") from None
+
+
+def check_lengths(cfg: ExperimentConfig, context: int) -> None:
+    """Raises UserError if samples may be longer than the context of the models."""
+    evaluated = evaluate_settings(cfg)
+    lengths = [settings.max_source_length + settings.max_target_length for settings in all_train_settings(cfg)]
+    lengths += [evaluated.max_source_length + evaluated.max_target_length, evaluated.text_length or 0]
+    if evaluated.decode:
+        lengths += [evaluated.max_source_length + task_decoding(task, 0).max_new_tokens for task in cfg.order]
+    if max(lengths) > context:
+        raise UserError(f"samples may have {max(lengths)} tokens, more than the model's max_position_embeddings "
+                        f"{context}: lower max_source_length, max_target_length or text_length in train_args or "
+                        "evaluate_args")
+
+
+def check_text(cfg: ExperimentConfig, context: int) -> None:
+    """Raises UserError if no window of the held-out text is evaluated, or if the text has none."""
+    evaluated = evaluate_settings(cfg)
+    window = evaluated.text_length or min(WINDOW_TOKENS, context)
+    if cfg.text and Path(cfg.text).is_dir():
+        if evaluated.text_tokens < window:
+            raise UserError(f"text_tokens in evaluate_args is {evaluated.text_tokens}, less than a window of {window} "
+                            "tokens: raise it, or lower text_length")
+        ShardDataset(cfg.text, "val", window)  # raises UserError without a whole window
+
+
+def check_suite_files(suite: str, folder: str | None) -> None:
+    """Raises UserError if the suite is not valid, or if a local file of items that it names does not exist."""
+    from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
+    for benchmark in read_suite(suite, folder):
+        if benchmark.file and not Path(benchmark.file).is_file():
+            raise UserError(f"{benchmark.file}, the items of {benchmark.name}, does not exist: {benchmark.make_file}")
+
+
+def check_order(cfg: ExperimentConfig, to_do: list[Job]) -> None:
+    """Raises UserError if the folder of a chain has a stage of another order of tasks."""
+    for job in to_do:
+        stage = STAGE.fullmatch(job.out.name)
+        others = [path for path in job.out.parent.glob(f"m{stage[1]}-*")
+                  if STAGE.fullmatch(path.name) and path != job.out] if stage else []
+        if others:
+            raise UserError(f"{others[0]} is a stage of another order of tasks than {', '.join(cfg.order)}: choose "
+                            "another --out, or remove it")
 
 
 def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:

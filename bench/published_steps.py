@@ -83,8 +83,9 @@ class Published:
     def step(self) -> Step:
         """The step of this run."""
         config = SHAPES[self.shape]
-        return Step(config, self.gpus, self.zero, self.samples * self.length, self.micro_steps, self.length,
-                    config.num_parameters, config.num_parameters, self.recomputed, gradient_bytes=self.gradient_bytes)
+        return Step(config, self.gpus, self.zero, tokens=self.samples * self.length, micro_steps=self.micro_steps,
+                    length=self.length, trained=config.num_parameters, reached=config.num_parameters,
+                    recomputed=self.recomputed, gradient_bytes=self.gradient_bytes)
 
     def modelled(self, utilisation: float) -> float:
         """The modelled throughput in tokens per second of a GPU."""

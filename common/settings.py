@@ -250,6 +250,26 @@ def config_files(argv: Sequence[str]) -> list[str]:
     return parser.parse_known_args(argv)[0].config
 
 
+def apply_size(found: Resolved, size: str, phase: str | None) -> None:
+    """Checks the name of a size and, if the field `size` is an overlay, updates the settings from its table [phase]."""
+    if unknown_size := unknown_name("size", size):
+        found.problems += unknown_size
+    elif found.fields["size"].metadata["overlay"] and phase is not None:
+        tables = read_config("size", size)
+        if phase in tables:
+            found.update(tables[phase], f"configs/size/{size}.toml [{phase}]")
+        else:
+            found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
+
+
+def apply_overlays(found: Resolved) -> None:
+    """Updates the settings from the files in configs/ that the fields with `overlay` apart from `size` name."""
+    for name, field in found.fields.items():
+        kind, preset = field.metadata["names"], found.values.get(name)
+        if field.metadata["overlay"] and name != "size" and preset in known(kind):
+            found.update(read_config(kind, preset), f"configs/{kind}/{preset}.toml")
+
+
 def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None = None) -> Any:
     """An instance of the settings dataclass `cls` from the command line. Raises UserError with all problems of names,
     types and ranges, or, if names and types are right, of ranges, missing values and contradictions.
@@ -271,19 +291,9 @@ def load(cls: type, argv: Iterable[str], description: str = "", prog: str | None
     for path in files:
         found.update(read_toml(path), path)
     size, phase = (found.values.get(name, getattr(cls, name, None)) for name in ("size", "phase"))
-    if "size" in found.fields and size is not None and (unknown_size := unknown_name("size", size)):
-        found.problems += unknown_size
-    elif "size" in found.fields and found.fields["size"].metadata["overlay"] and size is not None and phase is not None:
-        tables = read_config("size", size)
-        if phase in tables:
-            found.update(tables[phase], f"configs/size/{size}.toml [{phase}]")
-        else:
-            found.problems.append(f"the size {size} has no table [{phase}] in configs/size/{size}.toml")
-    for name, field in found.fields.items():
-        preset = found.values.get(name)
-        if field.metadata["overlay"] and name != "size" and preset in known(field.metadata["names"]):
-            kind = field.metadata["names"]
-            found.update(read_config(kind, preset), f"configs/{kind}/{preset}.toml")
+    if "size" in found.fields and size is not None:
+        apply_size(found, size, phase)
+    apply_overlays(found)
     cfg = cls(**found.values)
     problems = [*found.problems, *check_values(cfg, not found.problems)]
     if not found.problems:

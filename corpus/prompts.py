@@ -83,8 +83,9 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
     """
     if name in WITHOUT_CHAT:
         render_prompt, ending = WITHOUT_CHAT[name]
-        return PromptTemplate(tokenizer, render_prompt, [] if tokenizer.bos_id is None else [tokenizer.bos_id], ending,
-                              "", "", tokenizer.eos_id, follows_prompt=False)
+        return PromptTemplate(
+            tokenizer, render=render_prompt, bos=[] if tokenizer.bos_id is None else [tokenizer.bos_id], ending=ending,
+            beginning="", trailing="", end_id=tokenizer.eos_id, follows_prompt=False)
     if not tokenizer.fast:
         raise UserError(f"{tokenizer.directory}: a chat template needs tokenizer.json; with tokenizer.model alone, "
                         "special tokens in a text are plain text")
@@ -106,8 +107,9 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> PromptTemplate:
                         f"{tokenizer.encode(end)[:9]}), which holds no end-of-text token: add it to eos_token_id in "
                         "generation_config.json")
     trailing, is_named, _ = end.partition(tokenizer.token(end_ids[0])) if end_ids else ("", "", "")
-    return PromptTemplate(tokenizer, render, [], prompt.rpartition(SOURCE)[2], beginning, trailing if is_named else "",
-                          end_ids[0] if end_ids else tokenizer.eos_id, follows_prompt=True)
+    return PromptTemplate(
+        tokenizer, render=render, bos=[], ending=prompt.rpartition(SOURCE)[2], beginning=beginning,
+        trailing=trailing if is_named else "", end_id=end_ids[0] if end_ids else tokenizer.eos_id, follows_prompt=True)
 
 
 def alpaca_prompt(source: str) -> str:

@@ -122,5 +122,6 @@ def plan_step(plan: MemoryPlan, samples: int) -> Step:
     most samples decide its time."""
     per_process = math.ceil(samples / plan.processes) * plan.sample_tokens
     micro_steps = math.ceil(per_process / plan.max_tokens_per_microbatch)
-    return Step(plan.config, plan.processes, plan.zero, math.ceil(per_process / micro_steps), micro_steps,
-                plan.sample_tokens, plan.num_trained, plan.num_reached, plan.gradient_checkpointing, plan.weight_bytes)
+    return Step(plan.config, plan.processes, plan.zero, tokens=math.ceil(per_process / micro_steps),
+                micro_steps=micro_steps, length=plan.sample_tokens, trained=plan.num_trained, reached=plan.num_reached,
+                recomputed=plan.gradient_checkpointing, weight_bytes=plan.weight_bytes)

@@ -484,7 +484,9 @@ def test_the_references_of_an_item_and_the_brackets_of_its_source(tokenizer_dir,
     references = ["a cat sat here", text]
     items = [{"input": "x", "output": "a cat sat", "references": references, "index": 0,
               "src_info": {"normal_sentence": "the -LRB- big -RRB- cat sat down", "prompt_name": "p"}}]
-    test_set = TaskTestSet("simp", items, "d", task_decoding("simp", 1), 256, "normal_sentence", "EASSE", None, None)
+    test_set = TaskTestSet(task="simp", items=items, data_digest="d", decoding=task_decoding("simp", 1),
+                           max_source_length=256, source="normal_sentence", sari="EASSE", bertscore_model=None,
+                           bertscore_layer=None)
     model = SimpleNamespace(tokenizer=tokenizer, generate=lambda prompts, config: [tokenizer.encode(text)])
     found = evaluate_test_set(test_set, model, tmp_path, {})["metrics"]
     assert "are cut" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The checks of a training run: everything that it depends on is resolved once, before anything is loaded."""
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ from training.train_config import TrainConfig
 SOURCE_DIGESTS = "parent_digest", "tokenizer_digest", "start_digest", "side_digest"
 
 
+@dataclass(frozen=True)
+class CheckedRun:
+    """The results of the checks of rank 0: attributes of Run, under the same names."""
+    cfg: TrainConfig
+    lineage: dict[str, Any]
+    record: dict[str, Any]
+    first_sample: int
+    trained: Shapes
+    layer_map: tuple[int, ...]
+    earlier_tasks: tuple[dict[str, Any], ...]
+
+
 def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run | None:
     """Checks settings, checkpoint, data and run directory, and resolves what depends on them.
 
@@ -43,46 +56,31 @@ def open_run(cfg: TrainConfig, dist: Distributed, request: StopRequest) -> Run |
         dist.print0(f"{cfg.out} is finished already, nothing to do")
         dist.on_rank0(lambda: drop_state(cfg.out))
         return None
-    resolved, fields = checked
     check_shared(partial_directory(cfg.out), dist)
     if cfg.compile:
         dist.on_all_ranks(check_compiler)
     source = dist.local_rank0_first(lambda: find_source(cfg))
-    dist.check_same_on_all_nodes(lambda: input_digests(cfg, source, fields, dist.rank))
+    dist.check_same_on_all_nodes(lambda: input_digests(checked, source, dist.rank))
     is_resumed = dist.on_rank0(lambda: bool(saved_states(partial_directory(cfg.out))))
     if not cfg.task and not is_resumed:  # reading terabytes again at each restart would take hours
         dist.on_all_ranks(lambda: check_shards(cfg.data, dist.local_rank, dist.local_world_size))
     config = dist.on_all_ranks(lambda: read_model_config(cfg, source))
-    if fields["layer_map"]:
-        config = config.with_layers(fields["layer_map"])
-    return Run(resolved, dist, request, source, config, **fields)
+    if checked.layer_map:
+        config = config.with_layers(checked.layer_map)
+    return Run(dist=dist, request=request, source=source, model_config=config, **vars(checked))
 
 
-def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] | None:
-    """The checks of rank 0; returns None if the run is finished, otherwise the resolved settings and further fields of
-    Run. Raises UserError for the first check that fails."""
+def check_run(cfg: TrainConfig, dist: Distributed) -> CheckedRun | None:
+    """The checks of rank 0; returns None if the run is finished. Raises UserError for the first check that fails."""
     check_services(cfg.tensorboard, cfg.wandb)
-    if cfg.task and not Path(cfg.data).is_file():
-        raise UserError(f"{cfg.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
-                        "`make data`")
-    if cfg.task is None and Path(cfg.data).is_file():
-        raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
-    if cfg.replay_text and not cfg.replay_share:  # which train_args may give to all methods of an experiment
-        print(f"nothing of replay_text {cfg.replay_text} is replayed: replay_share is 0")
+    check_kind_of_data(cfg)
     training_digest = data_digest(cfg.data)
-    resolved = resolve_choices(cfg, dist.world_size)
-    settings, defaults = json_values(resolved), json_values(TrainConfig())
-    recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
-    if cfg.init and not Path(cfg.init).is_dir() and recorded.get("settings", {}).get("init") == cfg.init:
-        # its parent is a Hub id, or was removed: it is not fetched again if the run is finished
-        others = DIGESTS.keys() - {"parent_digest", "data_digest"}
-        record = describe(settings, recorded.get("parent_digest"), training_digest, **{
-            name: recorded[name] for name in others if name in recorded})
-        is_finished(cfg.out, record, defaults)
+    cfg = resolve_choices(cfg, dist.world_size)
+    if is_finished_without_source(cfg, training_digest):
         return None
     if cfg.task:
         report_dropped(cfg.data)
-    check_deepspeed_config(deepspeed_config(resolved), dist.device)
+    check_deepspeed_config(deepspeed_config(cfg), dist.device)
     source = find_source(cfg)
     config = check_source(cfg, source)
     lineage = read_lineage(source) if cfg.init else {}
@@ -92,23 +90,52 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> tuple[TrainConfig, dict] |
         lineage |= {"new_layers": new_layers(layer_map), "inserted": cfg.new_layers}
     trained = selected_shapes(cfg.train, config, cfg.lora, lineage, cfg.init)
     check_flops_and_text(cfg, config, training_digest, lineage, trained)
-    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
     earlier = earlier_tasks(cfg, training_digest, lineage)
-    if cfg.rehearsal:
-        facts["rehearsed"] = [task["data_digest"] for task in earlier]
-    if cfg.replay_share:
-        facts["replay_digest"] = text_digest(cfg, "replay_text", source)
-    record = describe(settings, training_digest=training_digest, **facts, **source_digests(cfg, source, lineage))
-    if is_finished(cfg.out, record, defaults):
+    record = describe_run(cfg, dist, source, lineage, earlier, training_digest)
+    if is_finished(cfg.out, record):
         return None
     if cfg.held_out_text is not None:
         record["held_out_digest"] = text_digest(cfg, "held_out_text", source)
     check_earlier_tasks(earlier)
     open_side_files(source, side_file(cfg), config)
     record["id"] = json_digest(record)
-    return resolved, {"lineage": lineage, "record": record, "trained": trained,
-                     "first_sample": first_sample(cfg, training_digest, lineage), "layer_map": layer_map,
-                     "earlier_tasks": tuple(earlier)}
+    return CheckedRun(cfg=cfg, lineage=lineage, record=record, trained=trained, layer_map=layer_map,
+                      first_sample=first_sample(cfg, training_digest, lineage), earlier_tasks=tuple(earlier))
+
+
+def check_kind_of_data(cfg: TrainConfig) -> None:
+    """Raises UserError if the data of a task are not a file, or those of pretraining are one. Prints a note if
+    replay_text is not used."""
+    if cfg.task and not Path(cfg.data).is_file():
+        raise UserError(f"{cfg.data} does not exist or is not a preprocessed task file: make it with data_prep.py, or "
+                        "`make data`")
+    if cfg.task is None and Path(cfg.data).is_file():
+        raise UserError(f"data {cfg.data} is a file, expected a directory of token shards: for a task file give --task")
+    if cfg.replay_text and not cfg.replay_share:  # which train_args may give to all methods of an experiment
+        print(f"nothing of replay_text {cfg.replay_text} is replayed: replay_share is 0")
+
+
+def is_finished_without_source(cfg: TrainConfig, training_digest: str) -> bool:
+    """Whether the run is finished and its initial checkpoint, a Hub id or a directory that was removed, is not here: it
+    is then not fetched again. Raises UserError if the finished run has other settings or data."""
+    recorded = read_record(cfg.out) if Path(cfg.out).exists() else {}
+    if not cfg.init or Path(cfg.init).is_dir() or recorded.get("settings", {}).get("init") != cfg.init:
+        return False
+    others = DIGESTS.keys() - {"parent_digest", "data_digest"}
+    return is_finished(cfg.out, describe(json_values(cfg), recorded.get("parent_digest"), training_digest, **{
+        name: recorded[name] for name in others if name in recorded}))
+
+
+def describe_run(cfg: TrainConfig, dist: Distributed, source: Path, lineage: Mapping[str, Any],
+                 earlier: Sequence[Mapping[str, Any]], training_digest: str) -> dict[str, Any]:
+    """The entries of run.json that tell whether an earlier run is the same one, and facts on this one. earlier: the
+    tasks to rehearse."""
+    facts: dict[str, Any] = {"processes": dist.world_size, "device": dist.device.type}
+    if cfg.rehearsal:
+        facts["rehearsed"] = [task["data_digest"] for task in earlier]
+    if cfg.replay_share:
+        facts["replay_digest"] = text_digest(cfg, "replay_text", source)
+    return describe(json_values(cfg), training_digest=training_digest, **facts, **source_digests(cfg, source, lineage))
 
 
 def source_digests(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> dict[str, str | None]:
@@ -119,16 +146,16 @@ def source_digests(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -
             **({"side_digest": digest(side_files)} if side_files else {})}
 
 
-def input_digests(cfg: TrainConfig, source: Path, fields: Mapping[str, Any], rank: int) -> dict[str, str | None]:
+def input_digests(checked: CheckedRun, source: Path, rank: int) -> dict[str, str | None]:
     """The digests of all that a node reads, by description. Raises UserError if data do not exist there."""
-    found: dict[str, str | None] = {}
-    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text,
-                              *(task["data"] for task in fields["earlier_tasks"]))):
+    cfg, found = checked.cfg, dict[str, str | None]()
+    earlier_data = [task["data"] for task in checked.earlier_tasks]
+    for path in filter(None, (cfg.data, cfg.held_out_text, cfg.replay_text, *earlier_data)):
         if not Path(path).exists():
             raise UserError(f"{path} does not exist here: copy it to all nodes, or use a shared folder")
         found[path] = data_digest(path)
     # those of rank 0 are in the record: weights are read only once
-    own = fields["record"] if rank == 0 else source_digests(cfg, source, fields["lineage"])
+    own = checked.record if rank == 0 else source_digests(cfg, source, checked.lineage)
     return found | {f"{DIGESTS[name]} of {cfg.init or cfg.data}": own.get(name) for name in SOURCE_DIGESTS}
 
 

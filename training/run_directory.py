@@ -18,8 +18,10 @@ from common.files import UserError, parsing
 from common.formatting import format_duration
 from common.metrics_log import MetricsLog, open_services
 from common.provenance import RUN, differences, read_record, write_record
+from common.settings import json_values
 from common.writing import WRITING, explain_os_errors, remove, sole_use
 from training.run import Run, partial_directory
+from training.train_config import TrainConfig
 
 SHARED_SECONDS = 60.0  # after which a file of one node should be seen by the others: network file systems take time
 BAR = 20  # characters of the bar of the largest change
@@ -73,12 +75,12 @@ def check_shared(directory: Path, dist: Distributed) -> None:
             marker.unlink()
 
 
-def is_finished(out: str | Path, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+def is_finished(out: str | Path, record: Mapping[str, Any]) -> bool:
     """Whether this run is finished. Raises UserError if its directory belongs to a run with other settings.
 
     The settings of an unfinished run that has neither a saved state nor a checkpoint are not compared.
     """
-    out, partial = Path(out), partial_directory(out)
+    out, partial, defaults = Path(out), partial_directory(out), json_values(TrainConfig())
     if out.exists() and not read_record(out):
         raise UserError(f"{out} exists and is not a run of this program: remove it or choose another --out")
     if out.exists() and "result" not in read_record(out):
