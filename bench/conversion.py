@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.timing import peak_rss, timed
-from bench.workload import random_checkpoint
+from bench.workload import incremental_save, random_checkpoint
 from common.configs import ROOT
 from common.scripts import run
 from common.settings import setting
 from model.checkpoint import CheckpointReader
 from model.config import ModelConfig
-from tests.hub import incremental_save
 
 SHAPE = ModelConfig(vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=17,
                     num_attention_heads=16)  # 1.0B parameters

@@ -1,10 +1,15 @@
 """Workloads of the benchmarks: random weights and samples, our steps and transformers' steps, and train.py."""
 import dataclasses
+import io
+import pickle
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +64,37 @@ def random_checkpoint(folder, config, dtype=torch.float32):
 def small_checkpoint(folder):
     """Returns a checkpoint of the size small with random weights, in a folder."""
     return random_checkpoint(Path(folder) / "small", size_config("small"))
+
+
+class IncrementalWriter(pickle.Pickler):
+    """Writes a file as lit-gpt's incremental_save does: each tensor's values at once, as a record of the archive, the
+    description at the end, with protocol 5; tensors through _rebuild_from_type_v2."""
+
+    def __init__(self, archive: Any, buffer: io.BytesIO):
+        super().__init__(buffer, protocol=5)
+        self.archive, self.count = archive, 0
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj[1] if isinstance(obj, tuple) and obj and obj[0] == "a storage" else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return NotImplemented
+        storage, key = obj.untyped_storage(), str(self.count)
+        self.count += 1
+        self.archive.write_record(f"data/{key}", storage, storage.nbytes())
+        kind = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage}[obj.dtype]
+        named = ("a storage", ("storage", kind, key, "cpu", storage.nbytes() // obj.element_size()))
+        arguments = named, obj.storage_offset(), tuple(obj.shape), obj.stride(), False, OrderedDict()
+        return torch._tensor._rebuild_from_type_v2, (torch._utils._rebuild_tensor_v2, torch.Tensor, arguments, {})
+
+
+def incremental_save(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors as the published models were written."""
+    archive, buffer = torch._C.PyTorchFileWriter(str(path)), io.BytesIO()
+    IncrementalWriter(archive, buffer).dump(state)
+    archive.write_record("data.pkl", buffer.getvalue(), len(buffer.getvalue()))
+    archive.write_end_of_file()
 
 
 def random_weights(config, device, dtype):

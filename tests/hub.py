@@ -7,21 +7,18 @@
 Faults can be set for files: a connection that is cut, a repository that is gated.
 """
 import hashlib
-import io
 import json
-import pickle
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import torch
 from safetensors.torch import load_file
+
+from bench.workload import incremental_save
 
 Files = Mapping[str, bytes]
 
@@ -166,37 +163,6 @@ class Handler(BaseHTTPRequestHandler):
 def oid(content: bytes) -> str:
     """The identifier of a file's content."""
     return hashlib.sha1(content).hexdigest()
-
-
-class IncrementalWriter(pickle.Pickler):
-    """Writes a file as lit-gpt's incremental_save does: each tensor's values at once, as a record of the archive, the
-    description at the end, with protocol 5; tensors through _rebuild_from_type_v2."""
-
-    def __init__(self, archive: Any, buffer: io.BytesIO):
-        super().__init__(buffer, protocol=5)
-        self.archive, self.count = archive, 0
-
-    def persistent_id(self, obj: Any) -> Any:
-        return obj[1] if isinstance(obj, tuple) and obj and obj[0] == "a storage" else None
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, torch.Tensor):
-            return NotImplemented
-        storage, key = obj.untyped_storage(), str(self.count)
-        self.count += 1
-        self.archive.write_record(f"data/{key}", storage, storage.nbytes())
-        kind = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage}[obj.dtype]
-        named = ("a storage", ("storage", kind, key, "cpu", storage.nbytes() // obj.element_size()))
-        arguments = named, obj.storage_offset(), tuple(obj.shape), obj.stride(), False, OrderedDict()
-        return torch._tensor._rebuild_from_type_v2, (torch._utils._rebuild_tensor_v2, torch.Tensor, arguments, {})
-
-
-def incremental_save(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes tensors as the published models were written."""
-    archive, buffer = torch._C.PyTorchFileWriter(str(path)), io.BytesIO()
-    IncrementalWriter(archive, buffer).dump(state)
-    archive.write_record("data.pkl", buffer.getvalue(), len(buffer.getvalue()))
-    archive.write_end_of_file()
 
 
 def published_files(checkpoint: Path, folder: Path) -> dict[str, bytes]:

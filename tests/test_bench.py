@@ -13,9 +13,11 @@ from model.generation import GenerationConfig, generate
 from tests.conftest import ROOT, random_model, run_script
 
 
-def test_benchmarks_can_be_imported():
-    scripts = sorted(f"bench.{path.stem}" for path in ROOT.glob("bench/*.py"))
-    assert len([importlib.import_module(name) for name in scripts]) > 10
+@pytest.mark.parametrize("path", sorted(ROOT.glob("bench/*.py")), ids=lambda path: path.stem)
+def test_benchmarks_can_be_imported_and_open_with_their_commands(path):
+    module = importlib.import_module(f"bench.{path.stem}")
+    opens_with_command = re.search(rf"^    \S.* ?bench/{path.name}", module.__doc__, re.MULTILINE)
+    assert bool(opens_with_command) == ("__main__" in path.read_text())
 
 
 def test_transformers_has_the_same_losses():

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from bench.workload import incremental_save
 from common.files import UserError
 from model.bin_files import read_bin
-from tests.hub import incremental_save
 
 STATE = {"matrix": torch.arange(12.0).view(3, 4), "half": torch.arange(5.0).bfloat16(), "scalar": torch.tensor(7.0),
          "whole": torch.arange(6), "transposed": torch.arange(6.0).view(2, 3).T, "part": torch.arange(9.0)[2:5],

@@ -307,11 +307,9 @@ def rehearsed(cfg, past):
 
 def test_rehearsal_samples_every_earlier_task(chain, simp_file):
     cfg, past = TrainConfig(data=str(simp_file), rehearsal=0.05), read_lineage(chain)
-    picked = [item["output"].split() for item in rehearsed(cfg, past)]
-    assert [task for task, _ in picked] == ["simp"] * 2 + ["empd"] * round(0.05 * 112)
-    assert all(int(index) < 40 for task, index in picked if task == "simp")
-    assert len({tuple(pair) for pair in picked}) == len(picked)
-    assert rehearsed(cfg, past) == rehearsed(cfg, past)
+    # 5% of the first 40 items and of all 112; an update that picked others would change the results of a seed
+    assert [item["output"] for item in rehearsed(cfg, past)] == [
+        "simp 32", "simp 7", "empd 78", "empd 105", "empd 92", "empd 74", "empd 97", "empd 6"]
     assert rehearsed(dataclasses.replace(cfg, seed=1), past) != rehearsed(cfg, past)
     assert rehearsed(dataclasses.replace(cfg, rehearsal=0.0), past) == []
     own = dataclasses.replace(cfg, data=past["tasks"][1]["data"])  # a task learned again
