@@ -3,7 +3,6 @@
 Intervals over the items of a single run need them. A line belongs to a checkpoint by its digest, so that the lines of
 several reports can be put into one file, and one file can serve several tables.
 """
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,15 @@ import numpy as np
 
 from analysis.stage_table import DIGITS, digest_of
 from analysis.stages import ItemLosses, Stage
-from common.files import UserError, is_number, parse_json, parsing, read_text
+from common.files import UserError, is_number, json_lines, parse_json, parsing, read_text
 
 ITEMS = "items.jsonl"
 DECIMALS = 4  # of an item's losses, which are sums over its tokens, in nats
 TOLERANCE = 1e-4  # nats per token by which the items may differ from the mean in the table of stages
 
-Key = tuple[str, str, str, str]  # digests of the checkpoint and of its m0, name, digest of the conditions
+# The digests of a checkpoint and of its m0, the name of the losses, and the digest of the other conditions.
+KEY_FIELDS = "checkpoint", "start", "name", "conditions"
+Key = tuple[str, ...]  # their values
 
 
 def losses_key(name: str, losses: ItemLosses) -> Key:
@@ -30,15 +31,15 @@ def losses_key(name: str, losses: ItemLosses) -> Key:
 def item_table(stages: Sequence[Stage]) -> str:
     """The losses by item of all stages, a JSON object in each line. Those of unknown checkpoints are left out, and
     those of which only the mean is known."""
-    lines = {}
+    rows = {}
     for stage in stages:
         for name, losses in stage.losses.items():
             if len(losses.nll) > 1 and losses.digests[0]:
                 key = losses_key(name, losses)
                 kl = None if losses.kl is None else losses.kl.round(DECIMALS).tolist()
-                lines[key] = json.dumps(dict(zip(("checkpoint", "start", "name", "conditions"), key)) | {
-                    "tokens": losses.tokens.astype(int).tolist(), "nll": losses.nll.round(DECIMALS).tolist(), "kl": kl})
-    return "".join(f"{line}\n" for line in lines.values())
+                rows[key] = dict(zip(KEY_FIELDS, key)) | {"tokens": losses.tokens.astype(int).tolist(),
+                                                          "nll": losses.nll.round(DECIMALS).tolist(), "kl": kl}
+    return json_lines(rows.values())
 
 
 def with_items(stages: Sequence[Stage], path: Path) -> list[Stage]:
@@ -81,7 +82,7 @@ def read_items(path: Path) -> dict[Key, ItemLosses]:
                 kl = None if row["kl"] is None else numbers(row["kl"])
                 if not 0 < len(tokens) == len(nll) == len(nll if kl is None else kl):
                     raise ValueError("an item has no tokens or no loss")
-                key = row["checkpoint"], row["start"], row["name"], row["conditions"]
+                key = tuple(row[field] for field in KEY_FIELDS)
                 items[key] = ItemLosses(tokens=tokens, nll=nll, kl=kl, conditions={})
     return items
 
