@@ -19,10 +19,12 @@ from common.files import read_json
 from corpus.prompts import PROMPT, open_template
 from corpus.shards import ShardDataset
 from corpus.tasks import SFTDataset, read_task
+from model.checkpoint import write_checkpoint
 from model.config import ModelConfig
+from model.hub import load_model
 from model.tokenizer import Tokenizer
 from model.transformer import initial_weights
-from tests.conftest import SHAPE, TRAIN_FLAGS, error_line, losses, read_metrics, run_script, sample_texts
+from tests.conftest import SHAPE, TRAIN_FLAGS, error_line, losses, random_model, read_metrics, run_script, sample_texts
 from train import learning_rate, main
 from training.batches import count_tokens, make_microbatches, sample_indices
 from training.engine import run_weights
@@ -205,6 +207,30 @@ def test_the_weights_are_saved_before_examples_are_decoded(train, tmp_path):
         train.decode_examples = fail"""
     assert error_line(train(tmp_path / "run", patch=patch, check=False)) == "error: no examples"
     AutoModelForCausalLM.from_pretrained(tmp_path / "run.partial")
+
+
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_zero_3_saves_models_above_its_limits_of_live_parameters(train, checkpoint, simp_file, tmp_path, trained):
+    """Limits and model are those of DeepSpeed and a 7B, divided by 12,000: the model has 6.7 times as many parameters
+    as may be live. Then evaluations leave parameters behind that are being gathered."""
+    model = random_model(num_hidden_layers=12, hidden_size=64, intermediate_size=172, head_dim=16)
+    (tmp_path / "deep").mkdir()
+    write_checkpoint(tmp_path / "deep", model.config, model.named_parameters(), checkpoint)
+    limits = {"stage3_max_live_parameters": 83_000, "stage3_max_reuse_distance": 83_000, "sub_group_size": 83_000,
+              "stage3_prefetch_bucket_size": 4_200, "reduce_bucket_size": 42_000,
+              "stage3_param_persistence_threshold": 1}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_comm": True, **limits}}))
+    train(tmp_path / "m1", "--max_steps", "2", "--train", trained, "--deepspeed", tmp_path / "ds.json",
+          init=tmp_path / "deep", launcher=2)
+    nll, count, saved = 0.0, 0, load_model(tmp_path / "m1")
+    for ids, first in SFTDataset(read_task(simp_file)[0]["eval"][:6], Tokenizer(checkpoint), 128, 64):
+        ids = torch.from_numpy(ids)
+        with torch.no_grad():
+            logits = saved(ids[None, :-1])[0, first - 1:]
+        nll += torch.nn.functional.cross_entropy(logits, ids[first:], reduction="sum")
+        count += len(ids) - first
+    result = read_json(tmp_path / "m1/run.json")["result"]
+    assert result["eval_loss_after"] == pytest.approx(float(nll / count), rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", ["1", "3"])

@@ -176,6 +176,7 @@ def save_checkpoint(run: Run, engine: "DeepSpeedEngine", directory: Path,
     from all of them, one at a time.
     """
     check_finite_weights(run, engine)
+    release_gathered(engine)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in engine.module.named_parameters():
@@ -199,6 +200,8 @@ def save_checkpoint(run: Run, engine: "DeepSpeedEngine", directory: Path,
 def save_adapter(run: Run, engine: "DeepSpeedEngine") -> None:
     """Writes the adapters in the format of PEFT to `adapter/` in the directory of the run. All ranks take part."""
     directory = run.directory
+    release_gathered(engine)
+
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in run.trained:
             parameter = engine.module.get_parameter(name)
@@ -213,6 +216,16 @@ def save_adapter(run: Run, engine: "DeepSpeedEngine") -> None:
     else:
         for _ in tensors():
             pass
+
+
+def release_gathered(engine: "DeepSpeedEngine") -> None:
+    """Releases the parameters that ZeRO-3 holds whole or is gathering.
+
+    `gathered` cannot gather a parameter that is being gathered already. An evaluation leaves some behind: if a model is
+    above DeepSpeed's limits of live parameters, its last layers begin to gather what a backward pass would need.
+    """
+    if engine.zero_optimization_partition_weights():
+        engine.optimizer.checkpoint_event_prologue()
 
 
 def gathered(engine: "DeepSpeedEngine", parameters: list[torch.nn.Parameter],
