@@ -17,6 +17,18 @@ from training.train_config import TrainConfig, default_zero_stage
 # Switches of DeepSpeed that keep in bf16 what is kept in fp32 here.
 BF16_STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
 
+# Values that a DeepSpeed file cannot change: others change the arithmetic, or the places of weights and moments that
+# zero_shards.py computes, or are not supported.
+FIXED = {
+    "torch_autocast": {"enabled": False}, "prescale_gradients": False, "gradient_predivide_factor": 1.0,
+    "zero_optimization": {
+        "round_robin_gradients": False, "parameter_alignment": False, "legacy_stage1": False, "compute_grad_norm": True,
+        "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
+        "zero_quantized_gradients": False, "offload_optimizer": {"ratio": 1.0, "super_offload": False}}}
+OWN_PARTS = "optimizer", "scheduler", "fp16", "amp"
+NOT_SUPPORTED = ("tensor_parallel", "pipeline", "elasticity", "compression_training", "data_efficiency",
+                 "curriculum_learning", "progressive_layer_drop", "quantize_training", "hybrid_engine")
+
 
 def import_deepspeed(device: torch.device) -> ModuleType:
     """Imports deepspeed, silences it, and prepares the process for training on a device."""
@@ -79,11 +91,11 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},  # which waits for the GPU before and after every micro-step
     }
     problems = contradictions(given, own | {"train_batch_size": cfg.global_batch_size,
-                                            "gradient_clipping": cfg.max_grad_norm})
+                                            "gradient_clipping": cfg.max_grad_norm}) + contradictions(given, FIXED)
     given.pop("train_batch_size", None)  # DeepSpeed would derive from it how many micro-steps to wait for
     given.pop("steps_per_print", None)  # import_deepspeed silences these lines
-    problems += [f"{name} is set, but train.py has its own" for name in ("optimizer", "scheduler", "fp16", "amp")
-                 if name in given and given[name] != {"enabled": False}]
+    problems += [f"{name} is set, but train.py has its own" for name in OWN_PARTS if is_on(given, name)]
+    problems += [f"{name} is set, which train.py does not support" for name in NOT_SUPPORTED if is_on(given, name)]
     problems += [f"bf16.{name} is set, but master weights and moments are kept in fp32" for name in BF16_STATES
                  if section(given, "bf16").get(name)]
     problems += [f"zero_optimization.{name}.device is nvme, expected cpu: weights and moments are saved from memory"
@@ -92,6 +104,11 @@ def deepspeed_config(cfg: TrainConfig) -> dict[str, Any]:
     if problems:
         raise UserError(f"{path} contradicts the run's settings: {'; '.join(problems)}")
     return merge(given, own)
+
+
+def is_on(given: Mapping[str, Any], name: str) -> bool:
+    """Whether a DeepSpeed file has a part that is not switched off; "auto", as in templates, leaves it off."""
+    return name in given and section(given, name).get("enabled", True) not in (False, "auto")
 
 
 def section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:

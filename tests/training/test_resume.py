@@ -397,9 +397,17 @@ def test_the_state_of_a_finished_run_is_removed(train, uninterrupted):
     ({"zero_optimization": "stage 2"}, "zero_optimization is 'stage 2', expected an object with a stage from 0 to 3"),
     ({"zero_optimization": {"stage": 7}}, "expected an object with a stage from 0 to 3"),
     ({"zero_optimization": {"stage": 1, "reduce_buckets": 5}}, "DeepSpeed does not accept its configuration: "),
-    ({"gradient_predivide_factor": "x", "flops_profiler": {"enabled": []}}, "DeepSpeed does not accept"),
-    ({"gradient_predivide_factor": []}, "gradient_predivide_factor is [], expected a number"),
-    ({"prescale_gradients": "yes"}, "prescale_gradients is 'yes', expected true or false"),
+    ({"flops_profiler": {"enabled": []}}, "DeepSpeed does not accept"),
+    ({"memory_breakdown": "yes"}, "memory_breakdown is 'yes', expected true or false"),
+    ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0 there and 1.0 by the run's settings"),
+    ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled is True there and False"),
+    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+     "zero_optimization.round_robin_gradients is True there and False by the run's settings"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size is 2 there and 1 by"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+     "zero_optimization.offload_optimizer.ratio is 0.5 there and 1.0 by the run's settings"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is set, which train.py does not support"),
+    ({"fp16": {"enabled": True}}, "fp16 is set, but train.py has its own"),
 ])
 def test_a_deepspeed_file_that_contradicts_the_run_is_refused(refusal, checkpoint, simp_file, tmp_path,
                                                                content, message):
@@ -432,7 +440,9 @@ def test_the_clipping_in_a_deepspeed_file_may_be_that_of_the_settings(zero, tmp_
 def test_your_own_deepspeed_file(train, uninterrupted, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps({
         "train_batch_size": "auto", "bf16": {"enabled": "auto"}, "steps_per_print": {},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": "auto"}}))
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": "auto",
+                              "round_robin_gradients": False}}))
     train(tmp_path / "m1", "--deepspeed", tmp_path / "ds.json", launcher=2)
     assert json.loads((tmp_path / "m1/run.json").read_text())["settings"]["zero"] == 2
     assert losses(tmp_path / "m1") == pytest.approx(losses(uninterrupted), rel=2e-6)
