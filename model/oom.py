@@ -9,8 +9,10 @@ import torch
 
 from common.files import UserError, first_line
 
-# What other errors say: torch's allocator on a CPU, pinned host memory or CUDA itself, and cuBLAS.
-OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+# What other errors say, in lower case: torch's allocator on a CPU and the system; pinned host memory, CUDA, its driver
+# and NCCL; cuBLAS and cuDNN.
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "cublas_status_alloc_failed",
+                 "cudnn_status_alloc_failed")
 
 
 def available_memory() -> float:
@@ -26,7 +28,7 @@ def available_memory() -> float:
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that the memory of the GPU or the machine is exhausted."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
-        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pipeline import chain
 from pipeline.jobs import split_words
 
 TORCHRUN = ".venv/bin/torchrun"
+SHUTDOWN_TIMEOUT = "1800"  # seconds that processes have to end their step and save their state, by default 30
 
 # All variables of make.
 VARIABLES = ("ARGS", "CHECKPOINT", "CONTROLS", "DRY_RUN", "EFFECT", "EVAL_SIZE", "FILES", "GPU_MEMORY", "GPU_MODEL",
@@ -158,7 +159,8 @@ class Variables:
     @property
     def torchrun(self) -> list[str]:
         """The words before a script that several processes run; empty for one process."""
-        return [] if int(self.nproc) == 1 else [TORCHRUN, "--standalone", "--nproc_per_node", self.nproc]
+        return [] if int(self.nproc) == 1 else [
+            TORCHRUN, "--standalone", "--shutdown-timeout", SHUTDOWN_TIMEOUT, "--nproc_per_node", self.nproc]
 
     @property
     def stages(self) -> list[chain.FinetuneStage]:

@@ -52,7 +52,8 @@ class GlobalBatch:
 @lru_cache(maxsize=8)  # a step may read several streams, at the ends of their epochs two orders each
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of the samples in one epoch, a function of the three arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(size)
+    order = np.random.default_rng([seed, epoch]).permutation(size)
+    return order.astype(np.min_scalar_type(size))  # of 300B tokens in samples of 2,048 0.6 GB instead of 1.2 GB
 
 
 def sample_indices(seed: int, size: int, start: int, stop: int) -> list[int]:

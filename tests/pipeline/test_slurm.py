@@ -84,6 +84,19 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_continues(cluster, chec
     assert losses(out) == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("script", ["train", "pretrain"])
+def test_a_job_is_not_queued_again_for_ever(cluster, tmp_path, monkeypatch, script):
+    """As where every start takes longer than the time limit."""
+    (tmp_path / "stopped").write_text("#!/bin/sh\nexit 75\n")
+    (tmp_path / "stopped").chmod(0o755)
+    shutil.copy(tmp_path / "stopped", tmp_path / "srun")
+    for name, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": tmp_path / "stopped"}.items():
+        monkeypatch.setenv(name, str(value))
+    for restarts, calls in ((99, 1), (100, 1)):
+        assert batch(f"configs/slurm/{script}.sbatch", SLURM_RESTART_COUNT=str(restarts)).returncode == 75
+        assert cluster.read_text() == calls * f"scontrol requeue {JOB}\n"
+
+
 def test_pretraining_in_one_job(cluster, tokenizer_dir, tmp_path):
     text, out = shutil.copytree(tokenizer_dir, tmp_path / "text"), tmp_path / "llm"
     write_shards(text, [f"{n} is a number." for n in range(900)], Tokenizer(tokenizer_dir), {"source": "x"})

@@ -26,6 +26,8 @@ ENVIRON = {name: value for name, value in os.environ.items()
 
 MODELS = "expected one of llm, base, stack, interleave, middle, solar"
 
+TORCHRUN_WORDS = "torchrun --standalone --shutdown-timeout 1800 --nproc_per_node"
+
 
 def make(*words, check=True, **environment):
     """Runs make without running the commands of the target."""
@@ -105,7 +107,7 @@ def test_a_task_may_come_again():
 def test_pretraining_and_the_study_call_their_scripts(tmp_path):
     text = commands("pretrain", MODEL="llm", NPROC="2", ARGS="--seed 3", TEXT=f"{tmp_path}")[-1]
     assert f"pretrain.py --size tiny --model llm --data {tmp_path} --out runs/tiny/llm" in text
-    assert "--launcher '.venv/bin/torchrun --standalone --nproc_per_node 2' '--args=--seed 3'" in text
+    assert f"--launcher '.venv/bin/{TORCHRUN_WORDS} 2' '--args=--seed 3'" in text
     text = commands("growth-study", SIZE="small", SEEDS="1,2", ARGS="--dry_run")[-1]
     assert ("-m pipeline.growth_study --size small --data data/text/small --out runs/small/growth-study --seeds 1,2 "
             "--dry_run") in text
@@ -141,7 +143,7 @@ def test_evaluation_of_a_stage_and_of_a_checkpoint(tmp_path):
     ran = scripts("evaluate", CHECKPOINT="some/dir", SUITE="local", FILES="my/files", TASKS="", NPROC="2")
     assert ran == [("evaluate", "")]
     text = commands("evaluate", CHECKPOINT="some/dir", SUITE="none", TASKS="simp", NPROC="2")[-1]
-    assert "torchrun --standalone --nproc_per_node 2 evaluate.py --checkpoint some/dir" in text
+    assert f"{TORCHRUN_WORDS} 2 evaluate.py --checkpoint some/dir" in text
     assert "--suite none" in text
     assert "--text" not in text
 
@@ -175,7 +177,7 @@ def test_arguments_of_an_evaluation_are_not_those_of_training(tmp_path, monkeypa
 def test_the_experiment_and_its_report():
     text = commands("experiment", SEEDS="1,2", NPROC="2")[-1]
     assert text.endswith("experiment.py --size tiny --data data/prepared/sample --out runs/tiny --suite sample --text "
-                         "data/text/tiny --seeds 1,2 --launcher '.venv/bin/torchrun --standalone --nproc_per_node 2'")
+                         f"data/text/tiny --seeds 1,2 --launcher '.venv/bin/{TORCHRUN_WORDS} 2'")
     text = commands("experiment", SIZE="", RUNS="runs/x", INIT_LLM="a", INIT_STACK="b", RAW="my/raw",
                     ORDER="simp exp simp", SUITE="local", FILES="my/files")[-1]
     assert text.endswith("experiment.py --data data/prepared/raw --out runs/x --suite local --order simp,exp,simp "
@@ -202,7 +204,7 @@ def test_published_weights_come_from_the_hub(tmp_path):
     lines = commands("train", SIZE="7b", OUT=f"{tmp_path}/7b", NPROC="8")
     assert lines[0].endswith("data_prep.py hub --task simp --output_path data/raw")
     assert lines[2].endswith(f"-m model.hub --source llm-stacking/StackLLM_7B_300BToken --out {tmp_path}/7b/m0")
-    assert ("torchrun --standalone --nproc_per_node 8 train.py --config configs/train/finetune.toml --size 7b"
+    assert (f"{TORCHRUN_WORDS} 8 train.py --config configs/train/finetune.toml --size 7b"
             in lines[3])
     assert "pretrain.py --size 7b" in commands("pretrain", SIZE="7b", HUB="")[-1]
     (tmp_path / "7b/m0").mkdir(parents=True)
