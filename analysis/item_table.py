@@ -1,7 +1,7 @@
 """The losses of single items (`items.jsonl`), which a report writes next to the table of stages.
 
 Intervals over the items of a single run need them. A line belongs to a checkpoint by its digest, so that the lines of
-several reports can be put into one file, and one file can serve several tables.
+several reports can be put into one file.
 """
 from collections.abc import Sequence
 from dataclasses import replace

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.item_table import with_items
 from analysis.measures import DECREASE, LEARNING, PRIMARY
 from analysis.method_interaction import interaction_section
 from analysis.method_plane import (
@@ -29,7 +30,7 @@ from analysis.method_plane import (
     points_of,
     start_point,
 )
-from analysis.pair_tables import answer, signed
+from analysis.pair_tables import answer, signed, with_interval
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
 from common import scripts
@@ -349,3 +350,17 @@ def test_methods_at_equal_learning_are_those_of_their_table():
     assert gaps == sorted(gaps)
     said = ", ".join(f"`{point.method}` {point.rate}" for point in pareto_front(of_all))
     assert f"By this mean, the front is {said}: " in " ".join((ROOT / "docs/methods.md").read_text().split())
+
+
+def test_differences_to_the_repeated_runs_are_those_of_their_table():
+    folder = ROOT / "docs/methods/repeated"
+    stages = with_items(read_stage_table(folder / "stages.csv"), folder / "items.jsonl")
+    study = method_study(stages, "llm", "finetune")
+    rows = re.findall(r"\| `(\w+)` \| ([\d.e-]+(?:, [\d.e-]+)*) \| ([^|]+) \| ([^|]+) \| third \|",
+                      (ROOT / "docs/methods.md").read_text())
+    assert sorted(method for method, *_ in rows) == sorted(set(study.models) - {"finetune"})
+    for method, rates, losses, difference in rows:
+        assert study.curve(PRIMARY, 0, method, 3)[2] == rates.split(", ")
+        assert compared_at(study, method, PRIMARY) == losses
+        assert with_interval(gap_of(study, method, PRIMARY)) == difference
+        assert "[" in difference
