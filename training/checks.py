@@ -1,11 +1,12 @@
 """The checks of a training run: everything that it depends on is resolved once, before anything is loaded."""
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.distributed import Distributed
+from common.dtypes import TORCH_DTYPES
 from common.files import UserError, digest, json_digest
 from common.formatting import format_names
 from common.metrics_log import check_services
@@ -75,7 +76,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> CheckedRun | None:
     check_services(cfg.tensorboard, cfg.wandb)
     check_kind_of_data(cfg)
     training_digest = data_digest(cfg.data)
-    cfg = resolve_choices(cfg, dist.world_size)
+    cfg = resolve_choices(with_recorded_dtype(cfg), dist.world_size)
     if is_finished_without_source(cfg, training_digest):
         return None
     if cfg.task:
@@ -101,6 +102,14 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> CheckedRun | None:
     record["id"] = json_digest(record)
     return CheckedRun(cfg=cfg, lineage=lineage, record=record, trained=trained, layer_map=layer_map,
                       first_sample=first_sample(cfg, training_digest, lineage), earlier_tasks=tuple(earlier))
+
+
+def with_recorded_dtype(cfg: TrainConfig) -> TrainConfig:
+    """The settings, with `dtype` instead of "auto" as a finished run in the same place has it: this machine, such as a
+    cluster's login node, may have another default."""
+    finished = cfg.dtype == "auto" and Path(cfg.out).exists()
+    dtype = read_record(cfg.out).get("settings", {}).get("dtype") if finished else None
+    return replace(cfg, dtype=dtype) if dtype in TORCH_DTYPES else cfg
 
 
 def check_kind_of_data(cfg: TrainConfig) -> None:

@@ -383,6 +383,11 @@ def test_the_state_of_a_finished_run_is_removed(train, uninterrupted):
     assert not (uninterrupted / "resume").exists()
 
 
+def test_a_finished_run_is_finished_on_machines_with_another_default_dtype(train, uninterrupted):
+    patch = "import torch; torch.cpu.get_capabilities = lambda: {'bf16': True}"
+    assert "is finished already" in train(uninterrupted, "--dtype", "auto", patch=patch).stdout
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
      "bf16.enabled is True there and False by the run's settings"),
