@@ -25,8 +25,9 @@ from analysis.method_interaction import interaction_section, left_out_of_interac
 from analysis.method_plane import finished_methods, left_out_of_plane, method_study, plane_section
 from analysis.method_tables import compare_methods
 from analysis.pages import markdown_image, markdown_list, write_pages
+from analysis.pair_answer import answer
 from analysis.pair_figures import plot_pairs
-from analysis.pair_tables import answer, pair_sections
+from analysis.pair_tables import pair_sections
 from analysis.pairs import Study
 from analysis.record import ModelPair, Record, records_by_method
 from analysis.record_figures import plot_record

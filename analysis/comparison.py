@@ -130,8 +130,8 @@ def conditions_of(group: Group) -> dict[tuple[str, str], Conditions]:
 
 
 def without_pairs_behind(*groups: Group) -> tuple[Group, ...]:
-    """Groups of the same chains without the pairs that are behind: those of which all groups have results of fewer
-    stages than of another pair."""
+    """Drops the pairs that are behind, from groups of the same chains: those with fewer stages of which all groups have
+    results than another pair."""
     stages = {key: len(set.intersection(*({number for number, _, _ in places_of(group[key])} for group in groups)))
               for key in groups[0]}
     fewest = {pair: min(count for key, count in stages.items() if key[0] == pair) for pair, _ in stages}

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.contrasts import matched_difference
+from analysis.difference_text import p_text, range_text, with_interval
 from analysis.inference import PairedDifference, holm
 from analysis.matching import match
 from analysis.method_plane import difference_of, has_results
-from analysis.pair_tables import p_text, range_text, with_interval
 from analysis.pairs import Study
 from analysis.record import ModelPair
 from analysis.stages import method_title

@@ -13,9 +13,9 @@ import numpy as np
 
 from analysis.comparison import training_minutes
 from analysis.contrasts import Contrast, Difference
+from analysis.difference_text import p_text, range_text, with_interval
 from analysis.inference import ALPHA, PairedDifference, holm
 from analysis.measures import ItemValues, losses_at, task_at
-from analysis.pair_tables import p_text, range_text, with_interval
 from analysis.pairs import Study
 from analysis.stages import Stage, method_title
 from analysis.tables import Section, table_of_values

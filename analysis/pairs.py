@@ -141,8 +141,9 @@ class Study:
                                  f"fine-tuning seed {seed} is not used, since {place_text(*lacking)} lacks it")
             for place, own in seeds.items():
                 if lost := sorted(shared - own):
-                    self._drop_seeds(pair, own, [place], f"{place_text(*place)} is not used, since it lacks the "
-                                                         f"fine-tuning seeds {', '.join(map(str, lost))}")
+                    lacking_seeds = f"fine-tuning seed{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+                    self._drop_seeds(pair, own, [place],
+                                     f"{place_text(*place)} is not used, since it lacks the {lacking_seeds}")
 
     def _drop_seeds(self, pair: int, seeds: Iterable[int], places: Iterable[tuple[str, str]], reason: str) -> None:
         """Drops the chains of fine-tuning seeds, of a model at a learning rate each, and notes the reason."""

@@ -117,6 +117,6 @@ def alpaca_prompt(source: str) -> str:
     return source if source.rstrip().endswith(RESPONSE) else PROMPT.format(source=source)
 
 
-# How a source becomes a prompt, and the text of the prompt after the source, see PromptTemplate.
+# `render` and `ending` of the templates without a chat, see PromptTemplate.
 WITHOUT_CHAT: dict[TemplateName, tuple[Callable[[str], str], str | None]] = {
     "alpaca": (alpaca_prompt, "\n\n" + RESPONSE), "plain": (lambda source: source, None)}

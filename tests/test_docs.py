@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.difference_text import signed, with_interval
 from analysis.item_table import with_items
 from analysis.measures import DECREASE, LEARNING, PRIMARY
 from analysis.method_interaction import interaction_section
@@ -30,7 +31,7 @@ from analysis.method_plane import (
     points_of,
     start_point,
 )
-from analysis.pair_tables import answer, signed, with_interval
+from analysis.pair_answer import answer
 from analysis.pairs import Study
 from analysis.stage_table import read_stage_table
 from common import scripts

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import report
-from analysis import method_figures, method_plane, pair_tables
+from analysis import method_figures, method_plane
+from analysis.difference_text import p_text
 from analysis.inference import PairedDifference, t_quantile
 from analysis.measures import item_values, pool, weighted_sum
 from analysis.method_figures import plot_planes
@@ -161,9 +162,9 @@ def test_the_differences_of_effects_are_corrected_for_their_number(folder):
                   for effects in method_effects((studies["stack"], studies["llm"]), method, RISE).values()]
         p_values[method] = PairedDifference(tuple(values)).p
     assert {method: row[4] for method, row in rows.items()} == {
-        method: pair_tables.p_text(p) for method, p in p_values.items()}
+        method: p_text(p) for method, p in p_values.items()}
     assert {method: row[5] for method, row in rows.items()} == {
-        method: pair_tables.p_text(2 * p if p == min(p_values.values()) else max(p_values.values()))
+        method: p_text(2 * p if p == min(p_values.values()) else max(p_values.values()))
         for method, p in p_values.items()}
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import report
-from analysis import pair_tables, record_figures
+from analysis import pair_answer, record_figures
+from analysis.difference_text import with_interval
 from analysis.inference import PairedDifference
 from analysis.measures import write_primary
-from analysis.pair_tables import with_interval
 from analysis.pairs import Study
 from analysis.record import Record
 from analysis.results import read_runs
@@ -83,7 +83,7 @@ def test_an_interval_has_as_many_decimals_as_it_tells(values, text):
 
 def test_a_null_result_says_what_would_have_been_found(tmp_path):
     study = Study(read_runs(write_study(tmp_path / "runs", effect=0.0)), "stack", "llm")
-    answer, uncertainty, *_ = pair_tables.answer(study, "rise of held-out loss", 0.02)
+    answer, uncertainty, *_ = pair_answer.answer(study, "rise of held-out loss", 0.02)
     assert answer.startswith("stack and llm cannot be told apart: ")
     assert re.search(r"a true difference of (0\.\d+) nats/token \((0\.\d+) to (0\.\d+), as far as 4 pairs tell their "
                      r"spread\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to ([\d,]+)\)", uncertainty)
@@ -193,7 +193,7 @@ def test_unequal_flops_are_told(tmp_path):
         for model, value in (("llm", 1.0e15), ("stack", flops)):
             for path in runs.glob(f"pair-*/{model}/m0/run.json"):
                 path.write_text(json.dumps(read_json(path) | {"lineage": {"flops": value}}))
-        lines = pair_tables.answer(Study(read_runs(runs), "stack", "llm"), "rise of held-out loss", 0.05)
+        lines = pair_answer.answer(Study(read_runs(runs), "stack", "llm"), "rise of held-out loss", 0.05)
         assert ("The FLOPs before fine-tuning are not equal: stack 2e+15, llm 1e+15." in lines) == said
         assert ("at equal FLOPs and one learning rate" in lines[0]) == (not said)
 

@@ -311,7 +311,7 @@ def test_a_control_without_a_seed_of_the_compared_models_is_left_out(tmp_path):
     expected = study_of(write_study(tmp_path / "one", pairs=(1, 2))).main_difference(name)
     assert first.by_pair[1].value == pytest.approx(expected.by_pair[1].value + 0.5)
     assert list(second.by_pair) == [2]
-    assert study.left_out == [f"pair 1: base at the rate {rate} is not used, since it lacks the fine-tuning seeds 43"
+    assert study.left_out == [f"pair 1: base at the rate {rate} is not used, since it lacks the fine-tuning seed 43"
                               for rate in RATES]
 
 

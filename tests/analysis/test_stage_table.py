@@ -7,7 +7,7 @@ import pytest
 
 import report
 from analysis.measures import DECREASE, LEARNING
-from analysis.pair_tables import has_equal_flops
+from analysis.pair_answer import has_equal_flops
 from analysis.pairs import Study
 from analysis.results import read_runs
 from analysis.stage_table import COLUMNS, read_stage_table, stage_table
