@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.workload import SimpBenchConfig, small_checkpoint
 from common.configs import ROOT
+from common.dtypes import resolve_dtype
 from common.files import UserError, read_text
 from common.scripts import run
 from common.settings import setting
@@ -49,11 +50,16 @@ class RunAllConfig(SimpBenchConfig):
 
 
 def benchmark_flags(cfg, checkpoint):
-    """The flags of each benchmark."""
+    """The flags of each run of each benchmark: fine-tuning and decoding run in all dtypes that the hardware
+    multiplies."""
     weights, files = ["--checkpoint", checkpoint], ["--files", cfg.files] if cfg.files else []
-    return {"finetuning": ["--data", cfg.data, *weights], "pretraining_speed": [], "scaling": [],
-            "decoding": ["--data", cfg.data, *weights], "scoring": [*weights, *files], "long_scoring": [],
-            "startup": ["--folder", cfg.folder], "published_steps": []}
+    data, bf16 = ["--data", cfg.data, *weights], resolve_dtype("auto") == "bf16"
+    in_bf16 = [[*data, "--dtype", "bf16"]] if bf16 else []
+    return {"finetuning": [*in_bf16, [*data, "--dtype", "fp32", "--samples", 128]],
+            "pretraining_speed": [[]], "scaling": [[]],
+            "decoding": [data, *([[*data, "--dtype", "bfloat16"]] if bf16 else [])],
+            "scoring": [[*weights, *files]], "long_scoring": [[]],
+            "startup": [["--folder", cfg.folder]], "published_steps": [[]]}
 
 
 def describe_machine():
@@ -73,6 +79,17 @@ def written_by_hand(text):
     return next((text[found.start():] for found in headings if found[1] not in TITLES.values()), "")
 
 
+def run_script(command):
+    """Runs a benchmark and shows its output. Returns the output and whether the benchmark succeeded."""
+    print(shlex.join(command), flush=True)
+    text = ""
+    with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            text += line
+    return text + (f"ended with status {process.returncode}\n" if process.returncode else ""), not process.returncode
+
+
 def main(cfg):
     """Runs the benchmarks and writes the file."""
     flags = benchmark_flags(cfg, cfg.checkpoint or small_checkpoint(cfg.folder))
@@ -82,24 +99,20 @@ def main(cfg):
     failed, out = [], Path(cfg.out)
     partial = out.with_name(f"{out.name}.partial")  # an interrupted run leaves the results so far
     for name in cfg.only:
-        command = ["python", f"bench/{name}.py", *map(str, flags[name])]
-        print(shlex.join(command), flush=True)
-        text = ""
-        with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                text += line
-        if process.returncode:
-            text += f"ended with status {process.returncode}\n"
-            failed.append(name)
-        pages.append(f"\n## {TITLES[name]}\n\n```\n$ {shlex.join(command)}\n{text}```\n")
-        write_text(partial, "".join(pages))
+        pages.append(f"\n## {TITLES[name]}\n")
+        for arguments in flags[name]:
+            command = ["python", f"bench/{name}.py", *map(str, arguments)]
+            text, succeeded = run_script(command)
+            if not succeeded:
+                failed.append(shlex.join(command))
+            pages.append(f"\n```\n$ {shlex.join(command)}\n{text}```\n")
+            write_text(partial, "".join(pages))
     kept = written_by_hand(read_text(out)) if out.exists() else ""
     write_text(partial, "".join(pages) + ("\n" + kept if kept else ""))
     partial.replace(out)
     print(f"results: {out}")
     if failed:
-        raise UserError(f"{', '.join(failed)} failed, with the messages above; {out} has the results of the others")
+        raise UserError(f"{'; '.join(failed)}: failed, with the messages above; {out} has the results of the others")
 
 
 if __name__ == "__main__":
