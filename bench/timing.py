@@ -12,6 +12,7 @@ from tqdm import tqdm
 from bench.workload import make_run
 from common.distributed import Distributed
 from common.files import UserError
+from model.linear import linear
 from train import train_step
 from training.batches import count_tokens
 from training.engine import build_engine, build_model
@@ -33,10 +34,10 @@ def synchronize():
 
 
 def matrix_rate(device, dtype, repeats=20):
-    """FLOP/s of a large square matrix product: the median of several."""
+    """FLOP/s of a large square matrix product, by the library that the model uses: the median of several."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.rand(size, size, device=device, dtype=dtype)
-    return 2 * size ** 3 / statistics.median(timed(torch.matmul, a, a)[0] for _ in range(repeats))
+    return 2 * size ** 3 / statistics.median(timed(linear, a, a)[0] for _ in range(repeats))
 
 
 def read_rate(size=1 << 30, repeats=5):
@@ -107,7 +108,8 @@ def compare(variants, batches, warm_up, dtype, config, rounds=2):
 def operator_group(event, vocab_size):
     """The part of a training step to which an operator's own time belongs."""
     name, shapes, parent = event.name, [shape for shape in event.input_shapes or [] if shape], event.cpu_parent
-    is_product = name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_mkldnn_linear")
+    is_product = name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_mkldnn_linear",
+                          "mkldnn::_linear_pointwise")
     while parent:
         if "AccumulateGrad" in parent.name:
             return "DeepSpeed: gradients"
@@ -141,7 +143,7 @@ def profile_steps(cfg, config, batches):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
             seconds = sum(timed(train_step, bench_run, engine, [samples])[0] for samples in batches[1:]) / num_steps
         for event in profiled.events():
-            if event.name.startswith("aten::"):
+            if event.name.startswith(("aten::", "mkldnn::")):
                 spent[operator_group(event, config.vocab_size)] += event.self_cpu_time_total / 1e6 / num_steps
     spent["between operators: Python, DeepSpeed, autograd"] = seconds - sum(spent.values())
     tokens = sum(count_tokens(samples)[0] for samples in batches[1:]) / num_steps

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import UserError
 from common.writing import write_json
 from model.checkpoint import NamedTensors, write_safetensors
 from model.config import ModelConfig
-from model.linear import Linear
+from model.linear import Linear, linear
 from model.posterior import named_generator
 from model.transformer import Transformer, parameter_shapes
 
@@ -47,7 +46,7 @@ class AdaptedLinear(Linear):
         self.scale = lora.alpha / lora.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return super().forward(x) + self.scale * linear(linear(x, self.lora_A), self.lora_B)
 
     def merged(self) -> Tensor:
         """Returns the weight [O, I] with the update added to it, in its dtype; the sum is computed in fp32."""

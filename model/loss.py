@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.linear import Linear
+from model.linear import Linear, linear
 
 IGNORE_INDEX = -100  # marks a position without a target, as in F.cross_entropy
 
@@ -42,11 +42,11 @@ class FusedLinearLoss(torch.autograd.Function):
         loss, hidden_grads = torch.zeros((), device=hidden.device), []
         weight_grad: torch.Tensor | None = None
         for states, target in zip(hidden.split(rows), targets.split(rows)):  # target: n, with a teacher n C
-            log_q = F.linear(states, weight).float().log_softmax(-1)  # n V
+            log_q = linear(states, weight).float().log_softmax(-1)  # n V
             if teacher_weight is None:
                 loss -= log_q.gather(1, target[:, None]).sum()
             else:
-                log_p = F.linear(target, teacher_weight).float().log_softmax(-1)  # n V
+                log_p = linear(target, teacher_weight).float().log_softmax(-1)  # n V
                 loss += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
             if not needs_grad:
                 continue
@@ -54,7 +54,7 @@ class FusedLinearLoss(torch.autograd.Function):
             grad = grad.scatter_add_(1, target[:, None], torch.full_like(grad[:, :1], -1.0)) \
                 if teacher_weight is None else grad.sub_(log_p.exp_())
             grad = grad.to(states.dtype)
-            hidden_grads.append(grad @ weight)
+            hidden_grads.append(linear(grad, weight.T))
             if not needs_weight_grad:
                 continue
             if weight_grad is None:

@@ -1,4 +1,4 @@
-"""Packed weights compared with plain products."""
+"""The kernels of linear layers compared with plain products."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,62 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def layer():
     torch.manual_seed(0)
     return Linear(48, 80).requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 300, 48), (300, 2, 48), (2, 0, 48)])
+@pytest.mark.parametrize("trained", ["x", "weight", "bias", "all"])
+def test_fp32_by_onednn_has_the_gradients_of_a_product_in_fp64(layer, shape, trained, monkeypatch):
+    monkeypatch.setattr(linear, "FP32_BY_ONEDNN", True)
+    torch.manual_seed(1)
+    x, coefficients = torch.randn(shape), torch.randn(*shape[:-1], 80)
+    if len(shape) == 3:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)  # as the views of attention are
+    ours = {"x": x, "weight": layer.weight.data, "bias": layer.bias.data}
+    exact = {name: tensor.double() for name, tensor in ours.items()}
+    for tensors in (ours, exact):
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(trained in (name, "all"))
+    y, expected = linear.linear(*ours.values()), F.linear(*exact.values())
+    assert y.grad_fn.name() == "OneDNNLinearBackward" or not x.numel()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    ((y * coefficients).sum() + y.sum()).backward()  # a sum's gradient is one number, expanded
+    ((expected * coefficients).sum() + expected.sum()).backward()
+    for name, tensor in ours.items():
+        if trained in (name, "all"):
+            torch.testing.assert_close(tensor.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-4)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_left_to_pytorch(layer, dtype, monkeypatch):
+    monkeypatch.setattr(linear, "FP32_BY_ONEDNN", True)
+    layer, x = layer.to(dtype), torch.randn(5, 48, dtype=dtype)
+    layer.weight.requires_grad_()
+    assert layer(x).grad_fn.name() == "AddmmBackward0"
+
+
+def test_compiled_code_has_no_call_of_onednn(layer, monkeypatch):
+    """PyTorch's compiler cannot call it on weights that training changes."""
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    graphs: list[str] = []
+    monkeypatch.setattr(linear, "FP32_BY_ONEDNN", True)
+    layer.weight.requires_grad_()
+    y = torch.compile(layer, backend=backend, fullgraph=True)(torch.ones(5, 48))
+    assert y.grad_fn.name() == "AddmmBackward0"
+    assert "linear(" in graphs[0]
+    assert "mkldnn" not in graphs[0]
+
+
+def test_second_derivatives_are_refused(layer, monkeypatch):
+    monkeypatch.setattr(linear, "FP32_BY_ONEDNN", True)
+    x = torch.randn(5, 48, requires_grad=True)
+    gradient, = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (16, 1, 48), (2, 300, 48), (0, 3, 48)])
