@@ -12,6 +12,7 @@ The memory's bound is the time that reading the weights and the used columns of 
 the rate at which this machine reads memory. The bound of both is at least the time of each step's products at the rate
 of large ones. The pass over the prompts, attention and all else come on top.
 """
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -112,7 +113,7 @@ def output_difference(model, prompt, outputs, decoding, eos):
 
 
 def main(cfg):
-    """Prints the rates of each mode, their ratios, and every difference."""
+    """Prints the rates of each mode, their ratios, and the differences."""
     dtype, tokenizer = getattr(torch, cfg.dtype), Tokenizer(cfg.checkpoint)
     items = read_task(cfg.data)[0]["test"][:cfg.samples]
     prompts = open_template("alpaca", tokenizer).encode_prompts([item["input"] for item in items], 1024)
@@ -154,10 +155,12 @@ def main(cfg):
         different = [i for i in range(len(prompts)) if outputs[first][i] != outputs[same][i]]
         print(f"  equal to transformers: {len(prompts) - len(different)} of {len(prompts)}; equal in both of our "
               f"batchings: {sum(a == b for a, b in zip(outputs[same], outputs[full]))}")
-        for i in different:
-            gap = output_difference(baseline, prompts[i], (outputs[same][i], outputs[first][i]), decoding, eos)
+        gaps = [output_difference(baseline, prompts[i], (outputs[same][i], outputs[first][i]), decoding, eos)
+                for i in different]
+        if gaps:
             quantity = "score, ours minus transformers'" if decoding.num_beams > 1 else "difference of the logits"
-            print(f"  prompt {i} differs: {quantity} {gap:.2e}", flush=True)
+            print(f"  {quantity} where they differ: {statistics.fmean(gaps):.1e} in the mean, {min(gaps):.1e} to "
+                  f"{max(gaps):.1e}", flush=True)
 
 
 if __name__ == "__main__":
