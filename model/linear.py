@@ -1,7 +1,7 @@
 """Linear layers, and the kernels that compute them on CPUs.
 
-PyTorch multiplies fp32 matrices by MKL, which uses AVX-512 on Intel's CPUs only. On others, oneDNN's kernels are twice
-as fast (PyTorch 2.13 uses them for bf16 alone).
+PyTorch's packages for x86 multiply fp32 matrices by MKL, which uses AVX-512 on Intel's CPUs only. On others, oneDNN's
+kernels are twice as fast (PyTorch 2.13 uses them for bf16 alone).
 
 A matrix product usually copies the weights to the layout of its kernel. With the few rows of a decoding step this takes
 longer than the arithmetic, so that decoding uses weights in the layout of oneDNN's kernels.
