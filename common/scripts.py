@@ -26,21 +26,29 @@ def run(commands: Commands, description: str | None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding that lacks a character must not end a run
-    status: Any = 0
     try:
-        dispatch(commands, description or "")
-    except SystemExit as exit:
-        status = exit.code or 0
+        status = exit_status(commands, description or "")
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os._exit(128 + signal.SIGPIPE)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def exit_status(commands: Commands, description: str) -> int:
+    """Runs a script as `dispatch` does, and returns the status to end with; prints the traceback of a bug."""
+    try:
+        dispatch(commands, description)
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else bool(exit.code)
+    except BrokenPipeError:
+        raise
     except Exception as error:  # a bug
         end_if_interrupted(error)  # or Ctrl-C, wrapped by a library
         traceback.print_exc()
         print(f"error on rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        return 1
+    return 0
 
 
 def dispatch(commands: Commands, description: str) -> None:

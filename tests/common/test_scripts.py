@@ -1,4 +1,5 @@
 """The end of scripts: exit status and messages."""
+import os
 import signal
 import subprocess
 import sys
@@ -50,10 +51,11 @@ def test_invalid_flags_are_told_by_one_process(monkeypatch, capsys, environment,
     assert bool(message) == bool(expected)
 
 
-def test_a_closed_output_ends_a_script_without_a_message():
-    """As `head` closes it."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_output_ends_a_script_without_a_message(unbuffered):
+    """As `head` closes it, whether Python writes each line at once or all at the end."""
     with subprocess.Popen([sys.executable, "data_prep.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 128 + signal.SIGPIPE
