@@ -115,8 +115,8 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
     if not state.step:
         state.eval_loss_before = state.eval_loss_after = evaluate_and_log(run, engine, data.eval, state, log)
         state.text_loss_before = evaluate_and_log(run, engine, data.held_out, state, log, "text_loss")
-    run.request.defers = True  # from now on there is something to save
-    saver.save_or_stop(state, data.steps, save=False)
+        state.text_digest = run.record.get("held_out_digest")
+    run.request.defers = True  # a signal now waits for the end of a step
     flops_per_token = training_flops(1, run.model_config, run.trained)
     for step in range(state.step, data.steps):
         if state.has_reached(cfg.stop_at_eval_loss):

@@ -63,7 +63,8 @@ RECORD_TYPES: dict[str, type | tuple[type, ...]] = {
 LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {
     "flops": (int, float), "text": dict, "tasks": list, "start": dict, "new_layers": list, "inserted": int,
     "updates": int}
-LINEAGE_TASK_KEYS = "task", "data", "data_digest"
+LINEAGE_TASK_TYPES: dict[str, type | tuple[type, ...]] = {
+    "task": str, "data": str, "data_digest": str, "max_train_samples": (int, type(None))}
 START_KEYS = "init", "digest"
 
 
@@ -76,9 +77,10 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
     lineage = record.get("lineage", {})
     problems = wrong_types(record, RECORD_TYPES) or wrong_types(lineage, LINEAGE_TYPES) or [
         "tasks" for task in lineage.get("tasks", [])
-        if not isinstance(task, dict) or not all(isinstance(task.get(key), str) for key in LINEAGE_TASK_KEYS)
+        if not isinstance(task, dict) or LINEAGE_TASK_TYPES.keys() - task or wrong_types(task, LINEAGE_TASK_TYPES)
         or task.get("template", DEFAULT_TEMPLATE) not in get_args(TemplateName)] or [
-        "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)]
+        "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)] or [
+        "text" for _ in wrong_types(lineage.get("text", {}), {"samples": int})]
     if problems:
         raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not "
                         f"valid: restore it, or remove {directory}")

@@ -158,7 +158,7 @@ def main(cfg: HubConfig) -> None:
     if made_here := [name for name in (RUN, GROWTH) if (Path(cfg.out) / name).exists()]:
         raise UserError(f"{cfg.out} is there already and was trained or grown ({made_here[0]}), not made from "
                         f"{cfg.source}: remove it, or choose another --out")
-    recorded = read_json(record, dict).get("source") if record.exists() else cfg.source
+    recorded = str(read_json(record, dict).get("source")) if record.exists() else cfg.source
     is_same_folder = all(map(os.path.isdir, (recorded, cfg.source))) and os.path.samefile(recorded, cfg.source)
     if recorded != cfg.source and not is_same_folder:
         raise UserError(f"{cfg.out} is there already and was made from {recorded}, not from {cfg.source}: remove it, "

@@ -49,19 +49,17 @@ class StateSaver:
     def __init__(self, run: Run, engine: "DeepSpeedEngine"):
         self.run, self.engine, self.saved = run, engine, time.monotonic()
 
-    def save_or_stop(self, state: TrainState, steps: int, save: bool = True) -> None:
-        """Saves the state if it is time, and ends the process if any rank was asked to stop. save: False before the
-        first step, when there is nothing to save."""
+    def save_or_stop(self, state: TrainState, steps: int) -> None:
+        """Saves the state if it is time, and ends the process if any rank was asked to stop."""
         dist = self.run.dist
         elapsed = time.monotonic() - self.saved
         stopping, due = dist.all_reduce_sum(self.run.request.signal is not None,
                                             dist.rank == 0 and elapsed >= 60 * self.run.cfg.save_minutes)
-        if save and (stopping or due):
+        if stopping or due:
             save_state(self.run, self.engine, state)
             self.saved = time.monotonic()
         if stopping:
-            dist.print0(f"stopped by a signal after step {state.step} of {steps}: the same command "
-                        + ("resumes from there" if state.step else "starts it again"))
+            dist.print0(f"stopped by a signal after step {state.step} of {steps}: the same command resumes from there")
             sys.exit(STOPPED)
 
 
@@ -95,7 +93,7 @@ def save_state(run: Run, engine: "DeepSpeedEngine", state: TrainState) -> None:
     try:
         files = run.dist.gather(run.dist.on_all_ranks(lambda: write_fragments(engine, writing, run.dist.rank)))
         run.dist.on_rank0(complete)
-    except UserError:  # raised on all ranks, so none of them writes there any more
+    except UserError:  # on rank 0, after all ranks have stopped writing
         shutil.rmtree(writing, ignore_errors=True)
         raise
 
@@ -131,11 +129,9 @@ def resume(run: Run, engine: "DeepSpeedEngine") -> tuple[Run, TrainState] | None
         state.check()
     load_state(run, engine, folder, saved)
     run.dist.print0(f"resuming after step {state.step}, from {folder}")
-    before = run.dist.on_rank0(lambda: read_record(run.directory).get("held_out_digest"))
-    if before != run.record.get("held_out_digest"):  # not to be compared with the loss after
+    if state.text_digest != run.record.get("held_out_digest"):  # not to be compared with the loss after
         state.text_loss_before = None
-    record = run.record | {"id": saved["run"]}
-    return replace(run, record=run.dist.on_rank0(lambda: continue_run(run.directory, record, state.step))), state
+    return replace(run, record=run.dist.on_rank0(lambda: continue_run(run.directory, run.record, state.step))), state
 
 
 def load_state(run: Run, engine: "DeepSpeedEngine", folder: Path, saved: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Run directories and run.json.
 
 A run writes to `<out>.partial/`, which is renamed to `<out>/` when the final weights are on disk: run directories
-appear atomically. `run.json` in either records what the run depends on. `<out>.partial/resume/` has at most one saved
-state, `step-<n>/`, which training/resume.py writes and restores.
+appear atomically. `run.json` in either records what the run depends on. `<out>.partial/resume/` has the saved state,
+`step-<n>/`, which training/resume.py writes and restores; after a kill it may have two, of which the newer counts.
 """
 import contextlib
 import re

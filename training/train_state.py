@@ -41,6 +41,7 @@ class TrainState:
     eval_loss_after: float | None = None  # of the last evaluation
     text_loss_before: float | None = None  # on the held-out pretraining text
     text_loss_after: float | None = None
+    text_digest: str | None = None  # of the text of text_loss_before
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last applied steps
 
     def check(self) -> None:

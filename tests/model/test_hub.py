@@ -52,6 +52,9 @@ def test_a_published_model_is_downloaded_once(hub, checkpoint, tmp_path, capsys,
     main(HubConfig(f"{checkpoint}/", str(tmp_path / "copy")))  # the same directory in other words
     line = refusal((HubConfig, main), "--source", checkpoint, "--out", tmp_path / "out")
     assert f"out is there already and was made from {ID}, not from {checkpoint}: remove it, or choose another" in line
+    (tmp_path / "out/source.json").write_text("{}")
+    line = refusal((HubConfig, main), "--source", checkpoint, "--out", tmp_path / "out")
+    assert "was made from None, not from" in line
 
 
 def test_safetensors_are_preferred(hub, checkpoint, tmp_path):

@@ -92,6 +92,7 @@ def test_a_resumed_run_prints_the_same(train, finished, shards, tmp_path, launch
 def test_losses_on_two_texts_are_not_compared(train, make_shards, shards, tmp_path):
     train(tmp_path / "m1", "--held_out_text", shards, interrupted=(4, "SIGKILL", "all"))
     other = make_shards("Another text: {0} times {0}. " * 9)
+    train(tmp_path / "m1", "--held_out_text", other, interrupted=(1, "SIGKILL", "all"))  # before the next save
     printed = train(tmp_path / "m1", "--held_out_text", other).stdout
     assert "resuming after step 3" in printed
     assert [line.partition("  ")[0] for line in loss_lines_of(printed)] == ["loss on simp"]
