@@ -144,11 +144,14 @@ def check_text(cfg: ExperimentConfig, context: int) -> None:
 
 
 def check_suite_files(suite: str, folder: str | None) -> None:
-    """Raises UserError if the suite is not valid, or if a local file of items that it names does not exist."""
-    from evaluation.lm_eval_tasks import read_suite  # lm-eval takes seconds to import
+    """Raises UserError if the suite is not valid, or a local file of items that it names."""
+    from evaluation.lm_eval_tasks import local_task, quiet, read_suite  # lm-eval takes seconds to import
     for benchmark in read_suite(suite, folder):
         if benchmark.file and not Path(benchmark.file).is_file():
             raise UserError(f"{benchmark.file}, the items of {benchmark.name}, does not exist: {benchmark.make_file}")
+        if benchmark.file:
+            with quiet():
+                local_task(benchmark)
 
 
 def check_order(cfg: ExperimentConfig, to_do: list[Job]) -> None:

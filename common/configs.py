@@ -3,6 +3,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.files import UserError, first_line, read_text
 
@@ -68,6 +69,7 @@ def check_task(path: Path, tables: Mapping[str, object]) -> None:
     """Raises UserError unless the tables are those of a task (docs/reference.md)."""
     problems = [] if re.fullmatch(r"[\w-]+", path.stem) else [
         "the name of a task, which folders have, consists of letters, digits, _ and -: rename the file"]
+    problems += ["the name text is that of the held-out text in results: rename the file"] * (path.stem == "text")
     problems += [f"{key} is missing" for key in REQUIRED_TASK_KEYS if key not in tables]
     problems += [f"unknown key {key!r}" for key in tables if key not in TASK_KEYS]
     problems += [f"{key} is {value!r:.80}, expected {'a table' if TASK_KEYS[key] is dict else TASK_KEYS[key].__name__}"
@@ -76,7 +78,27 @@ def check_task(path: Path, tables: Mapping[str, object]) -> None:
         problems.append(f"measure is {metric!r:.80}, expected one of {', '.join(TASK_METRICS)}")
     elif str(metric).startswith("sari") and not tables.get("sari"):
         problems.append(f"measure is {metric}, which takes sari = true")
-    if isinstance(hub := tables.get("hub"), dict):
-        problems += [f"[hub] lacks {key}" for key in ("dataset", "splits", "columns") if key not in hub]
+    problems += hub_problems(tables)
     if problems:
         raise UserError(f"{below_root(path)}: {'; '.join(problems)}")
+
+
+def hub_problems(tables: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the description of a task's data on the Hub, as sentences."""
+    problems = []
+    if isinstance(hub := tables.get("hub"), dict):
+        problems += [f"[hub] lacks {key}" for key in ("dataset", "splits", "columns") if key not in hub]
+        problems += [f"{key} in [hub] is {hub[key]!r:.80}, expected a table" for key in ("splits", "columns")
+                     if not isinstance(hub.get(key, {}), dict)]
+        if not problems and "train" not in hub["splits"]:
+            problems.append("splits in [hub] lacks train")
+        fields = {"input_text", "output_text"} if "dialogue" in hub else set()
+        fields |= {labels.get("field")} if isinstance(labels := hub.get("labels"), dict) else set()
+        if not problems and "target" in tables and tables["target"] not in fields.union(hub["columns"]):
+            problems.append(f"target is {tables['target']!r:.80}, expected a field in columns of [hub]")
+    if isinstance(prompts := tables.get("prompts"), dict):
+        problems += [] if prompts else ["[prompts] has no prompt"]
+        problems += [f"{name} in [prompts] is {templates!r:.80}, expected a list of texts" for name, templates
+                     in prompts.items() if not templates or not isinstance(templates, list)
+                     or not all(isinstance(template, str) for template in templates)]
+    return problems

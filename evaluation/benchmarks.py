@@ -163,7 +163,7 @@ def run_suite(loaded: Loaded, model: ParallelModel, limit: int | None = None,
     results = simple_evaluate(model, [root for root, _ in loaded.values()], limit, chat)
     answers = results.pop("samples")
     multiple_choice = [root for root, tasks in loaded.values()
-                       if all(task.OUTPUT_TYPE == "multiple_choice" for task in tasks)]
+                       if all(map(has_right_option, tasks))]
     sampled = []
     for directory, key in posterior_samples if multiple_choice else ():
         model.load_posterior_sample(directory, key)
@@ -218,15 +218,15 @@ class AnsweredItem:
     option: str  # the text whose log-likelihood, given the context, is the score of the right option
 
 
-def answered_items(tasks: list[ConfigurableTask], answers: Answers) -> Iterator[AnsweredItem]:
-    """Yields the answered items of multiple-choice tasks.
+def has_right_option(task: ConfigurableTask) -> bool:
+    """Whether one option of each item is right. A multiple-choice task with its own `process_results` may have several
+    right options; r@1 is an exception."""
+    return task.OUTPUT_TYPE == "multiple_choice" and (not task.config.process_results or "r@1" in task.aggregation())
 
-    Other tasks are left out, and tasks with their own `process_results`, since several options may be right there; r@1
-    is an exception. Items without a valid target are left out as well.
-    """
-    for task in tasks:
-        if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results and "r@1" not in task.aggregation():
-            continue
+
+def answered_items(tasks: list[ConfigurableTask], answers: Answers) -> Iterator[AnsweredItem]:
+    """Yields the answered items of the tasks that have a right option. Items without a valid target are left out."""
+    for task in filter(has_right_option, tasks):
         for sample in answers.get(task.task_name, ()):
             doc = sample["doc"]
             choices = task.doc_to_choice(doc)

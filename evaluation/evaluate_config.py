@@ -42,6 +42,7 @@ class EvaluateConfig:
     bertscore_layer: int | None = setting(None, "layer of the encoder that BERTScore compares", at_least=1)
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "dtype of the weights; auto: bf16 if the hardware "
                                                      "multiplies bf16 matrices")
+    local_rank: int | None = setting(None, "set by the deepspeed launcher")
 
     def problems(self) -> list[str]:
         """Contradictions between settings, as sentences."""

@@ -62,10 +62,6 @@ def read_suite(name: str, folder: str | Path | None = None) -> list[Benchmark]:
                      if b.part_of and b.part_of not in names]
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
-    with quiet():
-        for benchmark in benchmarks:
-            if benchmark.file and Path(benchmark.file).is_file():
-                local_task(benchmark)
     return benchmarks
 
 

@@ -33,7 +33,8 @@ class ParallelModel:
     def __init__(self, dist: Distributed, model: Transformer, tokenizer: Tokenizer,
                  reference: Transformer | None = None):
         self.dist, self.model, self.tokenizer, self.reference = dist, model, tokenizer, reference
-        # tokens of a forward pass, and columns of a batch's key-value cache; both are lowered if memory runs out
+        # tokens of a forward pass, and columns of a batch's key-value cache; a request that runs out of memory halves
+        # them for itself
         self.score_tokens, self.decode_columns = (4096, 32_768) if dist.device.type == "cpu" else (32_768, 262_144)
         self.counts = {"computed": 0, "asked": 0}  # tokens computed, and tokens of all requests without sharing
 
@@ -139,6 +140,8 @@ def partition_by_prefix(sequences: Sequence, num_shares: int) -> list[list[int]]
     Sequences with a common prefix are neighbours, and a prefix is computed once in each share that has it: a share that
     begins within a group of them has more to compute than the others.
     """
+    if num_shares == 1:
+        return [list(range(len(sequences)))]
     unique, places = sort_sequences(sequences)
     new = [len(ids) - (common_prefix(unique[place - 1], ids) if place else 0) for place, ids in enumerate(unique)]
     ends = np.cumsum(new)

@@ -273,7 +273,9 @@ def read_results_file(path: Path) -> ResultsFile:
         for task, sample_file in sample_files(path).items():
             samples[task] = read_json_lines(sample_file)
             for number, item in enumerate(samples[task], 1):
-                checked = {name: item[name] for name in BOUNDS.keys() & item.keys() if not isinstance(item[name], bool)}
+                # lm-eval's perplexities are lists, [log-likelihood, bytes]
+                checked = {name: item[name] for name in BOUNDS.keys() & item.keys()
+                           if not isinstance(item[name], bool | list)}
                 check_metric_values(checked, f"{sample_file}, line {number}")
         file = ResultsFile(path, content, samples)
         for entry in file.suite:

@@ -48,7 +48,7 @@ from evaluation.summary import benchmark_scores, suite_table
 from model.checkpoint import write_checkpoint
 from model.generation import GenerationConfig
 from model.hub import load_model
-from model.posterior import standard_normal
+from model.noise import standard_normal
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, random_model, sample_texts
 
@@ -381,6 +381,10 @@ def test_probabilities_over_posterior_samples(checkpoint, suite_file, model, tmp
     assert plain["acc,sampled"] == np.mean(probabilities.argmax(1) == labels)
     assert plain["nll,sampled"] != pytest.approx(plain["nll,none"], rel=1e-2)
     assert "acc,sampled" not in found["results"]["pairs"]
+    once, twice = (ParallelModel(model.dist, sampled.model, model.tokenizer) for _ in range(2))
+    run(suite[1:], once)
+    run(suite[1:], twice, posterior_samples=[(tmp_path, keys[0])])
+    assert once.counts == twice.counts  # the pairs are not scored for nothing
     score, = [score for score in benchmark_scores(suite, found) if score.benchmark.name == "continuation"]
     assert score.sampled["nll"] == plain["nll,sampled"]
 
@@ -556,7 +560,7 @@ def test_invalid_suite(suite_file, old):
     new, said = PROBLEMS[old]
     suite_file.write_text(suite_file.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=said):
-        read_suite(str(suite_file))
+        load_suite(read_suite(str(suite_file)), 2048)
 
 
 ENTRIES = {
@@ -586,7 +590,7 @@ def test_invalid_entry(suite_file, key):
     write_lines(suite_file.parent / "questions.jsonl", [
         {"text": "a" * 300, "choices": ["b", "c"], "label": n % 2, "kind": "even"} for n in range(4)])
     with pytest.raises(UserError, match=said):
-        read_suite(str(suite_file))
+        load_suite(read_suite(str(suite_file)), 2048)
 
 
 def test_a_suite_that_is_a_folder(tmp_path):

@@ -59,6 +59,14 @@ def test_items_of_a_group(tmp_path):
         read_results_file(path)
 
 
+def test_items_of_a_perplexity(tmp_path):
+    """lm-eval records (log-likelihood, bytes) of a text, as its task wikitext does."""
+    write_results(tmp_path, {"results": {"text": {"bits_per_byte,none": 1.5}}},
+                  {"text": [{"bits_per_byte": [-12.5, 12], "word_perplexity": [-12.5, 3]}]})
+    path, = results_files(tmp_path)
+    assert read_results_file(path).items("text", "bits_per_byte") == [[-12.5, 12]]
+
+
 def test_items_of_a_task_with_several_filters(tmp_path):
     """lm-eval repeats each item for each filter, and several processes write the items in another order."""
     scores = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]

@@ -90,6 +90,7 @@ def test_shares_keep_prefixes_together_and_balance_new_tokens():
            for share in shares]
     assert max(new) < 1.2 * sum(new) / 2
     assert restore_order(shares, [[f"a{i}" for i in share] for share in shares]) == [f"a{i}" for i in range(110)]
+    assert partition_by_prefix(sequences, 1) == [list(range(len(sequences)))]
     shares = partition_by_prefix([[1]], 3)
     assert shares == [[0], [], []]
     assert restore_order(shares, [["only"], [], []]) == ["only"]
