@@ -29,7 +29,7 @@ from analysis.pair_answer import answer
 from analysis.pair_figures import plot_pairs
 from analysis.pair_tables import pair_sections
 from analysis.pairs import Study
-from analysis.record import ModelPair, Record, records_by_method
+from analysis.record import ComparedModels, Record, records_by_method
 from analysis.record_figures import plot_record
 from analysis.results import read_results, read_runs
 from analysis.stage_table import read_stage_table, stage_table
@@ -86,7 +86,7 @@ def read_stages(cfg: ReportConfig) -> list[Stage]:
     return with_items(read_stage_table(path), path.with_name(ITEMS)) if path.suffix == ".csv" else read_results(path)
 
 
-def compared_models(stages: Sequence[Stage], cfg: ReportConfig) -> ModelPair | None:
+def compared_models(stages: Sequence[Stage], cfg: ReportConfig) -> ComparedModels | None:
     """The two models to compare. None if the defaults are missing. Raises UserError if requested models are."""
     models, defaults = list(dict.fromkeys(stage.model for stage in stages)), ReportConfig()
     missing = [name for name in (cfg.grown, cfg.reference) if name not in models]
@@ -120,14 +120,14 @@ def baseline_of(stages: Sequence[Stage], requested: str) -> str:
     return requested or next((name for name in ("finetune", "none") if name in methods), methods[0])
 
 
-def make_records(stages: Sequence[Stage], cfg: ReportConfig, pair: ModelPair | None,
+def make_records(stages: Sequence[Stage], cfg: ReportConfig, compared: ComparedModels | None,
                  rates: Mapping[str, str]) -> dict[str, Record]:
     """{method: Record}, the baseline first, of the runs of each method at one learning rate. Differences between models
     are those of a single pair; of several pairs only the means are shown, since the study compares them. Raises
     UserError if there are no runs of a requested baseline."""
     is_single = len({stage.pair for stage in stages}) == 1
     shown = [stage for stage in stages if not stage.number or (stage.rate or "") == rates[stage.method_name]]
-    return records_by_method(shown, cfg.categories, baseline_of(stages, cfg.baseline), pair if is_single else None,
+    return records_by_method(shown, cfg.categories, baseline_of(stages, cfg.baseline), compared if is_single else None,
                              () if cfg.constant else constant_benchmarks(stages))
 
 

@@ -101,19 +101,19 @@ def drop_unlike(group: Group) -> tuple[Group, list[str]]:
     and a sentence for each stage with dropped results, with both conditions."""
     first: dict[tuple[str, str], dict[str, tuple[object, str]]] = {}  # result -> {condition: (value, stage)}
     dropped: dict[tuple[str, str], dict[str, None]] = {}  # (stage, what differs) -> names of results
-    places: dict[Key, set[Place]] = {seed: places_of(chain) for seed, chain in group.items()}
-    for number, seed in sorted((number, seed) for seed, chain in group.items() for number in chain):
-        stage = group[seed][number]
-        for key, conditions in stage.conditions.items():
-            reference = first.setdefault(key, {})
+    places: dict[Key, set[Place]] = {key: places_of(chain) for key, chain in group.items()}
+    for number, key in sorted((number, key) for key, chain in group.items() for number in chain):
+        stage = group[key][number]
+        for result, conditions in stage.conditions.items():
+            reference = first.setdefault(result, {})
             if differing := unlike({name: value for name, (value, _) in reference.items()}, conditions):
                 text = ", ".join(f"{name} {shown(conditions[name])} ({reference[name][1]}: "
                                  f"{shown(reference[name][0])})" for name in differing)
-                dropped.setdefault((stage.name, text), {})[key[1]] = None
-                places[seed].discard((number, *key))
+                dropped.setdefault((stage.name, text), {})[result[1]] = None
+                places[key].discard((number, *result))
             else:
-                first[key] = {name: (value, stage.name) for name, value in conditions.items()} | reference
-    return ({seed: restrict(chain, places[seed]) for seed, chain in group.items()},
+                first[result] = {name: (value, stage.name) for name, value in conditions.items()} | reference
+    return ({key: restrict(chain, places[key]) for key, chain in group.items()},
             [f"{stage}: {', '.join(names)} under other conditions, not used: {text}"
              for (stage, text), names in dropped.items()])
 
@@ -152,16 +152,16 @@ class CommonPart:
         """names: of the two groups, for the sentences."""
         shared = sorted(one.keys() & two.keys())
         one_shared, two_shared = without_pairs_behind(*({key: group[key] for key in shared} for group in (one, two)))
-        seeds = list(one_shared)
+        keys = list(one_shared)
         self.left_out = [f"{names[0]} and {names[1]} are compared without the {key_name(key)}, which only one of them "
                          "has" for key in sorted(one.keys() ^ two.keys())]
         self.left_out += [f"{names[0]} and {names[1]} are compared without the {key_name(key)}, which lacks results of "
-                          "a later stage" for key in shared if key not in seeds]
+                          "a later stage" for key in shared if key not in keys]
         chains = [*one_shared.values(), *two_shared.values()]
         excluded, end = self._unlike_results(one, two, names), self._first_other_stage(one, two, names)
         places = {(number, kind, name) for number, kind, name in common_places(chains)
                   if number < end and (kind, name) not in excluded}
-        self.one, self.two = ({seed: restrict(group[seed], places) for seed in seeds} for group in (one, two))
+        self.one, self.two = ({key: restrict(group[key], places) for key in keys} for group in (one, two))
 
     def _unlike_results(self, one: Group, two: Group, names: tuple[str, str]) -> set[tuple[str, str]]:
         """The results whose conditions differ."""

@@ -17,8 +17,8 @@ from analysis.stages import BENCHMARKS, TASKS, Choices, Stage
 
 # Options of benchmarks of lm-eval by the beginning of their names, for results without their items.
 OPTIONS = {"mmlu_pro": 10, "mmlu": 4, "piqa": 2, "boolq": 2, "winogrande": 2, "hellaswag": 4, "mathqa": 5, "mutual": 4,
-           "race": 4, "arc_": 4, "openbookqa": 4, "commonsense_qa": 5, "logiqa": 4, "social_iqa": 3, "crows_pairs": 2,
-           "sciq": 4, "copa": 2, "wsc273": 2}
+           "race": 4, "arc_": 4, "openbookqa": 4, "commonsense_qa": 5, "logiqa": 4, "social_iqa": 3, "sciq": 4,
+           "copa": 2, "wsc273": 2}
 
 FEWEST_EQUAL = 4  # fewest equal results that are not taken for coincidence
 
@@ -104,6 +104,8 @@ def noise_flags(stages: Sequence[Stage]) -> dict[str, str]:
 def chance_of(name: str, stages: Sequence[Stage]) -> float | None:
     """The value of a benchmark by guessing; None if the number of its options is unknown."""
     for stage in stages:
+        if is_two_sided(name, stage):
+            return 0.5  # one sentence of a pair
         if name in stage.choices:
             return stage.choices[name].chance
     return next((1 / options for beginning, options in OPTIONS.items() if name.startswith(beginning)), None)

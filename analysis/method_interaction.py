@@ -15,22 +15,22 @@ from analysis.inference import PairedDifference, holm
 from analysis.matching import match
 from analysis.method_plane import difference_of, has_results
 from analysis.pairs import Study
-from analysis.record import ModelPair
+from analysis.record import ComparedModels
 from analysis.stages import method_title
 from analysis.tables import Section
 from common.formatting import markdown_table
 
 
 class MethodEffects(NamedTuple):
-    """The effects of a method on both models of a pair: forgetting with the method minus that with the baseline."""
+    """The effects of a method on both compared models: forgetting with the method minus that with the baseline."""
     grown: float
     reference: float
     width: float = 0.0  # of the range of losses on the new task over which both are means
 
 
-def comparable_studies(studies: Mapping[str, Study], pair: ModelPair) -> tuple[Study, ...]:
+def comparable_studies(studies: Mapping[str, Study], compared: ComparedModels) -> tuple[Study, ...]:
     """The studies of both models if they have several pairs; otherwise empty."""
-    both = tuple(studies[model] for model in pair if model in studies)
+    both = tuple(studies[model] for model in compared if model in studies)
     return both if len(both) == 2 and all(study.unit == "pair" and len(study.pairs) > 1 for study in both) else ()
 
 
@@ -72,9 +72,9 @@ def common_methods(both: Sequence[Study]) -> list[str]:
     return [method for method in both[0].models if method in both[1].models and method != both[0].reference]
 
 
-def left_out_of_interaction(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[str]:
+def left_out_of_interaction(studies: Mapping[str, Study], compared: ComparedModels, measure: str) -> list[str]:
     """Sentences on the pairs that have results of both models with a method and without, but no common losses."""
-    if not (both := comparable_studies(studies, pair)):
+    if not (both := comparable_studies(studies, compared)):
         return []
     if not_alike(both):
         return [f"the effects of the methods on {both[0].of} and {both[1].of} are not compared: one was fine-tuned at "
@@ -89,9 +89,9 @@ def left_out_of_interaction(studies: Mapping[str, Study], pair: ModelPair, measu
     return lines
 
 
-def interaction_section(studies: Mapping[str, Study], pair: ModelPair, measure: str) -> list[Section]:
+def interaction_section(studies: Mapping[str, Study], compared: ComparedModels, measure: str) -> list[Section]:
     """The section on whether the effects of the methods differ between both models. Empty without several pairs."""
-    if not (both := comparable_studies(studies, pair)):
+    if not (both := comparable_studies(studies, compared)):
         return []
     effects = {method: list(by_pair.values()) for method in common_methods(both)
                if (by_pair := method_effects(both, method, measure))}
@@ -115,5 +115,5 @@ def interaction_section(studies: Mapping[str, Study], pair: ModelPair, measure: 
             "number of methods. Detectable: the smallest true difference found with 80% power, without this "
             "correction. Width: of the range of losses that a pair is compared over, from the narrowest to the widest "
             "pair.\n\n")
-    head = ["method", *pair, " − ".join(pair), "p", "p (Holm)", "detectable", "pairs", "width"]
+    head = ["method", *compared, " − ".join(compared), "p", "p (Holm)", "detectable", "pairs", "width"]
     return [("Does the effect of a method differ between the models", note + markdown_table(head, rows))]

@@ -23,7 +23,7 @@ from analysis.stages import BENCHMARKS, Stage
 from common.files import UserError
 from evaluation.suites import Benchmark
 
-ModelPair = tuple[str, str]  # the models to compare: (grown, reference)
+ComparedModels = tuple[str, str]  # the models to compare: (grown, reference)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Record:
         missing: a sentence for each stage or result that is missing or left out.
     """
 
-    def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = (), compared: ModelPair | None = None,
+    def __init__(self, stages: Sequence[Stage], categories: Sequence[str] = (), compared: ComparedModels | None = None,
                  last: int = 0, method: str = "", uncounted: Collection[str] = ()):
         """Finds what can be compared.
 
@@ -229,7 +229,7 @@ def common_group(group: Group) -> Group:
 
 
 def records_by_method(stages: Sequence[Stage], categories: Sequence[str], baseline: str,
-                      compared: ModelPair | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
+                      compared: ComparedModels | None = None, uncounted: Collection[str] = ()) -> dict[str, Record]:
     """{method: Record}, the baseline first. All methods start from the same m0. Stages without a method have the
     method "none". The first record has all models, those of the other methods have the models that were trained with
     them."""

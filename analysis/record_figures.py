@@ -84,7 +84,7 @@ def plot_benchmarks(record: Record) -> Figure | None:
     titles = [benchmark_title(benchmark, width, f", {benchmark.metric} (%)") for benchmark in benchmarks]
     figure, panels = make_panels(len(benchmarks), width + 0.45, 1.2 + text_height(*stages) + text_height(*titles))
     styles, with_chance = model_styles(record.chains, LINES), False
-    measured = [stage for seeds in record.chains.values() for chain in seeds.values() for stage in chain.values()]
+    measured = [stage for group in record.chains.values() for chain in group.values() for stage in chain.values()]
     for panel, benchmark, title in zip(panels, benchmarks, titles):
         for index, (model, style) in enumerate(styles.items()):
             values = [record.benchmark_value(model, number, benchmark.name) for number in range(record.last + 1)]
@@ -211,8 +211,8 @@ def plot_losses(record: Record) -> Figure | None:
     curves: dict[str, dict[str, tuple[Points, Points, list[float]]]] = {}
     key = first_common_key(record)
     for number, name in enumerate(record.stages):
-        for model, seeds in record.chains.items():
-            stage = seeds.get(key, {}).get(number) if key else None
+        for model, group in record.chains.items():
+            stage = group.get(key, {}).get(number) if key else None
             if stage and stage.log:
                 curves.setdefault(name, {})[model] = loss_curve(stage)
     if not curves:
@@ -264,8 +264,8 @@ def plot_calibration(record: Record) -> Figure | None:
     key = first_common_key(record)
     benchmarks = {benchmark.name: benchmark for benchmark in record.benchmarks if not benchmark.part_of}
     for name in benchmarks:
-        for model, seeds in record.chains.items():
-            chain = seeds.get(key, {}) if key else {}
+        for model, group in record.chains.items():
+            chain = group.get(key, {}) if key else {}
             points = [(found.ece, 100 * found.accuracy) for _, stage in sorted(chain.items())
                       if (found := stage.calibration.get(name))]
             if points:

@@ -8,7 +8,7 @@ from typing import Any
 from analysis.benchmark_catalog import task_metric
 from analysis.comparison import chain_key, key_name
 from analysis.estimates import TASK_MEASURES, Estimate
-from analysis.record import Comparison, ModelPair, Record
+from analysis.record import ComparedModels, Comparison, Record
 from analysis.stages import Stage
 from common.configs import below_root
 from common.files import UserError, read_json
@@ -85,15 +85,15 @@ def noise_caveat(counted: Sequence[str], noise: Collection[str]) -> str:
 FORGETS = "in this pair {grown} forgot {less} than {reference}"
 
 
-def verdict(title: str, pair: ModelPair, comparison: Comparison, claim: str = FORGETS, sign: int = 1,
+def verdict(title: str, compared: ComparedModels, comparison: Comparison, claim: str = FORGETS, sign: int = 1,
             caveat: str = "") -> str:
-    """A sentence on the difference of a pair.
+    """A sentence on the difference of the compared models.
 
     claim: what to say of a significant difference; "{less}" becomes "less" if the difference has the opposite of
     `sign`, and "more" otherwise. sign: 1 if positive values are forgetting, -1 if negative ones are. caveat: why a
     significant difference does not support the claim; "" if it does.
     """
-    grown, reference = pair
+    grown, reference = compared
     gap = comparison.difference
     if gap is None:
         return (f"{title}: not compared, {grown} and {reference} have no results in common that count; the end of this "

@@ -252,8 +252,10 @@ class Evaluation:
         for path in (self.folder / name).iterdir():
             assert not path.name.endswith(".writing"), path
             content = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path, dict)
-            kept = content if path.suffix == ".jsonl" else content.get("metrics", content.get("results"))
-            found[re.sub(r"_\d{4}-.*", "", path.stem)] = kept
+            # of metrics, of lm-eval, and losses; the rest differs from run to run
+            part = next((key for key in ("metrics", "results", "items") if key in content), None)
+            assert part or path.suffix == ".jsonl", path
+            found[re.sub(r"_\d{4}-.*", "", path.stem)] = content[part] if part else content
         return found
 
     def finish(self, name):

@@ -8,8 +8,8 @@ Each method fine-tunes for some steps on a first task and on a later one, the tw
 stage with each number of processes. Runs follow one another; `replay` uses the installed packages' documentation.
 `step` is the median time of all steps but the first two, and `ratio` is that of plain fine-tuning on the same task.
 `once` is the seconds outside the steps, minus those of plain fine-tuning: for generated texts, the Fisher information
-and the posterior. `bytes` is the peak memory of rank 0 minus that of plain fine-tuning, per weight whose state the rank
-stores (under ZeRO a share of the model). Memory is measured in a separate run that returns freed memory at once, which
+and the posterior. `bytes` is the peak memory of rank 0 minus that of plain fine-tuning, per weight of the model (under
+ZeRO, of the rank's share). Memory is measured in a separate run that returns freed memory at once, which
 takes time.
 """
 import os

@@ -80,7 +80,7 @@ def compare(variants, batches, warm_up, dtype, config, rounds=2):
         variants: name -> function from the process's `dist` to a function from a global batch to its loss. Ratios and
             loss differences are relative to the first.
         batches: global batches; the first `warm_up` are not measured.
-        rounds: how often each variant takes the steps. No other process exists meanwhile: on a CPU it would take
+        rounds: how often each variant takes the steps. No other variant is in memory meanwhile: on a CPU it would take
             caches, and on a GPU memory.
 
     The column `of a matrix product` is 6·N FLOPs per token, over the rate of a large square matrix product in the same

@@ -152,7 +152,7 @@ def next_commands(v: Variables) -> list[str]:
     if later:
         args = {"ARGS": v.args} if v.args else {}
         lines = [("train", {"TASK": later[0]} | given | args, "the next task")]
-    elif v.init:
+    elif v.init or v.hub and not v.get("TEXT"):  # an experiment with weights from the Hub needs a text
         lines = [("evaluate", {"TASK": v.task} | given, "its results")]
     else:
         kept = {name: value for name, value in given.items() if name not in ("MODEL", "SIZE", "INIT", "HUB", "OUT")}

@@ -57,6 +57,7 @@ def stages_of(name, values, error=0.02, with_choices=None, metric="acc"):
     (stages_of("mine", [0.3, 0.34, 0.36, 0.33], with_choices=choices([1, 0], 3)), "is not above chance (0.3333)"),
     (stages_of("piqa", [0.40, 0.48, 0.60, 0.5]),
      "it cannot show forgetting of m0, m1, whose start is not above chance"),
+    (stages_of("mine", [0.49, 0.48, 0.51, 0.5], metric="pct_stereotype"), "it does not differ from chance (0.5)"),
     (stages_of("crows_pairs_english", [0.40, 0.48, 0.60, 0.5], metric="pct_stereotype"),
      "it cannot show forgetting of m1, whose start does not differ from chance (0.5)"),
     (stages_of("mmlu_pro", [0.20, 0.18]), ""), (stages_of("mmlu", [0.20, 0.18]), "is not above chance (0.25)"),

@@ -44,6 +44,9 @@ HUB = "make train TASK={} MODEL=stack SIZE=410m  # weights from the Hugging Face
     ({"TASK": "empd", "ORDER": "simp empd simp"},
      ["make train TASK=simp MODEL=stack 'ORDER=simp empd simp'  # the next task", HUB.format("empd")]),
     ({"SIZE": "7b"}, ["make train TASK=empd MODEL=stack SIZE=7b  # the next task"]),
+    ({"SIZE": "7b", "TASK": "hgen"}, ["make evaluate TASK=hgen MODEL=stack SIZE=7b  # its results"]),
+    ({"SIZE": "7b", "TASK": "hgen", "TEXT": "my/text"},
+     ["make experiment SIZE=7b TEXT=my/text  # the models compared"]),
     ({"INIT": "my/model", "TASK": "hgen", "RAW": "my raw"},
      ["make evaluate TASK=hgen MODEL=stack INIT=my/model 'RAW=my raw'  # its results"])])
 def test_the_next_commands(given, expected):
