@@ -85,14 +85,14 @@ def window_masks(mask: Tensor, config: ModelConfig, dtype: torch.dtype) -> dict[
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value -> attention, as `attention` without a mask
 
 
-def causal_attention(config: ModelConfig, T: int, S: int, weight: Tensor) -> dict[int | None, Attend]:
-    """Returns {window: causal attention of the last T of S tokens} for all windows of the model's layers. `weight`
+def causal_attention(config: ModelConfig, T: int, S: int, like: Tensor) -> dict[int | None, Attend]:
+    """Returns {window: causal attention of the last T of S tokens} for all windows of the model's layers. `like`
     gives device and dtype."""
     def within(window: int | None) -> Attend:
         if window and window < S:
-            mask = within_window(torch.ones(1, T, S, dtype=torch.bool, device=weight.device).tril_(S - T), window)
-            return partial(attention, attn_mask=additive_mask(mask, config.group_size, weight.dtype))
-        if T < S and weight.device.type == "cuda":
+            mask = within_window(torch.ones(1, T, S, dtype=torch.bool, device=like.device).tril_(S - T), window)
+            return partial(attention, attn_mask=additive_mask(mask, config.group_size, like.dtype))
+        if T < S and like.device.type == "cuda":
             # Keeps the flash kernel, as no other mask does. Made in a compiled block it would interrupt the graph. The
             # import takes a second.
             from torch.nn.attention.bias import causal_lower_right

@@ -169,8 +169,8 @@ def read_bin(path: str | Path) -> dict[str, BinTensor]:
             if not zipfile.is_zipfile(file):
                 file.seek(0)
                 if file.read(2) not in (b"", b"PK"):
-                    raise UserError(f"{path} is no zip archive, as torch.save writes it since torch 1.6: load and save "
-                                    "it again with a newer torch, or download it again")
+                    raise UserError(f"{path} is not a zip archive, as torch.save writes it since torch 1.6: load and "
+                                    "save it again with a newer torch, or download it again")
                 raise ValueError("the end of the archive is missing")
             content, storages = read_archive(file, path)
             size = file.seek(0, 2)

@@ -17,6 +17,7 @@ import torch
 from common.files import UserError
 from model.checkpoint import CheckpointReader, materialize_model
 from model.config import ModelConfig
+from model.noise import named_generator
 from model.parameter_files import (
     MOMENTS,
     SIDE_FILES,
@@ -25,7 +26,6 @@ from model.parameter_files import (
     parameter_file_name,
     write_parameter_file,
 )
-from model.posterior import named_generator
 from model.transformer import Transformer, parameter_shapes
 
 

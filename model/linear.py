@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from model.oom import available_memory, is_out_of_memory
 
 CPU = torch.cpu.get_capabilities()
-FP32_BY_ONEDNN = torch.backends.mkldnn.is_available() and CPU.get("avx512_f", False) and "Intel" not in CPU["cpu_name"]
+FP32_BY_ONEDNN = torch.backends.mkldnn.is_available() and CPU.get("avx512_f", False) and \
+    "Intel" not in CPU.get("cpu_name", "")
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

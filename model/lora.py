@@ -18,7 +18,7 @@ from common.writing import write_json
 from model.checkpoint import NamedTensors, write_safetensors
 from model.config import ModelConfig
 from model.linear import Linear, linear
-from model.posterior import named_generator
+from model.noise import named_generator
 from model.transformer import Transformer, parameter_shapes
 
 ADAPTER = "adapter"  # the folder of an adapter, next to the merged weights
@@ -39,10 +39,10 @@ class LoRA:
 class AdaptedLinear(Linear):
     """A linear layer with a low-rank update: lora_A [r, I] and lora_B [O, r]."""
 
-    def __init__(self, linear: nn.Linear, lora: LoRA):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.lora_A = nn.Parameter(torch.empty(lora.rank, linear.in_features))
-        self.lora_B = nn.Parameter(torch.empty(linear.out_features, lora.rank))
+    def __init__(self, base: nn.Linear, lora: LoRA):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.lora_A = nn.Parameter(torch.empty(lora.rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, lora.rank))
         self.scale = lora.alpha / lora.rank
 
     def forward(self, x: Tensor) -> Tensor:

@@ -91,9 +91,9 @@ def parameter_file_name(name: str, rank: int, world_size: int) -> str:
     return f"{name}-{rank + 1:05}-of-{world_size:05}.safetensors"
 
 
-def open_side_files(source: str | Path, name: str, config: ModelConfig) -> ParameterFiles | None:
+def open_side_files(source: str | Path, name: str | None, config: ModelConfig) -> ParameterFiles | None:
     """Opens the side files of a checkpoint that have one of the names in SIDE_FILES, and checks their sizes. Returns
-    None if there are none, or if `name` is empty.
+    None if there are none, or without a name.
 
     Raises UserError if some are missing, or if they are those of another model.
     """

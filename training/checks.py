@@ -24,7 +24,7 @@ from model.parameter_files import open_side_files
 from model.tokenizer import Tokenizer, same_tokenizer, tokenizer_digest
 from training.deepspeed_config import check_deepspeed_config, deepspeed_config, resolve_choices
 from training.distillation import start_digest
-from training.methods import find_side_files, side_file
+from training.methods import find_side_files, side_file_name
 from training.rehearsal import check_earlier_tasks, earlier_tasks
 from training.run import Run, first_sample, num_samples, partial_directory
 from training.run_directory import check_shared, drop_state, is_finished, saved_states
@@ -98,7 +98,7 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> CheckedRun | None:
     if cfg.held_out_text is not None:
         record["held_out_digest"] = text_digest(cfg, "held_out_text", source)
     check_earlier_tasks(earlier)
-    open_side_files(source, side_file(cfg), config)
+    open_side_files(source, side_file_name(cfg), config)
     record["id"] = json_digest(record)
     return CheckedRun(cfg=cfg, lineage=lineage, record=record, trained=trained, layer_map=layer_map,
                       first_sample=first_sample(cfg, training_digest, lineage), earlier_tasks=tuple(earlier))
@@ -235,7 +235,7 @@ def text_digest(cfg: TrainConfig, name: str, source: Path) -> str:
 
 
 def check_flops_and_text(cfg: TrainConfig, config: ModelConfig, training_digest: str, lineage: dict[str, Any],
-                trained: Shapes) -> None:
+                         trained: Shapes) -> None:
     """Raises UserError if max_flops leaves no step, and prints a note if a pretraining run does not continue in the
     text of its initial checkpoint."""
     if cfg.max_flops and not num_samples(cfg, config, 0, lineage, trained):

@@ -5,7 +5,7 @@ q(w) = N(m, 1 / s), independently for each weight, with precision s = λ (h + δ
 effective sample size (ess) of the mean loss, and δ = p / λ the contribution of a prior N(m₀, 1 / p). Each step takes
 the gradient at one sample of the weights and updates both m and h.
 
-The noise of a sample is a function of a key, such as (seed, step), and of the parameter's name (model/posterior.py):
+The noise of a sample is a function of a key, such as (seed, step), and of the parameter's name (model/noise.py):
 all ranks and micro-steps use the same weights, no matter how the parameters are sharded.
 """
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from model.posterior import standard_normal
+from model.noise import standard_normal
 from training.zero_shards import Fragment
 
 Prior = Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor | float]]

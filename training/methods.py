@@ -239,7 +239,7 @@ class Variational(Method):
 def make_method(run: Run, engine: "DeepSpeedEngine", data: TrainData, train_step: TrainStep) -> Method:
     """The method of a run, for an engine whose weights are the initial ones. train_step: the function of train.py."""
     cfg, dist, source = run.cfg, run.dist, run.source
-    files = dist.on_all_ranks(lambda: open_side_files(source, side_file(cfg), run.model_config))
+    files = dist.on_all_ranks(lambda: open_side_files(source, side_file_name(cfg), run.model_config))
     if cfg.optimizer == "ivon":
         dist.print0(f"prior: {'the posterior of' if files else 'a Gaussian around the weights of'} {cfg.init}")
         return Variational(run, engine, files)
@@ -250,16 +250,16 @@ def make_method(run: Run, engine: "DeepSpeedEngine", data: TrainData, train_step
     return Anchored(run, engine, files, data, train_step) if cfg.anchored else Method(run, engine)
 
 
-def side_file(cfg: TrainConfig) -> str:
-    """Name of the side files that a run reads from the initial checkpoint if they exist; "" if it reads none."""
+def side_file_name(cfg: TrainConfig) -> str | None:
+    """Name of the side files that a run reads from the initial checkpoint if they exist; None if it reads none."""
     if cfg.optimizer == "ivon":
-        return "" if cfg.prior == "weights" else POSTERIOR
-    return FISHER if cfg.ewc_strength else MOMENTS if cfg.carry_moments else ""
+        return None if cfg.prior == "weights" else POSTERIOR
+    return FISHER if cfg.ewc_strength else MOMENTS if cfg.carry_moments else None
 
 
 def find_side_files(cfg: TrainConfig, source: Path, lineage: Mapping[str, Any]) -> list[Path]:
     """The side files that a run reads from the initial checkpoint. Raises UserError if required ones are missing."""
-    name = side_file(cfg)
+    name = side_file_name(cfg)
     paths = find_parameter_files(source, name) if name else []
     if not paths and cfg.optimizer == "ivon" and cfg.prior == "posterior":
         raise UserError(f"{source} has no posterior to use as the prior: fine-tune it with --optimizer ivon first, or "

@@ -241,7 +241,7 @@ def test_compressed_and_truncated_values(tmp_path):
 def test_files_without_an_archive_are_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save(STATE, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="is no zip archive, as torch.save writes it since torch 1.6: load and save"):
+    with pytest.raises(UserError, match="is not a zip archive, as torch.save writes it since torch 1.6: load and save"):
         read_bin(path)
 
 

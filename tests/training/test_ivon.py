@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from model import posterior as model_posterior
-from model.posterior import sample_posterior, standard_normal
+from model.noise import standard_normal
+from model.posterior import sample_posterior
 from training import ivon
 from training.ivon import IVON
 from training.zero_shards import Fragment
@@ -102,7 +102,7 @@ def test_steps_equal_those_of_the_authors_package(monkeypatch):
 
 
 def test_noise_is_a_function_of_key_and_name_alone(monkeypatch):
-    monkeypatch.setattr(model_posterior, "BLOCK", 1000)
+    monkeypatch.setattr("model.noise.BLOCK", 1000)
 
     def noise(start, count, key=(42, 7), name="w"):
         return torch.cat([values for _, _, values in standard_normal(key, name, 2500, start, count, "cpu")])

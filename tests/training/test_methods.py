@@ -16,13 +16,13 @@ from corpus.tasks import SFTDataset, read_task
 from model.checkpoint import checkpoint_digest
 from model.config import ModelConfig
 from model.hub import load_model
+from model.noise import standard_normal
 from model.parameter_files import ParameterFiles, find_parameter_files, open_side_files
-from model.posterior import standard_normal
 from model.tokenizer import Tokenizer
 from tests.conftest import ROOT, losses, read_metrics
 from training import optimizers
 from training.batches import sample_indices
-from training.methods import find_side_files, num_updates, side_file
+from training.methods import find_side_files, num_updates, side_file_name
 from training.optimizers import AnchoredAdamW
 from training.rehearsal import check_earlier_tasks, earlier_tasks, rehearsed_items
 from training.run import TASK_SEEDS
@@ -383,7 +383,7 @@ def test_a_method_overrides_the_recipe_of_the_size_and_flags_override_the_method
 def open_required(cfg, source, config, lineage):
     """Opens the side files that a run reads from its initial checkpoint, as training.checks does."""
     find_side_files(cfg, source, lineage)
-    return open_side_files(source, side_file(cfg), config)
+    return open_side_files(source, side_file_name(cfg), config)
 
 
 def test_priors_that_do_not_fit_are_refused(checkpoint, ivon_stage, tmp_path):
