@@ -22,6 +22,10 @@ T = TypeVar("T")
 # host memory, such as offloaded weights, up to a power of two.
 ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1024"
 
+# On CPUs oneDNN compiles kernels for each shape, and every micro-batch has shapes that no other has. By default oneDNN
+# caches the kernels of 1,024 shapes, and torch as many again: gigabytes.
+KERNEL_CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+
 
 class Distributed:
     """The process group of a run, as a context manager.
@@ -47,6 +51,8 @@ class Distributed:
         self.local_rank = launcher_number("LOCAL_RANK", 0, below=self.local_world_size)
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the user's own, under the variable's older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+        for cache in KERNEL_CACHES:
+            os.environ.setdefault(cache, "64")
         threads = os.environ.get("OMP_NUM_THREADS")
         if threads is None or threads == "1" and self.local_world_size > 1:
             # torchrun sets one thread per process, which leaves most of a CPU unused, by an offloaded optimizer, too

@@ -43,10 +43,6 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         # DeepSpeed would compile a C++ library for reductions in shared memory; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # oneDNN compiles kernels for each shape, and every micro-batch has about 20 shapes of its own. By default
-        # oneDNN caches kernels of 1,024 shapes, and torch as many again: gigabytes.
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "64")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
     return deepspeed
 
