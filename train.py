@@ -138,7 +138,7 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         state.add_step(batch, result, seconds, flops_per_token * batch.num_tokens)
         log.write(**state.log_entry(batch, result, lr, seconds), **divergences)
         if not result.applied:
-            dist.print0(f"step {step + 1} skipped: loss {result.loss:.4f} > {max_loss:.4f}; samples {batch.indices}")
+            dist.print0(f"step {step + 1} skipped: loss {result.loss:.4f} > {max_loss:.4f}; {batch}")
         if last:
             method.finish()
         if (step + 1) % cfg.logging_steps == 0 or step == 0 or last:
@@ -157,7 +157,7 @@ def abort(run: Run, step: int, batch: GlobalBatch, result: StepResult) -> NoRetu
     """Ends the run, on all ranks, at a step whose loss or gradient norm is not finite."""
     run.dist.fail(UserError(
         f"step {step + 1} was aborted before the optimizer update: loss {result.loss}, gradient norm "
-        f"{result.grad_norm}; samples {batch.indices}; last good checkpoint: {last_checkpoint(run.directory)}. "
+        f"{result.grad_norm}; {batch}; last good checkpoint: {last_checkpoint(run.directory)}. "
         f"{REMEDY}"))
 
 

@@ -76,8 +76,9 @@ def main(cfg):
                 continue
             settings = run_settings(PlanConfig(method=method))
             grown, trained = trained_parameters(config, settings)
-            plan = MemoryPlan(grown, processes, zero, False, dtype, cfg.max_tokens_per_microbatch, False, "cpu",
-                              settings, tokens, trained=trained)
+            plan = MemoryPlan(grown, processes, zero, offload=False, dtype=dtype,
+                              max_tokens_per_microbatch=cfg.max_tokens_per_microbatch, gradient_checkpointing=False,
+                              device="cpu", settings=settings, sample_tokens=tokens, trained=trained)
             measured = measured_memory(cfg, checkpoint, zero, processes, dtype, method)
             error = plan.total() / measured - 1
             largest = max(largest, abs(error))

@@ -26,8 +26,8 @@ PREFIX_TOKENS = 40  # typical length of the common prefix of a task's prompts
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The properties of a run that its memory and time depend on. method: the settings of a method against
-    forgetting."""
+    """The properties of a run that its memory and time depend on. settings: those of its method against forgetting
+    count."""
     config: ModelConfig
     processes: int
     zero: int
@@ -36,7 +36,7 @@ class MemoryPlan:
     max_tokens_per_microbatch: int
     gradient_checkpointing: bool
     device: str = "cuda"
-    method: TrainConfig = field(default_factory=TrainConfig)
+    settings: TrainConfig = field(default_factory=TrainConfig)
     sample_tokens: int = 128
     prefix_tokens: int = 0  # with which the samples of a micro-batch begin, computed once for all of them
     trained: Shapes | None = None  # the parameters that are trained, name -> shape; None: all
@@ -76,9 +76,9 @@ class MemoryPlan:
         """Bytes per weight that a method keeps in a later task: the initial weights, with EWC also their Fisher
         information; with VCL mean and precision of the prior, and without ZeRO the mean while the weights are
         sampled."""
-        if self.method.optimizer == "ivon":
+        if self.settings.optimizer == "ivon":
             return 12 if self.zero == 0 else 8
-        return 8 if self.method.ewc_strength else 4 if self.method.anchored else 0
+        return 8 if self.settings.ewc_strength else 4 if self.settings.anchored else 0
 
     def memory(self) -> dict[str, float]:
         """Bytes on a process's device by what holds them; on a CPU, bytes of the process."""
@@ -91,7 +91,7 @@ class MemoryPlan:
             stored = self.num_stored if self.weight_bytes == 2 else self.num_frozen
             rows["weights"] = self.weight_bytes * stored / shards
             rows["gathered weights"] = self.weight_bytes * min(self.num_stored, LIVE)
-        if self.method.self_replay_kl or self.method.input_kl:
+        if self.settings.self_replay_kl or self.settings.input_kl:
             rows["the start of the chain"] = self.weight_bytes * self.config.num_parameters
         rows |= {"gradients": self.gradients(), "activations": self.activations(), "logits": self.logits(),
                  "buffers": self.buffers(), "the process itself": RUNTIME[self.device]}
@@ -209,7 +209,7 @@ class MemoryPlan:
     def disk(self, checkpoints: int) -> float:
         """Bytes on disk: final weights, epoch checkpoints, and the saved state, of which two may exist at a time."""
         # for the next task: the posterior, or Fisher information
-        left = 8 if self.method.optimizer == "ivon" else 4 if self.method.ewc_strength else 0
+        left = 8 if self.settings.optimizer == "ivon" else 4 if self.settings.ewc_strength else 0
         return ((1 + checkpoints) * self.weight_bytes + left) * self.config.num_parameters + 2 * 12 * self.num_trained
 
 

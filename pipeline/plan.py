@@ -94,9 +94,11 @@ def read_plan(cfg: PlanConfig) -> tuple[MemoryPlan, TrainConfig]:
     longest = settings.max_source_length + settings.max_target_length if tunes else settings.seq_length
     tokens_per_process = math.ceil(settings.global_batch_size / cfg.processes) * longest
     return MemoryPlan(config, cfg.processes, settings.zero, settings.offload, settings.dtype,
-                      min(settings.max_tokens_per_microbatch, tokens_per_process), settings.gradient_checkpointing,
-                      cfg.device, settings, cfg.sample_tokens if tunes else settings.seq_length,
-                      min(PREFIX_TOKENS, cfg.sample_tokens // 2) if tunes else 0, trained), settings
+                      max_tokens_per_microbatch=min(settings.max_tokens_per_microbatch, tokens_per_process),
+                      gradient_checkpointing=settings.gradient_checkpointing, device=cfg.device, settings=settings,
+                      sample_tokens=cfg.sample_tokens if tunes else settings.seq_length,
+                      prefix_tokens=min(PREFIX_TOKENS, cfg.sample_tokens // 2) if tunes else 0,
+                      trained=trained), settings
 
 
 def planned_config(cfg: PlanConfig) -> ModelConfig:

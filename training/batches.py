@@ -35,8 +35,17 @@ class GlobalBatch:
     """The samples of one step, over all ranks."""
     indices: list[int]  # in the training data
     samples: list[Sample]
-    replay: list[Sample]  # windows of pretraining text
+    replay_indices: list[int]  # in the windows of the pretraining text
+    replay: list[Sample]
     ends_epoch: bool
+
+    @property
+    def numbers(self) -> dict[str, list[int]]:
+        """{"samples": their numbers}, with replayed text also those of its "windows"."""
+        return {"samples": self.indices} | ({"windows": self.replay_indices} if self.replay else {})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {numbers}" for kind, numbers in self.numbers.items())
 
     @property
     def groups(self) -> list[list[Sample]]:

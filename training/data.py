@@ -40,10 +40,11 @@ class TrainData:
         """The global batch of a step; the last one may be smaller."""
         cfg, start, stop, size = self.run.cfg, self.position(step), self.position(step + 1), len(self.train)
         indices = sample_indices(cfg.seed, size, start, stop)
-        replayed = [self.replay[index] for index in replay_with_replacement(
-            self.run.task_seed, len(self.replay), step, cfg.replay_share, cfg.global_batch_size)] \
-            if self.replay else []
-        return GlobalBatch(indices, [self.train[index] for index in indices], replayed, stop // size > start // size)
+        windows = self.replay or []
+        replayed = replay_with_replacement(self.run.task_seed, len(windows), step, cfg.replay_share,
+                                           cfg.global_batch_size) if windows else []
+        return GlobalBatch(indices, [self.train[index] for index in indices], replayed,
+                           [windows[index] for index in replayed], stop // size > start // size)
 
     def sample(self, count: int) -> list[Sample]:
         """Random training samples, at most `count`: the first ones of the stream."""

@@ -105,7 +105,7 @@ def test_activations_of_blocks_that_are_frozen_or_adapted(dtype, adapters, fused
 
 def test_a_method_trains_a_part_of_the_7b():
     config, trained = trained_parameters(size_config("7b"), settings_of("lora"))
-    plan = MemoryPlan(config, 8, 3, False, "bf16", 16_384, True, method=settings_of("lora"), trained=trained)
+    plan = MemoryPlan(config, 8, 3, False, "bf16", 16_384, True, settings=settings_of("lora"), trained=trained)
     matrices = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 11008), (4096, 11008), (11008, 4096))
     assert plan.num_trained == 32 * 16 * sum(map(sum, matrices))
     assert plan.memory()["fp32 weights and moments"] == 12 * plan.num_trained / 8
@@ -113,14 +113,14 @@ def test_a_method_trains_a_part_of_the_7b():
     assert plan.memory()["gradients"] == 8 * plan.num_trained / 8
     grown, trained = trained_parameters(size_config("7b"), settings_of("expansion"))
     assert grown.num_hidden_layers == 34
-    expanded = MemoryPlan(grown, 8, 3, False, "bf16", 16_384, False, method=settings_of("expansion"), trained=trained)
+    expanded = MemoryPlan(grown, 8, 3, False, "bf16", 16_384, False, settings=settings_of("expansion"), trained=trained)
     assert expanded.num_trained == 2 * (5_933_109_248 - 2 * 32_000 * 4096 - 4096) / 32
     below = dataclasses.replace(expanded, trained={name: shape for name, shape in trained.items() if ".33." in name})
     assert below.activations() == 16_384 * 2 * below.block_activations()  # the last block, and one more
     full, frozen = expanded.block_activations(), expanded.block_activations(trained=False)
     assert expanded.activations() == 16_384 * (3 * full + 16 * frozen)  # of the layers 16 to 33
     assert trained_parameters(size_config("7b"), settings_of("ewc")) == (size_config("7b"), None)
-    replayed = MemoryPlan(size_config("7b"), 8, 3, False, "bf16", 16_384, True, method=settings_of("self_replay"))
+    replayed = MemoryPlan(size_config("7b"), 8, 3, False, "bf16", 16_384, True, settings=settings_of("self_replay"))
     assert replayed.memory()["the start of the chain"] == 2 * 5_933_109_248
 
 
@@ -138,7 +138,7 @@ def test_the_published_7b_by_hand():
     assert dataclasses.replace(plan, dtype="fp32").logits() == 8 * 1048 * 32_000
     assert plan_step(plan, 8).recomputed == 1
     assert plan.disk(1) == parameters * (2 + 2 + 24)
-    later = dataclasses.replace(plan, method=settings_of("vcl"))  # with the prior's mean and precision
+    later = dataclasses.replace(plan, settings=settings_of("vcl"))  # with the prior's mean and precision
     assert later.memory()["fp32 weights and moments"] == parameters * 20 / 8
     assert later.disk(1) == plan.disk(1) + 8 * parameters
     plain = dataclasses.replace(plan, zero=0, dtype="fp32", processes=1)

@@ -467,15 +467,26 @@ def test_the_line_of_a_skipped_step_has_no_norm():
     state = TrainState()
     for norm, shown in ((0.5, "norm   0.500  "), (math.nan, "norm       –  ")):
         result = StepResult(2.0, norm, 1.0)
-        state.add_step(GlobalBatch([0], [(np.array([1, 2]), 1)], [], False), result, 1.0, 0.0)
+        state.add_step(GlobalBatch([0], [(np.array([1, 2]), 1)], [], [], False), result, 1.0, 0.0)
         assert shown in state.progress_line(9, result, 1e-3)
+
+
+def test_a_skipped_step_names_what_it_read():
+    sample, result = (np.array([1, 2]), 1), StepResult(2.0, math.nan, 1.0)
+    for batch, numbers, text in (
+            (GlobalBatch([7], [sample], [], [], False), {"skipped_samples": [7]}, "samples [7]"),
+            (GlobalBatch([7, 3], [sample] * 2, [19], [sample], False),
+             {"skipped_samples": [7, 3], "skipped_windows": [19]}, "samples [7, 3], windows [19]")):
+        entry = TrainState().log_entry(batch, result, 1e-3, 1.0)
+        assert {key: value for key, value in entry.items() if key.startswith("skipped")} == numbers
+        assert str(batch) == text
 
 
 def test_the_limit_of_a_loss_spike_by_hand():
     def limit(steps):
-        state = TrainState()
+        state, batch = TrainState(), GlobalBatch([0], [(np.array([1, 2]), 1)], [], [], False)
         for loss, norm in steps:
-            state.add_step(GlobalBatch([0], [(np.array([1, 2]), 1)], [], False), StepResult(loss, norm, 1.0), 1.0, 0.0)
+            state.add_step(batch, StepResult(loss, norm, 1.0), 1.0, 0.0)
         return state.max_loss(3.0)
     assert limit([(2.0, 1.0)] * 9) == math.inf
     assert limit([(2.0, 1.0)] * 10 + [(99.0, math.nan)]) == pytest.approx(6.0)  # a skipped step does not count
