@@ -17,7 +17,7 @@ from model.growth import OPERATORS
 from pipeline.pretraining import DEPTH_OPERATORS
 
 TRAINED_ON = "base-trained-on"  # the control: its folder, and its name in growth-study.json
-LABELS = {TRAINED_ON: "base, trained further"}  # in the table and the figure
+LABELS = {"base": "base, before it is grown", TRAINED_ON: "base, trained further"}  # in the table and the figure
 MIN_SEEDS = 3  # that a verdict on depth and growing takes
 # As in the report's figures (MODELS in analysis/figures.py), where scratch is llm.
 COLOURS = dict(zip(dict.fromkeys(["scratch", "stack", "base", "interleave", *DEPTH_OPERATORS]),

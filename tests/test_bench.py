@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from bench.run_all import TITLES, written_by_hand
+from bench.run_all import TITLES, RunAllConfig, benchmark_flags, written_by_hand
 from bench.workload import random_checkpoint
 from common.files import UserError
+from common.settings import load
 from model.config import size_config
 from model.generation import GenerationConfig, generate
 from tests.conftest import ROOT, random_model, run_script
@@ -79,3 +80,18 @@ def test_what_is_written_by_hand_is_kept():
     assert text.endswith(kept)
     assert len(re.findall("^## ", text, re.MULTILINE)) == len(TITLES) + len(re.findall("^## ", kept, re.MULTILINE))
     assert written_by_hand("# Results\n\n## Fine-tuning\n") == ""
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [
+    ("bf16", {"finetuning": ["bf16", "fp32"], "decoding": ["float32", "bfloat16"]}),
+    ("fp32", {"finetuning": ["fp32"], "decoding": ["float32"]})])
+@pytest.mark.parametrize("name", TITLES)
+def test_benchmarks_accept_the_flags_of_run_all(name, dtype, expected, checkpoint, monkeypatch):
+    """In bf16 as well where the hardware multiplies it."""
+    monkeypatch.setattr("bench.run_all.resolve_dtype", lambda _: dtype)
+    module = importlib.import_module(f"bench.{name}")
+    cls, = (cls for key, cls in vars(module).items() if key.endswith("Config") and cls.__module__ == module.__name__)
+    runs = benchmark_flags(RunAllConfig("simp.json", "folder", files="items"), str(checkpoint))[name]
+    settings = [load(cls, map(str, flags)) for flags in runs]
+    assert len(settings) == len(expected.get(name, "1"))
+    assert name not in expected or [one.dtype for one in settings] == expected[name]

@@ -189,7 +189,7 @@ def test_the_table_by_hand():
     assert rows["interleave"]["speed_up"] == [None]
     assert rows["scratch"]["final"] == [4.0, 4.7]
     lines = study_table(list(rows.values())).splitlines()
-    assert "| base | 1 | – | 5.000 | – | – | – |" in lines
+    assert "| base, before it is grown | 1 | – | 5.000 | – | – | – |" in lines
     assert "| stack | 2 | 5.600 ± 0.141 | 3.600 ± 0.141 | -0.750 ± 0.354 | 0.3250 ± 0.0354 | +24% ± 13% |" in lines
     assert "| interleave | 1 | 5.200 | 4.400 | +0.400 | not reached | not reached |" in lines
     assert "| scratch | 2 | – | 4.350 ± 0.495 | – | 0.4000 ± 0.0000 | – |" in lines
