@@ -36,6 +36,10 @@ class IVON(torch.optim.Optimizer):
         sample_params: False takes the gradients at the mean and leaves h unchanged.
     """
 
+    # without importing PyTorch's compiler, as AdamW in optimizers.py
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
+
     def __init__(self, params: Any, lr: float, ess: float, hess_init: float, betas: tuple[float, float],
                  clip_radius: float, sample_params: bool = True):
         super().__init__(params, {"lr": lr})
