@@ -92,9 +92,9 @@ def hub_problems(tables: Mapping[str, Any]) -> list[str]:
                      if not isinstance(hub.get(key, {}), dict)]
         if not problems and "train" not in hub["splits"]:
             problems.append("splits in [hub] lacks train")
-        fields = {"input_text", "output_text"} if "dialogue" in hub else set()
-        fields |= {labels.get("field")} if isinstance(labels := hub.get("labels"), dict) else set()
-        if not problems and "target" in tables and tables["target"] not in fields.union(hub["columns"]):
+        labels = hub["labels"].get("field") if isinstance(hub.get("labels"), dict) else None
+        fields = [labels, *(("input_text", "output_text") if "dialogue" in hub else ())]
+        if not problems and "target" in tables and tables["target"] not in [*fields, *hub["columns"]]:
             problems.append(f"target is {tables['target']!r:.80}, expected a field in columns of [hub]")
     if isinstance(prompts := tables.get("prompts"), dict):
         problems += [] if prompts else ["[prompts] has no prompt"]

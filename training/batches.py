@@ -39,13 +39,8 @@ class GlobalBatch:
     replay: list[Sample]
     ends_epoch: bool
 
-    @property
-    def numbers(self) -> dict[str, list[int]]:
-        """{"samples": their numbers}, with replayed text also those of its "windows"."""
-        return {"samples": self.indices} | ({"windows": self.replay_indices} if self.replay else {})
-
     def __str__(self) -> str:
-        return ", ".join(f"{kind} {numbers}" for kind, numbers in self.numbers.items())
+        return f"samples {self.indices}" + (f", windows {self.replay_indices}" if self.replay else "")
 
     @property
     def groups(self) -> list[list[Sample]]:

@@ -75,7 +75,8 @@ class TrainState:
                 "grad_norm": result.grad_norm if result.applied else None, "tokens": self.tokens, "flops": self.flops,
                 "tokens_per_s": batch.num_tokens / seconds, "elapsed": self.seconds,
                 "computed": result.computed_tokens / batch.num_tokens,
-                **({} if result.applied else {f"skipped_{kind}": numbers for kind, numbers in batch.numbers.items()})}
+                **({} if result.applied else {"skipped_samples": batch.indices}),
+                **({} if result.applied or not batch.replay else {"skipped_windows": batch.replay_indices})}
 
     def progress_line(self, steps: int, result: StepResult, lr: float) -> str:
         """The printed line for the last step added."""

@@ -49,8 +49,9 @@ def test_a_file_that_describes_no_task(folder, text, said):
     (folder / "task/mine.toml").write_text(text)
     with pytest.raises(UserError, match=rf"mine\.toml: {re.escape(said)}$"):
         read_config("task", "mine")
-    for valid in (TASK + DECODING, HUB, HUB.replace("target = 'a'", "target = 'output_text'").replace(
-            "columns", "dialogue = 'turns'\ncolumns")):
+    turns = HUB.replace("target = 'a'", "target = 'output_text'").replace("columns", "dialogue = 'turns'\ncolumns")
+    labels = HUB.replace("target = 'a'", "target = 'kind'").replace("columns", "labels = {field = 'kind'}\ncolumns")
+    for valid in (TASK + DECODING, HUB, turns, labels):
         (folder / "task/mine.toml").write_text(valid)
         assert read_config("task", "mine")["decoding"] == {"max_new_tokens": 5}
 
