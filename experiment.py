@@ -144,7 +144,7 @@ def check_text(cfg: ExperimentConfig, context: int) -> None:
 
 
 def check_suite_files(suite: str, folder: str | None) -> None:
-    """Raises UserError if the suite is not valid, or a local file of items that it names."""
+    """Raises UserError if the suite, or a local file of items that it names, is not valid."""
     from evaluation.lm_eval_tasks import local_task, quiet, read_suite  # lm-eval takes seconds to import
     for benchmark in read_suite(suite, folder):
         if benchmark.file and not Path(benchmark.file).is_file():

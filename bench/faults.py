@@ -252,7 +252,7 @@ class Evaluation:
         for path in (self.folder / name).iterdir():
             assert not path.name.endswith(".writing"), path
             content = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path, dict)
-            # of metrics, of lm-eval, and losses; the rest differs from run to run
+            # what was measured in a file of metrics, of lm-eval and of losses; other entries differ between runs
             part = next((key for key in ("metrics", "results", "items") if key in content), None)
             assert part or path.suffix == ".jsonl", path
             found[re.sub(r"_\d{4}-.*", "", path.stem)] = content[part] if part else content

@@ -80,7 +80,7 @@ def read_record(directory: str | Path, name: str = RUN) -> dict[str, Any]:
         if not isinstance(task, dict) or LINEAGE_TASK_TYPES.keys() - task or wrong_types(task, LINEAGE_TASK_TYPES)
         or task.get("template", DEFAULT_TEMPLATE) not in get_args(TemplateName)] or [
         "start" for key in START_KEYS if "start" in lineage and not isinstance(lineage["start"].get(key), str)] or [
-        "text" for _ in wrong_types(lineage.get("text", {}), {"samples": int})]
+        "text"] * bool(wrong_types(lineage.get("text", {}), {"samples": int}))
     if problems:
         raise UserError(f"{path} is damaged or was not written by this program: its entry {problems[0]!r} is not "
                         f"valid: restore it, or remove {directory}")

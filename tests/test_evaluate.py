@@ -19,6 +19,7 @@ from analysis.results import add_results
 from analysis.stages import Stage
 from common.configs import known, read_config
 from common.files import UserError, digest, read_json, read_json_lines
+from common.settings import load
 from common.writing import sole_use
 from corpus.prompts import open_template
 from evaluate import main, open_test_sets, prepare_evaluation
@@ -455,6 +456,7 @@ def test_contradictions(refusal):
     for said in ("--checkpoint is missing", "unknown task 'smp'", "--tasks needs --data", "limit is 0",
                  "bertscore_model and bertscore_layer must be given together"):
         assert said in line
+    assert load(EvaluateConfig, ["--checkpoint", "x", "--text", "x", "--local_rank=1"])  # of the deepspeed launcher
     assert "there is nothing to evaluate: give --text, --tasks or --suite" in refusal((EvaluateConfig, main),
                                                                                       "--checkpoint", "x")
 

@@ -367,6 +367,16 @@ def test_a_missing_file_of_the_suite_is_found_before_anything_runs(checkpoint, t
     assert not (tmp_path / "runs").exists()
 
 
+def test_invalid_items_of_the_suite_are_found_before_anything_runs(checkpoint, tasks, suite_file, tmp_path, refusal):
+    suite = shutil.copytree(suite_file.parent, tmp_path / "suite")
+    (suite / "items.jsonl").write_text('{"text": "a", "choices": ["b", "c"], "label": 2}\n')
+    line = refusal((ExperimentConfig, experiment.main), "--init_llm", checkpoint, "--models", "llm", "--data", tasks,
+                   "--out", tmp_path / "runs", "--suite", suite / "suite.toml", "--order", "simp", "--train_args",
+                   "--max_source_length 128", "--report", tmp_path / "report")
+    assert "items.jsonl: next is not a valid task" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_stage_of_another_order_is_refused_before_anything_runs(checkpoint, tasks, suite_file, tmp_path, refusal):
     words = ["--init_llm", checkpoint, "--models", "llm", "--data", tasks, "--out", tmp_path / "runs", "--suite",
              suite_file, "--report", tmp_path / "report", "--train_args", "--max_source_length 128"]
