@@ -301,6 +301,7 @@ def main(target: str = "help") -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, such as `head`
         os._exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:

@@ -463,12 +463,13 @@ def test_the_next_commands_keep_the_folders():
         "make experiment SIZE=tiny RAW=my/raw TEXT=my/text 'ORDER=simp hgen' NPROC=2  # the models compared")
 
 
-def test_a_reader_that_has_enough():
-    """As in `make help | head -1`: no traceback."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough(unbuffered):
+    """As in `make help | head -1`: no traceback, whether Python writes each line at once or all at the end."""
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run([sys.executable, "-m", "pipeline.targets", "help"], cwd=ROOT, env=ENVIRON, stdout=writer,
-                            stderr=subprocess.PIPE)
+    result = subprocess.run([sys.executable, "-m", "pipeline.targets", "help"], cwd=ROOT,
+                            env=ENVIRON | {"PYTHONUNBUFFERED": unbuffered}, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
 
