@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 from analysis.measures import read_primary, write_primary
-from analysis.stages import STAGE
 from common.configs import ROOT, read_config
 from common.files import UserError
 from common.formatting import format_duration
@@ -34,7 +33,7 @@ from corpus.shards import WINDOW_TOKENS, ShardDataset
 from corpus.tasks import first_items, lacking_source
 from evaluation.result_files import MISSING
 from evaluation.test_sets import task_decoding
-from pipeline.chain import PAIR
+from pipeline.chain import PAIR, check_order
 from pipeline.costs import Pace, machine_speed, read_splits
 from pipeline.experiment_config import (
     ExperimentConfig,
@@ -83,7 +82,7 @@ def check_before_running(cfg: ExperimentConfig, to_do: list[Job]) -> None:
     check_text(cfg, context)
     if cfg.suite and any(job.script == "evaluate.py" for job in to_do):
         check_suite_files(cfg.suite, cfg.suite_files)
-    check_order(cfg, to_do)
+    check_order((job.out for job in to_do if job.script == "train.py"), cfg.order, "--out")
     for folder in (cfg.out, cfg.report, *(str(job.out) for job in to_do)):
         check_writable(folder)
 
@@ -99,12 +98,14 @@ def check_train_settings(cfg: ExperimentConfig) -> None:
 
 
 def check_sources(cfg: ExperimentConfig) -> None:
-    """Raises UserError if a test set that is judged by SARI has an item without a source."""
+    """Raises UserError if a test set is empty, or is judged by SARI and has an item without a source."""
     evaluated = evaluate_settings(cfg)
-    for task in dict.fromkeys(cfg.order) if evaluated.decode else ():
+    for task in dict.fromkeys(cfg.order):
         path, spec = Path(cfg.data) / f"{task}.json", read_config("task", task)
-        items = first_items(read_splits(path)["test"], evaluated.limit) if spec.get("sari") else []
-        if problem := lacking_source(items, spec["source"]):
+        items = first_items(read_splits(path)["test"], evaluated.limit)
+        if not items:
+            raise UserError(f"{path}: the test set is empty, on which every stage is evaluated")
+        if evaluated.decode and spec.get("sari") and (problem := lacking_source(items, spec["source"])):
             raise UserError(f"{path}: {problem[0]}")
 
 
@@ -152,17 +153,6 @@ def check_suite_files(suite: str, folder: str | None) -> None:
         if benchmark.file:
             with quiet():
                 local_task(benchmark)
-
-
-def check_order(cfg: ExperimentConfig, to_do: list[Job]) -> None:
-    """Raises UserError if the folder of a chain has a stage of another order of tasks."""
-    for job in to_do:
-        stage = STAGE.fullmatch(job.out.name)
-        others = [path for path in job.out.parent.glob(f"m{stage[1]}-*")
-                  if STAGE.fullmatch(path.name) and path != job.out] if stage else []
-        if others:
-            raise UserError(f"{others[0]} is a stage of another order of tasks than {', '.join(cfg.order)}: choose "
-                            "another --out, or remove it")
 
 
 def submit(cfg: ExperimentConfig, jobs: list[Job], ledger: Ledger) -> None:

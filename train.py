@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 OOM_REMEDY = "Try a smaller --max_tokens_per_microbatch, --zero 2 or 3, --gradient_checkpointing or, unless it was " \
-             "the host's memory, --offload; `make plan` estimates the memory. The same command resumes from the " \
-             "saved state, if there is one"
+             "the host's memory, --zero 2 --offload; `make plan` estimates the memory. The same command resumes from " \
+             "the saved state, if there is one"
 EVAL_SAMPLES = 64  # per rank that are cut into micro-batches together; the progress bar moves once for each
 
 

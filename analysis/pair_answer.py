@@ -81,9 +81,9 @@ def uncertainty(difference: Difference, effect: float) -> list[str]:
     pairs = count(estimate.n, "pair")
     low, high = (detectable(estimate.n) * sd for sd in estimate.sd_interval)
     needed, fewest, most = (units_needed(sd, effect) for sd in (estimate.sd, *estimate.sd_interval))
-    return [f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, as "
-            f"far as {pairs} tell their spread) with {POWER:.0%} power; one of {effect:g} takes {needed:,} pairs "
-            f"({fewest:,} to {most:,}).{share}"]
+    return [f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, "
+            f"since {pairs} give the standard deviation within an interval) with {POWER:.0%} power; one of {effect:g} "
+            f"takes {needed:,} pairs ({fewest:,} to {most:,}).{share}"]
 
 
 def data_of(study: Study, difference: Difference) -> str:

@@ -2,6 +2,7 @@
 
 Imports no installed package, since make uses this module before they are installed.
 """
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,18 @@ def chain_folder(folder: Path, method: str | None = None, rate: float | None = N
     folder = folder / method.replace(":", "-") if method else folder
     folder = folder if rate is None else folder / f"rate-{rate:g}"
     return folder if seed is None else folder / f"seed-{seed}"
+
+
+def check_order(stages: Iterable[Path], order: Iterable[str], choose: str) -> None:
+    """Raises UserError if the folder of a chain has a stage of the same number as one of `stages`, of another task.
+
+    choose: what names another folder.
+    """
+    for stage in stages:
+        for other in sorted(stage.parent.glob(f"{stage.name.partition('-')[0]}-*")):
+            if other != stage and re.fullmatch(r"[\w-]+", other.name):
+                raise UserError(f"{other} is a stage of another order of tasks than {', '.join(order)}: choose another "
+                                f"{choose}, or remove it")
 
 
 def method_flags(method: str) -> list[str]:

@@ -100,7 +100,7 @@ def payoff_sentence(what: str, differences: Sequence[PairedDifference]) -> str:
         return f"{what} pays at this budget."
     if any(one.interval[0] > 0 for one in differences):
         return f"{what} does not pay at this budget."
-    return f"It cannot be told whether {what.lower()} pays at this budget: a 95% interval includes 0."
+    return f"There is no verdict on whether {what.lower()} pays at this budget: a 95% interval includes 0."
 
 
 def conclusion(rows: Sequence[dict]) -> str:

@@ -118,6 +118,7 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     missing = stages[made + 1:]
     tasks = [stage.task for stage in (stages if missing else stages[-1:])]
     check_init_of_chain(v)
+    chain.check_order((stage.out for stage in stages), v.order, "RUNS")
     is_compared = bool(v.hub) and "HUB" in v.given and v.m0.exists()  # a given HUB with the source of m0
     commands = m0_commands(v) if not v.init and (is_compared or made < 0 and not v.m0.exists()) else []
     own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
@@ -159,7 +160,8 @@ def next_commands(v: Variables) -> list[str]:
         own_order = {} if v.order == list(chain.ORDER) else {"ORDER": " ".join(v.order)}
         lines = [("experiment", {"SIZE": v.size} | kept | own_order, "the models compared")]
     if not v.hub and not v.init and v.task in chain.ORDER:
-        lines.append(("train", {"TASK": v.task, "MODEL": "stack", "SIZE": "410m"}, "weights from the Hugging Face Hub"))
+        lines.append(("train", {"TASK": v.task, "MODEL": "stack", "SIZE": "410m"},
+                      "410M weights from the Hub, for a GPU"))
     return [f"{shlex.join(['make', target, *(f'{name}={value}' for name, value in values.items())])}  # {comment}"
             for target, values, comment in lines]
 

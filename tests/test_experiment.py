@@ -122,8 +122,8 @@ def test_the_model_that_is_behind_is_trained_on(tasks, tmp_path, llm, stack, lev
     assert level == f"{last.model}-level"
 
 
-def test_test_items_without_the_source_that_sari_needs_are_found_before_the_first_job(checkpoint, tasks, tmp_path,
-                                                                                      monkeypatch, refusal):
+def test_test_sets_that_cannot_be_evaluated_are_found_before_the_first_job(checkpoint, tasks, tmp_path, monkeypatch,
+                                                                           refusal):
     monkeypatch.setattr(experiment, "run_command", lambda words: pytest.fail(f"{words} was run"))
     monkeypatch.setattr(experiment, "machine_speed", lambda: 1e9)
     splits = json.loads((tasks / "simp.json").read_text())
@@ -132,6 +132,10 @@ def test_test_items_without_the_source_that_sari_needs_are_found_before_the_firs
     flags = ["--init_llm", checkpoint, "--models", "llm", "--order", "simp", "--data", tmp_path, "--suite", "none",
              "--primary", "KL on the new task", "--out", tmp_path / "runs"]
     assert "simp.json: the test item " in refusal((ExperimentConfig, experiment.main), *flags)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/simp.json").write_text(json.dumps(splits | {"test": []}))
+    flags += ["--data", tmp_path / "empty", "--evaluate_args", "--decode false"]
+    assert "simp.json: the test set is empty" in refusal((ExperimentConfig, experiment.main), *flags)
 
 
 def test_a_directory_that_no_job_makes(tasks, tmp_path):

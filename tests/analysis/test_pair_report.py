@@ -85,8 +85,9 @@ def test_a_null_result_says_what_would_have_been_found(tmp_path):
     study = Study(read_runs(write_study(tmp_path / "runs", effect=0.0)), "stack", "llm")
     answer, uncertainty, *_ = pair_answer.answer(study, "rise of held-out loss", 0.02)
     assert answer.startswith("stack and llm cannot be told apart: ")
-    assert re.search(r"a true difference of (0\.\d+) nats/token \((0\.\d+) to (0\.\d+), as far as 4 pairs tell their "
-                     r"spread\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to ([\d,]+)\)", uncertainty)
+    assert re.search(r"a true difference of (0\.\d+) nats/token \((0\.\d+) to (0\.\d+), since 4 pairs give the standard "
+                     r"deviation within an interval\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to "
+                     r"([\d,]+)\)", uncertainty)
 
 
 def test_equal_differences_of_all_pairs_give_no_test(tmp_path):

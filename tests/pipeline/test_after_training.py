@@ -33,7 +33,7 @@ def test_a_text_that_was_removed_is_not_measured(tmp_path, monkeypatch):
     assert held_out_texts(OUT=".") == ["data/text/tiny"]
 
 
-HUB = "make train TASK={} MODEL=stack SIZE=410m  # weights from the Hugging Face Hub"
+HUB = "make train TASK={} MODEL=stack SIZE=410m  # 410M weights from the Hub, for a GPU"
 
 
 @pytest.mark.parametrize(("given", "expected"), [

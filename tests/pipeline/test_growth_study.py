@@ -216,7 +216,7 @@ def test_the_table_by_hand():
 - scratch − base, trained further: -0.233 [-0.613, +0.146] nats per token, lower for 3 of 3 seeds.
 - stack − scratch: -0.567 [-0.710, -0.423] nats per token, lower for 3 of 3 seeds.
 - stack − base, trained further: -0.800 [-1.048, -0.552] nats per token, lower for 3 of 3 seeds.
-- It cannot be told whether depth pays at this budget: a 95% interval includes 0.
+- There is no verdict on whether depth pays at this budget: a 95% interval includes 0.
 - Growing pays at this budget.
 """),
     ((3.5,), (4.4,), """\

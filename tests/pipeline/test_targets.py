@@ -66,8 +66,13 @@ def test_a_task_outside_the_default_order_is_a_chain_of_its_own(tmp_path, monkey
     assert scripts("train", TASK="mine", OUT=f"{tmp_path}") == chain
     assert [where for _, where in scripts("train", TASK="mine", ORDER="simp mine", OUT=f"{tmp_path}")][-2:] == [
         f"{tmp_path}/m1-simp", f"{tmp_path}/m2-mine"]
-    assert targets.next_commands(Variables({"TASK": "mine", "RAW": "my/raw"})) == [
-        "make experiment SIZE=tiny RAW=my/raw ORDER=mine  # the models compared"]
+    (tmp_path / "m1-simp").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path}/m1-simp is a stage of another order of tasks than mine: choose "
+                                        "another RUNS, or remove it"):
+        commands("train", TASK="mine", OUT=f"{tmp_path}")
+    assert scripts("train", TASK="empd", OUT=f"{tmp_path}")[-1] == ("train", f"{tmp_path}/m2-empd")
+    assert targets.next_commands(Variables({"TASK": "mine", "RAW": "my/raw", "RUNS": "runs/mine"})) == [
+        "make experiment SIZE=tiny RAW=my/raw RUNS=runs/mine ORDER=mine  # the models compared"]
 
 
 def test_what_exists_is_not_built_again(tmp_path):
