@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from analysis.measures import read_primary, write_primary
+from analysis.measures import primary_file, read_primary, write_primary
 from common.configs import ROOT, read_config
 from common.files import UserError
 from common.formatting import format_duration
@@ -63,9 +63,9 @@ def report_command(cfg: ExperimentConfig) -> list[str]:
 
 def record_primary(cfg: ExperimentConfig) -> None:
     """Records the primary measure before the first run. Raises UserError if another one was recorded."""
-    recorded = read_primary(cfg.out)
+    recorded = read_primary(primary_file(cfg.out))
     if recorded is None:
-        write_primary(cfg.out, cfg.primary)
+        write_primary(primary_file(cfg.out), cfg.primary)
     elif recorded != cfg.primary:
         raise UserError(f"the primary measure of {cfg.out} is {recorded!r}, as named before its first run, not "
                         f"{cfg.primary!r}: give --primary {shlex.quote(recorded)}; report.py shows any other one")

@@ -6,9 +6,10 @@
     python report.py --results report/stages.csv --out again         the table that another report wrote
 
 Writes report.md, report.html (one file, with the figures in it), the figures as PNG and SVG, and stages.csv, a table of
-the results of all stages. A report made from this table gives the same answer, without what needs logs or the answers
-to single items. Next to it is items.jsonl, the losses of single items, which is read with the table. The rows of
-several tables can be put into one file, and so can the lines of several items.jsonl.
+the results of all stages. A report made from this table gives the same answer, without what needs logs, settings or the
+answers to single items. Read with it are items.jsonl, the losses of single items, and primary.json, the measure that
+was named before the first run, which lie next to it. The rows of several tables can be put into one file, and so can
+the lines of several items.jsonl.
 """
 import common.preamble
 
@@ -19,7 +20,15 @@ from pathlib import Path
 from analysis.comparison import usable_stages
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.item_table import ITEMS, item_table, with_items
-from analysis.measures import PRIMARY, check_measure, make_measures, read_primary
+from analysis.measures import (
+    PRIMARY,
+    PRIMARY_FILE,
+    check_measure,
+    make_measures,
+    primary_file,
+    read_primary,
+    write_primary,
+)
 from analysis.method_figures import plot_planes
 from analysis.method_interaction import interaction_section, left_out_of_interaction
 from analysis.method_plane import finished_methods, left_out_of_plane, method_study, plane_section
@@ -142,6 +151,7 @@ class Comparisons:
         study: the pairs of models with this method; None without such a pair.
         planes: {model: the study of its methods}, of the models that have one.
         primary: the measure that answers the question.
+        recorded: the measure that was named before the first run; None if it is not known.
     """
     records: dict[str, Record]
     rates: dict[str, str]
@@ -149,6 +159,7 @@ class Comparisons:
     study: Study | None
     planes: dict[str, Study]
     primary: str
+    recorded: str | None
 
 
 def with_method(name: str) -> str:
@@ -217,6 +228,14 @@ def with_choices_of(stages: Sequence[Stage], names: Collection[str]) -> list[Sta
             for stage in stages]
 
 
+def recorded_primary(cfg: ReportConfig) -> str | None:
+    """The primary measure that was named before the first run; None if it is not known."""
+    if cfg.runs:
+        return read_primary(primary_file(cfg.runs))
+    path = Path(str(cfg.results))
+    return read_primary(path.with_name(PRIMARY_FILE)) if path.suffix == ".csv" else None
+
+
 def primary_measure(requested: str | None, recorded: str | None, measures: Collection[str]) -> str:
     """The measure that answers the question: the requested one, or else the recorded one, or else PRIMARY. Raises
     UserError if the results do not have it."""
@@ -239,19 +258,20 @@ def compare(stages: Sequence[Stage], cfg: ReportConfig) -> Comparisons:
         raise UserError(f"unknown method {method!r}, expected one of {', '.join(records)}")
     selected = with_choices_of(stages, {benchmark.name for benchmark in records[method].benchmarks})
     shown = [stage for stage in selected if not stage.number or stage.method_name == method]
-    recorded = read_primary(cfg.runs) if cfg.runs else None
+    recorded = recorded_primary(cfg)
     study = Study(shown, *pair, named=recorded) if pair else None
     primary = primary_measure(cfg.primary, recorded, study.measures if study else make_measures(selected))
     planes = method_studies(selected, baseline, primary, recorded)
-    return Comparisons(records, rates, method, study, planes, primary)
+    return Comparisons(records, rates, method, study, planes, primary, recorded)
 
 
-def source_notes(stages: Sequence[Stage], cfg: ReportConfig) -> list[str]:
+def source_notes(stages: Sequence[Stage], cfg: ReportConfig, recorded: str | None) -> list[str]:
     """Sentences on what the source of the results does not tell."""
     notes = []
     if str(cfg.results).endswith(".csv"):
-        notes.append(f"a table of stages does not tell which measure was named before the first run: the {PRIMARY} is "
-                     "called primary")
+        notes.append("a table of stages does not tell whether all runs were fine-tuned alike")
+        notes += [] if recorded else [f"there is no {PRIMARY_FILE} next to the table, so that it is not known which "
+                                      f"measure was named before the first run: the {PRIMARY} is called primary"]
     known = [len(losses.nll) > 1 for stage in stages for losses in stage.losses.values()]
     if any(known) and not all(known):
         notes.append(f"{ITEMS} has the items of {sum(known)} of the {len(known)} losses in the table: differences of "
@@ -291,6 +311,10 @@ def write_report(out: Path, stages: Sequence[Stage], compared: Comparisons, sent
         write_text(out / ITEMS, items)
     else:
         (out / ITEMS).unlink(missing_ok=True)  # that of an earlier report
+    if compared.recorded:
+        write_primary(out / PRIMARY_FILE, compared.recorded)
+    else:
+        (out / PRIMARY_FILE).unlink(missing_ok=True)
     write_pages(out, f"# {report_title(compared)}\n\n{markdown_list(sentences)}\n{images}{body}")
 
 
@@ -302,7 +326,7 @@ def main(cfg: ReportConfig) -> None:
     stages, unusable = usable_stages(read_stages(cfg))
     compared, noise = compare(stages, cfg), noise_flags(stages)
     sentences, sections, missing = describe(compared, cfg.effect, noise)
-    missing += [*unusable, *source_notes(stages, cfg)]
+    missing += [*unusable, *source_notes(stages, cfg, compared.recorded)]
     for name, lines in (("Metrics whose forgetting is noise", noise.values()), ("What is missing", missing)):
         sections += [(name, markdown_list(dict.fromkeys(lines)))] if lines else []
     sections += reproduction_sections(stages, cfg.runs) if cfg.runs else []

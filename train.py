@@ -48,7 +48,7 @@ from training.run import Run
 from training.run_directory import claim, finish_run, last_checkpoint, open_log, print_result, start_run
 from training.selection import training_flops
 from training.train_config import TrainConfig
-from training.train_state import StepResult, TrainState
+from training.train_state import SPIKE_WINDOW, StepResult, TrainState
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -139,6 +139,10 @@ def train(run: Run, engine: "DeepSpeedEngine", method: Method, data: TrainData, 
         log.write(**state.log_entry(batch, result, lr, seconds), **divergences)
         if not result.applied:
             dist.print0(f"step {step + 1} skipped: loss {result.loss:.4f} > {max_loss:.4f}; {batch}")
+        if state.skips == SPIKE_WINDOW:  # not a spike: no later loss would enter the mean that it is compared with
+            dist.fail(UserError(f"the last {SPIKE_WINDOW} steps were skipped, since their losses exceed "
+                                f"{cfg.skip_loss_above} times the mean before them; last good checkpoint: "
+                                f"{last_checkpoint(run.directory)}. Try a larger skip_loss_above"))
         if last:
             method.finish()
         if (step + 1) % cfg.logging_steps == 0 or step == 0 or last:

@@ -180,19 +180,22 @@ def check_measure(name: str, measures: Collection[str]) -> None:
         raise UserError(f"unknown measure {name!r} of forgetting, expected one of {known}")
 
 
-def primary_file(folder: str | Path) -> Path:
-    """The file of an experiment that holds the primary measure, named before the first run."""
-    return Path(folder) / "experiment" / "primary.json"
+PRIMARY_FILE = "primary.json"  # the primary measure, named before the first run; also next to a table of stages
 
 
-def write_primary(folder: str | Path, measure: str) -> None:
-    """Records the primary measure of an experiment."""
-    write_json(primary_file(folder), {"primary": measure})
+def primary_file(runs: str | Path) -> Path:
+    """The file of an experiment that holds its primary measure."""
+    return Path(runs) / "experiment" / PRIMARY_FILE
 
 
-def read_primary(folder: str | Path) -> str | None:
-    """The primary measure of an experiment; None if it was not recorded. Raises UserError if the file is damaged."""
-    if not (path := primary_file(folder)).exists():
+def write_primary(path: str | Path, measure: str) -> None:
+    """Records the primary measure in a file."""
+    write_json(path, {"primary": measure})
+
+
+def read_primary(path: Path) -> str | None:
+    """The primary measure in a file; None if it does not exist. Raises UserError if it is damaged."""
+    if not path.exists():
         return None
     if not isinstance(measure := read_json(path, dict).get("primary"), str):
         raise UserError(f"{path} is damaged: it names no primary measure. Remove it, and it is recorded again")

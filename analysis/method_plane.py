@@ -14,8 +14,9 @@ import numpy as np
 from analysis.comparison import training_minutes
 from analysis.contrasts import Contrast, Difference
 from analysis.difference_text import p_text, range_text, with_interval
-from analysis.inference import ALPHA, PairedDifference, holm
+from analysis.inference import ALPHA, POWER, PairedDifference, holm
 from analysis.measures import ItemValues, losses_at, task_at
+from analysis.pair_answer import named
 from analysis.pairs import Study
 from analysis.stages import Stage, method_title
 from analysis.tables import Section, table_of_values
@@ -193,6 +194,8 @@ def methods_verdict(comparison: MethodComparison) -> str:
     """The methods with significantly less or more forgetting than the baseline, as text."""
     if len(comparison.study.pairs) == 1:
         return "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
+    if not any(p <= 1 for p in comparison.corrected.values()):  # p is NaN without a spread
+        return f"no method could be tested: this takes two {comparison.study.unit}s with a common new-task loss"
     significant = {method: comparison.gaps[method].mean for method, p in comparison.corrected.items() if p < ALPHA}
     groups = (("smaller with", [method for method, gap in significant.items() if gap < 0]),
               ("larger with", [method for method, gap in significant.items() if gap >= 0]))
@@ -220,6 +223,7 @@ def method_row(comparison: MethodComparison, method: str) -> list[str]:
             compared_at(study, method, comparison.measure) if method in comparison.gaps else "–",
             gap_text(comparison, method),
             p_text(corrected[method]) if method in corrected else "–",
+            f"{gap.smallest_detectable:.3g}" if method in corrected and (gap := comparison.gaps[method]).sd else "–",
             ", ".join(point.rate or "yes" for point in comparison.front if point.method == method) or "–",
             "–" if math.isnan(minutes) else f"{minutes:.1f}"]
 
@@ -245,7 +249,9 @@ def table_note(comparison: MethodComparison, learning: str) -> str:
                "rates and taken as measured; differences at other losses are not comparable. Between rates that are "
                "far apart, linear interpolation overstates the forgetting if its curve is convex; the intervals do not "
                "include this. Forgetting is that of all stages. " if study.matches_learning else "")
-            + ("p is corrected for the number of methods (Holm). " if comparison.corrected else "")
+            + ("p is corrected for the number of methods (Holm). Detectable: the smallest true difference found with "
+               f"{POWER:.0%} power, without this correction, if the standard deviation is as found. "
+               if comparison.corrected else "")
             + "On the Pareto front: the learning rates at which no other method and rate, nor m0, learned more and "
             "forgot less, by the measured values. Minutes of training are those of a chain.\n\n")
 
@@ -254,11 +260,12 @@ def plane_section(study: Study, measure: str) -> tuple[list[str], Section]:
     """The sentences and the section on the methods of a model. Verdicts are corrected for their number."""
     comparison, baseline = compare_with_baseline(study, measure), method_title(study.reference)
     learning = study.learning_text(study.main_setting, study.models)
-    sentences = [f"{study.of}, {measure} at {learning}, compared with {baseline}: {methods_verdict(comparison)}."]
+    sentences = [f"{study.of}, {named(study, measure)}, at {learning}, compared with {baseline}: "
+                 f"{methods_verdict(comparison)}."]
     if on_front := dict.fromkeys(point.method for point in comparison.front if point.method != START):
         sentences.append(f"On the Pareto front of what {study.of} learned and forgot, by the measured values: "
                          f"{', '.join(map(method_title, on_front))}.")
-    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {baseline}", "p", "on the front",
-            "minutes"]
+    head = ["method", "new-task loss", "compared at", f"{measure}, difference to {baseline}", "p", "detectable",
+            "on the front", "minutes"]
     table = table_of_values(head, [method_row(comparison, method) for method in study.models])
     return sentences, (f"Learned and forgotten: {study.of}", table_note(comparison, learning) + table)

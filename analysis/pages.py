@@ -46,7 +46,7 @@ def markdown_image(name: str, caption: str) -> str:
 def to_html(text: str, folder: Path = Path()) -> str:
     """The Markdown of a report as HTML: headings, images from a folder, paragraphs, lists, tables, code blocks."""
     parts = []
-    for block in re.findall(r"```\n.*?\n```$|(?:(?!\n\n).)+", text.strip(), re.DOTALL | re.MULTILINE):
+    for block in re.findall(r"\n*```\n.*?\n```$|(?:(?!\n\n).)+", text.strip(), re.DOTALL | re.MULTILINE):
         block = block.strip("\n")
         lines = block.split("\n")
         if heading := re.fullmatch("(#+) (.*)", block):

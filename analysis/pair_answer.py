@@ -31,8 +31,11 @@ def answer(study: Study, primary: str, effect: float) -> list[str]:
         direction = "less" if estimate.mean < 0 else "more"
         claim = f"{grown} forgets {direction} than {reference}" if estimate.is_significant else \
             f"{grown} and {reference} cannot be told apart"
+        note = ""
+        if not study.is_primary(primary):  # its p-value for a verdict is Holm's, in the table of all measures
+            claim, note = f"{grown} compared with {reference}", ", not corrected for the number of measures"
         lines.append(f"{claim}: {conditions(study, difference)}, the {named(study, primary)} differs by "
-                     f"{with_interval(estimate)} {unit} (95% interval; p {p_text(estimate.p, '= ')}, n = "
+                     f"{with_interval(estimate)} {unit} (95% interval; p {p_text(estimate.p, '= ')}{note}, n = "
                      f"{count(estimate.n, 'pair')}).")
         lines += uncertainty(difference, effect)
     else:
@@ -81,9 +84,9 @@ def uncertainty(difference: Difference, effect: float) -> list[str]:
     pairs = count(estimate.n, "pair")
     low, high = (detectable(estimate.n) * sd for sd in estimate.sd_interval)
     needed, fewest, most = (units_needed(sd, effect) for sd in (estimate.sd, *estimate.sd_interval))
-    return [f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g}, "
-            f"since {pairs} give the standard deviation within an interval) with {POWER:.0%} power; one of {effect:g} "
-            f"takes {needed:,} pairs ({fewest:,} to {most:,}).{share}"]
+    return [f"{pairs} find a true difference of {estimate.smallest_detectable:.3g} {unit} ({low:.3g} to {high:.3g} "
+            f"over the 95% interval of the standard deviation) with {POWER:.0%} power; one of {effect:g} takes "
+            f"{needed:,} pairs ({fewest:,} to {most:,}).{share}"]
 
 
 def data_of(study: Study, difference: Difference) -> str:

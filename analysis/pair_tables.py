@@ -121,7 +121,7 @@ def start_section(study: Study) -> list[Section]:
             rows.append([str(contrast), title, estimate.n, *(f"{statistics.fmean(losses):.4f}" for losses in zip(
                 *by_pair.values())), with_interval(estimate), p_text(estimate.p)])
     return [("Losses before fine-tuning", "Of both m0, in nats per token; means over the pairs. Negative: the "
-             "first model is better.\n\n" + markdown_table(
+             "first model is better. These p-values are not corrected for their number.\n\n" + markdown_table(
                  ["models", "loss on", "pairs", "first", "second", "difference", "p"], rows))] if rows else []
 
 

@@ -4,6 +4,7 @@ Learning is matched: models are compared at equal loss on the new task, see matc
 compared at an equal decrease of this loss since m0, since the m0 of two models differ on the task.
 """
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -193,20 +194,24 @@ class Study:
         if not contrast.equal_loss:
             return names
         one, two = (level(name) if (pair, level(name)) in self._starts else name for name in names)
-        return None if (one, two) == names or abs(self._start_gap(pair, one, two)) > LEVEL_TOLERANCE else (one, two)
+        is_level = abs(self._start_gap(pair, one, two)) <= LEVEL_TOLERANCE
+        return (one, two) if (one, two) != names and is_level else None
 
     def _start_gap(self, pair: int, one: str, two: str) -> float:
-        """The difference of the held-out losses of two m0; 0 if one is unknown."""
+        """The difference of the held-out losses of two m0; NaN if one is unknown."""
         losses = self.start_loss(pair, one), self.start_loss(pair, two)
-        return losses[0].value - losses[1].value if losses[0] and losses[1] else 0.0
+        return losses[0].value - losses[1].value if losses[0] and losses[1] else math.nan
 
     def _not_level(self) -> Iterator[str]:
         """Sentences on the models that were trained further to equal held-out loss and have not reached it."""
         for pair in self.pairs:
             for model, other in (self.compared, self.compared[::-1]):
-                if abs(gap := self._start_gap(pair, level(model), other)) > LEVEL_TOLERANCE:
+                gap = self._start_gap(pair, level(model), other)
+                if (pair, level(model)) in self._starts and not abs(gap) <= LEVEL_TOLERANCE:
+                    reason = f"its m0 differs from that of {other} by {gap:+.3f} nats per token" if math.isfinite(gap) \
+                        else f"the held-out loss of its m0, or of that of {other}, is unknown"
                     yield (f"{self.name_of(pair)}: {level(model)} is not used as the control at equal held-out loss, "
-                           f"since its m0 differs from that of {other} by {gap:+.3f} nats per token")
+                           f"since {reason}")
 
     def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING,
               learning: str = LEARNING) -> Match | None:

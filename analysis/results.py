@@ -23,7 +23,7 @@ from analysis.stages import (
     rate_text,
 )
 from common.configs import known, read_toml
-from common.files import UserError, is_number, parsing, walk
+from common.files import UserError, is_number, json_digest, parsing, walk
 from common.metrics_log import read_log
 from common.provenance import DEFAULT_TEMPLATE, RUN, read_record, wrong_types
 from evaluation.conditions import Conditions, benchmark_conditions, shown, task_conditions, unlike
@@ -40,8 +40,7 @@ from evaluation.result_files import (
 METRICS = "acc", "r@1", "pct_stereotype", "exact_match", "prompt_level_strict_acc"
 
 # What losses depend on besides the model.
-LOSS_SETTINGS = ("dtype", "limit", "data_digest", "tokenizer_digest", "seq_length", "max_source_length",
-                 "max_target_length")
+LOSS_SETTINGS = "dtype", "limit", "data_digest", "seq_length", "max_source_length", "max_target_length"
 
 # The entries of run.json that a report uses, and their types.
 SETTING_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -99,7 +98,8 @@ def losses_of(found: dict[str, Any]) -> ItemLosses:
     """The losses in the content of a losses file."""
     items, run = found["items"], found["run"]
     conditions = {name: run[name] for name in LOSS_SETTINGS if name in run}
-    conditions |= {"items": found["samples"], "template": run.get("template") or DEFAULT_TEMPLATE}
+    conditions |= {"items": found["samples"], "template": run.get("template") or DEFAULT_TEMPLATE,
+                   "tokens and bytes": json_digest([items["tokens"], items["bytes"]])}  # of items, by the tokenizer
     return ItemLosses(np.array(items["nll"], float), np.array(items["tokens"], float),
                       None if items["kl"] is None else np.array(items["kl"], float), conditions,
                       (text_of(run.get("checkpoint_digest")), text_of(run.get("reference_digest"))))

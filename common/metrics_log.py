@@ -87,7 +87,8 @@ def open_services(cfg: Any, directory: Path, record: dict[str, Any]) -> list[Ser
                          writer.close))
     if cfg.wandb:
         session = optional_module("wandb").init(project=cfg.wandb, name=str(cfg.out), config=record["settings"],
-                                                dir=directory, id=re.sub(r"\W+", "-", str(cfg.out)), resume="allow")
+                                                dir=directory, resume="allow",
+                                                id=re.sub(r"\W+", "-", f"{cfg.out}-{record['id'][:12]}"))
         services.append((lambda values: session.log(values, step=values["step"]), session.finish))
     return services
 

@@ -8,12 +8,13 @@ from common.files import UserError
 from model.transformer import Transformer
 
 
-def finite_logits(model: Transformer, hidden: Tensor) -> Tensor:
-    """Returns the logits [..., V] of hidden states [..., C] in fp32. Raises UserError if some are not finite."""
+def finite_logits(model: Transformer, hidden: Tensor, name: str = "the model") -> Tensor:
+    """Returns the logits [..., V] of hidden states [..., C] in fp32. Raises UserError, with the name of the model, if
+    some are not finite."""
     logits = model.lm_head(hidden).float()
     lowest, highest = torch.stack(torch.aminmax(logits)).tolist()  # both are NaN if one logit is
     if not math.isfinite(highest - lowest):
-        raise UserError(f"the model's logits are not finite (from {lowest} to {highest}): {why_not_finite(model)}")
+        raise UserError(f"{name}'s logits are not finite (from {lowest} to {highest}): {why_not_finite(model)}")
     return logits
 
 

@@ -77,9 +77,9 @@ def target_scores(models: Sequence[Transformer], hidden: Sequence[Tensor], targe
     for start in range(0, len(rows), size):
         inside = slice(*np.searchsorted(inverse, (start, start + size)))
         row, target = (torch.from_numpy(x).to(device) for x in (inverse[inside] - start, targets.ids[inside]))
-        logits = zip(models, (block[start:start + size] for block in states))
+        logits = zip(models, (block[start:start + size] for block in states), ("the model", "the reference"))
         yield targets.requests[inside], [values.cpu().numpy() for values in score(
-            [finite_logits(*both) for both in logits], row, target)]
+            [finite_logits(*each) for each in logits], row, target)]
 
 
 def aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:

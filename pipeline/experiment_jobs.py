@@ -80,10 +80,9 @@ def chain_jobs(cfg: ExperimentConfig, arm: Arm, m0: str | Path, method: str | No
     for stage, args, own in zip(stages, cfg.each_stage_args, settings):
         given = [*split_words(cfg.train_args), *split_words(args)]
         data = Path(cfg.data) / f"{stage.task}.json"
-        first = ["--rehearsal", "0"] if stage is stages[0] and own.rehearsal else []
         replay = ["--replay_text", own.replay_text] if own.replay_share else []
         command = chain.finetune_command(launcher_words(cfg), stage, data, cfg.size, [
-            "--seed", seed, *given, *flags, *replay, *shared, *first])
+            "--seed", seed, *given, *flags, *replay, *shared])
         files = map(Path, filter(None, (*config_files(given), own.deepspeed, *replay[1:])))
         jobs.append(Job(stage.out, command, finetune_flops(model_config(cfg, arm.model), data, own),
                         (stage.parent, data, *recipe, *files)))

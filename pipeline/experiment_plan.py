@@ -11,7 +11,7 @@ from pathlib import Path
 from analysis.comparison import usable_stages
 from analysis.contrasts import Difference
 from analysis.inference import ALPHA, POWER, VarianceComponents, units_needed
-from analysis.measures import PRIMARY, check_measure, read_primary
+from analysis.measures import PRIMARY, check_measure, primary_file, read_primary
 from analysis.pairs import Study
 from analysis.results import read_runs
 from common.configs import unknown_name
@@ -63,7 +63,7 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> tuple[Difference, list[str]]:
         raise UserError(f"{cfg.runs}: {'; '.join(unknown)}")
     stages = [stage for stage in stages if not stage.number or cfg.method in ("", stage.method_name)]
     study = Study(stages, cfg.grown, cfg.reference)
-    primary = cfg.primary or read_primary(cfg.runs) or PRIMARY
+    primary = cfg.primary or read_primary(primary_file(cfg.runs)) or PRIMARY
     check_measure(primary, study.measures)
     found = study.main_difference(primary)
     count, unmatched = found.estimate.n if found else 0, list(study.unmatched(study.contrasts[0], study.last))

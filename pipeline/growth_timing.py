@@ -95,7 +95,7 @@ def print_growth_plan(cfg: GrowthPlanConfig) -> None:
     fitted = f"the formula was fitted at {FITTED[0] / 1e9:.2f}B to {FITTED[1] / 1e9:.0f}B parameters"
     if base_flops >= same_loss:
         print(f"warning: the base alone would cost {base_flops:.4g} FLOPs, so that growing saves nothing; {fitted} and "
-              "does not extend to this model: spend a quarter of the FLOPs on the base instead, as "
+              "does not extend to this model or to so few tokens: spend a quarter of the FLOPs on the base instead, as "
               "configs/size/study.toml does")
     elif not FITTED[0] <= params <= FITTED[1]:
         print(f"note: {fitted}; this N is outside that range")

@@ -95,10 +95,10 @@ class Variables:
     def unknown_values(self, target: str) -> list[str]:
         """Sentences on the values that are not among those that a variable may have."""
         building = *STAGES, "experiment", "pretrain", "growth-study"
-        has_init = self.init or self.get("INIT_LLM") and self.get("INIT_STACK")
+        has_init = not self.get("SIZE") and (self.init or self.get("INIT_LLM") and self.get("INIT_STACK"))
         checks = [(building, "MODEL", [self.model], chain.MODELS),
                   (building, "SOURCE", [self.source], ("sample", "raw", "hub")),
-                  (building, "SIZE", [] if has_init else [self.size], known("size")),
+                  ((*building, "plan"), "SIZE", [] if has_init else [self.size], known("size")),
                   ((*STAGES, "experiment"), "ORDER", self.order, known("task")),
                   (("data",), "TASK", [self.task], known("task")),
                   (("train", "evaluate"), "TASK", [self.task], dict.fromkeys(self.order)),

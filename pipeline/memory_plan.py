@@ -87,9 +87,7 @@ class MemoryPlan:
         rows: dict[str, float] = {"weights": self.weight_bytes * self.num_stored,
                                   "fp32 weights and moments": state_bytes * self.num_trained / shards}
         if self.zero == 3:
-            # fp32 weights that are trained exist once: they are their own master weights
-            stored = self.num_stored if self.weight_bytes == 2 else self.num_frozen
-            rows["weights"] = self.weight_bytes * stored / shards
+            rows["weights"] /= shards  # DeepSpeed keeps master weights of an fp32 model as well
             rows["gathered weights"] = self.weight_bytes * min(self.num_stored, LIVE)
         if self.settings.self_replay_kl or self.settings.input_kl:
             rows["the start of the chain"] = self.weight_bytes * self.config.num_parameters

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.configs import below_root, known, unknown_name
 from common.files import UserError, describe_error
-from common.provenance import read_record
+from common.provenance import data_digest, read_lineage, read_record
 from pipeline import chain
 from pipeline.jobs import further_flags, optional_flags, run_command, split_words
 from pipeline.make_variables import Variables, split_names
@@ -121,16 +121,23 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
     chain.check_order((stage.out for stage in stages), v.order, "RUNS")
     is_compared = bool(v.hub) and "HUB" in v.given and v.m0.exists()  # a given HUB with the source of m0
     commands = m0_commands(v) if not v.init and (is_compared or made < 0 and not v.m0.exists()) else []
-    own_text = not (v.init or v.hub) and (Path(v.text).exists() or commands)  # has the vocabulary of m0
-    held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or own_text else "")
+    held_out = optional_flags(held_out_text=v.text if v.get("TEXT") or is_text_of_m0(v) else "")
     settings = chain.method_settings(v.method) if v.method else set()
     for stage in missing or stages[-1:]:
         method = chain.method_flags(v.method) if v.method else []
-        method += ["--rehearsal", "0"] if "rehearsal" in settings and stage is stages[0] else []
         method += ["--replay_text", v.text] if "replay_share" in settings else []
         commands.append(chain.finetune_command(v.torchrun or [PYTHON], stage, v.data / f"{stage.task}.json", v.preset,
                                                [*held_out, *method, *args]))
     return data_commands(v, tasks) + commands
+
+
+def is_text_of_m0(v: Variables) -> bool:
+    """Whether the token shards `v.text` are those that m0 was, or will be, pretrained on."""
+    made = next((path for path in (v.m0, *(stage.out for stage in v.stages)) if path.exists()), None)
+    if v.init or v.hub or made is None:
+        return not (v.init or v.hub)
+    digest = read_lineage(made).get("text", {}).get("data_digest")
+    return digest is not None and Path(v.text).is_dir() and digest == data_digest(v.text)
 
 
 def check_init_of_chain(v: Variables) -> None:
@@ -185,7 +192,7 @@ def evaluate_commands(v: Variables) -> list[Command]:
     if is_stage and not v.stages[-1].out.exists():
         commands += [command for command in train_commands(v) if command not in commands]
     pretrains = [command for command in m0_commands(v) if command in commands]
-    own_text = is_stage and not (v.init or v.hub) and (pretrains or v.m0.exists() and Path(v.text).exists())
+    own_text = is_stage and is_text_of_m0(v) and (pretrains or v.m0.exists())
     text = v.text if v.get("TEXT") or own_text else ""
     flags = optional_flags(text=text, reference=v.init or v.m0 if text and is_stage else "",
                            suite=v.suite, suite_files=v.files)

@@ -61,8 +61,7 @@ def test_a_chain_for_each_method(checkpoint, tasks, tmp_path):
         f"{folder}/{name}{end}" for folder in folders for name in ("m1-simp", "m2-empd") for end in ("", "/eval")]
     words = [" ".join(job.argv) for job in jobs]
     assert words[1].endswith("--learning_rate 1e-4 --method finetune")
-    assert words[5].endswith("--method rehearsal --rehearsal 0.1 --rehearsal 0")  # the first stage has no earlier task
-    assert words[7].endswith("--method rehearsal --rehearsal 0.1")
+    assert all(text.endswith("--method rehearsal --rehearsal 0.1") for text in (words[5], words[7]))
     assert words[9].endswith("--learning_rate 1e-4 --method vcl --tau 0.5 --learning_rate 0.2")
     assert [f"--init {checkpoint}" in text for text in words[1::2]] == [True, False] * 3
     assert ["--posterior_samples 4" in text for text in words[::2]] == [False] * 5 + [True] * 2

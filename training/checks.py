@@ -98,6 +98,8 @@ def check_run(cfg: TrainConfig, dist: Distributed) -> CheckedRun | None:
     if cfg.held_out_text is not None:
         record["held_out_digest"] = text_digest(cfg, "held_out_text", source)
     check_earlier_tasks(earlier)
+    if cfg.rehearsal and not earlier:
+        print(f"rehearsal changes nothing in this run: {cfg.init} was fine-tuned on no other task")
     open_side_files(source, side_file_name(cfg), config)
     record["id"] = json_digest(record)
     return CheckedRun(cfg=cfg, lineage=lineage, record=record, trained=trained, layer_map=layer_map,

@@ -5,6 +5,9 @@ q(w) = N(m, 1 / s), independently for each weight, with precision s = λ (h + δ
 effective sample size (ess) of the mean loss, and δ = p / λ the contribution of a prior N(m₀, 1 / p). Each step takes
 the gradient at one sample of the weights and updates both m and h.
 
+The loop clips the gradients by their norm before the step, as for AdamW, which the paper's algorithm does not: a step
+that is clipped by a factor enters h by the same factor (`max_grad_norm = 0` takes the gradients as they are).
+
 The noise of a sample is a function of a key, such as (seed, step), and of the parameter's name (model/noise.py):
 all ranks and micro-steps use the same weights, no matter how the parameters are sharded.
 """
@@ -117,18 +120,19 @@ class IVON(torch.optim.Optimizer):
                     flat.copy_(self.means[flat])
                 self.state[flat]["step"] += 1
                 for fragment in self.fragments[flat]:
-                    for at, noise in self.blocks(fragment):
+                    whole = slice(fragment.offset, fragment.offset + fragment.count)
+                    for at, noise in self.blocks(fragment) if self.sample_params else [(whole, None)]:
                         self.update(flat, at, noise, group["lr"])
 
-    def update(self, flat: torch.Tensor, at: slice, noise: torch.Tensor, lr: float) -> None:
+    def update(self, flat: torch.Tensor, at: slice, noise: torch.Tensor | None, lr: float) -> None:
         """Updates Hessian, momentum and mean of a slice of a flat tensor, with the prior's mean instead of 0 and the
-        move clipped."""
+        move clipped. noise: of the sample; None: the gradients are at the mean."""
         state, prior_mean = self.state[flat], self.prior[flat][0].view(-1)[at]
         assert flat.grad is not None
         mean, gradient = flat.view(-1)[at], flat.grad.view(-1)[at]
         momentum, hess = state["momentum"].view(-1)[at], state["hess"].view(-1)[at]
         delta, (beta1, beta2) = self.delta(flat, at), self.betas
-        if self.sample_params:
+        if noise is not None:
             total = hess + delta  # h + δ
             # Price's theorem: gradient · (sample − mean) / σ² = gradient · noise / σ estimates the Hessian's diagonal
             gap = (total * self.ess).sqrt_().mul_(noise).mul_(gradient).sub_(hess)

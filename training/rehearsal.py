@@ -14,15 +14,9 @@ from training.train_config import TrainConfig
 def earlier_tasks(cfg: TrainConfig, digest: str, lineage: dict[str, Any]) -> list[dict[str, Any]]:
     """The tasks to rehearse, from the lineage of the initial checkpoint; empty without rehearsal.
 
-    The run's own task (data with the same digest) is left out, and a task learned twice counts once. Raises UserError
-    if the initial checkpoint has not been fine-tuned on any task.
+    The run's own task (data with the same digest) is left out, and a task learned twice counts once.
     """
-    if not cfg.rehearsal:
-        return []
-    if not lineage.get("tasks"):
-        raise UserError(f"rehearsal is set, but {cfg.init} was not fine-tuned on any task: leave it out for the first "
-                        "task (--rehearsal 0)")
-    tasks = {task["data_digest"]: task for task in lineage["tasks"]}
+    tasks = {task["data_digest"]: task for task in lineage.get("tasks", ()) if cfg.rehearsal}
     return [task for key, task in tasks.items() if key != digest]
 
 

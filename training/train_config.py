@@ -168,6 +168,8 @@ class TrainConfig:
             found.append("carry_moments is for pretraining all weights with adamw")
         if self.schedule_start and self.schedule_steps is None:
             found.append("schedule_start needs the length of the whole schedule: give schedule_steps")
+        if self.lr_scheduler_type != "wsd" and non_defaults(self, "decay_ratio"):
+            found.append(f"decay_ratio would change nothing with lr_scheduler_type {self.lr_scheduler_type}: give wsd")
         if self.init is not None and self.num_hidden_layers is not None:
             found.append("num_hidden_layers is for new weights, but --init gives weights: stack.py makes them deeper")
         if self.offload and self.deepspeed:
@@ -219,6 +221,9 @@ class TrainConfig:
                                           "clip_radius", "sample_params"))):
             if not is_used and (given := non_defaults(self, *names)):
                 found.append(f"{' and '.join(given)} would change nothing without {method}: give it as well")
+        for prior, names in (("weights", ("tau",)), ("posterior", ("prior_precision",))):
+            if self.prior == prior and (given := non_defaults(self, *names)):
+                found.append(f"{' and '.join(given)} would change nothing with prior {prior}: leave it out")
         if ivon and anchored:
             found.append(f"{' and '.join(anchored)} pull towards the weights of --init, as IVON's prior does: use one")
         if ivon and self.weight_decay:

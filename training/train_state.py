@@ -43,10 +43,11 @@ class TrainState:
     text_loss_after: float | None = None
     text_digest: str | None = None  # of the text of text_loss_before
     losses: list[float] = dataclasses.field(default_factory=list)  # of the last applied steps
+    skips: int = 0  # steps skipped since then
 
     def check(self) -> None:
         """Raises ValueError if a counter is not a finite number; a saved state may be damaged."""
-        counters = [self.step, self.tokens, self.computed_tokens, self.seconds, self.flops, *self.losses,
+        counters = [self.step, self.tokens, self.computed_tokens, self.seconds, self.flops, self.skips, *self.losses,
                     *filter(None, (self.eval_loss_before, self.eval_loss_after, self.text_loss_before))]
         if type(self.step) is not int or self.step < 1 or not all(map(is_number, counters)) or min(counters) < 0:
             raise ValueError("a counter is not valid")
@@ -66,6 +67,7 @@ class TrainState:
         self.computed_tokens += result.computed_tokens
         self.seconds += seconds
         self.flops += flops
+        self.skips = 0 if result.applied else self.skips + 1
         if result.applied:
             self.losses = [*self.losses, result.loss][-SPIKE_WINDOW:]
 

@@ -98,7 +98,7 @@ def test_methods_are_compared_at_equal_learning(folder):
     assert title == "Learned and forgotten: llm"
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
     assert row.startswith("| lora | 2.5000 to 2.9000 | 2.5000 to 2.8000 | -0.3")
-    assert "| < 0.001 | 0.003, 0.001, 0.0003 |" in row
+    assert re.search(r"\| < 0.001 \| 0\.0\d+ \| 0.003, 0.001, 0.0003 \|", row)
     assert sentences[1].startswith("On the Pareto front of what llm learned and forgot, by the measured values: ")
     assert method_study(stages, "llm", "none") is None
 
@@ -264,8 +264,9 @@ def test_one_run_of_each_method_gives_no_verdict(folder, tmp_path):
     stages = read_runs(tmp_path / "one")
     study = method_study(stages, "llm", "finetune")
     sentences, (_, text) = plane_section(study, RISE)
-    assert sentences[0] == ("llm, rise of held-out loss at equal new-task loss, compared with finetune: one run of "
-                            "each method gives no verdict, since runs that differ only in their seed differ, too.")
+    assert sentences[0] == ("llm, rise of held-out loss after m2-empd (primary measure), at equal new-task loss, "
+                            "compared with finetune: one run of each method gives no verdict, since runs that differ "
+                            "only in their seed differ, too.")
     row, = (line for line in text.splitlines() if line.startswith("| lora |"))
     assert "] | 0.003" in row
     gap = gap_of(study, "lora", RISE)
@@ -312,10 +313,22 @@ def test_methods_without_a_common_loss(folder):
         change(stage, "lora", 0.0, 1.0)
     stages, studies = studies_of(folder)
     assert gap_of(studies["llm"], "lora", RISE) is None
-    _, (_, text) = plane_section(studies["llm"], RISE)
+    sentences, (_, text) = plane_section(studies["llm"], RISE)
     assert "| no common new-task loss |" in text
+    assert "smaller with" not in sentences[0]
     assert any("is left out of lora − finetune of llm after m2-empd: the methods reach no common new-task loss" in line
                for line in studies["llm"].all_left_out())
+
+
+def test_methods_that_could_not_be_tested_give_no_verdict(folder):
+    """lora reaches no common loss, and replay is in one pair only."""
+    for stage in folder.glob("pair-*/llm/lora/rate-*/m*"):
+        change(stage, "lora", 0.0, 1.0)
+    for place in folder.glob("pair-[234]/llm/replay"):
+        shutil.rmtree(place)
+    _, studies = studies_of(folder)
+    sentences, (_, text) = plane_section(studies["llm"], RISE)
+    assert sentences[0].endswith(": no method could be tested: this takes two pairs with a common new-task loss.")
 
 
 def test_a_method_that_is_not_finished(folder):
@@ -324,7 +337,7 @@ def test_a_method_that_is_not_finished(folder):
         shutil.rmtree(stage)
     stages, studies = studies_of(folder)
     _, (_, text) = plane_section(studies["llm"], RISE)
-    assert "\n| lora | – | – | – | – | – | – |\n" in text
+    assert "\n| lora | – | – | – | – | – | – | – |\n" in text
     assert "no common new-task loss" not in text
 
 
@@ -456,7 +469,8 @@ def test_the_report_of_methods(folder, tmp_path):
     with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):
         report.main(ReportConfig(runs=str(folder), out=str(tmp_path / "report")))
     text = (tmp_path / "report/report.md").read_text()
-    assert "llm, rise of held-out loss at equal new-task loss, compared with finetune: smaller with lora." in text
+    assert ("llm, rise of held-out loss after m2-empd (primary measure), at equal new-task loss, compared with "
+            "finetune: smaller with lora.") in text
     assert "## Does the effect of a method differ between the models" in text
     assert "![methods](methods.png)\n*rise of held-out loss over new-task loss: a panel for each method" in text
     assert (tmp_path / "report/methods.png").stat().st_size > 10_000
@@ -523,4 +537,4 @@ def test_verdicts_are_corrected_for_the_number_of_methods(folder):
     with mock.patch.object(method_plane, "gap_of", return_value=gap):
         sentences, (_, text) = plane_section(studies["llm"], RISE)
     assert "no method can be told apart from it" in sentences[0]
-    assert f"| {2 * gap.p:.3f} |" in text
+    assert f"| {2 * gap.p:.3f} | {gap.smallest_detectable:.3g} |" in text

@@ -11,7 +11,7 @@ import report
 from analysis import pair_answer, record_figures
 from analysis.difference_text import with_interval
 from analysis.inference import PairedDifference
-from analysis.measures import write_primary
+from analysis.measures import primary_file, write_primary
 from analysis.pairs import Study
 from analysis.record import Record
 from analysis.results import read_runs
@@ -85,9 +85,9 @@ def test_a_null_result_says_what_would_have_been_found(tmp_path):
     study = Study(read_runs(write_study(tmp_path / "runs", effect=0.0)), "stack", "llm")
     answer, uncertainty, *_ = pair_answer.answer(study, "rise of held-out loss", 0.02)
     assert answer.startswith("stack and llm cannot be told apart: ")
-    assert re.search(r"a true difference of (0\.\d+) nats/token \((0\.\d+) to (0\.\d+), since 4 pairs give the standard "
-                     r"deviation within an interval\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to "
-                     r"([\d,]+)\)", uncertainty)
+    assert re.search(r"a true difference of (0\.\d+) nats/token \((0\.\d+) to (0\.\d+) over the 95% interval of the "
+                     r"standard deviation\) with 80% power; one of 0.02 takes (\d+) pairs \((\d+) to ([\d,]+)\)",
+                     uncertainty)
 
 
 def test_equal_differences_of_all_pairs_give_no_test(tmp_path):
@@ -101,13 +101,18 @@ def test_equal_differences_of_all_pairs_give_no_test(tmp_path):
 
 def test_only_the_measure_named_before_the_first_run_is_primary(tmp_path):
     runs = write_study(tmp_path / "runs")
-    write_primary(runs, "KL on the new task")
+    write_primary(primary_file(runs), "KL on the new task")
     first, *_ = first_lines(text := make_report(tmp_path / "out", runs=runs))
     assert "the KL on the new task after m2-empd (primary measure) differs by" in first
+    assert first.startswith("stack and llm cannot be told apart: ")
     assert "| KL on the new task (primary) |" in text
+    again = make_report(tmp_path / "again", results=tmp_path / "out/stages.csv")
+    assert first_lines(again)[0] == first
     first, *_ = first_lines(text := make_report(tmp_path / "out", runs=runs, primary="rise of held-out loss"))
     assert ("rise of held-out loss after m2-empd (not the primary measure, which was named before the first run: KL on "
             "the new task) differs by") in first
+    assert first.startswith("stack compared with llm: ")  # no verdict, since other measures could have been chosen
+    assert ", not corrected for the number of measures, n = " in first
     assert "(primary)" not in text
     row = cells(next(line for line in text.splitlines() if line.startswith("| rise of held-out loss | nats/token")))
     assert float(row[7].removeprefix("< ")) >= float(row[6].removeprefix("< "))
@@ -160,6 +165,31 @@ def test_a_pair_that_only_one_model_has_changes_no_comparison(tmp_path):
     assert "Held-out loss before fine-tuning: stack 4.8000, llm 5.0000 nats/token" in text
     assert "| llm | 0.0003 | 3 |" in text
     assert "| stack | 0.0003 | 2 |" in text
+
+
+def test_a_control_whose_held_out_loss_is_unknown_is_not_used(tmp_path):
+    runs = write_study(tmp_path / "runs", pairs=(1, 2), models=("llm", "stack", "llm-level"))
+    measure = "KL on the new task"
+    assert "m0 of nearly equal loss" in make_report(tmp_path / "out", runs=runs, primary=measure)
+    for path in runs.glob("pair-*/llm-level/m0/eval/losses-text.json"):
+        path.unlink()
+    text = make_report(tmp_path / "out", runs=runs, primary=measure)
+    assert "m0 of nearly equal loss" not in text
+    assert "- pair 1: llm-level is not used as the control at equal held-out loss, since the held-out loss of its m0" \
+        ", or of that of stack, is unknown" in text
+
+
+def test_other_tokens_are_other_conditions_and_other_files_of_a_tokenizer_are_not(tmp_path):
+    """Two programs may write one tokenizer with other side files."""
+    runs = write_study(tmp_path / "runs", pairs=(1, 2))
+    expected = first_lines(make_report(tmp_path / "out", runs=runs))
+    for more, found in ((0, expected), (1, ["There is no answer by the rise of held-out loss"])):
+        for path in runs.glob("pair-*/stack/**/losses-text.json"):
+            losses = json.loads(path.read_text())
+            losses["items"]["bytes"] = [value + more for value in losses["items"]["bytes"]]
+            write_losses(path.parent, "text", "text", losses["items"], losses["run"] | {"tokenizer_digest": "other"})
+        lines = first_lines(make_report(tmp_path / "out", runs=runs))
+        assert [line[:len(start)] for line, start in zip(lines, found)] == found
 
 
 def test_the_answer_rests_on_one_set_of_pairs(tmp_path):
@@ -340,6 +370,6 @@ def test_categories_that_are_left_out_have_no_measures(tmp_path):
     for settings, expected in (({}, {"DK", "RC"}), ({"categories": ("DK",)}, {"DK"})):
         text = make_report(tmp_path / "out", runs=runs, **settings)
         assert set(re.findall(r"loss of accuracy, (\w+)", text)) == expected
-    write_primary(runs, "loss of accuracy, RC")
+    write_primary(primary_file(runs), "loss of accuracy, RC")
     with pytest.raises(UserError, match="do not have loss of accuracy, RC, the primary measure that the experiment"):
         make_report(tmp_path / "out", runs=runs, categories=("DK",))

@@ -80,3 +80,4 @@ def test_names_with_special_characters_stay_in_their_cells():
 def test_blank_lines_stay_in_their_blocks():
     assert to_html("```\na\n\n## b\n```\n\n" + markdown_list(["one\n\ntwo", "three"])) == (
         "<pre>a\n\n## b</pre>\n<ul><li>one two</li><li>three</li></ul>")
+    assert to_html("# T\n\n```\na\n\n## b\n```\n") == "<h1>T</h1>\n<pre>a\n\n## b</pre>"

@@ -43,15 +43,16 @@ def test_services(tmp_path, monkeypatch):
     for name, module in (("tensorboard", tensorboard), ("torch.utils.tensorboard", tensorboard), ("wandb", wandb)):
         monkeypatch.setitem(sys.modules, name, module)
     cfg = SimpleNamespace(tensorboard=True, wandb="project", out="runs/m1")
+    record = {"settings": {"seed": 1}, "id": "0123456789abcdef"}
     check_services(cfg.tensorboard, cfg.wandb)
-    log = MetricsLog(tmp_path, services=open_services(cfg, tmp_path, {"settings": {"seed": 1}}))
+    log = MetricsLog(tmp_path, services=open_services(cfg, tmp_path, record))
     log.write(step=4, loss=0.5, grad_norm=None)
     log.close()
     tensorboard.SummaryWriter.assert_called_once_with(tmp_path / "tensorboard")
     writer = tensorboard.SummaryWriter.return_value
     assert writer.mock_calls == [call.add_scalar("step", 4, 4), call.add_scalar("loss", 0.5, 4), call.close()]
     wandb.init.assert_called_once_with(project="project", name="runs/m1", config={"seed": 1}, dir=tmp_path,
-                                       id="runs-m1", resume="allow")
+                                       id="runs-m1-0123456789ab", resume="allow")
     assert wandb.init.return_value.mock_calls == [call.log({"step": 4, "loss": 0.5, "grad_norm": None}, step=4),
                                                   call.finish()]
 

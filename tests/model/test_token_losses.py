@@ -152,7 +152,7 @@ def test_weights_that_are_not_finite(broken):
     models = [random_model(0), random_model(1)]
     with torch.no_grad():
         models[broken].lm_head.weight[7, 0] = math.inf
-    with pytest.raises(UserError, match="the model's logits are not finite"):
+    with pytest.raises(UserError, match=("the model's", "the reference's")[broken] + " logits are not finite"):
         sample_losses(models[0], make_samples(), models[1])
 
 

@@ -1,6 +1,10 @@
 """`make train` measures what is forgotten of the text of m0, and names the commands to continue with."""
+import json
+import shutil
+
 import pytest
 
+from common.provenance import data_digest
 from pipeline import targets
 from pipeline.targets import Variables, next_commands, target_commands
 
@@ -25,12 +29,20 @@ def test_stages_measure_the_text_of_m0_where_it_exists(tmp_path):
     assert held_out_texts(OUT=out, SIZE="small", ARGS="--held_out_text none") == ["none"]  # the text was removed
 
 
-def test_a_text_that_was_removed_is_not_measured(tmp_path, monkeypatch):
-    (tmp_path / "m0").mkdir()
+def test_a_text_that_was_removed_or_is_another_one_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    text = tmp_path / "data/text/tiny"
+    text.mkdir(parents=True)
+    (text / "meta.json").write_text("{}")
+    for name in ("m0", "m1-simp"):  # the second one has the lineage of the first, which may be removed
+        (tmp_path / name).mkdir()
+        for digest, expected in ((data_digest(text), "data/text/tiny"), ("another", None)):
+            (tmp_path / name / "run.json").write_text(json.dumps({"lineage": {"text": {"data_digest": digest}}}))
+            assert held_out_texts(OUT=".") == [expected]
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "m0").mkdir()
+    shutil.rmtree(text)
     assert held_out_texts(OUT=".") == [None]
-    (tmp_path / "data/text/tiny").mkdir(parents=True)
-    assert held_out_texts(OUT=".") == ["data/text/tiny"]
 
 
 HUB = "make train TASK={} MODEL=stack SIZE=410m  # 410M weights from the Hub, for a GPU"

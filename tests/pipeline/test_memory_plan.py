@@ -129,6 +129,8 @@ def test_the_published_7b_by_hand():
     rows, parameters = plan.memory(), 5_933_109_248
     assert rows["weights"] == parameters * 2 / 8
     assert rows["fp32 weights and moments"] == parameters * 12 / 8
+    in_fp32 = dataclasses.replace(plan, dtype="fp32").memory()
+    assert in_fp32["weights"] + in_fp32["fp32 weights and moments"] == parameters * 16 / 8  # and the master weights
     assert rows["gradients"] == parameters * (4 + 4) / 8  # accumulated, and in the update of a sub-group
     assert plan.total() == sum(rows.values()) - min(rows["logits"], rows["buffers"])
     assert rows["gathered weights"] == 2e9

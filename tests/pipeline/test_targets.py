@@ -245,10 +245,9 @@ def test_the_stages_of_a_method_have_a_folder(tmp_path):
     replay, = commands("train", METHOD="replay", OUT=f"{tmp_path}", INIT="x", TEXT="shards")[-1:]
     assert "--replay_text shards" in replay
     first, second = commands("train", TASK="empd", METHOD="rehearsal", OUT=f"{tmp_path}")[-2:]
-    # the first stage has no earlier task
     assert f"--out {tmp_path}/rehearsal/m1-simp " in first
-    assert first.endswith(" --method rehearsal --rehearsal 0")
     assert f"--out {tmp_path}/rehearsal/m2-empd " in second
+    assert first.endswith(" --method rehearsal")
     assert second.endswith(" --method rehearsal")
     assert f"--init {tmp_path}/m0 " in first
     assert f"--init {tmp_path}/rehearsal/m1-simp " in second
@@ -272,6 +271,9 @@ def test_tests_and_style():
     ("train", {"ORDER": "simp smp"}, "unknown ORDER 'smp', expected one of empd, exp, hgen, inqqg, simp"),
     ("train", {"MODEL": "big"}, f"unknown MODEL 'big', {MODELS}"),
     ("pretrain", {"SIZE": "huge"}, "unknown SIZE 'huge', expected one of 1m, 3b, 410m, 7b, small, study, tiny"),
+    ("train", {"INIT": "my/model", "SIZE": "7B"}, "unknown SIZE '7B', expected one of 1m, 3b"),
+    ("experiment", {"INIT_LLM": "a", "INIT_STACK": "b", "SIZE": "7B"}, "unknown SIZE '7B'"),
+    ("plan", {"SIZE": "7B"}, "unknown SIZE '7B'"),
     ("data", {"SOURCE": "web"}, "unknown SOURCE 'web', expected one of sample, raw, hub"),
     ("evaluate", {"TASKS": "simp smp"}, "unknown TASKS 'smp'"),
     ("train", {"METHOD": "replay:replay_text=mine"}, "METHOD: 'replay_text=mine' is not name=value of a setting that a "

@@ -493,6 +493,14 @@ def test_the_limit_of_a_loss_spike_by_hand():
     assert limit([(9.0, 1.0)] * 50 + [(1.0, 1.0)] * 50) == pytest.approx(3.0)  # of the last 50 steps
 
 
+def test_losses_that_stay_high_end_the_run(train, tmp_path):
+    """The mean that they are compared with never changes."""
+    flags = "--max_steps", "99", "--skip_loss_above", "0.5", "--save_minutes", "0"
+    line = error_line(train(tmp_path / "m1", *flags, check=False))
+    assert "the last 50 steps were skipped, since their losses exceed 0.5 times the mean before them" in line
+    assert len(read_metrics(tmp_path / "m1.partial")[0]) == 60
+
+
 def test_the_state_is_saved_so_many_minutes_after_the_last_save(monkeypatch):
     clock, saved = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(resume.time, "monotonic", lambda: clock.now)
