@@ -17,11 +17,11 @@ from model.config import ModelConfig
 
 
 def keeps_probabilities(device: str, dtype_bytes: int, num_scores: int) -> bool:
-    """Returns whether a device of this type computes attention as two products and a softmax, which keeps the
-    probabilities for the backward pass, instead of by SDPA: in training, and wherever a mask is given.
+    """Returns whether training on a device of this type computes attention as two products and a softmax, which keeps
+    the probabilities for the backward pass, instead of by SDPA.
 
-    On CPUs in bf16 the backward pass of SDPA takes 2 to 5 times as long, and the forward pass with a mask up to twice as
-    long, unless the scores exceed 32 MiB: then most of the time goes into reading and writing them. The scores are rounded to bf16 before the softmax, as in transformers'
+    On CPUs in bf16 the backward pass of SDPA takes 2 to 5 times as long, unless the scores exceed 32 MiB: then most of
+    the time goes into reading and writing them. The scores are rounded to bf16 before the softmax, as in transformers'
     "eager" attention: where their standard deviation is 3, the output differs from that in fp64 by 0.7% (SDPA 0.2%) and
     the gradients of query and key by 0.8% (SDPA 0.4%).
     """
@@ -50,8 +50,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     `additive_mask` is added to the scores. With a mask, GQA heads are folded into the query axis: [B, K, H/K·T, D].
     """
     (B, H, T, D), (K, S) = query.shape, key.shape[1:3]
-    manual = (query.requires_grad or attn_mask is not None) and \
-        keeps_probabilities(query.device.type, query.element_size(), B * H * T * S)
+    manual = query.requires_grad and keeps_probabilities(query.device.type, query.element_size(), B * H * T * S)
     if attn_mask is None and T == S and not manual:
         return causal_sdpa(query, key, value, is_causal=True)
     if attn_mask is None:
