@@ -20,6 +20,7 @@ from pathlib import Path
 from analysis.comparison import usable_stages
 from analysis.flips import constant_benchmarks, noise_flags
 from analysis.item_table import ITEMS, item_table, with_items
+from analysis.left_out import all_left_out
 from analysis.measures import (
     PRIMARY,
     PRIMARY_FILE,
@@ -185,11 +186,11 @@ def describe(compared: Comparisons, effect: float,
                              + ", ".join(name for name in records if name != compared.method) + ".")
         sentences += answer(study, primary, effect)
         sections += pair_sections(study, primary, compared.rates[compared.method], effect)
-        missing += study.all_left_out()
+        missing += all_left_out(study)
     for plane in planes.values():
         plane_sentences, section = plane_section(plane, primary)
         sentences, sections = sentences + plane_sentences, [*sections, section]
-        missing += [*left_out_of_plane(plane, primary), *plane.all_left_out()]
+        missing += [*left_out_of_plane(plane, primary), *all_left_out(plane)]
     studies = [*([study] if study else []), *planes.values()]
     if any(study.trained_otherwise for study in studies):
         sentences.append("Not all of these runs were fine-tuned alike, so that differences may come from that: see "

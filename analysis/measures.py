@@ -17,6 +17,7 @@ from common.writing import write_json
 LEARNING = "new-task loss"  # the measure of learning, at which models are matched
 DECREASE = "decrease of new-task loss"  # since m0: the other meaning of equal learning
 PRIMARY = "rise of held-out loss"  # the default primary measure
+PRIMARY_FILE = "primary.json"  # the primary measure, named before the first run; also next to a table of stages
 OF_TEXT = (PRIMARY, "KL on held-out text")  # the measures of held-out text
 EARLIER = "rise of earlier tasks' losses"
 
@@ -180,9 +181,6 @@ def check_measure(name: str, measures: Collection[str]) -> None:
         raise UserError(f"unknown measure {name!r} of forgetting, expected one of {known}")
 
 
-PRIMARY_FILE = "primary.json"  # the primary measure, named before the first run; also next to a table of stages
-
-
 def primary_file(runs: str | Path) -> Path:
     """The file of an experiment that holds its primary measure."""
     return Path(runs) / "experiment" / PRIMARY_FILE
@@ -198,5 +196,5 @@ def read_primary(path: Path) -> str | None:
     if not path.exists():
         return None
     if not isinstance(measure := read_json(path, dict).get("primary"), str):
-        raise UserError(f"{path} is damaged: it names no primary measure. Remove it, and it is recorded again")
+        raise UserError(f"{path} is damaged: it names no primary measure. Restore or remove it")
     return measure

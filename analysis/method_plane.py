@@ -195,7 +195,7 @@ def methods_verdict(comparison: MethodComparison) -> str:
     if len(comparison.study.pairs) == 1:
         return "one run of each method gives no verdict, since runs that differ only in their seed differ, too"
     if not any(p <= 1 for p in comparison.corrected.values()):  # p is NaN without a spread
-        return f"no method could be tested: this takes two {comparison.study.unit}s with a common new-task loss"
+        return f"no method could be tested: it takes two {comparison.study.unit}s that can be compared and differ"
     significant = {method: comparison.gaps[method].mean for method, p in comparison.corrected.items() if p < ALPHA}
     groups = (("smaller with", [method for method, gap in significant.items() if gap < 0]),
               ("larger with", [method for method, gap in significant.items() if gap >= 0]))

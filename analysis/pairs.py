@@ -5,7 +5,7 @@ compared at an equal decrease of this loss since m0, since the m0 of two models 
 """
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +55,7 @@ class Study:
         left_out: sentences on what is not used, and why.
         trained_otherwise: sentences on the stages that were not trained as the others.
         named: the primary measure that was named before the first run; None if that is not known.
+        starts: {(pair, model): m0}.
         unit: "pair" of models, or "seed" of fine-tuning if seeds stand for pairs.
     """
 
@@ -84,7 +85,7 @@ class Study:
         self.choice_benchmarks = [benchmark.name for benchmark in find_benchmarks(stages)
                                   if any(benchmark.name in stage.choices and stage.choices[benchmark.name].has_items
                                          for stage in stages)]
-        self._starts = {(stage.pair or 0, stage.model): stage for stage in stages if not stage.number}
+        self.starts = {(stage.pair or 0, stage.model): stage for stage in stages if not stage.number}
         self.contrasts = [Contrast(grown, reference, of=of)]
         if {level(grown), level(reference)} & set(self.models):
             self.contrasts.append(Contrast(grown, reference, equal_loss=True))
@@ -193,25 +194,14 @@ class Study:
         names = contrast.one, contrast.two
         if not contrast.equal_loss:
             return names
-        one, two = (level(name) if (pair, level(name)) in self._starts else name for name in names)
-        is_level = abs(self._start_gap(pair, one, two)) <= LEVEL_TOLERANCE
+        one, two = (level(name) if (pair, level(name)) in self.starts else name for name in names)
+        is_level = abs(self.start_gap(pair, one, two)) <= LEVEL_TOLERANCE
         return (one, two) if (one, two) != names and is_level else None
 
-    def _start_gap(self, pair: int, one: str, two: str) -> float:
+    def start_gap(self, pair: int, one: str, two: str) -> float:
         """The difference of the held-out losses of two m0; NaN if one is unknown."""
         losses = self.start_loss(pair, one), self.start_loss(pair, two)
         return losses[0].value - losses[1].value if losses[0] and losses[1] else math.nan
-
-    def _not_level(self) -> Iterator[str]:
-        """Sentences on the models that were trained further to equal held-out loss and have not reached it."""
-        for pair in self.pairs:
-            for model, other in (self.compared, self.compared[::-1]):
-                gap = self._start_gap(pair, level(model), other)
-                if (pair, level(model)) in self._starts and not abs(gap) <= LEVEL_TOLERANCE:
-                    reason = f"its m0 differs from that of {other} by {gap:+.3f} nats per token" if math.isfinite(gap) \
-                        else f"the held-out loss of its m0, or of that of {other}, is unknown"
-                    yield (f"{self.name_of(pair)}: {level(model)} is not used as the control at equal held-out loss, "
-                           f"since {reason}")
 
     def match(self, contrast: Contrast, pair: int, number: int, name: str = LEARNING,
               learning: str = LEARNING) -> Match | None:
@@ -264,18 +254,18 @@ class Study:
 
     def start_loss(self, pair: int, model: str, name: str = TEXT) -> ItemValues | None:
         """The loss of m0 on held-out text or on a task."""
-        start = self._starts.get((pair, model))
+        start = self.starts.get((pair, model))
         losses = start.losses.get(name) if start else None
         return per_token(losses.nll, losses) if losses else None
 
     def pretraining_curve(self, pair: int, model: str) -> Curve:
         """The evaluations on held-out text during the pretraining of m0; empty without a log of them."""
-        start = self._starts.get((pair, model))
+        start = self.starts.get((pair, model))
         return curve_of_log(start.log) if start else []
 
     def start_flops(self, model: str, pairs: Iterable[int]) -> float | None:
         """The mean training FLOPs of m0 over the pairs that have it; None if they are unknown for one of them."""
-        of_pairs = [self._starts[pair, model].flops for pair in pairs if (pair, model) in self._starts]
+        of_pairs = [self.starts[pair, model].flops for pair in pairs if (pair, model) in self.starts]
         known = [flops for flops in of_pairs if flops is not None]
         return float(np.mean(known)) if known and len(known) == len(of_pairs) else None
 
@@ -287,50 +277,6 @@ class Study:
             if one and two:
                 losses[pair] = one.value, two.value
         return losses
-
-    def unmatched(self, contrast: Contrast, number: int, learning: str = LEARNING) -> Iterator[str]:
-        """Sentences on the pairs in which the models of a contrast reach no common value of one of MATCHED_ON."""
-        for pair in self.pairs if self.matches_learning else ():
-            overlap = self.match(contrast, pair, number, learning=learning)
-            if overlap and overlap.weights is None:
-                one, two = (f"{model} {range_of_learning(ends, learning)}" for model, ends in zip(
-                    self.models_of(contrast, pair) or (), overlap.ranges))
-                names = "methods" if contrast.of else "models"
-                yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: the {names} reach "
-                       f"no common {learning} ({one}, {two} nats per token)")
-
-    def lacking_results(self, contrast: Contrast, number: int) -> Iterator[str]:
-        """Sentences on the pairs in which a model of a contrast lacks results: at all rates, or at rates that the other
-        model has. For methods: at rates at which the method was started."""
-        for pair in self.pairs if self.matches_learning else ():
-            models = self.models_of(contrast, pair) or ()
-            rates = {model: set(self.curve(LEARNING, pair, model, number)[2]) for model in models}
-            for model, own in rates.items():
-                if not own and any(self.chains(pair, model, rate) for rate in self.rates):
-                    yield (f"{self.name_of(pair)} is left out of {contrast} after {self.stages[number]}: {model} lacks "
-                           "results of one seed or of all")
-                expected = {rate for rate in self.rates if self.chains(pair, model, rate)} if contrast.of else \
-                    set().union(*rates.values())
-                if own and (lacking := sorted(expected - own, key=float)):
-                    yield (f"{self.name_of(pair)}, {contrast} after {self.stages[number]}: {model} lacks results at "
-                           f"the rate {', '.join(lacking)}")
-
-    def without_model(self, contrast: Contrast) -> Iterator[str]:
-        """Sentences on the pairs in which a model of a contrast has no fine-tuned stages."""
-        for pair in self.pairs:
-            for model in self.models_of(contrast, pair) or ():
-                if not any(self.chains(pair, model, rate) for rate in self.rates):
-                    yield f"{self.name_of(pair)} is left out of {contrast}: {model} has no fine-tuned stages in it"
-
-    def all_left_out(self) -> list[str]:
-        """Sentences on all that is not used, and on the pairs that could not be matched or lack a rate."""
-        without = [line for contrast in self.contrasts for line in self.without_model(contrast)]
-        numbers = range(self.last if self.of else 1, self.last + 1)  # methods are compared after the last stage only
-        of_contrasts = [line for contrast in self.contrasts for number in numbers
-                        for find in (self.lacking_results, self.unmatched) for line in find(contrast, number)]
-        of_contrasts += [line for contrast in self.contrasts for number in range(1, self.last + 1) if not self.of
-                         for line in self.unmatched(contrast, number, DECREASE)]
-        return [*self.trained_otherwise, *self.left_out, *without, *self._not_level(), *of_contrasts]
 
 
 def place_text(model: str, rate: str) -> str:

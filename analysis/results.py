@@ -98,8 +98,9 @@ def losses_of(found: dict[str, Any]) -> ItemLosses:
     """The losses in the content of a losses file."""
     items, run = found["items"], found["run"]
     conditions = {name: run[name] for name in LOSS_SETTINGS if name in run}
-    conditions |= {"items": found["samples"], "template": run.get("template") or DEFAULT_TEMPLATE,
-                   "tokens and bytes": json_digest([items["tokens"], items["bytes"]])}  # of items, by the tokenizer
+    conditions |= {"items": found["samples"], "template": run.get("template") or DEFAULT_TEMPLATE}
+    # stand for the tokenizer: the digest of its files differs between programs that write the same tokenizer
+    conditions["tokens and bytes"] = json_digest([items["tokens"], items["bytes"]])
     return ItemLosses(np.array(items["nll"], float), np.array(items["tokens"], float),
                       None if items["kl"] is None else np.array(items["kl"], float), conditions,
                       (text_of(run.get("checkpoint_digest")), text_of(run.get("reference_digest"))))

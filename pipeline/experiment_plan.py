@@ -11,6 +11,7 @@ from pathlib import Path
 from analysis.comparison import usable_stages
 from analysis.contrasts import Difference
 from analysis.inference import ALPHA, POWER, VarianceComponents, units_needed
+from analysis.left_out import unmatched
 from analysis.measures import PRIMARY, check_measure, primary_file, read_primary
 from analysis.pairs import Study
 from analysis.results import read_runs
@@ -66,17 +67,17 @@ def pilot_difference(cfg: ExperimentPlanConfig) -> tuple[Difference, list[str]]:
     primary = cfg.primary or read_primary(primary_file(cfg.runs)) or PRIMARY
     check_measure(primary, study.measures)
     found = study.main_difference(primary)
-    count, unmatched = found.estimate.n if found else 0, list(study.unmatched(study.contrasts[0], study.last))
+    count, left_out = found.estimate.n if found else 0, list(unmatched(study, study.contrasts[0], study.last))
     if found is None or count < 2 or not found.estimate.sd:
         raise UserError(f"{cfg.runs} has {count} pairs with the {primary} of {cfg.grown} and {cfg.reference} after "
                         f"{study.stages[-1]}, expected at least 2 that differ: run experiment.py with more --pairs"
-                        + "".join(f"; {line}" for line in unmatched))
-    return found, unmatched
+                        + "".join(f"; {line}" for line in left_out))
+    return found, left_out
 
 
 def print_plan(cfg: ExperimentPlanConfig) -> None:
     """Prints what the pilot found, and how many pairs, items and hours find the effect."""
-    found, unmatched = pilot_difference(cfg)
+    found, left_out = pilot_difference(cfg)
     estimate, unit = found.estimate, found.measure.unit
     used = {f"pair-{pair}" for pair in found.by_pair}
     hours = sum(training_seconds(root / name) for root, folders, _ in walk(cfg.runs) for name in folders
@@ -89,12 +90,12 @@ def print_plan(cfg: ExperimentPlanConfig) -> None:
     pairs = units_needed(estimate.sd, cfg.effect)
     low, high = (units_needed(sd, cfg.effect) for sd in estimate.sd_interval)
     print(f"pairs needed: {pairs:,} with the pilot's items, for a difference of {cfg.effect:g} {unit} with "
-          f"{POWER:.0%} power at the level {ALPHA:g}; {low:,} to {high:,}, as far as {estimate.n} pairs tell the "
-          f"standard deviation\nhours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, "
+          f"{POWER:.0%} power at the level {ALPHA:g}; {low:,} to {high:,} over the 95% interval of "
+          f"the standard deviation\nhours: {pairs * hours:.1f} of training, {hours:.2f} for each pair as in the pilot, "
           "with all runs of all its models and methods; evaluation comes on top")
-    if unmatched:
+    if left_out:
         print("note: the pairs and hours are those of pairs that can be compared: plan for more, since of the pilot "
-              + "; ".join(unmatched))
+              + "; ".join(left_out))
 
 
 def print_items(components: VarianceComponents, hours: float, effect: float) -> None:

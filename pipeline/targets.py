@@ -133,9 +133,11 @@ def train_commands(v: Variables, args: Iterable[str] = ()) -> list[Command]:
 
 def is_text_of_m0(v: Variables) -> bool:
     """Whether the token shards `v.text` are those that m0 was, or will be, pretrained on."""
+    if v.init or v.hub:
+        return False
     made = next((path for path in (v.m0, *(stage.out for stage in v.stages)) if path.exists()), None)
-    if v.init or v.hub or made is None:
-        return not (v.init or v.hub)
+    if made is None:
+        return True
     digest = read_lineage(made).get("text", {}).get("data_digest")
     return digest is not None and Path(v.text).is_dir() and digest == data_digest(v.text)
 

@@ -5,8 +5,8 @@ q(w) = N(m, 1 / s), independently for each weight, with precision s = λ (h + δ
 effective sample size (ess) of the mean loss, and δ = p / λ the contribution of a prior N(m₀, 1 / p). Each step takes
 the gradient at one sample of the weights and updates both m and h.
 
-The loop clips the gradients by their norm before the step, as for AdamW, which the paper's algorithm does not: a step
-that is clipped by a factor enters h by the same factor (`max_grad_norm = 0` takes the gradients as they are).
+The training loop clips the gradients by their norm before a step, as for AdamW; the paper's algorithm does not.
+Gradients that are divided by 3 give a third of the Hessian estimate. With `max_grad_norm = 0` they are not clipped.
 
 The noise of a sample is a function of a key, such as (seed, step), and of the parameter's name (model/noise.py):
 all ranks and micro-steps use the same weights, no matter how the parameters are sharded.

@@ -12,6 +12,7 @@ import report
 from analysis import method_figures, method_plane
 from analysis.difference_text import p_text
 from analysis.inference import PairedDifference, t_quantile
+from analysis.left_out import all_left_out
 from analysis.measures import item_values, pool, weighted_sum
 from analysis.method_figures import plot_planes
 from analysis.method_interaction import interaction_section, left_out_of_interaction, method_effects
@@ -223,7 +224,7 @@ def test_several_seeds_of_one_model_are_the_units(folder, tmp_path):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"run": content["run"] | {"dtype": "bf16"}}))
     assert any(line.startswith("seed 43, lora, rate 0.001, m2-empd: losses of text under other conditions")
-               for line in method_study(read_runs(one), "llm", "finetune").all_left_out())
+               for line in all_left_out(method_study(read_runs(one), "llm", "finetune")))
 
 
 def test_the_front_compares_the_same_pairs(folder):
@@ -317,7 +318,7 @@ def test_methods_without_a_common_loss(folder):
     assert "| no common new-task loss |" in text
     assert "smaller with" not in sentences[0]
     assert any("is left out of lora − finetune of llm after m2-empd: the methods reach no common new-task loss" in line
-               for line in studies["llm"].all_left_out())
+               for line in all_left_out(studies["llm"]))
 
 
 def test_methods_that_could_not_be_tested_give_no_verdict(folder):
@@ -328,7 +329,7 @@ def test_methods_that_could_not_be_tested_give_no_verdict(folder):
         shutil.rmtree(place)
     _, studies = studies_of(folder)
     sentences, (_, text) = plane_section(studies["llm"], RISE)
-    assert sentences[0].endswith(": no method could be tested: this takes two pairs with a common new-task loss.")
+    assert sentences[0].endswith(": no method could be tested: it takes two pairs that can be compared and differ.")
 
 
 def test_a_method_that_is_not_finished(folder):
@@ -379,11 +380,11 @@ def test_methods_with_learning_rates_of_their_own(folder):
         shutil.rmtree(chain)
     _, studies = studies_of(folder)
     assert gap_of(studies["llm"], "lora", RISE).mean == pytest.approx(-0.3, abs=0.02)
-    assert not [line for line in studies["llm"].all_left_out() if "lacks" in line]
+    assert not [line for line in all_left_out(studies["llm"]) if "lacks" in line]
     shutil.rmtree(folder / "pair-2/llm/lora/rate-0.01/m2-empd")
     shutil.rmtree(folder / "pair-1/llm/lora/rate-0.001/m1-simp")  # only the last stage is compared
     _, studies = studies_of(folder)
-    assert [line for line in studies["llm"].all_left_out() if "lacks" in line] == [
+    assert [line for line in all_left_out(studies["llm"]) if "lacks" in line] == [
         "pair 2, lora − finetune of llm after m2-empd: lora lacks results at the rate 0.01"]
 
 
@@ -396,7 +397,7 @@ def test_chains_outside_folders_of_rates_are_no_method_of_the_plane(folder, tmp_
             (own / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"method": None}}))
     study = method_study(read_runs(folder), "llm", "finetune")
     assert "none" not in study.models
-    assert [line for line in study.all_left_out() if "none" in line] == [
+    assert [line for line in all_left_out(study) if "none" in line] == [
         "llm, none: not compared at equal learning, since its stages are not in folders of learning rates"]
     assert left_out_of_plane(study, RISE) == []
     with mock.patch("report.plot_record", return_value={}), mock.patch("report.plot_pairs", return_value={}):

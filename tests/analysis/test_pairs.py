@@ -9,6 +9,7 @@ import pytest
 
 from analysis.contrasts import Contrast
 from analysis.inference import variance_components
+from analysis.left_out import all_left_out, lacking_results, unmatched
 from analysis.matching import efficient_branch, match, mean_weights
 from analysis.measures import DECREASE, rise_of_earlier_tasks
 from analysis.pairs import Study
@@ -93,7 +94,7 @@ def test_an_equal_decrease_counts_from_the_own_m0(tmp_path):
     for rate in RATES:
         change_items(folder / f"pair-3/stack/rate-{rate}/m2-empd/eval/losses-task-empd.json",
                      lambda nll, tokens: nll - tokens)
-    assert list(study_of(folder).unmatched(study.contrasts[0], 2, DECREASE)) == [
+    assert list(unmatched(study_of(folder), study.contrasts[0], 2, DECREASE)) == [
         "pair 3 is left out of stack − llm after m2-empd: the models reach no common decrease of new-task loss (stack "
         "1.7000 to 2.1000, llm 0.4000 to 0.8000 nats per token)"]
 
@@ -129,7 +130,7 @@ def test_ranges_that_do_not_overlap_leave_the_pair_out(tmp_path):
         change_items(path, lambda nll, tokens: nll - tokens)
     study = study_of(folder)
     assert list(study.main_difference("rise of held-out loss", 1).by_pair) == [1, 2, 4]
-    assert list(study.unmatched(study.contrasts[0], 1)) == [
+    assert list(unmatched(study, study.contrasts[0], 1)) == [
         "pair 3 is left out of stack − llm after m1-simp: the models reach no common new-task loss "
         "(stack 1.3500 to 1.7500, llm 2.5000 to 2.9000 nats per token)"]
 
@@ -138,20 +139,20 @@ def test_a_rate_that_only_one_model_has_is_named(tmp_path):
     folder = write_study(tmp_path / "study")
     shutil.rmtree(folder / "pair-2/stack/rate-0.001")
     study = study_of(folder)
-    assert list(study.lacking_results(study.contrasts[0], 2)) == [
+    assert list(lacking_results(study, study.contrasts[0], 2)) == [
         "pair 2, stack − llm after m2-empd: stack lacks results at the rate 0.001"]
-    assert set(study.lacking_results(study.contrasts[0], 2)) < set(study.all_left_out())
+    assert set(lacking_results(study, study.contrasts[0], 2)) < set(all_left_out(study))
 
 
 def test_losses_that_a_stage_lacks_are_named(tmp_path):
     """Also where all stages are of one learning rate. A pair that lacks a point changes the difference."""
     for rates, place, dropped in ((RATES, "rate-0.003/", []), (RATES[:1], "", [2])):
         folder = write_study(tmp_path / str(len(rates)), rates=rates)
-        assert study_of(folder).all_left_out() == []
+        assert all_left_out(study_of(folder)) == []
         stage = folder / f"pair-2/llm/{place}m2-empd"
         (stage / "eval/losses-text.json").unlink()
         study = study_of(folder)
-        assert study.all_left_out() == [f"pair 2, llm, {'rate 0.003, ' if place else ''}m2-empd lacks the loss of "
+        assert all_left_out(study) == [f"pair 2, llm, {'rate 0.003, ' if place else ''}m2-empd lacks the loss of "
                                         "text, the KL of text, which other stages have"]
         (folder / "pair-2/best").symlink_to("llm")  # no other model
         assert study_of(folder).models == study.models
@@ -162,7 +163,7 @@ def test_losses_that_a_stage_lacks_are_named(tmp_path):
 def test_a_stage_without_its_own_loss_is_named_once(tmp_path):
     folder = write_study(tmp_path / "study")
     (folder / "pair-2/llm/rate-0.001/m2-empd/eval/losses-task-empd.json").unlink()
-    assert study_of(folder).all_left_out() == ["pair 2, stack − llm after m2-empd: llm lacks results at the rate 0.001"]
+    assert all_left_out(study_of(folder)) == ["pair 2, stack − llm after m2-empd: llm lacks results at the rate 0.001"]
 
 
 def test_pairs_may_have_other_rates(tmp_path):
@@ -172,7 +173,7 @@ def test_pairs_may_have_other_rates(tmp_path):
         shutil.copytree(folder / f"pair-3/{model}/rate-0.003", folder / f"pair-3/{model}/rate-0.01")
     study = study_of(folder)
     assert study.rates[-1] == "0.01"
-    assert study.all_left_out() == []
+    assert all_left_out(study) == []
 
 
 def test_a_rate_is_the_same_however_it_is_written(tmp_path):
@@ -196,7 +197,7 @@ def test_a_chain_outside_a_folder_of_a_rate_is_named_and_changes_nothing(tmp_pat
     assert study.left_out == ["llm, m1-simp: not used, since it is not in the folder of a learning rate",
                               "stack, m1-simp: not used, since it is not in the folder of a learning rate"]
     shutil.rmtree(folder / "llm/rate-0.001")
-    assert study_of(folder).all_left_out()[2:] == [
+    assert all_left_out(study_of(folder))[2:] == [
         f"the pair, stack − llm after {stage}: llm lacks results at the rate 0.001"
         for stage in ("m1-simp", "m2-empd")]
 
@@ -236,7 +237,7 @@ def test_the_control_at_equal_loss_replaces_one_model_of_each_pair(tmp_path):
     study = study_of(folder)
     assert list(study.difference(control, "rise of held-out loss", 2).by_pair) == [1, 3]
     assert ("pair 2: llm-level is not used as the control at equal held-out loss, since its m0 differs from that of "
-            "stack by +0.060 nats per token") in study.all_left_out()
+            "stack by +0.060 nats per token") in all_left_out(study)
     assert study_of(folder).models_of(Contrast("interleave", "llm", equal_loss=True), 1) is None  # level with stack
 
 
@@ -325,7 +326,7 @@ def test_a_seed_that_is_not_finished_leaves_its_pair_out(tmp_path):
     study = study_of(folder)
     assert list(study.main_difference("rise of held-out loss", 1).by_pair) == [1, 2]
     assert list(study.main_difference("rise of held-out loss").by_pair) == [2]
-    assert study.all_left_out() == ["pair 1 is left out of stack − llm after m2-empd: stack lacks results of one seed "
+    assert all_left_out(study) == ["pair 1 is left out of stack − llm after m2-empd: stack lacks results of one seed "
                                     "or of all"]
 
 

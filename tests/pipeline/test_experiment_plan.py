@@ -36,7 +36,7 @@ def test_pairs_items_and_hours(tmp_path, capsys):
     assert [float(row[1]) for row in table] == sorted((float(row[1]) for row in table), reverse=True)
     # the quantiles of chi-squared with 3 degrees of freedom are 0.2158 and 9.3484
     low, high = (units_needed(deviation * (3 / quantile) ** 0.5, 0.05) for quantile in (9.3484, 0.2158))
-    assert f"; {low} to {high}, as far as 4 pairs tell the standard deviation" in text
+    assert f"; {low} to {high} over the 95% interval of the standard deviation" in text
     assert "can be compared" not in text
 
 
