@@ -8,7 +8,7 @@ one pass and of the key-value cache of one sequence, however many sequences ther
 
 Dimensions:  N tokens of a pass, C hidden size, H query heads, K key-value heads, D head size.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from model.attention import Attend, attention, window_masks
 from model.oom import halve_batch
 from model.transformer import Transformer
+
+GROUP_MULTIPLE = 32  # the numbers of queries and keys of a group are rounded up to multiples of it
 
 
 def group_tokens(device: str) -> int:
@@ -46,26 +48,44 @@ class Segment:
         return slice(self.offset - origin, self.offset - origin + stop - self.start)
 
 
-def group_masks(segments: list[Segment], model: Transformer) -> Mapping[int | None, torch.Tensor | None]:
-    """Returns the attention masks of consecutive segments under one path, with keys of the path and the segments, by
-    the window of the layer (see ModelConfig).
+def round_up(number: int, multiple: int) -> int:
+    """Returns the least multiple that is not below a number."""
+    return -(-number // multiple) * multiple
 
-    They are None for a single segment without a path that is not longer than any window: it needs only causal
-    attention.
+
+class Group:
+    """Consecutive segments of a pass that attend in one call, under the path of the first.
+
+    `queries` and `keys` are rows of the pass: the queries attend to the path and to the keys. Their numbers are rounded
+    up beyond the segments, because on CPUs oneDNN compiles a kernel for each shape of a product. The segments do not
+    attend to the keys beyond them, and the next group overwrites the outputs of the queries beyond them.
+
+    `masks` are those of the attention by the window of the layer (see ModelConfig). They are None for a single segment
+    without a path that is not longer than any window: it needs only causal attention.
     """
-    first, last, config = segments[0], segments[-1], model.config
-    size = last.rows(last.stop, first.offset).stop
-    if len(segments) == 1 and not first.start and all(size <= (window or size) for window in config.windows):
-        return dict.fromkeys(config.windows)
-    mask = torch.zeros((size, first.start + size), dtype=torch.bool)
-    mask[:, :first.start] = True
-    own = mask[:, first.start:]
-    for segment in segments:
-        for part, stop in (*segment.path, (segment, segment.stop)):
-            if part.start >= first.start:
-                own[segment.rows(segment.stop, first.offset), part.rows(stop, first.offset)] = True
-    mask = mask.tril_(first.start)[None].to(model.lm_head.weight.device)
-    return window_masks(mask, config, model.lm_head.weight.dtype)
+
+    def __init__(self, segments: list[Segment], pass_length: int, model: Transformer):
+        first, last, config = segments[0], segments[-1], model.config
+        size = last.rows(last.stop, first.offset).stop
+        num_queries = round_up(size, GROUP_MULTIPLE)
+        num_keys = round_up(first.start + num_queries, GROUP_MULTIPLE) - first.start
+        self.path = first.path
+        self.queries, self.keys = (slice(first.offset, min(first.offset + number, pass_length))
+                                   for number in (num_queries, num_keys))
+        self.masks = dict[int | None, torch.Tensor | None].fromkeys(config.windows)
+        if len(segments) == 1 and not first.start and all(num_queries <= (window or num_queries)
+                                                          for window in config.windows):
+            return
+        mask = torch.zeros((self.queries.stop - first.offset, first.start + self.keys.stop - first.offset),
+                           dtype=torch.bool)
+        mask[:, :first.start] = True
+        own = mask[:, first.start:]
+        for segment in segments:
+            for part, stop in (*segment.path, (segment, segment.stop)):
+                if part.start >= first.start:
+                    own[segment.rows(segment.stop, first.offset), part.rows(stop, first.offset)] = True
+        mask = mask.tril_(first.start)[None].to(model.lm_head.weight.device)
+        self.masks |= window_masks(mask, config, model.lm_head.weight.dtype)
 
 
 class PackedPass:
@@ -89,9 +109,7 @@ class PackedPass:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
-        self.groups: list[tuple[list[tuple[Segment, int]], slice, Mapping[int | None, torch.Tensor | None]]] = [
-            (group[0].path, slice(group[0].offset, group[-1].rows(group[-1].stop).stop), group_masks(group, model))
-            for group in groups]  # path, rows of the pass, masks by window
+        self.groups = [Group(group, len(positions), model) for group in groups]
 
     def of_layer(self, index: int) -> Attend:
         """Returns the attention of a layer."""
@@ -100,12 +118,12 @@ class PackedPass:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Returns the attention of query [1, H, N, D]. Keeps the keys and values that later passes attend to."""
         y, window = torch.empty_like(query), self.config.window(layer)
-        for path, rows, masks in self.groups:
+        for group in self.groups:
             keys_values = [(key[:, :, part.rows(stop)], value[:, :, part.rows(stop)]) if part in self.segments else
                            (part.keys[layer][:, :, :stop - part.start], part.values[layer][:, :, :stop - part.start])
-                           for part, stop in path] + [(key[:, :, rows], value[:, :, rows])]
-            keys, values = (torch.cat(tensors, 2) if path else tensors[0] for tensors in zip(*keys_values))
-            y[:, :, rows] = attention(query[:, :, rows], keys, values, masks[window])
+                           for part, stop in group.path] + [(key[:, :, group.keys], value[:, :, group.keys])]
+            keys, values = (torch.cat(tensors, 2) if group.path else tensors[0] for tensors in zip(*keys_values))
+            y[:, :, group.queries] = attention(query[:, :, group.queries], keys, values, group.masks[window])
         for segment in self.kept:
             segment.keys.append(key[:, :, segment.rows(segment.stop)].clone())
             segment.values.append(value[:, :, segment.rows(segment.stop)].clone())

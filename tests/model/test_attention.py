@@ -10,7 +10,7 @@ from model.attention import additive_mask, attention
 @pytest.mark.parametrize(("queries", "masked"), [(20, False), (7, False), (1, False), (7, True)])
 @pytest.mark.parametrize("by_sdpa", [False, True])
 def test_attention_is_a_softmax_over_the_unmasked_keys(dtype, tolerance, queries, masked, by_sdpa, monkeypatch):
-    if by_sdpa:  # as for long samples, and without gradients; with copied heads, as on GPUs in fp32
+    if by_sdpa:  # as for long samples, and often without gradients; with copied heads, as on GPUs in fp32
         monkeypatch.setattr(model.attention, "keeps_probabilities", lambda *_: False)
         monkeypatch.setattr(model.attention, "copies_heads", lambda *_: True)
     generator = torch.Generator().manual_seed(5)

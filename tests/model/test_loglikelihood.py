@@ -65,6 +65,24 @@ def test_only_the_next_path_is_kept_between_passes():
         assert {segment for segment in segments if segment.keys} == path & set(segments)
 
 
+def test_queries_and_keys_are_rounded_up_except_at_the_end_of_a_pass(monkeypatch):
+    sequences, _ = sort_sequences([context + continuation for context, continuation in requests()])
+    shapes, real = [], prefix_packing.attention
+
+    def recorded(query, key, value, mask):
+        shapes[-1].append((query.shape[2], key.shape[2]))
+        return real(query, key, value, mask)
+
+    monkeypatch.setattr(prefix_packing, "attention", recorded)
+    model = random_model(num_hidden_layers=1)
+    model.model.register_forward_pre_hook(lambda *_: shapes.append([]))
+    with torch.no_grad():
+        assert len([*packed_passes(model, sequences, 600)]) == len(shapes)
+    inside = [group for groups in shapes for group in groups[:-2]]
+    assert len(inside) > 8
+    assert not [group for group in inside if group[0] % 32 or group[1] % 32]
+
+
 def test_out_of_memory_halves_the_pass(monkeypatch, capsys):
     model, pairs = random_model(), requests()
     expected, _ = log_likelihoods(model, pairs)
