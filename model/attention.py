@@ -16,8 +16,6 @@ from torch import Tensor
 from model.config import ModelConfig
 
 CPU = torch.cpu.get_capabilities()
-# Without gradients SDPA in bf16 then takes 1.5 to 3 times as long as two products and a softmax. With AMX it is faster.
-SLOW_SDPA = CPU.get("avx512_bf16", False) and not CPU.get("amx_bf16", False)
 
 
 def keeps_probabilities(device: str, dtype_bytes: int, num_scores: int) -> bool:
@@ -30,6 +28,17 @@ def keeps_probabilities(device: str, dtype_bytes: int, num_scores: int) -> bool:
     the gradients of query and key by 0.8% (SDPA 0.4%).
     """
     return device == "cpu" and dtype_bytes == 2 and dtype_bytes * num_scores <= 32 << 20
+
+
+def uses_products(device: str, dtype_bytes: int, num_queries: int, num_scores: int) -> bool:
+    """Returns whether attention without gradients on a device of this type is computed as two products and a softmax
+    instead of by SDPA.
+
+    In bf16 on CPUs with AVX-512, but without AMX, SDPA takes up to 3 times as long. With few queries, as in decoding,
+    compiling a product takes longer than SDPA. Scores of more than 8 MiB may get new memory each time.
+    """
+    return (device == "cpu" and dtype_bytes == 2 and CPU.get("avx512_bf16", False) and not CPU.get("amx_bf16", False)
+            and num_queries >= 16 and dtype_bytes * num_scores <= 8 << 20)
 
 
 def copies_heads(device: str, dtype_bytes: int) -> bool:
@@ -54,9 +63,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     `additive_mask` is added to the scores. With a mask, GQA heads are folded into the query axis: [B, K, H/K·T, D].
     """
     (B, H, T, D), (K, S) = query.shape, key.shape[1:3]
-    # In decoding T is small and S grows: compiling the kernel of a product then takes longer than SDPA.
-    manual = (query.requires_grad or SLOW_SDPA and T >= 16) and keeps_probabilities(
-        query.device.type, query.element_size(), B * H * T * S)
+    device, dtype_bytes, num_scores = query.device.type, query.element_size(), B * H * T * S
+    manual = keeps_probabilities(device, dtype_bytes, num_scores) if query.requires_grad else \
+        uses_products(device, dtype_bytes, T, num_scores)
     if attn_mask is None and T == S and not manual:
         return causal_sdpa(query, key, value, is_causal=True)
     if attn_mask is None:
