@@ -34,8 +34,9 @@ def uses_products(device: str, dtype_bytes: int, num_queries: int, num_scores: i
     """Returns whether attention without gradients on a device of this type is computed as two products and a softmax
     instead of by SDPA.
 
-    In bf16 on CPUs with AVX-512, but without AMX, SDPA takes up to 3 times as long. With few queries, as in decoding,
-    compiling a product takes longer than SDPA. Scores of more than 8 MiB may get new memory each time.
+    In bf16 on CPUs with AVX-512, but without AMX, SDPA takes up to 3 times as long. It is used there, too, for few
+    queries, as in decoding, since compiling a product takes longer, and for scores of more than 8 MiB, since the
+    allocator may take new memory from the system for them in each call.
     """
     return (device == "cpu" and dtype_bytes == 2 and CPU.get("avx512_bf16", False) and not CPU.get("amx_bf16", False)
             and num_queries >= 16 and dtype_bytes * num_scores <= 8 << 20)

@@ -27,3 +27,22 @@ def test_attention_is_a_softmax_over_the_unmasked_keys(dtype, tolerance, queries
     for ours, reference in zip((result, *torch.autograd.grad(result, (query, key, value), weight.to(dtype))),
                                (expected, *torch.autograd.grad(expected, (query, key, value), weight))):
         assert (ours.double() - reference.double()).norm() < tolerance * reference.norm()
+
+
+@pytest.mark.parametrize(("cpu", "queries", "keys", "by_products"), [
+    ({"avx512_bf16": True}, 16, 20, True), ({"avx512_bf16": True}, 15, 20, False),  # few queries
+    ({"avx512_bf16": True}, 2048, 2048, True), ({"avx512_bf16": True}, 2048, 2049, False),  # more than 8 MiB of scores
+    ({"avx512_bf16": True, "amx_bf16": True}, 16, 20, False), ({}, 16, 20, False)])
+def test_products_replace_sdpa_without_gradients_where_they_are_faster(cpu, queries, keys, by_products, monkeypatch):
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(model.attention, "CPU", cpu)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *args, **rest: calls.append(0) or real(*args, **rest))
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn((1, 1, size, 8), generator=generator).bfloat16() for size in (queries, keys, keys))
+    result = attention(query, key, value)
+    assert (not calls) == by_products
+    scores = (query.float() @ key.float().mT / 8 ** 0.5).masked_fill(
+        ~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), -torch.inf)
+    expected = scores.softmax(-1) @ value.float()
+    assert (result.float() - expected).norm() < 0.02 * expected.norm()
